@@ -1,0 +1,42 @@
+"""Fully fine-tune only the blocks that new data need; a PEFT method (`peft_type` SURGICAL).
+
+Importing the package registers the method with PEFT.
+"""
+
+from __future__ import annotations
+
+from . import criteria, policies
+from .blocks import BlockMap
+from .config import SurgicalConfig
+from .errors import SurgicalError
+from .model import SurgicalModel, get_surgical_model
+from .optim import SurgicalCallback, SurgicalOptimizerFactory, create_surgical_optimizer, surgical_optimizer
+from .registration import register
+from .scores import BlockScores
+from .scoring import score_blocks
+from .selection import Selection, above, top_fraction, top_k, within_budget
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BlockMap",
+    "BlockScores",
+    "Selection",
+    "SurgicalCallback",
+    "SurgicalConfig",
+    "SurgicalError",
+    "SurgicalModel",
+    "SurgicalOptimizerFactory",
+    "above",
+    "create_surgical_optimizer",
+    "criteria",
+    "get_surgical_model",
+    "policies",
+    "score_blocks",
+    "surgical_optimizer",
+    "top_fraction",
+    "top_k",
+    "within_budget",
+]
+
+register()

@@ -1,0 +1,100 @@
+"""What a user says, and what `adapter_config.json` holds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import TYPE_CHECKING, Any, Optional, Union
+
+from peft.config import PeftConfig
+
+from .errors import SurgicalError
+
+if TYPE_CHECKING:
+    from .selection import Selection
+
+
+class SurgicalPeftType(str, Enum):
+    """Our entry in PEFT's mappings. The name equals the value: PEFT looks methods up by the string in the file."""
+
+    SURGICAL = "SURGICAL"
+
+
+@dataclass
+class SurgicalConfig(PeftConfig):
+    """Fully tune the chosen blocks of a model and leave the rest as it was.
+
+    Source: Lee et al. 2022, "Surgical Fine-Tuning Improves Adaptation to Distribution Shifts" (arXiv 2210.11466).
+
+    Args:
+        blocks: which blocks: an index, slice or name as a string, or a list of them (see
+            [`BlockMap.parse`][surgical_peft.BlockMap.parse]); `"auto"` lets
+            [`get_surgical_model`][surgical_peft.get_surgical_model] choose. Saved as the final block names.
+        target_modules: with `blocks`, tune only these modules inside them; alone, PEFT's own meaning (names that
+            end so, or a regular expression for the whole name) for any type of module.
+        exclude_modules: modules to leave out, matched as `target_modules`.
+        modules_to_save: newly initialised modules, such as a new head, to train and save as well.
+        criterion: for `blocks="auto"`, what scores the blocks.
+        num_blocks: for `blocks="auto"`, how many to take.
+        frozen_eval: keep everything that is not tuned in eval mode while training (no dropout, still BatchNorm
+            statistics), as in the paper's code. PEFT's default elsewhere is train mode.
+        selection: filled in by the library: how the blocks were chosen. A record; loading never reads it.
+
+    Raises:
+        SurgicalError: nothing selected, or two answers to one question. Names are checked against the model when
+            it is wrapped.
+
+    Example:
+        >>> from peft import get_peft_model
+        >>> model = get_peft_model(model, SurgicalConfig(blocks=[0, 1]))
+    """
+
+    blocks: Optional[Union[int, str, list[Union[int, str]]]] = field(
+        default=None, metadata={"help": "Blocks to tune: indices, slices, names, 'all' or 'auto'."}
+    )
+    target_modules: Optional[Union[str, list[str]]] = field(
+        default=None, metadata={"help": "Modules to tune: inside the blocks, or anywhere if no blocks are given."}
+    )
+    exclude_modules: Optional[Union[str, list[str]]] = field(
+        default=None, metadata={"help": "Modules to leave out, matched as target_modules."}
+    )
+    modules_to_save: Optional[list[str]] = field(
+        default=None, metadata={"help": "New modules, such as a head, to train and save as well."}
+    )
+    criterion: Optional[str] = field(default=None, metadata={"help": "For blocks='auto': what scores the blocks."})
+    num_blocks: Optional[int] = field(default=None, metadata={"help": "For blocks='auto': how many blocks to take."})
+    frozen_eval: bool = field(default=True, metadata={"help": "Keep all that is not tuned in eval mode."})
+    selection: Optional[dict[str, Any]] = field(default=None, metadata={"help": "Record of how blocks were chosen."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = SurgicalPeftType.SURGICAL  # type: ignore[assignment]
+        if isinstance(self.blocks, tuple | set):
+            self.blocks = list(self.blocks)
+        if isinstance(self.target_modules, tuple | set):
+            self.target_modules = list(self.target_modules)
+        if self.blocks is None and not self.target_modules:
+            raise SurgicalError(
+                "SurgicalConfig selects nothing: give blocks=[0, 1] (indices, slices or names), blocks='auto', or "
+                "target_modules=['name'].  BlockMap.find(model).names lists the blocks of a model."
+            )
+        if self.blocks == [] or self.blocks == "":
+            raise SurgicalError(f"blocks={self.blocks!r} selects nothing: name at least one block, or 'all'.")
+        auto_only = {"criterion": self.criterion, "num_blocks": self.num_blocks}
+        given = [name for name, value in auto_only.items() if value is not None]
+        if given and self.blocks != "auto":
+            raise SurgicalError(
+                f"{' and '.join(given)} only speak to blocks='auto', but blocks={self.blocks!r} already says which "
+                "blocks to tune: drop one of the two."
+            )
+        if self.num_blocks is not None and self.num_blocks < 1:
+            raise SurgicalError(f"num_blocks={self.num_blocks} is out of range: tune at least 1 block.")
+
+    @classmethod
+    def from_selection(cls, selection: Selection, **kwargs: Any) -> SurgicalConfig:
+        """The config that tunes a [`Selection`][surgical_peft.Selection], with the record of how it came about.
+
+        Example:
+            >>> SurgicalConfig.from_selection(top_k(score_blocks(model, dataloader), 2))
+        """
+        return cls(blocks=list(selection.blocks), selection=selection.record, **kwargs)

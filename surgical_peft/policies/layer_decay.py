@@ -1,0 +1,42 @@
+"""Rates that shrink with the distance from the output."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..blocks import BlockMap
+from ..errors import SurgicalError
+from .policy import Policy
+
+
+def layer_decay(decay: float = 0.75) -> Policy:
+    """Layer-wise learning-rate decay: block `i` of `L` trains at `decay ** (L + 1 - i)` times the rate.
+
+    Embeddings count as 0, the repeated blocks as 1 to L (an encoder's before its decoder's), the final norm and the
+    head as L + 1, so the head has the full rate.
+
+    Args:
+        decay: factor from a block to the one below it, more than 0, at most 1. MAE uses 0.65 to 0.75 for ViTs.
+
+    Source: the rule of ELECTRA, BEiT, MAE and timm (`param_groups_layer_decay`).
+
+    Example:
+        >>> trainer = Trainer(..., optimizer_cls_and_kwargs=surgical_optimizer(args, policy=policies.layer_decay(0.75)))
+    """
+    if not 0 < decay <= 1:
+        raise SurgicalError(f"decay={decay} is out of range: more than 0, at most 1.")
+    return LayerDecay(decay=decay)
+
+
+@dataclass(frozen=True)
+class LayerDecay(Policy):
+    decay: float = 0.75
+
+    def base_multipliers(self, blocks: BlockMap) -> dict[str, float]:
+        repeated = {name for stack in blocks.stacks.values() for name in stack}
+        depth, depths = 0, {}
+        for name in blocks.names:
+            kind = name.rpartition(".")[2]
+            depth += name in repeated
+            depths[name] = depth + (kind in ("final_norm", "head"))
+        return {name: self.decay ** (depth + 1 - at) for name, at in depths.items()}

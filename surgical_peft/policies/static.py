@@ -1,0 +1,30 @@
+"""Constant rates by block."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ..blocks import BlockMap
+from .policy import Policy
+
+
+def static(multipliers: Mapping[int | str, float] | None = None) -> Policy:
+    """Constant factors on the learning rate, by block; blocks left out have 1.
+
+    Args:
+        multipliers: block (anything [`BlockMap.parse`][surgical_peft.BlockMap.parse] takes) -> factor, more than 0. A
+            block that is not to be trained is left out of `blocks`, not given 0.
+
+    Example:
+        >>> policy = policies.static({"0:4": 0.1, "head": 10})
+    """
+    return Static(given=tuple((multipliers or {}).items()))
+
+
+@dataclass(frozen=True)
+class Static(Policy):
+    given: tuple[tuple[int | str, float], ...] = ()
+
+    def base_multipliers(self, blocks: BlockMap) -> dict[str, float]:
+        return {block: float(factor) for spec, factor in self.given for block in blocks.parse(spec)}

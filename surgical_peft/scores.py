@@ -1,0 +1,125 @@
+"""`BlockScores`: what `score_blocks` found; plain data that prints, draws itself and goes through JSON."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from .errors import SurgicalError
+from .files import write_text
+
+
+@dataclass(frozen=True)
+class BlockScores:
+    """Scores of a model's blocks (or modules, or tensors), larger = tune it.
+
+    Attributes:
+        values: raw score of each unit, in the order of the model.
+        sizes: number of parameters of each unit.
+        blocks: the block that each unit belongs to.
+        unscored: units left out because their weights are all zero.
+        criterion, granularity, num_batches, model_name: what was scored, how, and on how many batches.
+
+    Example:
+        >>> scores.values["embeddings"]
+        0.31
+        >>> scores.plot("scores.png")
+    """
+
+    values: dict[str, float]
+    sizes: dict[str, int]
+    blocks: dict[str, str]
+    unscored: tuple[str, ...]
+    criterion: str
+    granularity: str
+    num_batches: int
+    model_name: str
+
+    def normalized(self, how: str = "max") -> dict[str, float]:
+        """Scores between 0 and 1 (`"max"`: divided by the largest; `"minmax"`: smallest 0, largest 1).
+
+        The head's units stay outside: a head has large gradients and small weights and would squash all others. They
+        get 1.0.
+
+        Raises:
+            SurgicalError: unknown `how`, or all scores are zero.
+        """
+        inside = {name: value for name, value in self.values.items() if not is_head(self.blocks[name])}
+        return {**{name: 1.0 for name in self.values}, **normalize(inside, how)}
+
+    def table(self) -> Table:
+        """A table of unit, parameters, score and a bar."""
+        table = Table(title=f"{self.criterion} of {self.model_name}, mean of {self.num_batches} batches")
+        table.add_column(self.granularity)
+        table.add_column("parameters", justify="right")
+        table.add_column("score", justify="right")
+        table.add_column("", min_width=20)
+        top = max(self.values.values())
+        for name, value in self.values.items():
+            bar = "█" * round(20 * value / top) if top > 0 else ""
+            table.add_row(name, f"{self.sizes[name]:,}", f"{value:.4g}", bar)
+        return table
+
+    def __str__(self) -> str:
+        console = Console(file=io.StringIO(), width=100)
+        console.print(self.table())
+        assert isinstance(console.file, io.StringIO)
+        return console.file.getvalue().rstrip()
+
+    def to_json(self) -> str:
+        """The scores as JSON; [`from_json`][surgical_peft.BlockScores.from_json] gives them back equal."""
+        return json.dumps(asdict(self), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> BlockScores:
+        """Scores from their JSON.
+
+        Raises:
+            SurgicalError: not JSON, or not that of scores.
+        """
+        try:
+            data = json.loads(text)
+            return cls(**{**data, "unscored": tuple(data["unscored"])})
+        except (ValueError, TypeError, KeyError) as error:
+            raise SurgicalError(f"this is not the JSON of block scores: {error}. It is written by to_json().") from error
+
+    def save(self, path: str | Path) -> None:
+        """Write the JSON to `path`, whole or not at all."""
+        write_text(path, self.to_json() + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> BlockScores:
+        """Read what [`save`][surgical_peft.BlockScores.save] wrote."""
+        return cls.from_json(Path(path).read_text(encoding="utf-8"))
+
+    def plot(self, path: str | Path) -> None:
+        """Draw the scores as bars, first block at the top, and write them to `path` (png, pdf or svg)."""
+        from .report.plots import plot_scores
+
+        plot_scores({self.model_name: self}, path)
+
+
+def is_head(block: str) -> bool:
+    """Whether a block name is a head: `head`, or `vision_model.head` where there are several stacks."""
+    return block.rpartition(".")[2] == "head"
+
+
+def normalize(values: dict[str, float], how: str) -> dict[str, float]:
+    """`"max"`: each value divided by the largest (the paper's code). `"minmax"`: smallest to 0, largest to 1."""
+    if not values:
+        return {}
+    low, high = min(values.values()), max(values.values())
+    if how not in ("max", "minmax"):
+        raise SurgicalError(f"normalize={how!r} is unknown. There are: max, minmax.")
+    if high == 0:
+        raise SurgicalError("all scores are zero: the loss does not depend on these blocks, so they cannot be compared.")
+    if how == "max":
+        return {name: value / high for name, value in values.items()}
+    if high == low:
+        return dict.fromkeys(values, 1.0)
+    return {name: (value - low) / (high - low) for name, value in values.items()}
