@@ -1,14 +1,12 @@
 """The block map: which parameters form `embeddings`, each repeated layer, `final_norm` and `head`.
 
-No table of model names: the repeated layers are the outermost `nn.ModuleList`s whose members share one class, and
-the rest is placed by where it stands relative to them. Everything else in the package asks this map; nobody else
-parses parameter names.
+Everything else in the package asks this map; nobody else parses parameter names.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -16,22 +14,11 @@ from typing import Any
 from torch import nn
 
 from .errors import SurgicalError
+from .partition import block_owners, find_stacks, join, ordered, what_there_is
+from .wrappers import bare, clean_name
 
-# What containers put in front of, or into, a parameter's name: DDP, torch.compile, FSDP1, PeftModel.
-_CONTAINERS = re.compile(r"(?:(?<=\.)|^)(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-_PEFT_PREFIX = re.compile(r"^base_model\.model\.")
 _STACK_INDEX = re.compile(r"(?P<stack>[^\[\]]+)\[(?P<index>[^\[\]]*)\]")
 _SLICE = re.compile(r"-?\d*:-?\d*(?::-?\d+)?")
-
-
-def clean_name(name: str) -> str:
-    """A parameter's name without what DDP, FSDP, `torch.compile` and `PeftModel` put around it.
-
-    Example:
-        >>> clean_name("module._orig_mod.base_model.model.vit.layers.1.mlp.fc1.weight")
-        'vit.layers.1.mlp.fc1.weight'
-    """
-    return _PEFT_PREFIX.sub("", _CONTAINERS.sub("", name))
 
 
 @dataclass(frozen=True)
@@ -42,8 +29,10 @@ class BlockMap:
         names: block names, e.g. `("embeddings", "0", ..., "11", "final_norm", "head")`. With two or more stacks the
             repeated layers carry their stack: `("embeddings", "encoder.0", ..., "decoder.0", ..., "head")`.
         modules: for each block the paths of the largest modules that hold exactly its parameters, as in the bare
-            model (no PEFT containers). A path that names a parameter stands for one that no such module holds.
+            model (no PEFT containers); they may hold weights tied to an earlier block besides. A path that names a
+            parameter stands for one that no such module holds.
         stacks: for each stack (`""` when there is only one) its block names, first layer first.
+        tied: for the second and further names of tied weights, and the modules that hold them, the block of the first.
 
     Example:
         >>> from transformers import ViTConfig, ViTModel
@@ -54,6 +43,7 @@ class BlockMap:
     names: tuple[str, ...]
     modules: dict[str, tuple[str, ...]]
     stacks: dict[str, tuple[str, ...]]
+    tied: dict[str, str]
     model_name: str
 
     @classmethod
@@ -63,24 +53,19 @@ class BlockMap:
         Raises:
             SurgicalError: no list of repeated layers was found; the message lists what was.
         """
-        bare = _bare(model)
-        lists = _repeated_lists(bare)
-        if not lists:
-            children = ", ".join(f"{name} ({type(child).__name__})" for name, child in bare.named_children())
+        model = bare(model)
+        found = find_stacks(model)
+        if not found:
             raise SurgicalError(
-                f"no repeated blocks found in {type(bare).__name__}: it has no nn.ModuleList of two or more modules of "
-                f"one class. Its parts are: {children or 'none'}. Choose modules by name instead: "
+                f"no repeated blocks found in {type(model).__name__}: it has no nn.ModuleList of two or more modules "
+                f"of one class. {what_there_is(model)} Choose modules by name instead: "
                 "SurgicalConfig(target_modules=[...])."
             )
-        labels = _stack_labels([path for path, _ in lists])
-        owners = _block_owners(bare, lists, labels)
-        names = _ordered(set(owners.values()), labels, [size for _, size in lists])
-        stacks = {
-            label: tuple(_join(label, str(index)) for index in range(size))
-            for label, (_, size) in zip(labels, lists, strict=True)
-        }
+        owners, tied = block_owners(model, found)
+        names = ordered(set(owners.values()), found)
         modules = {block: tuple(path for path, owner in owners.items() if owner == block) for block in names}
-        return cls(names=names, modules=modules, stacks=stacks, model_name=type(bare).__name__)
+        stacks = {stack.label: tuple(join(stack.label, str(index)) for index in range(stack.size)) for stack in found}
+        return cls(names=names, modules=modules, stacks=stacks, tied=tied, model_name=type(model).__name__)
 
     def block_of(self, name: str) -> str:
         """The block that a parameter or module name belongs to; containers in the name are ignored.
@@ -101,7 +86,7 @@ class BlockMap:
 
     @cached_property
     def _owners(self) -> dict[str, str]:
-        return {path: block for block, paths in self.modules.items() for path in paths}
+        return {**self.tied, **{path: block for block, paths in self.modules.items() for path in paths}}
 
     def named_parameters(self, model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
         """For each block the parameters of `model` by name: a partition, tied weights once, under their first name."""
@@ -127,14 +112,14 @@ class BlockMap:
                 stack (`"decoder[-2:]"`), or a list of any of them.
 
         Raises:
-            SurgicalError: unknown name, index out of range, the same block twice, nothing selected, or an index
-                without a stack where the model has several.
+            SurgicalError: unknown name, index out of range, the same block twice, nothing selected by the whole or by
+                one part of it, or an index without a stack where the model has several.
 
         Example:
             >>> blocks.parse([0, -1, "head"])
             ('0', '11', 'head')
         """
-        parts = [spec] if isinstance(spec, int | str) else list(spec)
+        parts = list(spec) if isinstance(spec, Iterable) and not isinstance(spec, str) else [spec]
         chosen: list[str] = []
         for part in parts:
             for block in self._parse_one(part):
@@ -148,7 +133,8 @@ class BlockMap:
     def _parse_one(self, part: Any) -> tuple[str, ...]:
         if isinstance(part, bool) or not isinstance(part, int | str):
             raise SurgicalError(
-                f"{part!r} is not a block: give an index, a slice such as '0:3', or a name. Blocks: {_listed(self.names)}."
+                f"{part!r} is not a block: give an index, a slice such as '0:3', or a name. "
+                f"Blocks: {_listed(self.names)}."
             )
         if part == "all":
             return self.names
@@ -156,8 +142,10 @@ class BlockMap:
             return (str(part),)
         if isinstance(part, str) and (match := _STACK_INDEX.fullmatch(part)):
             stack, inner = match["stack"], match["index"].strip()
-            if stack not in self.stacks or stack == "":
-                raise SurgicalError(f"{part!r}: {self.model_name} has no stack {stack!r}. Stacks: {self._stack_names()}.")
+            if stack not in self.stacks:
+                raise SurgicalError(
+                    f"{part!r}: {self.model_name} has no stack {stack!r}. It has {self._stack_names()}."
+                )
             return self._index(inner, stack, part)
         if isinstance(part, int) or re.fullmatch(r"-?\d+", part) or _SLICE.fullmatch(part):
             if len(self.stacks) > 1:
@@ -167,21 +155,24 @@ class BlockMap:
                     f"Name one, for example {example!r}."
                 )
             return self._index(str(part), next(iter(self.stacks)), part)
+        tied = [path for path in self.tied if path.rpartition(".")[0] not in self.tied]  # modules rather than weights
+        ties = ", ".join(f"{path} is in {self.tied[path]!r}" for path in tied)
         raise SurgicalError(
-            f"block {part!r} does not exist in {self.model_name}. Blocks: {_listed(self.names)}; "
-            "indices, slices such as '-2:', and 'all' are understood too."
+            f"block {part!r} does not exist in {self.model_name}. Blocks: {_listed(self.names)}; indices, slices such "
+            f"as {self._slice_example()!r}, and 'all' are understood too."
+            + (f" Tied weights count once: {ties}." if ties else "")
         )
 
     def _index(self, text: str, stack: str, given: Any) -> tuple[str, ...]:
         blocks = self.stacks[stack]
         size = len(blocks)
         where = f"{self.model_name}{f' ({stack})' if stack else ''} has {size} repeated blocks, 0 to {size - 1}"
-        if text == "all":
-            return blocks
         if _SLICE.fullmatch(text):
             start, stop, step = ([int(n) if n else None for n in text.split(":")] + [None])[:3]
             if any(bound is not None and not -size <= bound <= size for bound in (start, stop)) or step == 0:
                 raise SurgicalError(f"{given!r} is out of range: {where}. Negative numbers count from the last.")
+            if not blocks[start:stop:step]:
+                raise SurgicalError(f"{given!r} selects no block: {where}. The end of a slice is not in it.")
             return blocks[start:stop:step]
         if not re.fullmatch(r"-?\d+", text):
             raise SurgicalError(f"{given!r} is not understood: put an index or a slice in the brackets. {where}.")
@@ -189,136 +180,13 @@ class BlockMap:
             raise SurgicalError(f"block {given!r} does not exist: {where}. Negative numbers count from the last: -1.")
         return (blocks[int(text)],)
 
+    def _slice_example(self) -> str:
+        stack = next(reversed(self.stacks))
+        return f"{stack}[-2:]" if stack else "-2:"
+
     def _stack_names(self) -> str:
-        return " and ".join(f"{stack!r} ({len(blocks)} blocks)" for stack, blocks in self.stacks.items() if stack) or "one"
-
-
-def seen_through(module: nn.Module) -> nn.Module:
-    """The module that a PEFT wrapper stands for: its `base_layer` or `original_module`, else the module itself."""
-    while (inner := module._modules.get("base_layer") or module._modules.get("original_module")) is not None:
-        module = inner
-    return module
-
-
-def walk(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """`named_modules` of the bare model: PEFT's wrappers are seen through, so paths carry no container."""
-    module = seen_through(module)
-    yield path, module
-    for name, child in module.named_children():
-        yield from walk(child, _join(path, name))
-
-
-def idle_parameters(model: nn.Module) -> set[int]:
-    """`id`s of the parameters that PEFT keeps beside those in use: wrapped originals and copies of inactive adapters."""
-    idle: set[int] = set()
-    for module in model.modules():
-        copies = module._modules.get("surgical_copies") or module._modules.get("modules_to_save")
-        if isinstance(copies, nn.ModuleDict):
-            wrapper: Any = module
-            active = [] if wrapper.disable_adapters else [name for name in wrapper.active_adapters if name in copies]
-            used = copies[active[0]] if active else seen_through(module)
-            ids = {id(parameter) for parameter in used.parameters()}
-            idle |= {id(parameter) for parameter in module.parameters()} - ids
-    return idle
-
-
-def _bare(model: nn.Module) -> nn.Module:
-    while True:
-        inner = next((model._modules[n] for n in ("module", "_orig_mod", "_fsdp_wrapped_module") if n in model._modules), None)
-        if inner is None and "base_model" in model._modules and "model" in model._modules["base_model"]._modules:  # type: ignore[union-attr]
-            inner = model._modules["base_model"].model  # type: ignore[union-attr]
-        if inner is None:
-            return model
-        model = inner
-
-
-def _repeated_lists(model: nn.Module) -> list[tuple[str, int]]:
-    """Path and length of every outermost list of two or more parameter-holding modules of one class."""
-    found: list[tuple[str, int]] = []
-    for path, module in walk(model):
-        if any(path.startswith(outer + ".") for outer, _ in found) or not isinstance(module, nn.ModuleList):
-            continue
-        classes = {type(seen_through(child)) for child in module}
-        if len(module) >= 2 and len(classes) == 1 and all(any(True for _ in child.parameters()) for child in module):
-            found.append((path, len(module)))
-    return found
-
-
-def _stack_labels(paths: list[str]) -> list[str]:
-    """What tells the lists apart: `encoder.block` and `decoder.block` become `encoder` and `decoder`; one list, ''."""
-    if len(paths) == 1:
-        return [""]
-    split = [path.split(".") for path in paths]
-    while min(map(len, split)) > 1 and len({parts[-1] for parts in split}) == 1:
-        split = [parts[:-1] for parts in split]
-    while min(map(len, split)) > 1 and len({parts[0] for parts in split}) == 1:
-        split = [parts[1:] for parts in split]
-    return [".".join(parts) for parts in split]
-
-
-def _block_owners(model: nn.Module, lists: list[tuple[str, int]], labels: list[str]) -> dict[str, str]:
-    """Block of every largest module (or lone parameter) whose parameters all belong to one block."""
-    blocks_of: dict[str, str] = {}  # parameter path -> block; tied weights only under their first name
-    seen: set[int] = set()
-    parameters = []
-    for path, module in walk(model):
-        for name, parameter in module.named_parameters(recurse=False):
-            if id(parameter) not in seen:
-                seen.add(id(parameter))
-                parameters.append((_join(path, name), module))
-    passed: list[int] = []  # lists whose layers have been met, in order
-    for path, module in parameters:
-        index = next((i for i, (stack, _) in enumerate(lists) if path.startswith(stack + ".")), None)
-        if index is not None:
-            stack = lists[index][0]
-            blocks_of[path] = _join(labels[index], path[len(stack) + 1 :].split(".")[0])
-            if index not in passed:
-                passed.append(index)
-            continue
-        home = _home_stack(path, lists, labels)
-        after = home in passed if home is not None else len(passed) == len(lists)
-        kind = "embeddings" if not after else "final_norm" if "norm" in type(module).__name__.lower() else "head"
-        blocks_of[path] = _join(labels[home] if home is not None and len(lists) > 1 else "", kind)
-    owners: dict[str, str] = {}
-    _merge(model, "", blocks_of, owners)
-    return owners
-
-
-def _home_stack(path: str, lists: list[tuple[str, int]], labels: list[str]) -> int | None:
-    """The stack whose own tower (`encoder`, `vision_model`) holds `path`; None where there is one stack or no tower."""
-    if len(lists) == 1:
-        return 0
-    for index, ((stack, _), label) in enumerate(zip(lists, labels, strict=True)):
-        tower = stack[: stack.rfind(label) + len(label)]
-        if path.startswith(tower + "."):
-            return index
-    return None
-
-
-def _merge(module: nn.Module, path: str, blocks_of: dict[str, str], owners: dict[str, str]) -> None:
-    prefix = path + "." if path else ""
-    blocks = {block for parameter, block in blocks_of.items() if parameter.startswith(prefix)}
-    if len(blocks) == 1 and path and not isinstance(module, nn.ModuleList | nn.ModuleDict):
-        owners[path] = blocks.pop()
-    elif blocks:
-        module = seen_through(module)
-        for name, _ in module.named_parameters(recurse=False):
-            if prefix + name in blocks_of:
-                owners[prefix + name] = blocks_of[prefix + name]
-        for name, child in module.named_children():
-            _merge(child, prefix + name, blocks_of, owners)
-
-
-def _ordered(found: set[str], labels: list[str], sizes: list[int]) -> tuple[str, ...]:
-    order = ["embeddings"]
-    for label, size in zip(labels, sizes, strict=True):
-        kinds = ["embeddings", *map(str, range(size)), "final_norm", "head"]
-        order += [_join(label, kind) for kind in kinds] if label else kinds[1:-2]
-    return tuple(name for name in [*order, "final_norm", "head"] if name in found)
-
-
-def _join(prefix: str, name: str) -> str:
-    return f"{prefix}.{name}" if prefix else name
+        named = " and ".join(f"{stack!r} ({len(blocks)} blocks)" for stack, blocks in self.stacks.items() if stack)
+        return named or "one stack, which has no name: leave it out"
 
 
 def _listed(names: Iterable[str]) -> str:

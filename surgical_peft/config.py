@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from enum import Enum
-from typing import TYPE_CHECKING, Any, Optional, Union
+from pathlib import Path
+from typing import Any, Optional, Union
 
 from peft.config import PeftConfig
 
 from .errors import SurgicalError
-
-if TYPE_CHECKING:
-    from .selection import Selection
+from .files import write_text
+from .scores import BlockScores
+from .selection import Selection, top_k
 
 
 class SurgicalPeftType(str, Enum):
@@ -34,10 +37,11 @@ class SurgicalConfig(PeftConfig):
             end so, or a regular expression for the whole name) for any type of module.
         exclude_modules: modules to leave out, matched as `target_modules`.
         modules_to_save: newly initialised modules, such as a new head, to train and save as well.
-        criterion: for `blocks="auto"`, what scores the blocks.
+        criterion: for `blocks="auto"`, what scores the blocks: a name or a function.
         num_blocks: for `blocks="auto"`, how many to take.
         frozen_eval: keep everything that is not tuned in eval mode while training (no dropout, still BatchNorm
-            statistics), as in the paper's code. PEFT's default elsewhere is train mode.
+            statistics), as in the paper's code. PEFT's default elsewhere is train mode. A model wrapped by
+            transformers' own `add_adapter` has no place for this: there, `train()` is for all modules.
         selection: filled in by the library: how the blocks were chosen. A record; loading never reads it.
 
     Raises:
@@ -61,25 +65,36 @@ class SurgicalConfig(PeftConfig):
     modules_to_save: Optional[list[str]] = field(
         default=None, metadata={"help": "New modules, such as a head, to train and save as well."}
     )
-    criterion: Optional[str] = field(default=None, metadata={"help": "For blocks='auto': what scores the blocks."})
+    criterion: Optional[Union[str, Callable[..., float]]] = field(
+        default=None, metadata={"help": "For blocks='auto': what scores the blocks."}
+    )
     num_blocks: Optional[int] = field(default=None, metadata={"help": "For blocks='auto': how many blocks to take."})
     frozen_eval: bool = field(default=True, metadata={"help": "Keep all that is not tuned in eval mode."})
     selection: Optional[dict[str, Any]] = field(default=None, metadata={"help": "Record of how blocks were chosen."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = SurgicalPeftType.SURGICAL  # type: ignore[assignment]
+        self.peft_type = SurgicalPeftType.SURGICAL
         if isinstance(self.blocks, tuple | set):
             self.blocks = list(self.blocks)
         if isinstance(self.target_modules, tuple | set):
-            self.target_modules = list(self.target_modules)
-        if self.blocks is None and not self.target_modules:
+            self.target_modules = sorted(self.target_modules)
+        if isinstance(self.exclude_modules, tuple | set):
+            self.exclude_modules = sorted(self.exclude_modules)
+        if isinstance(self.modules_to_save, str):  # PEFT would go through its letters
+            self.modules_to_save = [self.modules_to_save]
+        if self.blocks is None and self.target_modules is None:
             raise SurgicalError(
                 "SurgicalConfig selects nothing: give blocks=[0, 1] (indices, slices or names), blocks='auto', or "
-                "target_modules=['name'].  BlockMap.find(model).names lists the blocks of a model."
+                "target_modules=['name']. BlockMap.find(model).names lists the blocks of a model."
             )
         if self.blocks == [] or self.blocks == "":
             raise SurgicalError(f"blocks={self.blocks!r} selects nothing: name at least one block, or 'all'.")
+        if self.target_modules == [] or self.target_modules == "":
+            raise SurgicalError(
+                f"target_modules={self.target_modules!r} selects nothing: name at least one module, or leave it out "
+                "to tune whole blocks."
+            )
         auto_only = {"criterion": self.criterion, "num_blocks": self.num_blocks}
         given = [name for name, value in auto_only.items() if value is not None]
         if given and self.blocks != "auto":
@@ -98,3 +113,30 @@ class SurgicalConfig(PeftConfig):
             >>> SurgicalConfig.from_selection(top_k(score_blocks(model, dataloader), 2))
         """
         return cls(blocks=list(selection.blocks), selection=selection.record, **kwargs)
+
+    def settled(self, scores: BlockScores) -> SurgicalConfig:
+        """For `blocks="auto"`: the config with the `num_blocks` (default 2) highest-scoring blocks in its place."""
+        chosen = top_k(scores, self.num_blocks or 2)
+        return replace(self, blocks=list(chosen.blocks), selection=chosen.record, criterion=None, num_blocks=None)
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Save as PEFT does, and let the model card beside it begin with the import that loading needs."""
+        super().save_pretrained(save_directory, **kwargs)
+        path = Path(save_directory) / "README.md"
+        if path.exists() and _HOW_TO_LOAD not in (text := path.read_text(encoding="utf-8")):
+            header = re.match(r"---\n.*?\n---\n", text, re.DOTALL)
+            at = header.end() if header else 0
+            write_text(path, text[:at] + _HOW_TO_LOAD + text[at:])
+
+
+_HOW_TO_LOAD = """
+**`pip install surgical-peft`, and `import surgical_peft` before loading:**
+
+```python
+import surgical_peft  # registers the method; without it PEFT stops with KeyError: 'SURGICAL'
+from peft import PeftModel
+
+model = PeftModel.from_pretrained(base_model, "this folder or repository")
+```
+
+"""

@@ -32,11 +32,11 @@ def whole_folder(path: str | Path) -> Iterator[Path]:
     temporary.chmod(0o755)
     try:
         yield temporary
-        old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
-        if target.exists():
+        old = temporary.with_name(f"{temporary.name}.old")
+        if target.is_dir():
             target.replace(old)
         temporary.replace(target)
-        shutil.rmtree(old)
+        shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

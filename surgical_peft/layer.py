@@ -22,15 +22,16 @@ class SurgicalLayer(BaseTunerLayer, AuxiliaryTrainingWrapper):
     the base model's own names (see `adapter_state_dict`). Everything else that is asked of it, it asks the module in
     use, so a model may read `layer.attention_type` or `layer.weight` as before.
 
-    A layer without the active adapter answers with the base module.
+    A layer without the active adapter answers with the original module.
     """
 
     adapter_layer_names: tuple[str, ...] = ("surgical_copies",)
     other_param_names: tuple[str, ...] = ()
 
-    def __init__(self, base_layer: nn.Module, adapter_name: str) -> None:
-        nn.Module.__init__(self)  # the wrapper class's own __init__ would register the module under another name
-        self.base_layer = base_layer
+    def __init__(self, original_module: nn.Module, adapter_name: str) -> None:
+        nn.Module.__init__(self)  # the wrapper class's own __init__ would set `_adapters`, a property here
+        # Not `base_layer`: where PEFT finds an embedding under that name, it saves the original beside the copy.
+        self.original_module = original_module
         self.surgical_copies = nn.ModuleDict()
         self._active_adapter: str | list[str] = [adapter_name]
         self._disable_adapters = False
@@ -38,9 +39,9 @@ class SurgicalLayer(BaseTunerLayer, AuxiliaryTrainingWrapper):
         self.update_layer(adapter_name)
 
     def update_layer(self, adapter_name: str) -> None:
-        """Add a copy of the base module for `adapter_name`."""
-        self.base_layer.requires_grad_(False)
-        tuned = copy.deepcopy(self.base_layer)
+        """Add a copy of the original module for `adapter_name`."""
+        self.original_module.requires_grad_(False)
+        tuned = copy.deepcopy(self.original_module)
         tuned.requires_grad_(adapter_name in self.active_adapters)
         self.surgical_copies[adapter_name] = tuned
 
@@ -48,30 +49,33 @@ class SurgicalLayer(BaseTunerLayer, AuxiliaryTrainingWrapper):
     def _adapters(self) -> set[str]:
         return set(self.surgical_copies)
 
+    def get_base_layer(self) -> nn.Module:
+        return self.original_module
+
     def module_in_use(self) -> nn.Module:
-        """The copy of the active (or merged) adapter, else the base module."""
+        """The copy of the active (or merged) adapter, else the original module."""
         if self._disable_adapters:
-            return self.base_layer
+            return self.original_module
         active = [name for name in self.merged_adapters or self.active_adapters if name in self.surgical_copies]
         if len(active) > 1:
-            raise SurgicalError(f"adapters {active} tune the same block; a full copy cannot be added to another: use one.")
-        return self.surgical_copies[active[0]] if active else self.base_layer
+            raise SurgicalError(
+                f"adapters {active} tune the same block; a full copy cannot be added to another: use one."
+            )
+        return self.surgical_copies[active[0]] if active else self.original_module
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if self._disable_adapters and self.merged:
-            self.unmerge()
         return self.module_in_use()(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         try:
             return nn.Module.__getattr__(self, name)
         except AttributeError:
-            if "base_layer" not in self.__dict__.get("_modules", {}):  # not built yet, e.g. while unpickling
+            if "original_module" not in self.__dict__.get("_modules", {}):  # not built yet, e.g. while unpickling
                 raise
         return getattr(self.module_in_use(), name)
 
     @property
-    def weight(self) -> torch.Tensor:  # PEFT's property would answer with the base weight, not the tuned one
+    def weight(self) -> torch.Tensor:  # PEFT's property would answer with the original weight, not the tuned one
         return self.module_in_use().weight  # type: ignore[return-value]
 
     @property
@@ -92,8 +96,7 @@ class SurgicalLayer(BaseTunerLayer, AuxiliaryTrainingWrapper):
 
     # PEFT deletes once as a tuner layer and once more, with the second argument, as an auxiliary wrapper.
     def delete_adapter(self, adapter_name: str, new_active_adapters: list[str] | None = None) -> None:
-        if adapter_name in self.surgical_copies:
-            BaseTunerLayer.delete_adapter(self, adapter_name)
+        BaseTunerLayer.delete_adapter(self, adapter_name)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Answer with the tuned copy from now on, whatever adapter is active; no weight moves, so unmerging is exact.
@@ -110,7 +113,7 @@ class SurgicalLayer(BaseTunerLayer, AuxiliaryTrainingWrapper):
         if safe_merge:
             for name, weight in self.surgical_copies[names[0]].named_parameters():
                 if not torch.isfinite(weight).all():
-                    raise SurgicalError(f"NaNs detected in the merged weights: {name} of adapter {names[0]!r}.")
+                    raise SurgicalError(f"{name} of adapter {names[0]!r} has NaN or infinite weights: not merged.")
         self.merged_adapters.append(names[0])
 
     def unmerge(self) -> None:
@@ -122,13 +125,12 @@ class SurgicalLayer(BaseTunerLayer, AuxiliaryTrainingWrapper):
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
-        if merge and not self.merged:
-            self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
-        module = self.surgical_copies[self.merged_adapters[0]] if self.merged else self.base_layer
+        # SurgicalModel has merged already if that was asked for
+        module = self.surgical_copies[self.merged_adapters[0]] if self.merged else self.original_module
         return module.requires_grad_(False)
 
     def adapter_state_dict(self, adapter_name: str, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The tuned weights under the base module's own names: no container, no adapter name."""
+        """The tuned weights under the original module's own names: no container, no adapter name."""
         prefix = f"surgical_copies.{adapter_name}."
         return {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
 
@@ -137,6 +139,14 @@ class SurgicalLayer(BaseTunerLayer, AuxiliaryTrainingWrapper):
             return {}
         prefix = f"surgical_copies.{adapter_name}."
         return {key: prefix + key for key in self.surgical_copies[adapter_name].state_dict()}
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        # PEFT goes by `base_layer.weight`, which a whole block does not have; dtypes may differ within one
+        if adapter_name not in self.surgical_copies:
+            return
+        original = self.original_module.state_dict(keep_vars=True)
+        for key, tensor in self.surgical_copies[adapter_name].state_dict(keep_vars=True).items():
+            tensor.data = tensor.data.to(device or original[key].device, original[key].dtype)
 
     def __repr__(self) -> str:
         return "surgical." + nn.Module.__repr__(self)

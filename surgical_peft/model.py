@@ -1,27 +1,21 @@
-"""The tuner: finds the modules of the chosen blocks and wraps them."""
+"""The tuner: wraps the modules of the chosen blocks, and switches, merges and unwraps them."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+import copy
 from typing import Any, ClassVar
 
 from peft import PeftModel, get_peft_model
-from peft.tuners.tuners_utils import (
-    BaseTuner,
-    _ExcludedModule,
-    _maybe_include_all_linear_layers,
-    check_target_module_exists,
-)
+from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 from torch.utils.data import DataLoader
 
-from .blocks import BlockMap, walk
 from .config import SurgicalConfig
 from .errors import SurgicalError
 from .layer import SurgicalLayer
 from .scoring import LossFunction, score_blocks
-from .selection import top_k
+from .targets import check_adapter_names, modules_to_tune
 
 
 class SurgicalModel(BaseTuner):
@@ -40,10 +34,14 @@ class SurgicalModel(BaseTuner):
     def _prepare_model(self, peft_config: SurgicalConfig, model: nn.Module) -> None:
         # Names become modules here, once, before anything is changed. They are not put into target_modules: PEFT
         # condenses a list of 20 and more to suffixes, which would match other blocks too.
+        check_adapter_names(model, self.peft_config, peft_config)
         self._targets = modules_to_tune(model, peft_config)
 
-    def _check_target_module_exists(self, peft_config: SurgicalConfig, key: str) -> bool:  # type: ignore[override]
-        return key in self._targets
+    def _post_injection_hook(self, model: nn.Module, config: SurgicalConfig, adapter_name: str) -> None:
+        self._renew_modes()  # the model may be in train mode already
+
+    def _check_target_module_exists(self, peft_config: SurgicalConfig, key: str) -> bool | _ExcludedModule:
+        return key in self._targets or _ExcludedModule()  # else PEFT warns that exclude_modules had no effect
 
     def _create_and_replace(
         self,
@@ -70,6 +68,47 @@ class SurgicalModel(BaseTuner):
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
         return key  # our keys carry none, and a module may be called as the adapter is
 
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """As PEFT's, but all or nothing: a refused merge leaves no layer merged.
+
+        Raises:
+            SurgicalError: an unknown adapter, or what `SurgicalLayer.merge` refuses.
+        """
+        unknown = [name for name in adapter_names or [] if name not in self.peft_config]
+        if unknown:
+            raise SurgicalError(f"adapter {unknown[0]!r} does not exist. Adapters: {', '.join(self.peft_config)}.")
+        layers = [module for module in self.model.modules() if isinstance(module, SurgicalLayer)]
+        before = [list(layer.merged_adapters) for layer in layers]
+        try:
+            super().merge_adapter(adapter_names, safe_merge)
+        except SurgicalError:
+            for layer, merged in zip(layers, before, strict=True):
+                layer.merged_adapters = merged
+            raise
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        if merge:  # first, so that nothing is unwrapped yet when a layer refuses
+            self.merge_adapter(adapter_names, safe_merge)
+        return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """As PEFT's; if the active adapter goes, the next one is active in all layers."""
+        was_active = adapter_name in self.active_adapters
+        super().delete_adapter(adapter_name)
+        if was_active and self.peft_config:  # PEFT lets each layer choose by itself, and believes the first
+            self.set_adapter(self.active_adapters or [next(iter(self.peft_config))])
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """As PEFT's; in train mode, other blocks are now the tuned ones."""
+        super().set_adapter(adapter_name, inference_mode)
+        self._renew_modes()
+
     def train(self, mode: bool = True) -> SurgicalModel:
         """Set train mode; unless the config says `frozen_eval=False`, all that is not tuned stays in eval mode."""
         super().train(mode)
@@ -77,6 +116,10 @@ class SurgicalModel(BaseTuner):
         if mode and active and all(config.frozen_eval for config in active):
             _eval_frozen(self.model)
         return self
+
+    def _renew_modes(self) -> None:
+        if self.model.training:
+            self.train()
 
 
 def _eval_frozen(module: nn.Module) -> bool:
@@ -86,118 +129,11 @@ def _eval_frozen(module: nn.Module) -> bool:
         if not tuned:
             module.eval()
         return tuned
-    tuned = any([_eval_frozen(child) for child in module.children()])
-    tuned = tuned or any(parameter.requires_grad for parameter in module.parameters(recurse=False))
+    below = [_eval_frozen(child) for child in module.children()]
+    tuned = any(below) or any(parameter.requires_grad for parameter in module.parameters(recurse=False))
     if not tuned:
         module.training = False
     return tuned
-
-
-def modules_to_tune(model: nn.Module, config: SurgicalConfig) -> set[str]:
-    """Paths of the modules that `config` asks to tune in `model`; settles `config.blocks` to the final block names.
-
-    Raises:
-        SurgicalError: blocks that do not exist, `target_modules` that match nothing inside them, a tied weight, or a
-            module already tuned, as part or as whole, by another adapter. The model is left as it was.
-    """
-    if config.blocks == "auto":
-        raise SurgicalError(
-            "blocks='auto' needs data to choose by: call get_surgical_model(model, config, dataloader), which scores "
-            "the blocks and then calls get_peft_model."
-        )
-    _maybe_include_all_linear_layers(config, model)
-    inside = None
-    if config.blocks is not None:
-        blocks = BlockMap.find(model)
-        names = blocks.parse(config.blocks)
-        inside = [path for name in names for path in blocks.modules[name]]
-        config.blocks = list(names)
-    if config.target_modules:
-        targets = _matching(model, config, inside)
-    else:
-        targets = [path for path in inside or [] if not _excluded(config, path)]
-    if not targets:
-        where = "the model" if inside is None else f"blocks {config.blocks}"
-        raise SurgicalError(
-            f"target_modules={config.target_modules!r} with exclude_modules={config.exclude_modules!r} match no module "
-            f"of {where}. Names inside: {_some_names(model, inside)}."
-        )
-    _check_wrappable(model, targets)
-    if config.modules_to_save:
-        _leave_out_tuned(model, config, targets)
-    return set(targets)
-
-
-def _matching(model: nn.Module, config: SurgicalConfig, inside: list[str] | None) -> list[str]:
-    """The outermost modules that match `target_modules`, within the paths `inside` if given."""
-    found: list[str] = []
-    for path, _ in walk(model):
-        if not path or any(path.startswith(outer + ".") for outer in found):
-            continue
-        if inside is not None and not any(path == home or path.startswith(home + ".") for home in inside):
-            continue
-        match = check_target_module_exists(config, path)
-        if match and not isinstance(match, _ExcludedModule):
-            found.append(path)
-    return found
-
-
-def _excluded(config: SurgicalConfig, path: str) -> bool:
-    if not config.exclude_modules:
-        return False
-    probe = SurgicalConfig(target_modules=[path], exclude_modules=config.exclude_modules)
-    return isinstance(check_target_module_exists(probe, path), _ExcludedModule)
-
-
-def _check_wrappable(model: nn.Module, targets: list[str]) -> None:
-    modules = dict(walk(model))
-    wrapped = {path for path, module in model.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)}
-    for path in targets:
-        if path not in modules:
-            raise SurgicalError(
-                f"{path} is a parameter of {type(model).__name__} itself, not of a module inside it, and cannot be "
-                "tuned as a block yet. Choose other blocks, or name modules with target_modules."
-            )
-        for other in wrapped - {path}:
-            if path.startswith(other + ".") or other.startswith(path + "."):
-                raise SurgicalError(
-                    f"{path} cannot be tuned: another adapter already tunes {other}. Adapters share a model only if "
-                    "they choose the same modules or separate ones."
-                )
-    named = list(model.named_parameters(remove_duplicate=False))
-    holders: dict[int, list[str]] = {}
-    for name, parameter in named:
-        holders.setdefault(id(parameter), []).append(name)
-    for path in targets:
-        for name, parameter in named:
-            shared = [other for other in holders[id(parameter)] if not other.startswith(path + ".")]
-            if name.startswith(path + ".") and shared:
-                raise SurgicalError(
-                    f"{name} is tied to {', '.join(shared)}: a tuned copy of one end would leave the other as it was. "
-                    "Load the model with tie_word_embeddings=False, or choose other blocks."
-                )
-
-
-def _leave_out_tuned(model: nn.Module, config: SurgicalConfig, targets: list[str]) -> None:
-    """Take from `modules_to_save` what is tuned anyway (PEFT adds the head of a SEQ_CLS model by itself)."""
-    rest = []
-    for name in config.modules_to_save or []:
-        paths = [path for path, _ in walk(model) if path == name or path.endswith("." + name)]
-        parts = [path for path in paths for target in targets if path.startswith(target + ".")]
-        if parts:
-            raise SurgicalError(
-                f"modules_to_save={name!r} names {parts[0]}, which lies inside a module that is tuned as a whole: "
-                "leave it out of modules_to_save."
-            )
-        if not any(path in targets for path in paths):
-            rest.append(name)
-    config.modules_to_save = rest or None
-
-
-def _some_names(model: nn.Module, inside: list[str] | None) -> str:
-    paths = [p for p, _ in walk(model) if p and (inside is None or any(p.startswith(home + ".") for home in inside))]
-    ends = dict.fromkeys(path.rpartition(".")[2] for path in paths)
-    return ", ".join(name for name in list(ends)[:30] if not name.isdigit()) or "none"
 
 
 def get_surgical_model(
@@ -228,15 +164,13 @@ def get_surgical_model(
         >>> model.peft_config["default"].blocks
         ['embeddings', 'head']
     """
+    config = copy.deepcopy(config)
     if config.blocks == "auto":
         if dataloader is None:
             raise SurgicalError(
-                "blocks='auto' needs data to choose by: get_surgical_model(model, config, dataloader) with labelled batches."
+                "blocks='auto' needs data to choose by: get_surgical_model(model, config, dataloader) with labelled "
+                "batches."
             )
-        criterion, num_blocks = config.criterion or "rgn", config.num_blocks or 2
-        scores = score_blocks(model, dataloader, criterion=criterion, num_batches=num_batches, loss_fn=loss_fn)
-        chosen = top_k(scores, num_blocks)
-        config = replace(
-            config, blocks=list(chosen.blocks), selection=chosen.record, criterion=None, num_blocks=None
-        )
+        criterion = config.criterion or "rgn"
+        config = config.settled(score_blocks(model, dataloader, criterion, num_batches=num_batches, loss_fn=loss_fn))
     return get_peft_model(model, config, **kwargs)

@@ -21,7 +21,7 @@ def resolve(name: str, package: ModuleType) -> Callable[..., Any]:
     """The function that `name` stands for: one that `package` exports, or the user's own as `"package.module:name"`.
 
     Raises:
-        SurgicalError: no such name; the message gives the nearest one and lists all.
+        SurgicalError: no such name (the message gives the nearest one and lists all), or not of a function.
 
     Example:
         >>> resolve("rgn", criteria)
@@ -33,9 +33,12 @@ def resolve(name: str, package: ModuleType) -> Callable[..., Any]:
     if ":" in name:
         module_name, _, attribute = name.partition(":")
         try:
-            return getattr(importlib.import_module(module_name), attribute)
-        except (ImportError, AttributeError) as error:
+            found = getattr(importlib.import_module(module_name), attribute)
+        except (ImportError, AttributeError, ValueError, TypeError) as error:
             raise SurgicalError(f"{name!r} cannot be imported: {error}. Write 'package.module:name'.") from error
+        if not callable(found):
+            raise SurgicalError(f"{name!r} is a {type(found).__name__}, not a function.")
+        return found
     raise SurgicalError(
         f"{name!r} is none of the {kind}: {nearest(name, package.__all__)}There are: {', '.join(package.__all__)}; "
         "your own as 'package.module:name'."

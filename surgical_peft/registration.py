@@ -22,15 +22,22 @@ def register() -> None:
         SurgicalError: another package, or a later PEFT, already uses the name or the prefix.
     """
     key: Any = SurgicalPeftType.SURGICAL
-    present = PEFT_TYPE_TO_TUNER_MAPPING.get(key)
-    if present is SurgicalModel:
-        return
-    users = [str(name) for name, prefix in PEFT_TYPE_TO_PREFIX_MAPPING.items() if prefix == SurgicalModel.prefix]
-    if present is not None or users:
+    ours = _full_name(SurgicalModel)
+    users = [
+        _full_name(PEFT_TYPE_TO_TUNER_MAPPING[name])
+        for name, prefix in PEFT_TYPE_TO_PREFIX_MAPPING.items()
+        if name == key or prefix == SurgicalModel.prefix
+    ]
+    others = [user for user in users if user != ours]  # ours may be there, from before a reload
+    if others:
         raise SurgicalError(
-            f"PEFT already has a method {key.value!r} or a prefix {SurgicalModel.prefix!r} "
-            f"({present or ', '.join(users)}): it cannot be used beside surgical_peft in one process."
+            f"PEFT already knows {others[0]} under the name {key.value!r} or the prefix {SurgicalModel.prefix!r}, and "
+            f"{ours} needs both: use them in separate processes."
         )
     PEFT_TYPE_TO_CONFIG_MAPPING[key] = SurgicalConfig
     PEFT_TYPE_TO_TUNER_MAPPING[key] = SurgicalModel
     PEFT_TYPE_TO_PREFIX_MAPPING[key] = SurgicalModel.prefix
+
+
+def _full_name(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"

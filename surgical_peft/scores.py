@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -40,6 +41,11 @@ class BlockScores:
     num_batches: int
     model_name: str
 
+    def __post_init__(self) -> None:
+        wrong = ", ".join(f"{name} ({value})" for name, value in self.values.items() if not math.isfinite(value))
+        if wrong:
+            raise SurgicalError(f"scores that are NaN or infinite can be neither ranked nor saved: {wrong}.")
+
     def normalized(self, how: str = "max") -> dict[str, float]:
         """Scores between 0 and 1 (`"max"`: divided by the largest; `"minmax"`: smallest 0, largest 1).
 
@@ -47,10 +53,10 @@ class BlockScores:
         get 1.0.
 
         Raises:
-            SurgicalError: unknown `how`, or all scores are zero.
+            SurgicalError: unknown `how`, all scores are zero, or `"max"` of scores below zero.
         """
         inside = {name: value for name, value in self.values.items() if not is_head(self.blocks[name])}
-        return {**{name: 1.0 for name in self.values}, **normalize(inside, how)}
+        return {**dict.fromkeys(self.values, 1.0), **normalize(inside, how)}
 
     def table(self) -> Table:
         """A table of unit, parameters, score and a bar."""
@@ -66,10 +72,9 @@ class BlockScores:
         return table
 
     def __str__(self) -> str:
-        console = Console(file=io.StringIO(), width=100)
-        console.print(self.table())
-        assert isinstance(console.file, io.StringIO)
-        return console.file.getvalue().rstrip()
+        text = io.StringIO()  # wide enough for any name; a notebook would otherwise get the table beside the string
+        Console(file=text, width=1000, color_system=None, force_jupyter=False).print(self.table())
+        return text.getvalue().rstrip()
 
     def to_json(self) -> str:
         """The scores as JSON; [`from_json`][surgical_peft.BlockScores.from_json] gives them back equal."""
@@ -86,7 +91,7 @@ class BlockScores:
             data = json.loads(text)
             return cls(**{**data, "unscored": tuple(data["unscored"])})
         except (ValueError, TypeError, KeyError) as error:
-            raise SurgicalError(f"this is not the JSON of block scores: {error}. It is written by to_json().") from error
+            raise SurgicalError(f"this is not the JSON of block scores, as to_json() writes it: {error}") from error
 
     def save(self, path: str | Path) -> None:
         """Write the JSON to `path`, whole or not at all."""
@@ -111,14 +116,16 @@ def is_head(block: str) -> bool:
 
 def normalize(values: dict[str, float], how: str) -> dict[str, float]:
     """`"max"`: each value divided by the largest (the paper's code). `"minmax"`: smallest to 0, largest to 1."""
+    if how not in ("max", "minmax"):
+        raise SurgicalError(f"normalize={how!r} is unknown. There are: max, minmax.")
     if not values:
         return {}
     low, high = min(values.values()), max(values.values())
-    if how not in ("max", "minmax"):
-        raise SurgicalError(f"normalize={how!r} is unknown. There are: max, minmax.")
-    if high == 0:
-        raise SurgicalError("all scores are zero: the loss does not depend on these blocks, so they cannot be compared.")
+    if low == high == 0:
+        raise SurgicalError("all scores are zero: the loss does not depend on these blocks, so they do not compare.")
     if how == "max":
+        if low < 0:
+            raise SurgicalError(f"the lowest score is {low:.4g}; below zero 'max' has no meaning: use 'minmax'.")
         return {name: value / high for name, value in values.items()}
     if high == low:
         return dict.fromkeys(values, 1.0)

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from . import criteria
-from .blocks import BlockMap, clean_name, idle_parameters
+from .blocks import BlockMap
 from .errors import SurgicalError
-from .names import resolve
+from .names import nearest, resolve
 from .scores import BlockScores
+from .wrappers import clean_name, idle_parameters
 
 Criterion = Callable[[Sequence[Tensor], Sequence[Tensor]], float]
 LossFunction = Callable[[nn.Module, Any], Tensor]
@@ -56,7 +57,10 @@ def score_blocks(
         >>> print(scores)
     """
     if granularity not in GRANULARITIES:
-        raise SurgicalError(f"granularity={granularity!r} is unknown. There are: {', '.join(GRANULARITIES)}.")
+        raise SurgicalError(
+            f"granularity={granularity!r} is unknown: {nearest(granularity, GRANULARITIES)}"
+            f"There are: {', '.join(GRANULARITIES)}."
+        )
     if num_batches < 1:
         raise SurgicalError(f"num_batches={num_batches} is out of range: score on at least 1 batch.")
     score = resolve(criterion, criteria) if isinstance(criterion, str) else criterion
@@ -65,6 +69,8 @@ def score_blocks(
     with _as_it_was(model):
         units = _units(model, blocks, granularity)
         zero = [name for name, unit in units.items() if not any(bool(weight.any()) for weight in unit)]
+        for weight in (weight for name in zero for weight in units[name]):
+            weight.requires_grad_(False)  # nobody reads its gradient
         scored = {name: unit for name, unit in units.items() if name not in zero}
         reader = _GradientReader(scored, score)
         batches = 0
@@ -79,7 +85,7 @@ def score_blocks(
         sizes={name: sum(weight.numel() for weight in unit) for name, unit in scored.items()},
         blocks={name: name if granularity == "block" else blocks.block_of(name) for name in scored},
         unscored=tuple(zero),
-        criterion=criterion if isinstance(criterion, str) else f"{score.__module__}:{score.__qualname__}",
+        criterion=criterion if isinstance(criterion, str) else _name_of(criterion),
         granularity=granularity,
         num_batches=batches,
         model_name=blocks.model_name,
@@ -87,48 +93,78 @@ def score_blocks(
 
 
 class _GradientReader:
-    """Collects a unit's gradients during backward, scores them when the last one is in, and frees them."""
+    """Waits during backward until all gradients of a unit are in, scores them and frees them at once."""
 
     def __init__(self, units: dict[str, list[nn.Parameter]], score: Criterion) -> None:
         self.units = units
         self.score = score
         self.values: dict[str, list[float]] = {name: [] for name in units}
-        self.pending: dict[str, dict[int, Tensor]] = {}
+        self.awaited: dict[str, set[int]] = {}
         self.batch = 0
         self._owner = {id(weight): name for name, unit in units.items() for weight in unit}
 
     def read(self, loss: Tensor, batch: int) -> None:
         self.batch = batch
-        self.pending = {name: {} for name in self.units}
+        reached = _leaves(loss)
+        for name, unit in self.units.items():
+            ids = {id(weight) for weight in unit}
+            self.awaited[name] = ids & reached or ids
         hooks = [w.register_post_accumulate_grad_hook(self._take) for unit in self.units.values() for w in unit]
         try:
             loss.backward()
         finally:
             for hook in hooks:
                 hook.remove()
-        for name in list(self.pending):  # units of which some weight took no part in this batch
+        for name in list(self.awaited):  # units that take no part in this batch
             self._finish(name)
 
     def _take(self, weight: Tensor) -> None:
         name = self._owner[id(weight)]
-        assert weight.grad is not None
-        self.pending[name][id(weight)] = weight.grad
-        weight.grad = None
-        if len(self.pending[name]) == len(self.units[name]):
+        if name not in self.awaited:
+            raise SurgicalError(
+                f"{name!r} got a gradient that the graph did not announce, so its score would be wrong: with gradient "
+                "checkpointing, use use_reentrant=False."
+            )
+        self.awaited[name].discard(id(weight))
+        if not self.awaited[name]:
             self._finish(name)
 
     def _finish(self, name: str) -> None:
-        grads = self.pending.pop(name)
+        del self.awaited[name]
         weights = self.units[name]
-        aligned = [grads[id(w)] if id(w) in grads else w.new_zeros(()).expand_as(w) for w in weights]
+        grads = [w.new_zeros(()).expand_as(w) if w.grad is None else w.grad for w in weights]
         with torch.no_grad():
-            value = float(self.score([w.detach() for w in weights], aligned))
+            value = float(self.score([w.detach() for w in weights], grads))
+        for weight in weights:
+            weight.grad = None
         if not np.isfinite(value):
             raise SurgicalError(
                 f"the gradient of {name!r} in batch {self.batch} gives the score {value}: it is NaN or infinite. Look "
                 "at that batch for bad inputs or labels, or score in float32 or bfloat16 instead of float16."
             )
         self.values[name].append(value)
+
+
+def _leaves(loss: Tensor) -> set[int]:
+    """`id`s of the parameters that the backward pass will reach: an expert without a token in the batch is not one."""
+    leaves: set[int] = set()
+    seen, ahead = {loss.grad_fn}, [loss.grad_fn]
+    while ahead:
+        node: Any = ahead.pop()
+        if node is None:
+            continue
+        if hasattr(node, "variable"):
+            leaves.add(id(node.variable))
+        new = {following for following, _ in node.next_functions} - seen
+        seen |= new
+        ahead += new
+    return leaves
+
+
+def _name_of(criterion: Criterion) -> str:
+    """`package.module:name` of a function, or of the class of a callable object."""
+    function: Any = criterion if hasattr(criterion, "__qualname__") else type(criterion)
+    return f"{function.__module__}:{function.__qualname__}"
 
 
 def _units(model: nn.Module, blocks: BlockMap, granularity: str) -> dict[str, list[nn.Parameter]]:

@@ -33,7 +33,9 @@ def top_k(scores: BlockScores, k: int) -> Selection:
         ('embeddings', 'head')
     """
     if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= len(scores.values):
-        raise SurgicalError(f"k={k!r} is out of range: {scores.model_name} has {len(scores.values)} scored blocks.")
+        raise SurgicalError(
+            f"k={k!r} is not a whole number from 1 to {len(scores.values)}, the number of scored blocks."
+        )
     return _selection(scores, _ranked(scores)[:k], rule="top_k", k=k)
 
 
@@ -65,7 +67,9 @@ def above(scores: BlockScores, threshold: float, normalized: str | None = None) 
     values = normalize(scores.values, normalized) if normalized else scores.values
     chosen = [name for name, value in values.items() if value > threshold]
     if not chosen:
-        raise SurgicalError(f"no block scores above {threshold}: the highest is {max(values.values()):.4g}. Lower the threshold.")
+        raise SurgicalError(
+            f"no block scores above {threshold}: the highest is {max(values.values()):.4g}. Lower the threshold."
+        )
     return _selection(scores, chosen, rule="above", threshold=threshold, normalized=normalized)
 
 
@@ -88,7 +92,7 @@ def within_budget(scores: BlockScores, max_parameters: int) -> Selection:
     if not chosen:
         smallest = min(scores.sizes, key=scores.sizes.__getitem__)
         raise SurgicalError(
-            f"max_parameters={max_parameters} fits no block: the smallest, {smallest!r}, has {scores.sizes[smallest]:,}."
+            f"max_parameters={max_parameters} fits no block: the smallest is {smallest!r}, {scores.sizes[smallest]}."
         )
     return _selection(scores, chosen, rule="within_budget", max_parameters=max_parameters)
 
@@ -99,7 +103,9 @@ def _ranked(scores: BlockScores) -> list[str]:
 
 def _selection(scores: BlockScores, chosen: list[str], **how: Any) -> Selection:
     if scores.granularity != "block":
-        raise SurgicalError(f"these are scores of {scores.granularity}s; a selection is made of blocks: score with granularity='block'.")
+        raise SurgicalError(
+            f"these are scores of {scores.granularity}s, and a selection is made of blocks: use granularity='block'."
+        )
     record = {
         **how,
         "criterion": scores.criterion,

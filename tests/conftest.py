@@ -1,4 +1,4 @@
-"""Keeps the suite offline, quiet and on two threads, before transformers is imported."""
+"""Keeps the suite offline, quiet and on one thread (the toys are too small for more), before torch is imported."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["OMP_NUM_THREADS"] = "1"  # for subprocesses too
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from transformers.utils import logging
 
 from .toys import TOYS, Toy
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 logging.set_verbosity_error()
 logging.disable_progress_bar()
 

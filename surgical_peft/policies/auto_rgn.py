@@ -12,9 +12,7 @@ from ..scores import BlockScores, is_head, normalize
 from .policy import Policy, Unit
 
 
-def auto_rgn(
-    every: str = "step", granularity: str = "block", normalized: str = "max", num_batches: int = 5
-) -> Policy:
+def auto_rgn(every: str = "step", granularity: str = "block", normalized: str = "max", num_batches: int = 5) -> Policy:
     """Learning rates in proportion to the relative gradient norm `||g|| / ||theta||`, scaled to at most 1.
 
     The head keeps the full rate and stays outside the scaling, and so do units that are all zero: both have large
@@ -43,7 +41,8 @@ def auto_rgn(
             raise SurgicalError(f"{name}={value!r} is unknown to auto_rgn. There are: {', '.join(known)}.")
     if num_batches < 1:
         raise SurgicalError(f"num_batches={num_batches} is out of range: score on at least 1 batch.")
-    return AutoRGN(granularity=granularity, probe_batches=num_batches if every == "epoch" else 0, normalized=normalized)
+    probe_batches = num_batches if every == "epoch" else 0
+    return AutoRGN(granularity=granularity, probe_batches=probe_batches, normalized=normalized)
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,11 @@ class AutoRGN(Policy):
         if self.probe_batches:
             return None
         values = relative_gradient_norms([unit.parameters for unit in units])
-        inside = {unit.name: value for unit, value in zip(units, values, strict=True) if self._is_scaled(unit, value)}
+        inside = {
+            unit.name: value
+            for unit, value in zip(units, values, strict=True)
+            if not (is_head(unit.block) or math.isnan(value))
+        }
         if not all(map(math.isfinite, inside.values())) or not any(inside.values()):
             return None  # a step that the gradient scaler will skip, or nothing to compare: rates stay as they are
         return {**{unit.name: 1.0 for unit in units}, **normalize(inside, self.normalized)}
@@ -63,7 +66,3 @@ class AutoRGN(Policy):
         names = [unit.name for unit in units if unit.name in scores.values and not is_head(unit.block)]
         inside = {name: scores.values[name] for name in names}
         return {**{unit.name: 1.0 for unit in units}, **normalize(inside, self.normalized)}
-
-    @staticmethod
-    def _is_scaled(unit: Unit, value: float) -> bool:
-        return not is_head(unit.block) and value != math.inf

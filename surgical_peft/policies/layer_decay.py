@@ -13,7 +13,7 @@ def layer_decay(decay: float = 0.75) -> Policy:
     """Layer-wise learning-rate decay: block `i` of `L` trains at `decay ** (L + 1 - i)` times the rate.
 
     Embeddings count as 0, the repeated blocks as 1 to L (an encoder's before its decoder's), the final norm and the
-    head as L + 1, so the head has the full rate.
+    head of a stack as one more than its last block, so the model's head has the full rate.
 
     Args:
         decay: factor from a block to the one below it, more than 0, at most 1. MAE uses 0.65 to 0.75 for ViTs.
@@ -21,7 +21,7 @@ def layer_decay(decay: float = 0.75) -> Policy:
     Source: the rule of ELECTRA, BEiT, MAE and timm (`param_groups_layer_decay`).
 
     Example:
-        >>> trainer = Trainer(..., optimizer_cls_and_kwargs=surgical_optimizer(args, policy=policies.layer_decay(0.75)))
+        >>> trainer = Trainer(..., optimizer_cls_and_kwargs=surgical_optimizer(args, policies.layer_decay(0.75)))
     """
     if not 0 < decay <= 1:
         raise SurgicalError(f"decay={decay} is out of range: more than 0, at most 1.")

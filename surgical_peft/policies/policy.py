@@ -40,7 +40,10 @@ class Policy:
         return {}
 
     def step_multipliers(self, units: Sequence[Unit]) -> dict[str, float] | None:
-        """Factors for this step by unit, 0 upwards, read off `parameter.grad`; None = as they were."""
+        """Factors for this step by unit, 0 upwards, read off `parameter.grad`; None = as they were.
+
+        Asked before the optimizer steps, so with `step(closure)` the gradients are those of the step before.
+        """
         return None
 
     def multipliers_from(self, scores: BlockScores, units: Sequence[Unit]) -> dict[str, float]:

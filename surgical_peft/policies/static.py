@@ -14,7 +14,7 @@ def static(multipliers: Mapping[int | str, float] | None = None) -> Policy:
 
     Args:
         multipliers: block (anything [`BlockMap.parse`][surgical_peft.BlockMap.parse] takes) -> factor, more than 0. A
-            block that is not to be trained is left out of `blocks`, not given 0.
+            block that is not to be trained is left out of `blocks`, not given 0; one named by two keys is an error.
 
     Example:
         >>> policy = policies.static({"0:4": 0.1, "head": 10})
@@ -27,4 +27,7 @@ class Static(Policy):
     given: tuple[tuple[int | str, float], ...] = ()
 
     def base_multipliers(self, blocks: BlockMap) -> dict[str, float]:
-        return {block: float(factor) for spec, factor in self.given for block in blocks.parse(spec)}
+        factors = [(block, float(factor)) for spec, factor in self.given for block in blocks.parse(spec)]
+        if factors:
+            blocks.parse([block for block, _ in factors])  # refuses a block that two keys name
+        return dict(factors)

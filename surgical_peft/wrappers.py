@@ -1,0 +1,67 @@
+"""Sees through what DDP, FSDP, `torch.compile`, checkpointing and PEFT put around a model, its modules and names."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+_INNER = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "base_layer", "original_module")
+_ANYWHERE = re.compile(rf"(?:(?<=\.)|^)(?:{'|'.join(_INNER)})(?:\.|$)")
+_COPIES = re.compile(
+    r"(?:(?<=\.)|^)(?:surgical_copies|modules_to_save)\.[^.]+(?:\.|$)"
+)  # followed by the adapter name
+_FRONT = re.compile(r"^(?:module\.|base_model\.model\.)+")
+
+
+def clean_name(name: str) -> str:
+    """A parameter's name in the bare model: without what containers and PEFT's wrappers put before or into it.
+
+    Example:
+        >>> clean_name("module._orig_mod.base_model.model.vit.layers.1.surgical_copies.default.mlp.fc1.weight")
+        'vit.layers.1.mlp.fc1.weight'
+    """
+    return _FRONT.sub("", _COPIES.sub("", _ANYWHERE.sub("", name))).rstrip(".")
+
+
+def bare(model: nn.Module) -> nn.Module:
+    """The user's own model inside DDP, FSDP, `torch.compile` and `PeftModel`, in whatever order they were put on."""
+    model = seen_through(model)
+    if list(model._modules) == ["module"]:
+        return bare(model.get_submodule("module"))
+    if "base_model" in model._modules:
+        tuner = seen_through(model.get_submodule("base_model"))
+        if "model" in tuner._modules:
+            return bare(tuner.get_submodule("model"))
+    return model
+
+
+def seen_through(module: nn.Module) -> nn.Module:
+    """The module that a wrapper stands for, e.g. its `base_layer`; the module itself if it is none."""
+    while (inner := next((module._modules[name] for name in _INNER if name in module._modules), None)) is not None:
+        module = inner
+    return module
+
+
+def walk(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """`named_modules` of the bare model: wrappers are seen through, so paths carry no container."""
+    module = seen_through(module)
+    yield path, module
+    for name, child in module.named_children():
+        yield from walk(child, f"{path}.{name}" if path else name)
+
+
+def idle_parameters(model: nn.Module) -> set[int]:
+    """`id`s of what PEFT keeps beside the weights in use: wrapped originals and copies of inactive adapters."""
+    idle: set[int] = set()
+    for module in model.modules():
+        copies = module._modules.get("surgical_copies") or module._modules.get("modules_to_save")
+        if isinstance(copies, nn.ModuleDict):
+            wrapper: Any = module
+            active = [] if wrapper.disable_adapters else [name for name in wrapper.active_adapters if name in copies]
+            used = copies[active[0]] if active else seen_through(module)
+            ids = {id(parameter) for parameter in used.parameters()}
+            idle |= {id(parameter) for parameter in module.parameters()} - ids
+    return idle

@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from surgical_peft.cli import main
+
+ROOT = Path(__file__).parents[1]
+VIT = ROOT / "recipes" / "fashion_mnist" / "vit"
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    """The command line in this process; returns its exit code."""
+    monkeypatch.setattr(sys, "argv", ["surgical-peft", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    return int(stop.value.code or 0)
+
+
+def test_blocks_as_a_table_and_as_json(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(monkeypatch, "blocks", str(VIT)) == 0
+    table = capsys.readouterr().out
+    assert "embeddings" in table and "vit.layers.5" in table and "205,962" in table
+    assert run(monkeypatch, "blocks", str(VIT), "--json") == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert sum(row["parameters"] for row in rows) == 205_962
+    assert [row["block"] for row in rows][-1] == "head"
+
+
+def test_score_and_its_picture(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    recipe = str(ROOT / "recipes" / "noise.yaml")
+    assert run(monkeypatch, "score", recipe, "--json", "--plot", str(tmp_path / "scores.png")) == 0
+    assert set(json.loads(capsys.readouterr().out)["values"]) >= {"embeddings", "0", "head"}
+    assert (tmp_path / "scores.png").stat().st_size > 10_000
+
+
+def test_train_prints_json_alone(tmp_path: Path) -> None:
+    """In a process of its own: Trainer prints its logs to the same stream."""
+    recipe = tmp_path / "recipe.yaml"
+    text = (
+        f"model: {VIT}\ndata: {VIT.parent / 'target-1'}\nblocks: [0]\nmax_steps: 2\nlogging_steps: 1\nuse_cpu: true\n"
+    )
+    recipe.write_text(text + f"logging_strategy: steps\noutput_dir: {tmp_path / 'run'}\n")
+    command = [sys.executable, "-m", "surgical_peft", "train", str(recipe), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    report = json.loads(done.stdout)
+    assert report["blocks"] == ["0"]
+    assert (tmp_path / "run" / "adapter" / "adapter_config.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["blocks", "no-such/model"], "the model 'no-such/model' cannot be loaded"),
+        (["score", "no.yaml"], "there is no recipe 'no.yaml'"),
+        (["train", "{tmp}/typo.yaml"], "did you mean 'learning_rate'"),
+    ],
+)
+def test_an_error_is_one_message_and_exit_code_2(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    arguments: list[str],
+    message: str,
+) -> None:
+    (tmp_path / "typo.yaml").write_text("model: m\ndata: d\nlerning_rate: 1\n")
+    assert run(monkeypatch, *(each.format(tmp=tmp_path) for each in arguments)) == 2
+    captured = capsys.readouterr()
+    assert message in " ".join(captured.err.split())
+    assert "Traceback" not in captured.err and captured.out == ""
+
+
+def test_debug_shows_the_traceback() -> None:
+    command = [sys.executable, "-m", "surgical_peft", "--debug", "score", "no.yaml"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "Traceback" in done.stderr and "SurgicalError" in done.stderr
+
+
+def test_help_names_every_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(monkeypatch, "--help") == 0
+    text = capsys.readouterr().out
+    assert all(command in text for command in ("blocks", "score", "train", "quickstart"))

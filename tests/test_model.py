@@ -1,0 +1,276 @@
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from surgical_peft import (
+    BlockScores,
+    SurgicalConfig,
+    SurgicalError,
+    SurgicalModel,
+    get_surgical_model,
+    score_blocks,
+    top_k,
+)
+from surgical_peft.layer import SurgicalLayer
+
+from .toys import TOYS, Batch, Toy
+
+
+def logits(model: nn.Module, batch: Batch) -> Tensor:
+    with torch.no_grad():
+        return model(**batch).logits
+
+
+def nudge(model: nn.Module) -> nn.Module:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1)
+    return model
+
+
+def layers(model: nn.Module) -> list[SurgicalLayer]:
+    return [module for module in model.modules() if isinstance(module, SurgicalLayer)]
+
+
+# frozen_eval
+
+
+class ConvNet(nn.Module):
+    """Blocks with BatchNorm and dropout; every number of its forward depends on their modes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4))
+        self.layers = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Dropout(0.5)) for _ in range(3)
+        )
+        self.dropout = nn.Dropout(0.5)
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(self.dropout(x.mean((2, 3))))
+
+
+def in_train_mode(model: nn.Module) -> set[str]:
+    """Leaf modules in train mode, as the forward pass meets them."""
+    met: set[str] = set()
+    names = {module: name for name, module in model.named_modules()}
+    hooks = [
+        module.register_forward_pre_hook(lambda module, _: met.add(names[module]) if module.training else None)
+        for module in model.modules()
+        if not list(module.children())
+    ]
+    model(torch.ones(2, 1, 4, 4))
+    for hook in hooks:
+        hook.remove()
+    return {name.removeprefix("base_model.model.") for name in met}
+
+
+TUNED_ONE = {f"layers.1.surgical_copies.default.{index}" for index in range(3)}
+
+
+@pytest.mark.parametrize("mode_before", [True, False])
+def test_in_train_mode_only_tuned_modules_train(mode_before: bool) -> None:
+    model = get_peft_model(ConvNet().train(mode_before), SurgicalConfig(blocks=[1]))
+    model.train()
+    assert in_train_mode(model) == TUNED_ONE
+    model.eval()
+    assert not any(module.training for module in model.modules())
+
+
+def test_a_model_wrapped_in_train_mode_needs_no_further_call() -> None:
+    assert in_train_mode(get_peft_model(ConvNet().train(), SurgicalConfig(blocks=[1]))) == TUNED_ONE
+    assert in_train_mode(get_peft_model(ConvNet().eval(), SurgicalConfig(blocks=[1]))) == set()
+
+
+def test_frozen_eval_can_be_turned_off() -> None:
+    model = get_peft_model(ConvNet(), SurgicalConfig(blocks=[1], frozen_eval=False))
+    model.train()
+    assert {"stem.0", "stem.1", "layers.0.2", "dropout", "head"} < in_train_mode(model)
+
+
+def test_switching_adapters_switches_modes() -> None:
+    """The blocks of the adapter before stayed in train mode, those of the new one in eval mode."""
+    model = get_peft_model(ConvNet(), SurgicalConfig(blocks=[1]))
+    model.add_adapter("second", SurgicalConfig(blocks=[2]))
+    model.train()
+    assert in_train_mode(model) == TUNED_ONE
+    model.set_adapter("second")
+    assert in_train_mode(model) == {f"layers.2.surgical_copies.second.{index}" for index in range(3)}
+    model.eval()
+    model.set_adapter("default")
+    assert in_train_mode(model) == set()
+
+
+def test_a_new_head_trains_too() -> None:
+    model = get_peft_model(ConvNet(), SurgicalConfig(blocks=[1], modules_to_save=["head"])).train()
+    assert in_train_mode(model) == TUNED_ONE | {"head.modules_to_save.default"}
+
+
+@pytest.mark.parametrize("frozen_eval", [True, False])
+def test_batchnorm_statistics_of_frozen_blocks_stand_still(frozen_eval: bool) -> None:
+    model = get_peft_model(ConvNet(), SurgicalConfig(blocks=[1], frozen_eval=frozen_eval))
+    before = copy.deepcopy(dict(model.named_buffers()))
+    model.train()
+    model(torch.randn(4, 1, 4, 4)).sum().backward()
+    moved = {name for name, buffer in model.named_buffers() if not torch.equal(buffer, before[name])}
+    tuned = {name for name in before if ".surgical_copies." in name}
+    assert tuned <= moved
+    assert (moved == tuned) is frozen_eval
+
+
+def test_tuned_batchnorm_statistics_are_saved(tmp_path: Path) -> None:
+    source = ConvNet().eval()
+    model = get_peft_model(copy.deepcopy(source), SurgicalConfig(blocks=[1])).train()
+    x = torch.randn(4, 1, 4, 4)
+    model(x)
+    model.eval().save_pretrained(tmp_path)
+    assert torch.equal(PeftModel.from_pretrained(source, tmp_path)(x), model(x))
+
+
+# merging and deleting
+
+
+def test_a_refused_merge_merges_nothing() -> None:
+    """Layers before the one that refused were merged, or even unwrapped."""
+    model = nudge(get_peft_model(TOYS["vit"].model(), SurgicalConfig(blocks=["0:3"])))
+    model.add_adapter("second", SurgicalConfig(blocks=["2:4"]))
+    expected = logits(model, TOYS["vit"].batch())
+    layers(model)[2].surgical_copies["default"].mlp.fc1.weight.data[0, 0] = float("nan")
+    refused: list[tuple[dict[str, Any], str]] = [
+        ({"safe_merge": True}, r"mlp\.fc1\.weight of adapter 'default' has NaN"),
+        ({"adapter_names": ["default", "second"]}, "merge one"),
+        ({"adapter_names": ["nope"]}, "adapter 'nope' does not exist. Adapters: default, second"),
+    ]
+    for kwargs, message in refused:
+        for merge in (model.merge_adapter, model.merge_and_unload):
+            with pytest.raises(SurgicalError, match=message):
+                merge(**kwargs)
+            assert len(layers(model)) == 4
+            assert not any(layer.merged for layer in layers(model))
+    layers(model)[2].surgical_copies["default"].mlp.fc1.weight.data[0, 0] = 0.0
+    assert logits(model, TOYS["vit"].batch()).shape == expected.shape
+
+
+def test_a_named_adapter_is_merged_whatever_is_active(vit: Toy) -> None:
+    model = nudge(get_peft_model(vit.model(), SurgicalConfig(blocks=[0])))
+    tuned = logits(model, vit.batch())
+    model.add_adapter("second", SurgicalConfig(blocks=[0]))
+    model.set_adapter("second")
+    assert torch.equal(logits(model.merge_and_unload(adapter_names=["default"]), vit.batch()), tuned)
+
+
+def test_of_three_adapters_the_next_is_active_everywhere(vit: Toy) -> None:
+    model = get_peft_model(vit.model(), SurgicalConfig(blocks=["0:3"]))
+    model.add_adapter("b", SurgicalConfig(blocks=[0]))
+    model.add_adapter("c", SurgicalConfig(blocks=["0:2"]))
+    model.delete_adapter("default")
+    assert model.active_adapters == ["b"]
+    assert all(layer.active_adapters == ["b"] for layer in layers(model))
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained and all("layers.0.surgical_copies.b." in name for name in trained)
+
+
+def test_setting_an_adapter_while_merged_unmerges(vit: Toy) -> None:
+    model = nudge(get_peft_model(vit.model(), SurgicalConfig(blocks=[0])))
+    model.add_adapter("second", SurgicalConfig(blocks=[1]))
+    model.merge_adapter()
+    with pytest.warns(UserWarning, match="Unmerging"):
+        model.set_adapter("second")
+    assert torch.equal(logits(model, vit.batch()), logits(vit.model(), vit.batch()))
+
+
+# get_surgical_model
+
+
+def loader(toy: Toy) -> DataLoader:
+    batch = toy.batch(size=8)
+    examples = [{key: value[index] for key, value in batch.items()} for index in range(8)]
+    return DataLoader(examples, batch_size=4)
+
+
+def test_explicit_blocks_need_no_data(vit: Toy) -> None:
+    config = SurgicalConfig(blocks=[-1])
+    model = get_surgical_model(vit.model(), config, adapter_name="mine")
+    assert isinstance(model.base_model, SurgicalModel)
+    assert model.peft_config["mine"].blocks == ["11"]
+    assert config.blocks == [-1]  # so that it can be used for a model of another depth
+
+
+@pytest.mark.parametrize("name", ["vit", "bert", "llama", "t5", "qwen3_moe"])
+def test_auto_takes_the_blocks_that_score_highest(name: str, tmp_path: Path) -> None:
+    toy = TOYS[name]
+    scores = score_blocks(toy.model(), loader(toy), criterion="rgn")
+    chosen = top_k(scores, 2)
+    config = SurgicalConfig(blocks="auto", num_blocks=2, criterion="rgn", frozen_eval=False)
+    before = copy.deepcopy(config)
+
+    model = get_surgical_model(toy.model(), config, loader(toy))
+
+    assert config == before
+    final = model.peft_config["default"]
+    assert final.blocks == list(chosen.blocks)
+    assert final.criterion is final.num_blocks is None
+    assert not final.frozen_eval
+    model.save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert written["blocks"] == list(chosen.blocks)
+    assert written["selection"] == json.loads(json.dumps(chosen.record))
+    assert written["selection"]["scores"] == pytest.approx(scores.values)
+    assert PeftModel.from_pretrained(toy.model(), tmp_path).peft_config["default"].blocks == list(chosen.blocks)
+
+
+def test_auto_that_lands_on_tied_weights_is_refused_and_the_model_stays_bare() -> None:
+    gpt2 = TOYS["gpt2"]  # its embeddings score highest
+    model, names = gpt2.model(), list(gpt2.model().state_dict())
+    with pytest.raises(SurgicalError, match="is tied to lm_head"):
+        get_surgical_model(model, SurgicalConfig(blocks="auto"), loader(gpt2))
+    assert list(model.state_dict()) == names
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_auto_takes_two_blocks_by_default_and_any_function(vit: Toy) -> None:
+    def deepest(weights: list[Tensor], grads: list[Tensor]) -> float:
+        deepest.calls += 1
+        return float(deepest.calls)
+
+    deepest.calls = 0
+    config = SurgicalConfig(blocks="auto", criterion=deepest)
+    model = get_surgical_model(vit.model(), config, loader(vit), num_batches=1)
+    assert model.peft_config["default"].blocks == ["embeddings", "0"]  # last to come in the backward pass
+    assert model.peft_config["default"].selection["criterion"].endswith("deepest")
+
+
+def test_auto_passes_loss_and_batches_on(vit: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, Any] = {}
+
+    def fake(model: nn.Module, dataloader: DataLoader, criterion: str, **kwargs: Any) -> BlockScores:
+        seen.update(kwargs, criterion=criterion)
+        return BlockScores({"3": 1.0}, {"3": 1}, {"3": "3"}, (), "rgn", "block", 7, "ViT")
+
+    monkeypatch.setattr("surgical_peft.model.score_blocks", fake)
+    config = SurgicalConfig(blocks="auto", num_blocks=1)
+    model = get_surgical_model(vit.model(), config, loader(vit), num_batches=7, loss_fn=max)
+    assert seen == {"criterion": "rgn", "num_batches": 7, "loss_fn": max}
+    assert model.peft_config["default"].blocks == ["3"]
+
+
+def test_auto_without_data_is_refused(vit: Toy) -> None:
+    config = SurgicalConfig(blocks="auto")
+    with pytest.raises(SurgicalError, match="needs data to choose by"):
+        get_surgical_model(vit.model(), config)
+    with pytest.raises(SurgicalError, match="call get_surgical_model"):
+        get_peft_model(vit.model(), config)

@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from surgical_peft import SurgicalError, policies
+from surgical_peft.recipe import Recipe, load_recipe
+from surgical_peft.tasks import load_task
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+MINIMAL = "model: m\ndata: d\nblocks: [0]\n"
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "recipe.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_own_keys_and_training_arguments_share_one_flat_file(tmp_path: Path) -> None:
+    recipe = load_recipe(write(tmp_path, MINIMAL + "learning_rate: 1e-3\nnum_train_epochs: 2\nseed: 5\n"))
+    assert recipe.blocks == [0]
+    assert recipe.config().blocks == [0]
+    args = recipe.arguments(output_dir=str(tmp_path))
+    assert (args.learning_rate, args.num_train_epochs, args.seed) == (1e-3, 2, 5)
+    assert args.report_to == [] and args.save_strategy == "no"
+
+
+def test_folders_are_looked_up_beside_the_recipe(tmp_path: Path) -> None:
+    (tmp_path / "m").mkdir()
+    recipe = load_recipe(write(tmp_path, MINIMAL))
+    assert recipe.model == str(tmp_path / "m")
+    assert recipe.data == "d"  # no such folder: a Hub id
+
+
+def test_numbers_without_a_dot_are_numbers(tmp_path: Path) -> None:
+    """PyYAML reads 1e-3 as a string, which TrainingArguments takes and fails on much later."""
+    assert load_recipe(write(tmp_path, MINIMAL + "learning_rate: 3e-4\n")).training["learning_rate"] == 3e-4
+
+
+def test_a_policy_with_its_options(tmp_path: Path) -> None:
+    text = MINIMAL + "policy: layer_decay\npolicy_options: {decay: 0.5}\n"
+    assert load_recipe(write(tmp_path, text)).make_policy() == policies.layer_decay(0.5)
+    assert load_recipe(write(tmp_path, MINIMAL)).make_policy() is None
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (MINIMAL + "lerning_rate: 1e-3\n", "unknown key 'lerning_rate': did you mean 'learning_rate'"),
+        (MINIMAL + "block: [1]\n", "unknown key 'block': did you mean 'blocks'"),
+        (MINIMAL + "blocks: [1]\n", "the key 'blocks' is given twice"),
+        (MINIMAL + "learning_rate: fast\n", "learning_rate: 'fast' is not of the type float"),
+        (MINIMAL + "seed: true\n", "seed: True is not of the type int"),
+        (MINIMAL + "policy_options: {decay: 1, decay: 2}\n", "the key 'decay' is given twice"),
+        ("model: m\n", "the key data is missing"),
+        ("model: 3\ndata: d\n", "model: 3 is neither a folder nor a Hub id"),
+        ("", "holds no keys"),
+        ("- a\n- b\n", "holds no keys"),
+        ("model: [\n", "is not YAML"),
+        ("model: m\ndata: d\nblocks: []\n", "selects nothing"),
+        ("model: m\ndata: d\nblocks: [0]\nnum_blocks: 2\n", "only speak to blocks='auto'"),
+    ],
+)
+def test_a_wrong_recipe_says_what_is_wrong(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(SurgicalError, match=message):
+        load_recipe(write(tmp_path, text))
+
+
+def test_no_such_recipe(tmp_path: Path) -> None:
+    with pytest.raises(SurgicalError, match="there is no recipe"):
+        load_recipe(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        (Recipe(model="m", data="d", policy="layer_decai"), "did you mean 'layer_decay'"),
+        (Recipe(model="m", data="d", policy="layer_decay", policy_options={"rate": 1}), "do not fit layer_decay"),
+    ],
+)
+def test_a_wrong_policy_is_named_before_anything_is_loaded(recipe: Recipe, message: str) -> None:
+    with pytest.raises(SurgicalError, match=message):
+        recipe.make_policy()
+
+
+def test_every_shipped_recipe_loads_and_its_data_are_there() -> None:
+    paths = sorted(RECIPES.glob("*.yaml"))
+    assert len(paths) == 3
+    for path in paths:
+        recipe = load_recipe(path)
+        recipe.make_policy()
+        task = load_task(recipe)
+        assert [len(task.splits[split]) for split in ("train", "validation", "test")] == [500, 500, 3000]
+        assert f"surgical-peft train recipes/{path.name}" in path.read_text(encoding="utf-8")

@@ -1,0 +1,143 @@
+"""A run killed after a checkpoint and resumed in another process ends bit-equal to one that was not."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+REPOSITORY = Path(__file__).parents[1]
+STEPS, CHECKPOINT, KILLED = 30, 15, 18
+# Steps an epoch: 10 puts the checkpoint in the middle of one; 15 at its end, where the next probe is due. Noise: the
+# collator draws random numbers. Within an epoch Trainer itself does not resume those exactly.
+VARIANTS = {
+    "step-block": ("step", "block", 10, False),
+    "step-tensor": ("step", "tensor", 10, False),
+    "epoch-block": ("epoch", "block", 10, False),
+    "epoch-tensor": ("epoch", "tensor", 10, False),
+    "epoch-block-noise-at-the-end": ("epoch", "block", 15, True),
+}
+
+# Imports once, then a process of its own for every variant; nothing but the imports is shared.
+SCRIPT = f"""
+import json, os, sys
+from pathlib import Path
+
+import torch
+from peft import get_peft_model
+from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator, set_seed
+
+from surgical_peft import SurgicalCallback, SurgicalConfig, policies, surgical_optimizer
+from tests.toys import TOYS
+
+torch.set_num_threads(1)
+
+
+class Record(TrainerCallback):
+    def __init__(self, path):
+        self.path = path
+
+    def on_step_end(self, args, state, control, optimizer, **kwargs):
+        factors = [group["lr_multiplier"] for group in optimizer.param_groups]
+        with self.path.open("a") as file:
+            file.write(json.dumps([state.global_step, factors]) + "\\n")
+
+
+class Kill(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == {KILLED}:
+            os.kill(os.getpid(), 9)
+
+
+def noisy(features):
+    batch = default_data_collator(features)
+    batch["pixel_values"] += 0.1 * torch.randn_like(batch["pixel_values"])
+    return batch
+
+
+def train(how, folder, every, granularity, steps_an_epoch, noise):
+    set_seed(0 if how != "resumed" else 99)  # a resumed run has its random state from the checkpoint
+    toy = TOYS["vit"]
+    model = get_peft_model(toy.model(), SurgicalConfig(blocks=[0, 5, 9, "head"]))
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.2
+    batch = toy.batch(size=4 * steps_an_epoch)
+    data = [{{key: value[i] for key, value in batch.items()}} for i in range(4 * steps_an_epoch)]
+    args = TrainingArguments(
+        output_dir=folder / ("straight" if how == "straight" else "broken"), report_to="none", use_cpu=True,
+        disable_tqdm=True, max_steps={STEPS}, save_strategy="steps", save_steps={CHECKPOINT}, logging_strategy="no",
+        per_device_train_batch_size=4, learning_rate=1e-2, weight_decay=0.1, warmup_steps=4, seed=7,
+    )
+    policy = policies.auto_rgn(every=every, granularity=granularity, num_batches=2)
+    callbacks = [SurgicalCallback(), Record(folder / f"{{how}}.jsonl")] + ([Kill()] if how == "killed" else [])
+    trainer = Trainer(model=model, args=args, train_dataset=data, callbacks=callbacks,
+                      data_collator=noisy if noise else default_data_collator,
+                      optimizer_cls_and_kwargs=surgical_optimizer(args, policy))
+    resume = str(folder / "broken" / "checkpoint-{CHECKPOINT}") if how == "resumed" else None
+    trainer.train(resume_from_checkpoint=resume)
+    trainer.save_model(str(folder / f"{{how}}-end"))
+
+
+root, hows, variants = Path(sys.argv[1]), sys.argv[2].split(","), json.loads(sys.argv[3])
+for how in hows:
+    children = {{}}
+    for name, variant in variants.items():
+        (root / name).mkdir(exist_ok=True)
+        if (child := os.fork()) == 0:
+            train(how, root / name, *variant)
+            os._exit(0)
+        children[name] = child
+    for name, child in children.items():
+        _, status = os.waitpid(child, 0)
+        print(json.dumps([name, how, os.waitstatus_to_exitcode(status)]), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every variant run straight, killed after its checkpoint, and resumed by a second script."""
+    root = tmp_path_factory.mktemp("resume")
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    codes = {"straight": 0, "killed": -9, "resumed": 0}
+    for hows in (["straight", "killed"], ["resumed"]):
+        command = [sys.executable, "-c", SCRIPT, str(root), ",".join(hows), json.dumps(VARIANTS)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+        assert done.returncode == 0, done.stderr[-3000:]
+        ends = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
+        assert ends == [[name, how, codes[how]] for how in hows for name in VARIANTS], done.stderr[-3000:]
+    return root
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_resumed_run_ends_bitwise_as_the_uninterrupted_one(variant: str, runs: Path) -> None:
+    folder = runs / variant
+    assert not (folder / "killed-end").exists()
+    straight, resumed = (
+        load_file(folder / f"{how}-end" / "adapter_model.safetensors") for how in ("straight", "resumed")
+    )
+    assert len(straight) == 3 * 16 + 2
+    assert straight.keys() == resumed.keys()
+    assert all(torch.equal(straight[name], resumed[name]) for name in straight)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_resumed_factors_are_those_of_the_uninterrupted_run(variant: str, runs: Path) -> None:
+    straight, killed, resumed = (
+        dict(json.loads(line) for line in (runs / variant / f"{how}.jsonl").read_text().splitlines())
+        for how in ("straight", "killed", "resumed")
+    )
+    assert list(straight) == list(range(1, STEPS + 1))
+    assert list(killed) == list(range(1, KILLED + 1))
+    assert list(resumed) == list(range(CHECKPOINT + 1, STEPS + 1))
+    assert {**killed, **resumed} == straight
+    every, _, steps_an_epoch, _ = VARIANTS[variant]
+    changed = [step for step in range(1, STEPS) if straight[step] != straight[step + 1]]
+    period = 1 if every == "step" else steps_an_epoch
+    assert changed == list(range(period, STEPS, period))

@@ -1,0 +1,294 @@
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+
+from surgical_peft import SurgicalConfig, SurgicalError
+from surgical_peft.targets import modules_to_tune
+
+from .toys import TOYS
+
+
+class MLP(nn.Module):
+    """As in PEFT's README: no blocks, no transformers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin0 = nn.Linear(4, 8)
+        self.norm = nn.BatchNorm1d(8)
+        self.lin1 = nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.lin1(self.norm(self.lin0(x).relu()))
+
+
+class Lists(nn.Module):
+    """Blocks of a list that its forward iterates over, next to a lone parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token = nn.Parameter(torch.zeros(4))
+        self.layers = nn.ModuleList([nn.ModuleDict({"fc": nn.Linear(4, 4), "norm": nn.LayerNorm(4)}) for _ in "ab"])
+        self.extra = nn.ParameterList([nn.Parameter(torch.zeros(4))])
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer["norm"](layer["fc"](x))
+        return self.head(x + self.token + self.extra[0])
+
+
+def targets(model: nn.Module, **kwargs: Any) -> list[str]:
+    return modules_to_tune(model, SurgicalConfig(**kwargs))
+
+
+def test_a_block_is_tuned_as_one_module() -> None:
+    vit = TOYS["vit"].model()
+    assert targets(vit, blocks=[0, -1, "head"]) == ["vit.layers.0", "vit.layers.11", "classifier"]
+    assert targets(vit, blocks="embeddings") == ["vit.embeddings"]
+    assert targets(TOYS["gpt2"].model(), blocks="final_norm") == ["transformer.ln_f"]
+
+
+def test_final_block_names_are_settled() -> None:
+    config = SurgicalConfig(blocks=["-1", 0, "head"])
+    modules_to_tune(TOYS["vit"].model(), config)
+    assert config.blocks == ["0", "11", "head"]
+
+
+def test_target_modules_are_looked_for_inside_the_blocks_only() -> None:
+    vit = TOYS["vit"].model()
+    assert targets(vit, blocks=[0, 1], target_modules=["attention"]) == [
+        "vit.layers.0.attention",
+        "vit.layers.1.attention",
+    ]
+    assert targets(vit, blocks=[1], target_modules=["fc1", "attention.q_proj"]) == [
+        "vit.layers.1.attention.q_proj",
+        "vit.layers.1.mlp.fc1",
+    ]
+    assert targets(vit, blocks=[1], target_modules=r".*\.mlp\.fc\d") == [
+        "vit.layers.1.mlp.fc1",
+        "vit.layers.1.mlp.fc2",
+    ]
+
+
+def test_the_outermost_match_is_tuned() -> None:
+    vit = TOYS["vit"].model()
+    assert targets(vit, blocks=[0], target_modules=["mlp", "fc1"]) == ["vit.layers.0.mlp"]
+    assert targets(vit, blocks=[0], target_modules=r".*mlp.*") == ["vit.layers.0.mlp"]
+
+
+def test_all_linear_means_linear_layers_but_the_output() -> None:
+    vit, llama = TOYS["vit"].model(), TOYS["llama"].model()
+    names = targets(vit, blocks=[2], target_modules="all-linear")
+    assert len(names) == 6 and all(isinstance(vit.get_submodule(name), nn.Linear) for name in names)
+    assert "lm_head" not in targets(llama, target_modules="all-linear")
+    assert "classifier" not in targets(TOYS["bert"].model(), target_modules="all-linear", task_type="SEQ_CLS")
+
+
+def test_without_blocks_target_modules_mean_what_they_mean_in_peft() -> None:
+    vit = TOYS["vit"].model()
+    assert len(targets(vit, target_modules=["mlp"])) == 12
+    assert targets(MLP(), target_modules=["lin0", "norm"]) == ["lin0", "norm"]
+    assert targets(MLP(), target_modules=r"lin\d") == ["lin0", "lin1"]
+
+
+def test_excluded_modules_inside_a_block_are_left_out() -> None:
+    """The block was tuned as a whole, excluded modules and all."""
+    vit = TOYS["vit"].model()
+    assert targets(vit, blocks=[0], exclude_modules=["mlp"]) == [
+        "vit.layers.0.attention",
+        "vit.layers.0.layernorm_before",
+        "vit.layers.0.layernorm_after",
+    ]
+    assert targets(vit, blocks=[0], target_modules=["attention"], exclude_modules=r".*[qkv]_proj") == [
+        "vit.layers.0.attention.o_proj"
+    ]
+    assert targets(vit, blocks=[0, 1], exclude_modules=["layers.1"]) == ["vit.layers.0"]
+
+
+def test_lists_are_taken_apart_down_to_what_has_a_forward() -> None:
+    """A wrapped nn.ModuleList could not be iterated over, and failed in the first forward pass."""
+    assert targets(Lists(), target_modules=["layers.0"]) == ["layers.0.fc", "layers.0.norm"]
+    model = get_peft_model(Lists(), SurgicalConfig(target_modules=["layers"]))
+    model(torch.ones(1, 4)).sum().backward()
+    assert [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"blocks": ["nope"]}, r"block 'nope' does not exist.*Blocks: embeddings, 0, 1.*head"),
+        ({"blocks": [12]}, "12 repeated blocks, 0 to 11"),
+        ({"blocks": [0, "0:2"]}, "named twice"),
+        ({"blocks": "auto"}, "get_surgical_model"),
+        ({"blocks": [0], "target_modules": ["q_pro"]}, r"match no module with parameters in blocks \['0'\].*q_proj"),
+        ({"blocks": [0], "target_modules": ["dropout"]}, "match no module with parameters"),
+        ({"blocks": [0], "target_modules": ["classifier"]}, "match no module"),
+        ({"target_modules": ["nope"]}, "match no module with parameters in the model"),
+        ({"blocks": [0], "exclude_modules": ["nope"]}, r"exclude_modules=\['nope'\] match no module"),
+        ({"blocks": [0], "exclude_modules": ["layers.0"]}, r"exclude_modules=\['layers.0'\] match no module"),
+        ({"blocks": ["embeddings"], "exclude_modules": ["projection"]}, "in parts: its parameter 'cls_token'"),
+        ({"blocks": [0], "modules_to_save": ["mlp"]}, "vit.layers.0.mlp, but blocks"),
+        ({"blocks": [0], "modules_to_save": ["vit"]}, "names vit, but blocks"),
+        ({"blocks": [0], "modules_to_save": ["clasifier"]}, "matches no module of ViTForImageClassification"),
+        ({"blocks": ["head"], "modules_to_save": ["clasifier"]}, "matches no module"),
+    ],
+)
+def test_a_refused_config_leaves_model_and_config_as_they_were(kwargs: dict[str, Any], message: str) -> None:
+    model = TOYS["vit"].model()
+    names, grads = list(model.state_dict()), [parameter.requires_grad for parameter in model.parameters()]
+    modes, attributes = [module.training for module in model.modules()], set(vars(model))
+    config = SurgicalConfig(**kwargs)
+    before = copy.deepcopy(config)
+
+    with pytest.raises(SurgicalError, match=message):
+        get_peft_model(model, config)
+
+    assert list(model.state_dict()) == names
+    assert [parameter.requires_grad for parameter in model.parameters()] == grads
+    assert [module.training for module in model.modules()] == modes
+    assert set(vars(model)) == attributes
+    assert config == before
+
+
+@pytest.mark.parametrize("name", ["gpt2", "t5"])
+@pytest.mark.parametrize("blocks", [["embeddings"], "all"])
+def test_tied_weights_are_refused_with_the_remedy(name: str, blocks: object) -> None:
+    model = TOYS[name].model()
+    names = list(model.state_dict())
+    with pytest.raises(SurgicalError, match=r"is tied to .*lm_head\.weight.*tie_word_embeddings=False"):
+        get_peft_model(model, SurgicalConfig(blocks=blocks))
+    assert list(model.state_dict()) == names
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_the_remedy_for_tied_weights_works() -> None:
+    gpt2 = TOYS["gpt2"].model()
+    config = copy.deepcopy(gpt2.config)
+    config.tie_word_embeddings = False
+    untied = type(gpt2)(config)
+    assert targets(untied, blocks=["embeddings"]) == ["transformer.wte", "transformer.wpe"]
+
+
+def test_a_lone_parameter_is_no_block_to_tune() -> None:
+    with pytest.raises(SurgicalError, match="token is a parameter of Lists"):
+        targets(Lists(), blocks=["embeddings"])
+    with pytest.raises(SurgicalError, match="extra cannot be tuned in parts"):
+        targets(Lists(), target_modules=["extra"])
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "message"),
+    [
+        ({"blocks": [0]}, {"blocks": [0], "target_modules": ["mlp"]}, "another adapter already tunes vit.layers.0 "),
+        ({"blocks": [0], "target_modules": ["mlp"]}, {"blocks": [0]}, "already tunes vit.layers.0.mlp "),
+        ({"blocks": [0]}, {"blocks": [1], "modules_to_save": ["layers.0"]}, "with a SurgicalLayer"),
+        ({"blocks": ["head"]}, {"blocks": [0], "modules_to_save": ["classifier"]}, "with a SurgicalLayer"),
+        ({"blocks": [0], "modules_to_save": ["classifier"]}, {"blocks": ["head"]}, "with a ModulesToSaveWrapper"),
+        ({"blocks": [0]}, {"target_modules": "all-linear"}, "name the modules to tune instead"),
+    ],
+)
+def test_parts_of_what_another_adapter_tunes_are_refused(first: dict, second: dict, message: str) -> None:
+    """A head that one adapter saves and the other tunes was wrapped twice, or refused with the model half changed."""
+    model = get_peft_model(TOYS["vit"].model(), SurgicalConfig(**first))
+    names = list(model.state_dict())
+    grads = [parameter.requires_grad for parameter in model.parameters()]
+    with pytest.raises(SurgicalError, match=message):
+        model.add_adapter("second", SurgicalConfig(**second))
+    assert list(model.state_dict()) == names
+    assert [parameter.requires_grad for parameter in model.parameters()] == grads
+    assert list(model.peft_config) == ["default"]
+
+
+def test_other_methods_modules_are_not_wrapped_again() -> None:
+    model = TOYS["vit"].model()
+    model.add_adapter(LoraConfig(target_modules=["vit.layers.0.mlp.fc1"]), "lora")
+    with pytest.raises(SurgicalError, match=r"vit\.layers\.0\.mlp\.fc1 with a Linear"):
+        model.add_adapter(SurgicalConfig(blocks=[0]), "surgical_one")
+
+
+@pytest.mark.parametrize("adapter_name", ["default", "other"])
+def test_a_wrapped_model_is_not_wrapped_again(adapter_name: str) -> None:
+    """A notebook cell run twice tuned the old blocks as well, under a config that named only the new ones."""
+    model = get_peft_model(TOYS["vit"].model(), SurgicalConfig(blocks=[0]))
+    with (
+        pytest.raises(SurgicalError, match=r"wrapped already.*unload\(\).*add_adapter"),
+        pytest.warns(UserWarning, match="second time"),
+    ):
+        get_peft_model(model, SurgicalConfig(blocks=[1]), adapter_name=adapter_name)
+    base = model.get_base_model()
+    with pytest.raises(SurgicalError, match="wrapped already"), pytest.warns(UserWarning):
+        get_peft_model(base, SurgicalConfig(blocks=[1]))
+
+
+@pytest.mark.parametrize(("first", "second"), [("default", "attention"), ("0", "default"), ("default", "weight")])
+def test_of_two_adapters_none_is_named_like_a_module(first: str, second: str) -> None:
+    """PEFT left the weights below that module out of the other adapter's file, without a word."""
+    model = get_peft_model(TOYS["vit"].model(), SurgicalConfig(blocks=[0]), adapter_name=first)
+    with pytest.raises(SurgicalError, match="is also the name of a module or weight"):
+        model.add_adapter(second, SurgicalConfig(blocks=[1]))
+    assert list(model.peft_config) == [first]
+
+
+def test_two_adapters_may_share_a_config() -> None:
+    config = SurgicalConfig(blocks=[0])
+    model = get_peft_model(TOYS["vit"].model(), config)
+    model.add_adapter("second", config)
+    assert list(model.base_model.model.vit.layers[0].surgical_copies) == ["default", "second"]
+
+
+def test_a_head_that_peft_adds_is_not_saved_twice() -> None:
+    config = SurgicalConfig(blocks=["head"], task_type="SEQ_CLS")
+    get_peft_model(TOYS["bert"].model(), config)
+    assert config.modules_to_save == ["score"]  # PEFT adds both usual names; the other one is the tuned head
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"target_modules": ["lin0", "lin1"]},
+        {"target_modules": r"lin\d"},
+        {"target_modules": "all-linear"},
+        {"target_modules": ["lin0"], "modules_to_save": ["lin1"]},
+        {"target_modules": ".*", "exclude_modules": ["norm"]},
+        {"target_modules": ["norm"]},
+    ],
+)
+def test_a_plain_module_goes_the_whole_way(kwargs: dict[str, Any], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    base, x = MLP(), torch.randn(5, 4)
+    source = copy.deepcopy(base)
+    model = get_peft_model(base, SurgicalConfig(**kwargs))
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    model.train()
+    model(x).square().sum().backward()
+    optimizer.step()
+    model.eval()
+    tuned = model(x)
+    assert not torch.equal(tuned, source.eval()(x))
+
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(copy.deepcopy(source), tmp_path, adapter_name="other")
+    assert torch.equal(loaded(x), tuned)
+    with loaded.disable_adapter():
+        assert torch.equal(loaded(x), source(x))
+    merged = loaded.merge_and_unload()
+    assert type(merged) is MLP and torch.equal(merged(x), tuned)
+
+
+def test_many_targets_in_few_blocks_stay_in_those_blocks(tmp_path: Path) -> None:
+    """PEFT condenses 20 and more target_modules to suffixes, which name modules of other blocks too."""
+    vit = TOYS["vit"]
+    names = [
+        f"vit.layers.{index}.{part}" for index in range(10) for part in ("mlp.fc1", "mlp.fc2", "attention.q_proj")
+    ]
+    model = get_peft_model(vit.model(), SurgicalConfig(blocks=["0:2"], target_modules=names))
+    model.save_pretrained(tmp_path)
+    for wrapped in (model, PeftModel.from_pretrained(vit.model(), tmp_path, is_trainable=True)):
+        assert sum(parameter.requires_grad for parameter in wrapped.parameters()) == 2 * 3 * 2

@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+
+from surgical_peft import BlockScores, SurgicalError
+from surgical_peft.recipe import Recipe
+from surgical_peft.tasks import load_task
+from surgical_peft.train import accuracy, score, train
+
+SHIPPED = Path(__file__).parents[1] / "recipes" / "fashion_mnist"
+RECIPE = Recipe(
+    model=str(SHIPPED / "vit"),
+    data=str(SHIPPED / "target-0"),
+    label_map=list(range(9, -1, -1)),
+    blocks=[-2, -1],
+    training={"learning_rate": 3e-3, "num_train_epochs": 2, "per_device_train_batch_size": 32, "use_cpu": True},
+)
+
+
+@pytest.fixture
+def small_splits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first 200 images of each split: enough to learn from, quick to test on."""
+
+    def small(recipe: Recipe) -> Any:
+        task = load_task(recipe)
+        return replace(task, splits={name: [each[i] for i in range(200)] for name, each in task.splits.items()})
+
+    monkeypatch.setattr("surgical_peft.train.load_task", small)
+
+
+def test_training_learns_saves_and_reports(tmp_path: Path, small_splits: None) -> None:
+    report = train(RECIPE, tmp_path / "run")
+    assert report == json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["blocks"] == ["4", "5"]
+    assert report["all_parameters"] == 205_962
+    assert report["tuned_parameters"] == 2 * 33_472
+    assert report["accuracy_after"]["test"] > report["accuracy_before"]["test"] + 0.2
+    task = load_task(RECIPE)
+    model = PeftModel.from_pretrained(task.load_model(), report["adapter"])
+    assert accuracy(model, [task.splits["test"][i] for i in range(200)]) == report["accuracy_after"]["test"]
+
+
+def test_auto_writes_down_why(tmp_path: Path, small_splits: None) -> None:
+    recipe = replace(RECIPE, blocks="auto", num_blocks=3, policy="auto_rgn", policy_options={"every": "epoch"})
+    report = train(replace(recipe, training={**RECIPE.training, "max_steps": 3}), tmp_path)
+    scores = BlockScores.load(tmp_path / "scores.json")
+    assert report["selection"]["scores"] == scores.values
+    assert set(report["blocks"]) == set(sorted(scores.values, key=lambda name: -scores.values[name])[:3])
+    assert (tmp_path / "scores.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_same_seed_same_weights(tmp_path: Path, small_splits: None) -> None:
+    recipe = replace(RECIPE, training={**RECIPE.training, "max_steps": 3})
+    files = []
+    for name in ("a", "b"):
+        torch.manual_seed(hash(name) % 100)  # whatever the state before
+        train(recipe, tmp_path / name)
+        files.append((tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes())
+    assert files[0] == files[1]
+
+
+def test_nothing_is_written_when_the_blocks_are_wrong(tmp_path: Path, small_splits: None) -> None:
+    with pytest.raises(SurgicalError, match="block 14 does not exist"):
+        train(replace(RECIPE, blocks=[14]), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_replaces_an_older_one_whole(tmp_path: Path, small_splits: None) -> None:
+    recipe = replace(RECIPE, training={**RECIPE.training, "max_steps": 1})
+    train(recipe, tmp_path)
+    (tmp_path / "adapter" / "stale.txt").write_text("old")
+    train(recipe, tmp_path)
+    assert not (tmp_path / "adapter" / "stale.txt").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "report.json"]
+
+
+def test_scoring_a_recipe() -> None:
+    scores = score(replace(RECIPE, num_batches=2))
+    assert list(scores.values) == ["embeddings", *map(str, range(6)), "final_norm", "head"]
+    assert scores.num_batches == 2
+    assert scores == score(replace(RECIPE, num_batches=2))
+
+
+def test_accuracy_leaves_the_mode_as_it_was() -> None:
+    task = load_task(RECIPE)
+    model = task.load_model().train()
+    examples = [task.splits["test"][i] for i in range(30)]
+    value = accuracy(model, examples, batch_size=7)
+    logits = model.eval()(torch.stack([each["pixel_values"] for each in examples])).logits
+    assert value == (logits.argmax(-1) == torch.stack([each["labels"] for each in examples])).sum().item() / 30
+    accuracy(model.train(), examples)
+    assert model.training
