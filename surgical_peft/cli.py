@@ -106,12 +106,14 @@ def train(
 
 @app.command()
 def quickstart(
-    output: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("quickstart"), as_json: AsJson = False
+    output: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("quickstart"),
+    epochs: Annotated[float, typer.Option(help="Epochs of each training; more takes longer.")] = 2.5,
+    as_json: AsJson = False,
 ) -> None:
     """Show on real images which blocks matter, and what tuning only them gives; about 3 minutes on 2 cores."""
     from .quickstart import quickstart as run_quickstart
 
-    report = run_quickstart(output, Console(stderr=True, quiet=True) if as_json else console)
+    report = run_quickstart(output, Console(stderr=True, quiet=True) if as_json else console, epochs)
     if as_json:
         _print_json(report)
 

@@ -129,9 +129,11 @@ def _eval_frozen(module: nn.Module) -> bool:
         if not tuned:
             module.eval()
         return tuned
-    below = [_eval_frozen(child) for child in module.children()]
-    tuned = any(below) or any(parameter.requires_grad for parameter in module.parameters(recurse=False))
-    if not tuned:
+    below = [_eval_frozen(child) for child in module._modules.values() if child is not None]
+    tuned = any(below) or any(
+        parameter is not None and parameter.requires_grad for parameter in module._parameters.values()
+    )
+    if module.training and not tuned:
         module.training = False
     return tuned
 

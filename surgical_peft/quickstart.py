@@ -33,7 +33,7 @@ from .scores import BlockScores
 from .trials import METHODS, SHIFTS, Run
 
 SEEDS = (0, 1, 2)
-EPOCHS = 5.0
+EPOCHS = 2.5
 
 
 def quickstart(
