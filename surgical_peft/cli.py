@@ -107,13 +107,14 @@ def train(
 @app.command()
 def quickstart(
     output: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("quickstart"),
-    epochs: Annotated[float, typer.Option(help="Epochs of each training; more takes longer.")] = 2.5,
+    epochs: Annotated[float | None, typer.Option(help="Epochs of each training; default is 2.5.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Show on real images which blocks matter, and what tuning only them gives; about 3 minutes on 2 cores."""
+    from .quickstart import EPOCHS
     from .quickstart import quickstart as run_quickstart
 
-    report = run_quickstart(output, Console(stderr=True, quiet=True) if as_json else console, epochs)
+    report = run_quickstart(output, Console(stderr=True, quiet=True) if as_json else console, epochs or EPOCHS)
     if as_json:
         _print_json(report)
 
@@ -123,12 +124,15 @@ def main() -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning)
+    sys.path.insert(0, str(Path.cwd()))  # for a criterion or policy given as package.module:name
+    debug = "--debug" in sys.argv
     try:
-        app()
+        app([argument for argument in sys.argv[1:] if argument != "--debug"])  # it may stand anywhere
     except SurgicalError as error:
-        if "--debug" in sys.argv:
+        if debug:
             raise
-        Console(stderr=True).print(f"[bold red]error:[/bold red] {error}", highlight=False)
+        Console(stderr=True).print("error:", style="bold red", end=" ")
+        Console(stderr=True).print(str(error), markup=False, highlight=False)
         sys.exit(2)
 
 

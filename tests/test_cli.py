@@ -60,6 +60,8 @@ def test_train_prints_json_alone(tmp_path: Path) -> None:
         (["blocks", "no-such/model"], "the model 'no-such/model' cannot be loaded"),
         (["score", "no.yaml"], "there is no recipe 'no.yaml'"),
         (["train", "{tmp}/typo.yaml"], "did you mean 'learning_rate'"),
+        (["train", "{tmp}/block.yaml"], "block 14 does not exist"),
+        (["score", "{tmp}/brackets.yaml"], "'[bold]' is none of the criteria"),
     ],
 )
 def test_an_error_is_one_message_and_exit_code_2(
@@ -70,14 +72,18 @@ def test_an_error_is_one_message_and_exit_code_2(
     message: str,
 ) -> None:
     (tmp_path / "typo.yaml").write_text("model: m\ndata: d\nlerning_rate: 1\n")
+    shipped = f"model: {VIT}\ndata: {VIT.parent / 'target-0'}\noutput_dir: {tmp_path / 'run'}\n"
+    (tmp_path / "block.yaml").write_text(shipped + "blocks: [14]\n")
+    (tmp_path / "brackets.yaml").write_text(shipped + "blocks: auto\ncriterion: '[bold]'\n")
     assert run(monkeypatch, *(each.format(tmp=tmp_path) for each in arguments)) == 2
     captured = capsys.readouterr()
     assert message in " ".join(captured.err.split())
     assert "Traceback" not in captured.err and captured.out == ""
+    assert not (tmp_path / "run").exists()
 
 
 def test_debug_shows_the_traceback() -> None:
-    command = [sys.executable, "-m", "surgical_peft", "--debug", "score", "no.yaml"]
+    command = [sys.executable, "-m", "surgical_peft", "score", "no.yaml", "--debug"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode != 0
     assert "Traceback" in done.stderr and "SurgicalError" in done.stderr
