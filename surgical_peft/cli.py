@@ -107,7 +107,7 @@ def train(
 @app.command()
 def quickstart(
     output: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("quickstart"),
-    epochs: Annotated[float | None, typer.Option(help="Epochs of each training; default is 2.5.")] = None,
+    epochs: Annotated[float | None, typer.Option(min=0.1, help="Epochs of each training; default is 2.5.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Show on real images which blocks matter, and what tuning only them gives; about 3 minutes on 2 cores."""
@@ -124,15 +124,16 @@ def main() -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning)
-    sys.path.insert(0, str(Path.cwd()))  # for a criterion or policy given as package.module:name
+    sys.path.append(str(Path.cwd()))  # for a criterion or policy given as package.module:name
     debug = "--debug" in sys.argv
     try:
         app([argument for argument in sys.argv[1:] if argument != "--debug"])  # it may stand anywhere
-    except SurgicalError as error:
+    except (SurgicalError, OSError) as error:  # a folder that cannot be written to, say
         if debug:
             raise
-        Console(stderr=True).print("error:", style="bold red", end=" ")
-        Console(stderr=True).print(str(error), markup=False, highlight=False)
+        errors = Console(stderr=True, soft_wrap=True)
+        errors.print("error:", style="bold red", end=" ")
+        errors.print(str(error), markup=False, highlight=False)
         sys.exit(2)
 
 

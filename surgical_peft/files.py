@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from .errors import SurgicalError
+
 
 @contextmanager
 def whole_file(path: str | Path) -> Iterator[Path]:
@@ -23,9 +25,30 @@ def whole_file(path: str | Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def check_replaceable(path: str | Path, marker: str) -> None:
+    """Make sure that `path` may be replaced: it is absent, empty, or an earlier result, known by a file `marker`.
+
+    Raises:
+        SurgicalError: it holds something else, is a file, or is the current folder.
+    """
+    target = Path(path)
+    if target.resolve() == Path.cwd() or (target.exists() and not target.is_dir()):
+        raise SurgicalError(f"{str(target)!r} cannot be replaced by a folder of results: give a new or empty folder.")
+    if target.is_dir() and any(target.iterdir()) and not (target / marker).is_file():
+        raise SurgicalError(
+            f"{str(target)!r} holds something other than an earlier result (there is no {marker}) and would be lost: "
+            "give a new or empty folder."
+        )
+
+
 @contextmanager
-def whole_folder(path: str | Path) -> Iterator[Path]:
-    """Gives an empty temporary folder; when the block ends without an error it takes the place of `path`."""
+def whole_folder(path: str | Path, marker: str) -> Iterator[Path]:
+    """Gives an empty temporary folder; when the block ends without an error it takes the place of `path`.
+
+    Raises:
+        SurgicalError: what is there is not an earlier result, see `check_replaceable`.
+    """
+    check_replaceable(path, marker)
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))

@@ -88,9 +88,12 @@ def _home(path: str, stacks: list[Stack]) -> Stack | None:
 
 
 def _outside(module: nn.Module, label: str, after: bool, blocks_of: dict[str, str]) -> str:
-    """Block of a parameter of `module` that stands before or after the layers; a norm within a head belongs to it."""
+    """Block of a parameter of `module` that stands before or after the layers; a norm within a head belongs to it.
+
+    Embeddings are embeddings wherever they stand: relative positions (DeBERTa, MPNet) are declared after the layers.
+    """
     head = join(label, "head")
-    if not after:
+    if not after or isinstance(module, nn.Embedding):
         return join(label, "embeddings")
     if "norm" in type(module).__name__.lower() and head not in blocks_of.values():
         return join(label, "final_norm")

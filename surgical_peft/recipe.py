@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from types import NoneType
 from typing import Any, get_type_hints
 
 import torch
@@ -68,19 +69,36 @@ class Recipe:
             return None
         try:
             return resolve(self.policy, policies)(**self.policy_options)
-        except TypeError as error:
+        except (TypeError, ValueError) as error:
+            if isinstance(error, SurgicalError):
+                raise
             raise SurgicalError(f"policy_options={self.policy_options} do not fit {self.policy}: {error}.") from error
 
     def arguments(self, **overrides: Any) -> TrainingArguments:
         """The training arguments: the recipe's, over quiet defaults, under `overrides`."""
         quiet: dict[str, Any] = {"save_strategy": "no", "logging_strategy": "no", "report_to": "none"}
         quiet["dataloader_pin_memory"] = torch.accelerator.is_available()  # else torch warns on every loader
-        return TrainingArguments(**{"output_dir": "runs", **quiet, **self.training, **overrides})
+        try:
+            return TrainingArguments(**{"output_dir": "runs", **quiet, **self.training, **overrides})
+        except (ValueError, TypeError) as error:
+            raise SurgicalError(f"transformers.TrainingArguments does not take {self.training}: {error}") from error
 
 
-_OWN = {f.name for f in fields(Recipe)} - {"training"}
+_OWN = {f.name: get_type_hints(Recipe)[f.name] for f in fields(Recipe) if f.name != "training"}
 _TRAINING = {f.name: get_type_hints(TrainingArguments)[f.name] for f in fields(TrainingArguments) if f.init}
-_PLAIN: dict[Any, tuple[type, ...]] = {float: (float, int), int: (int,), bool: (bool,), str: (str,)}
+_REFUSED = {
+    "resume_from_checkpoint": "a recipe is trained from its start; resume with Trainer in Python",
+    "eval_strategy": "a recipe is measured before and after training, not during it",
+}
+_PLAIN: dict[Any, tuple[type, ...]] = {
+    float: (float, int),
+    int: (int,),
+    bool: (bool,),
+    str: (str,),
+    int | None: (int, NoneType),
+    str | None: (str, NoneType),
+    dict[str, Any]: (dict,),
+}
 
 
 def load_recipe(path: str | Path) -> Recipe:
@@ -94,33 +112,36 @@ def load_recipe(path: str | Path) -> Recipe:
         raise SurgicalError(f"there is no recipe {str(path)!r}: give the path of a YAML file.")
     try:
         data = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise SurgicalError(f"{path} is not YAML: {error}") from error
     if not isinstance(data, dict):
         raise SurgicalError(f"{path} holds no keys: a recipe needs at least model and data.")
-    known = _OWN | _TRAINING.keys()
-    for key in data:
+    known = {**_OWN, **_TRAINING}
+    for key, value in data.items():
         if key not in known:
             raise SurgicalError(
                 f"{path}: unknown key {key!r}: {nearest(str(key), known)}Own keys: {', '.join(sorted(_OWN))}; all "
                 "others are those of transformers.TrainingArguments."
             )
+        if key in _REFUSED:
+            raise SurgicalError(f"{path}: {key} is not for recipes: {_REFUSED[key]}.")
+        expected = _PLAIN.get(known[key])
+        if expected and (not isinstance(value, expected) or (isinstance(value, bool) and bool not in expected)):
+            kind = getattr(known[key], "__name__", str(known[key]))
+            raise SurgicalError(f"{path}: {key}: {value!r} is not of the type {kind}.")
     missing = {"model", "data"} - data.keys()
     if missing:
         raise SurgicalError(f"{path}: the key {' and '.join(sorted(missing))} is missing.")
     training = {key: data.pop(key) for key in list(data) if key not in _OWN}
-    for key, value in training.items():
-        expected = _PLAIN.get(_TRAINING[key])
-        if expected and (not isinstance(value, expected) or (isinstance(value, bool) and bool not in expected)):
-            raise SurgicalError(f"{path}: {key}: {value!r} is not of the type {_TRAINING[key].__name__}.")
     for key in ("model", "data"):
-        if not isinstance(data[key], str):
-            raise SurgicalError(f"{path}: {key}: {data[key]!r} is neither a folder nor a Hub id.")
         beside = path.parent / data[key]
         if beside.exists():
             data[key] = str(beside.resolve())
     recipe = Recipe(**data, training=training)
-    recipe.config()  # says now what is wrong with the blocks, not after the data are loaded
+    # What is wrong with blocks, policy or arguments is said now, not after the data are loaded.
+    recipe.config()
+    recipe.make_policy()
+    recipe.arguments()
     return recipe
 
 
@@ -131,6 +152,8 @@ class _StrictLoader(yaml.SafeLoader):
         seen: set[Any] = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, str | int):
+                raise yaml.MarkedYAMLError(problem=f"{key!r} cannot be a key", problem_mark=key_node.start_mark)
             if key in seen:
                 raise yaml.MarkedYAMLError(problem=f"the key {key!r} is given twice", problem_mark=key_node.start_mark)
             seen.add(key)

@@ -187,12 +187,18 @@ def _model_loss(model: nn.Module, batch: Any) -> Tensor:
             f"a batch is a {type(batch).__name__}, not a mapping of the model's arguments: give a collate_fn that "
             "returns a dict, or loss_fn=(model, batch) -> loss."
         )
-    loss = getattr(model(**batch), "loss", None)
+    unlabelled = (
+        f"the model returned no loss for a batch with the keys {', '.join(batch)}: add 'labels' to the batch, or "
+        "give loss_fn=(model, batch) -> loss."
+    )
+    try:
+        loss = getattr(model(**batch), "loss", None)
+    except ValueError as error:  # a sequence-to-sequence model cannot even run without labels
+        if "labels" in batch:
+            raise
+        raise SurgicalError(unlabelled) from error
     if loss is None:
-        raise SurgicalError(
-            f"the model returned no loss for a batch with the keys {', '.join(batch)}: add 'labels' to the batch, or "
-            "give loss_fn=(model, batch) -> loss."
-        )
+        raise SurgicalError(unlabelled)
     return loss
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, default_data_collator, set_seed
 
-from .files import whole_folder, write_text
+from .files import check_replaceable, whole_folder, write_text
 from .model import get_surgical_model
 from .optim import SurgicalCallback, surgical_optimizer
 from .policies.policy import Policy
@@ -20,6 +20,8 @@ from .recipe import Recipe
 from .scores import BlockScores
 from .scoring import score_blocks
 from .tasks import Examples, Task, load_task
+
+_ADAPTER = "adapter_config.json"  # by which the adapter of an earlier run is known
 
 
 def score(recipe: Recipe) -> BlockScores:
@@ -31,12 +33,14 @@ def _score(task: Task, recipe: Recipe) -> BlockScores:
     args = recipe.arguments()
     loader: DataLoader[Any] = DataLoader(
         task.splits["train"],  # type: ignore[arg-type]
-        batch_size=args.per_device_train_batch_size,
+        batch_size=args.train_batch_size,
         shuffle=True,
         generator=torch.Generator().manual_seed(args.seed),
         collate_fn=default_data_collator,
     )
-    return score_blocks(task.load_model(), loader, recipe.criterion or "rgn", num_batches=recipe.num_batches)
+    return score_blocks(
+        task.load_model().to(args.device), loader, recipe.criterion or "rgn", num_batches=recipe.num_batches
+    )
 
 
 def train(recipe: Recipe, output: str | Path | None = None) -> dict[str, Any]:
@@ -53,8 +57,9 @@ def train(recipe: Recipe, output: str | Path | None = None) -> dict[str, Any]:
     args = recipe.arguments() if output is None else recipe.arguments(output_dir=str(output))
     folder = Path(str(args.output_dir))
     policy = recipe.make_policy()
+    check_replaceable(folder / "adapter", _ADAPTER)
     task = load_task(recipe)
-    model = task.load_model()
+    model = task.load_model().to(args.device)
     size = sum(parameter.numel() for parameter in model.parameters())
     config, scores = recipe.config(), None
     if config.blocks == "auto":
@@ -65,7 +70,9 @@ def train(recipe: Recipe, output: str | Path | None = None) -> dict[str, Any]:
     before = {split: accuracy(wrapped, task.splits[split]) for split in ("validation", "test")}
     fit(wrapped, args, task.splits["train"], policy, [SurgicalCallback()])
     after = {split: accuracy(wrapped, task.splits[split]) for split in ("validation", "test")}
-    with whole_folder(folder / "adapter") as temporary:
+    for stale in ("report.json", "scores.json", "scores.png"):  # never beside an adapter of another run
+        (folder / stale).unlink(missing_ok=True)
+    with whole_folder(folder / "adapter", _ADAPTER) as temporary:
         wrapped.save_pretrained(temporary)
     if scores is not None:
         scores.save(folder / "scores.json")

@@ -149,7 +149,9 @@ def train(run: Run, epochs: float) -> float:
     examples = _examples(run.data)
     method = METHODS[run.method]
     model = method.wrap(_source())
-    args = _recipe(run.shift, run.seed).arguments(learning_rate=run.rate, num_train_epochs=epochs)
+    args = _recipe(run.shift, run.seed).arguments(
+        learning_rate=run.rate, num_train_epochs=epochs, output_dir=str(run.folder)
+    )
     fit(model, args, examples["train"], method.make_policy())
     model.save_pretrained(run.folder)  # type: ignore[operator]
     with torch.inference_mode():

@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
     BertConfig,
     BertForMaskedLM,
     BertModel,
@@ -445,3 +447,16 @@ def test_a_norm_inside_the_head_belongs_to_the_head() -> None:
     blocks = BlockMap.find(on_meta(OTHERS["bert_mlm"][0]))
     assert blocks.block_of("cls.predictions.transform.LayerNorm.weight") == "head"
     assert blocks.block_of("cls.predictions.decoder.weight") == "embeddings"  # tied
+
+
+@pytest.mark.parametrize("kind", ["deberta-v2", "mpnet"])
+def test_relative_positions_are_embeddings_though_declared_after_the_layers(kind: str) -> None:
+    """DeBERTa's and MPNet's position embeddings were put into the head."""
+    small = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
+    extra = {"relative_attention": True, "position_buckets": 4} if kind == "deberta-v2" else {}
+    config = AutoConfig.for_model(kind, vocab_size=20, max_position_embeddings=16, **small, **extra)
+    with torch.device("meta"):
+        model = AutoModelForSequenceClassification.from_config(config)
+    blocks = BlockMap.find(model)
+    assert any("rel" in module for module in blocks.modules["embeddings"])
+    assert not any("rel" in module for module in blocks.modules["head"])

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from surgical_peft.files import whole_file, whole_folder, write_text
+from surgical_peft import SurgicalError
+from surgical_peft.files import check_replaceable, whole_file, whole_folder, write_text
 
 
 def tree(folder: Path) -> dict[str, str]:
@@ -43,7 +44,7 @@ def test_a_folder_takes_the_place_of_the_old_one(old: dict[str, str] | None, tmp
         target.mkdir(parents=True)
         for name, text in old.items():
             (target / name).write_text(text)
-    with whole_folder(target) as temporary:
+    with whole_folder(target, "x.txt") as temporary:
         (temporary / "x.txt").write_text("new")
         assert tree(target) == (old or {})
     assert tree(tmp_path) == {"runs/adapter/x.txt": "new"}
@@ -57,7 +58,7 @@ def test_after_an_error_the_old_folder_stands(old: bool, tmp_path: Path) -> None
     if old:
         target.mkdir()
         (target / "x.txt").write_text("old")
-    with pytest.raises(KeyboardInterrupt), whole_folder(target) as temporary:
+    with pytest.raises(KeyboardInterrupt), whole_folder(target, "x.txt") as temporary:
         (temporary / "x.txt").write_text("new")
         raise KeyboardInterrupt
     assert tree(tmp_path) == ({"adapter/x.txt": "old"} if old else {})
@@ -67,7 +68,25 @@ def test_after_an_error_the_old_folder_stands(old: bool, tmp_path: Path) -> None
 def test_a_file_in_the_way_of_a_folder_is_kept(tmp_path: Path) -> None:
     """An empty folder with a dot in front was left beside it."""
     (tmp_path / "adapter").write_text("mine")
-    with pytest.raises(OSError), whole_folder(tmp_path / "adapter") as temporary:
+    with (
+        pytest.raises(SurgicalError, match="cannot be replaced"),
+        whole_folder(tmp_path / "adapter", "x.txt") as temporary,
+    ):
         (temporary / "x.txt").write_text("new")
     assert tree(tmp_path) == {"adapter": "mine"}
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_a_folder_of_something_else_is_never_replaced(tmp_path: Path) -> None:
+    """`quickstart --output ~/results` deleted whatever was in that folder."""
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "thesis.txt").write_text("mine")
+    with pytest.raises(SurgicalError, match=r"holds something other than an earlier result \(there is no x.txt\)"):
+        check_replaceable(tmp_path / "results", "x.txt")
+    assert tree(tmp_path) == {"results/thesis.txt": "mine"}
+
+
+def test_the_current_folder_is_never_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SurgicalError, match="cannot be replaced"):
+        check_replaceable(".", "x.txt")

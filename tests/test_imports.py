@@ -15,8 +15,8 @@ PACKAGE = Path(surgical_peft.__file__).parent
 
 # A module may import from tiers above its own, and a package (criteria, policies, report) within itself.
 TIERS = [
-    ["errors", "files"],
-    ["names"],
+    ["errors"],
+    ["files", "names"],
     ["wrappers"],
     ["partition"],
     ["blocks"],

@@ -11,8 +11,9 @@ from surgical_peft.quickstart import best_surgical_run, quickstart, runs_at_best
 from surgical_peft.trials import METHODS, SHIFTS, Run
 
 
-def test_a_short_quickstart_writes_everything(tmp_path: Path) -> None:
+def test_a_short_quickstart_writes_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One draw and a few steps: the numbers mean nothing, the whole path is walked, the reload check included."""
+    monkeypatch.chdir(tmp_path)  # Trainer once left an empty folder `runs` there
     console = Console(record=True, width=160)
     report = quickstart(tmp_path / "out", console, epochs=0.2, seeds=[1])
     assert json.loads((tmp_path / "out" / "report.json").read_text()) == report
@@ -77,3 +78,15 @@ def test_a_damaged_adapter_fails_the_reload_check(tmp_path: Path) -> None:
 def test_missing_files_are_named() -> None:
     with pytest.raises(SurgicalError, match=r"recipes/nothing did not come with this installation"):
         trials.shipped("nothing")
+
+
+def test_a_folder_of_something_else_is_refused_before_any_work(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(SurgicalError, match="would be lost"):
+        quickstart(tmp_path)
+
+
+def test_an_installed_package_finds_what_it_ships(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "surgical_peft" / "shipped" / "fashion_mnist").mkdir(parents=True)
+    monkeypatch.setattr(trials, "__file__", str(tmp_path / "surgical_peft" / "trials.py"))
+    assert trials.shipped("fashion_mnist") == tmp_path / "surgical_peft" / "shipped" / "fashion_mnist"

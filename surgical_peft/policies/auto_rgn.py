@@ -21,7 +21,8 @@ def auto_rgn(every: str = "step", granularity: str = "block", normalized: str = 
     Args:
         every: `"step"` reads the gradients at hand before every optimizer step, at no extra pass; `"epoch"` scores on
             `num_batches` training batches at the start of every epoch, as the paper does, and needs
-            `SurgicalCallback` among the Trainer's callbacks.
+            `SurgicalCallback` among the Trainer's callbacks; where only parts of a block are tuned
+            (`target_modules`), this scores the whole block, `"step"` the tuned parts.
         granularity: `"block"`, or `"tensor"` as in the paper's code.
         normalized: `"max"` (divided by the largest, the paper's code) or `"minmax"` (the paper's text: the smallest
             gets rate 0).

@@ -19,7 +19,7 @@ def static(multipliers: Mapping[int | str, float] | None = None) -> Policy:
     Example:
         >>> policy = policies.static({"0:4": 0.1, "head": 10})
     """
-    return Static(given=tuple((multipliers or {}).items()))
+    return Static(given=tuple((spec, float(factor)) for spec, factor in (multipliers or {}).items()))
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Static(Policy):
     given: tuple[tuple[int | str, float], ...] = ()
 
     def base_multipliers(self, blocks: BlockMap) -> dict[str, float]:
-        factors = [(block, float(factor)) for spec, factor in self.given for block in blocks.parse(spec)]
+        factors = [(block, factor) for spec, factor in self.given for block in blocks.parse(spec)]
         if factors:
             blocks.parse([block for block, _ in factors])  # refuses a block that two keys name
         return dict(factors)

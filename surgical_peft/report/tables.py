@@ -6,17 +6,24 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 
 def comparison_table(report: dict[str, Any]) -> Table:
-    """The report of a comparison as a table; the best accuracy of each shift is bold."""
+    """The report of a comparison as a table of 80 columns; the best accuracy of each shift is bold.
+
+    The chosen rates are left out; `comparison_markdown` has them.
+    """
     header, rows = _cells(report, bold="[bold]{}[/bold]")
-    table = Table(title=_title(report))
-    for index, name in enumerate(header):
-        table.add_column(name, justify="right" if index else "left")
+    shifts = report["methods"][0]["shifts"]
+    shown = [index for index, name in enumerate(header) if name != "rate"]
+    table = Table(title=_title(report), box=SIMPLE_HEAD)
+    for index in shown:
+        words = header[index] if header[index] in shifts else header[index].replace(" ", "\n")
+        table.add_column(words, justify="right" if index else "left", no_wrap=True)
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*(row[index] for index in shown))
     return table
 
 
