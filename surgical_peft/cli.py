@@ -68,6 +68,8 @@ def score(
     from .recipe import load_recipe
     from .train import score as score_recipe
 
+    if plot and plot.suffix not in (".png", ".pdf", ".svg"):
+        raise SurgicalError(f"--plot {str(plot)!r}: the name must end in .png, .pdf or .svg.")
     scores = score_recipe(load_recipe(recipe))
     if plot:
         scores.plot(plot)

@@ -59,6 +59,7 @@ def test_train_prints_json_alone(tmp_path: Path) -> None:
     [
         (["blocks", "no-such/model"], "the model 'no-such/model' cannot be loaded"),
         (["score", "no.yaml"], "there is no recipe 'no.yaml'"),
+        (["score", "{tmp}/block.yaml", "--plot", "scores"], "must end in .png, .pdf or .svg"),
         (["train", "{tmp}/typo.yaml"], "did you mean 'learning_rate'"),
         (["train", "{tmp}/block.yaml"], "block 14 does not exist"),
         (["score", "{tmp}/brackets.yaml"], "'[bold]' is none of the criteria"),

@@ -18,9 +18,9 @@ def comparison_table(report: dict[str, Any]) -> Table:
     header, rows = _cells(report, bold="[bold]{}[/bold]")
     shifts = report["methods"][0]["shifts"]
     shown = [index for index, name in enumerate(header) if name != "rate"]
-    table = Table(title=_title(report), box=SIMPLE_HEAD)
+    table = Table(title=_title(report), box=SIMPLE_HEAD, pad_edge=False)
     for index in shown:
-        words = header[index] if header[index] in shifts else header[index].replace(" ", "\n")
+        words = header[index] if header[index] in shifts else "\n".join(header[index].rsplit(" ", 1))
         table.add_column(words, justify="right" if index else "left", no_wrap=True)
     for row in rows:
         table.add_row(*(row[index] for index in shown))
