@@ -70,10 +70,11 @@ def train(recipe: Recipe, output: str | Path | None = None) -> dict[str, Any]:
     before = {split: accuracy(wrapped, task.splits[split]) for split in ("validation", "test")}
     fit(wrapped, args, task.splits["train"], policy, [SurgicalCallback()])
     after = {split: accuracy(wrapped, task.splits[split]) for split in ("validation", "test")}
-    for stale in ("report.json", "scores.json", "scores.png"):  # never beside an adapter of another run
-        (folder / stale).unlink(missing_ok=True)
     with whole_folder(folder / "adapter", _ADAPTER) as temporary:
         wrapped.save_pretrained(temporary)
+        if (folder / "adapter").exists():  # what an earlier run said of its adapter goes with it
+            for stale in ("report.json", "scores.json", "scores.png"):
+                (folder / stale).unlink(missing_ok=True)
     if scores is not None:
         scores.save(folder / "scores.json")
         scores.plot(folder / "scores.png")

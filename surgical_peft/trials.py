@@ -46,7 +46,7 @@ class Method:
     """A row of the table: the blocks it tunes (or `full`, `lora`, `nothing`), its policy, and the rates it tries."""
 
     blocks: Any
-    policy: str | None = None
+    policy: Policy | None = None
     rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2)  # one grid for all
 
     @property
@@ -62,10 +62,6 @@ class Method:
             return get_peft_model(model, SurgicalConfig(blocks=self.blocks))
         return model.requires_grad_(self.blocks == "full")
 
-    def make_policy(self) -> Policy | None:
-        """The policy, if the method has one."""
-        return getattr(policies, self.policy)() if self.policy else None
-
 
 METHODS = {
     "no adaptation": Method("nothing", rates=()),
@@ -73,7 +69,7 @@ METHODS = {
     "head": Method(["head"]),
     "first (embeddings, 0, 1)": Method(["embeddings", 0, 1]),
     "last (4, 5)": Method([4, 5]),
-    "Auto-RGN, all blocks": Method("all", policy="auto_rgn"),
+    "Auto-RGN, all blocks": Method("all", policy=policies.auto_rgn()),
     "LoRA r=8": Method("lora"),
 }
 
@@ -152,7 +148,7 @@ def train(run: Run, epochs: float) -> float:
     args = _recipe(run.shift, run.seed).arguments(
         learning_rate=run.rate, num_train_epochs=epochs, output_dir=str(run.folder)
     )
-    fit(model, args, examples["train"], method.make_policy())
+    fit(model, args, examples["train"], method.policy)
     model.save_pretrained(run.folder)  # type: ignore[operator]
     with torch.inference_mode():
         images = default_data_collator(examples["validation"][:64])["pixel_values"]
@@ -175,7 +171,7 @@ def costs(data: Path) -> dict[str, dict[str, float]]:
         model = method.wrap(_source()).train()
         found[name] = {"parameters": sum(p.numel() for p in model.parameters() if p.requires_grad)}
         if method.rates:
-            optimizer = create_surgical_optimizer(model, torch.optim.AdamW, lr=1e-4, policy=method.make_policy())
+            optimizer = create_surgical_optimizer(model, torch.optim.AdamW, lr=1e-4, policy=method.policy)
             trained[name] = model, optimizer
     seconds: dict[str, list[float]] = {name: [] for name in trained}
     for _ in range(7):

@@ -106,3 +106,20 @@ def test_a_folder_of_something_else_is_refused_before_training(tmp_path: Path) -
     with pytest.raises(SurgicalError, match="would be lost"):
         train(RECIPE, tmp_path)
     assert (tmp_path / "adapter" / "thesis.txt").read_text() == "mine"
+
+
+def test_an_earlier_run_loses_nothing_when_saving_fails(
+    tmp_path: Path, small_splits: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The old report was deleted before the new adapter was written."""
+    recipe = replace(RECIPE, training={**RECIPE.training, "max_steps": 1})
+    train(recipe, tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(PeftModel, "save_pretrained", full)
+    with pytest.raises(OSError, match="no space left"):
+        train(recipe, tmp_path)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
