@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from . import criteria, policies
 from .blocks import BlockMap
+from .callback import SurgicalCallback
 from .config import SurgicalConfig
 from .errors import SurgicalError
 from .model import SurgicalModel, get_surgical_model
-from .optim import SurgicalCallback, SurgicalOptimizerFactory, create_surgical_optimizer, surgical_optimizer
+from .optim import SurgicalOptimizerFactory, create_surgical_optimizer, surgical_optimizer
 from .registration import register
 from .scores import BlockScores
 from .scoring import score_blocks

@@ -6,6 +6,7 @@ import contextlib
 import json
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,8 +15,10 @@ from rich.console import Console
 from rich.table import Table
 from transformers.utils import logging
 
+from . import criteria
 from .blocks import BlockMap
 from .errors import SurgicalError
+from .names import resolve
 
 app = typer.Typer(
     help="Fully fine-tune only the blocks of a transformer that new data need.",
@@ -61,6 +64,9 @@ def blocks(
 @app.command()
 def score(
     recipe: RecipeFile,
+    criterion: Annotated[
+        str | None, typer.Option(help="What to score by, instead of the recipe's: a name, or package.module:name.")
+    ] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the scores to this file as well (png, pdf or svg).")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -70,7 +76,11 @@ def score(
 
     if plot and plot.suffix not in (".png", ".pdf", ".svg"):
         raise SurgicalError(f"--plot {str(plot)!r}: the name must end in .png, .pdf or .svg.")
-    scores = score_recipe(load_recipe(recipe))
+    found = load_recipe(recipe)
+    if criterion:
+        resolve(criterion, criteria)  # an unknown name is said now, not after the data are loaded
+        found = replace(found, criterion=criterion, criterion_options={})
+    scores = score_recipe(found)
     if plot:
         scores.plot(plot)
     if as_json:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 from typing import Any, Optional, Union
@@ -13,8 +13,7 @@ from peft.config import PeftConfig
 
 from .errors import SurgicalError
 from .files import write_text
-from .scores import BlockScores
-from .selection import Selection, top_k
+from .selection import Selection
 
 
 class SurgicalPeftType(str, Enum):
@@ -37,8 +36,9 @@ class SurgicalConfig(PeftConfig):
             end so, or a regular expression for the whole name) for any type of module.
         exclude_modules: modules to leave out, matched as `target_modules`.
         modules_to_save: newly initialised modules, such as a new head, to train and save as well.
-        criterion: for `blocks="auto"`, what scores the blocks: a name or a function.
-        num_blocks: for `blocks="auto"`, how many to take.
+        criterion: for `blocks="auto"`, what scores the blocks: a name or a function; default is `probe`, the one that
+            found the right block most often in benchmarks/criteria.
+        num_blocks: for `blocks="auto"`, how many to take; by default, short joint trainings decide it.
         frozen_eval: keep everything that is not tuned in eval mode while training (no dropout, still BatchNorm
             statistics), as in the paper's code. PEFT's default elsewhere is train mode. A model wrapped by
             transformers' own `add_adapter` has no place for this: there, `train()` is for all modules.
@@ -113,11 +113,6 @@ class SurgicalConfig(PeftConfig):
             >>> SurgicalConfig.from_selection(top_k(score_blocks(model, dataloader), 2))
         """
         return cls(blocks=list(selection.blocks), selection=selection.record, **kwargs)
-
-    def settled(self, scores: BlockScores) -> SurgicalConfig:
-        """For `blocks="auto"`: the config with the `num_blocks` (default 2) highest-scoring blocks in its place."""
-        chosen = top_k(scores, self.num_blocks or 2)
-        return replace(self, blocks=list(chosen.blocks), selection=chosen.record, criterion=None, num_blocks=None)
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Save as PEFT does, and let the model card beside it begin with the import that loading needs."""

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
 from peft import PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
-from torch.utils.data import DataLoader
 
+from .batches import LossFunction
+from .choosing import choose_blocks
 from .config import SurgicalConfig
 from .errors import SurgicalError
 from .layer import SurgicalLayer
-from .scoring import LossFunction, score_blocks
 from .targets import check_adapter_names, modules_to_tune
 
 
@@ -141,9 +142,9 @@ def _eval_frozen(module: nn.Module) -> bool:
 def get_surgical_model(
     model: nn.Module,
     config: SurgicalConfig,
-    dataloader: DataLoader | None = None,
+    dataloader: Iterable[Any] | None = None,
     *,
-    num_batches: int = 5,
+    num_batches: int | None = None,
     loss_fn: LossFunction | None = None,
     **kwargs: Any,
 ) -> PeftModel:
@@ -151,10 +152,12 @@ def get_surgical_model(
 
     Args:
         model: the model to tune; scoring leaves it untouched.
-        config: with `blocks="auto"`, `criterion` (default `rgn`) scores the blocks and the `num_blocks` (default 2)
-            highest are taken. The caller's config is not changed; the model's holds the names and the record.
-        dataloader: labelled batches of the new data, needed for `"auto"`.
-        num_batches: how many batches to score on.
+        config: with `blocks="auto"`, `criterion` (default `probe`) scores the blocks and the `num_blocks` highest that
+            can be tuned are taken; without a number, short joint trainings decide how many. The caller's config is not
+            changed; the model's holds the names and the record.
+        dataloader: labelled batches of the new data, needed for `"auto"`; those of the training split, not of the
+            test split.
+        num_batches: how many batches to score on; default is what the criterion asks for.
         loss_fn: `(model, batch) -> loss`; default is the model's own loss.
         **kwargs: passed on to `get_peft_model` (`adapter_name`, ...).
 
@@ -162,9 +165,9 @@ def get_surgical_model(
         SurgicalError: `"auto"` without a dataloader, or anything that scoring or wrapping refuses.
 
     Example:
-        >>> model = get_surgical_model(model, SurgicalConfig(blocks="auto", num_blocks=2), dataloader)
+        >>> model = get_surgical_model(model, SurgicalConfig(blocks="auto"), dataloader)
         >>> model.peft_config["default"].blocks
-        ['embeddings', 'head']
+        ['head']
     """
     config = copy.deepcopy(config)
     if config.blocks == "auto":
@@ -173,6 +176,5 @@ def get_surgical_model(
                 "blocks='auto' needs data to choose by: get_surgical_model(model, config, dataloader) with labelled "
                 "batches."
             )
-        criterion = config.criterion or "rgn"
-        config = config.settled(score_blocks(model, dataloader, criterion, num_batches=num_batches, loss_fn=loss_fn))
+        config, _ = choose_blocks(model, config, dataloader, num_batches, loss_fn)
     return get_peft_model(model, config, **kwargs)

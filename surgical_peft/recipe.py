@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from types import NoneType
 from typing import Any, get_type_hints
@@ -12,8 +14,9 @@ import torch
 import yaml
 from transformers import TrainingArguments
 
-from . import policies
+from . import criteria, policies
 from .config import SurgicalConfig
+from .criteria.criterion import Criterion
 from .errors import SurgicalError
 from .names import nearest, resolve
 from .policies.policy import Policy
@@ -35,7 +38,8 @@ class Recipe:
         label_map: new label for each old one, e.g. `[1, 0]`.
         blocks, target_modules, exclude_modules, modules_to_save, criterion, num_blocks, frozen_eval: see
             [`SurgicalConfig`][surgical_peft.SurgicalConfig].
-        num_batches: how many batches to score on.
+        criterion_options: arguments for the criterion, e.g. `{seed: 3}` for `random`.
+        num_batches: how many batches to score on; default is what the criterion asks for.
         policy, policy_options: a name from `policies` and the arguments for it.
         training: keys for `TrainingArguments`.
     """
@@ -51,9 +55,10 @@ class Recipe:
     exclude_modules: Any = None
     modules_to_save: list[str] | None = None
     criterion: str | None = None
+    criterion_options: dict[str, Any] = field(default_factory=dict)
     num_blocks: int | None = None
     frozen_eval: bool = True
-    num_batches: int = 5
+    num_batches: int | None = None
     policy: str | None = None
     policy_options: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
@@ -61,7 +66,25 @@ class Recipe:
     def config(self) -> SurgicalConfig:
         """The adapter's config, as the recipe says it."""
         names = {f.name for f in fields(self)} & {f.name for f in fields(SurgicalConfig)}
-        return SurgicalConfig(**{name: getattr(self, name) for name in names})
+        return SurgicalConfig(**{name: getattr(self, name) for name in names} | {"criterion": self.make_criterion()})
+
+    def make_criterion(self) -> str | Criterion | None:
+        """The criterion with its options, or None."""
+        if not self.criterion_options:
+            return self.criterion
+        if self.criterion is None:
+            raise SurgicalError(f"criterion_options={self.criterion_options} need a criterion that they are for.")
+        criterion = resolve(self.criterion, criteria)
+        known = [
+            name for name, each in inspect.signature(criterion).parameters.items() if each.kind == each.KEYWORD_ONLY
+        ]
+        for name in self.criterion_options:
+            if name not in known:
+                raise SurgicalError(
+                    f"criterion_options={self.criterion_options}: {self.criterion} has no option {name!r}. It has: "
+                    f"{', '.join(known) or 'none'}."
+                )
+        return partial(criterion, **self.criterion_options)
 
     def make_policy(self) -> Policy | None:
         """The policy, or None."""

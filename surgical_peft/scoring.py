@@ -3,51 +3,64 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from . import criteria
+from .batches import LossFunction, examples_of, model_loss, to_device
 from .blocks import BlockMap
+from .criteria.criterion import Criterion, needs_of, reshard, whole
+from .criteria.trial import Trial
 from .errors import SurgicalError
 from .names import nearest, resolve
+from .offloading import Lent, lent_weights, stand_ins_kept
+from .processes import dealt, first_says, is_sharded, without_ddp
+from .reading import GradientReader, OverSamples, PerBatch, Units, checked, name_of
 from .scores import BlockScores
-from .wrappers import clean_name, idle_parameters
-
-Criterion = Callable[[Sequence[Tensor], Sequence[Tensor]], float]
-LossFunction = Callable[[nn.Module, Any], Tensor]
+from .wrappers import bare, clean_name, idle_parameters, walk
 
 GRANULARITIES = ("block", "module", "tensor")
+MEMORY = ("normal", "low")
 
 
 def score_blocks(
     model: nn.Module,
-    dataloader: Iterable[Any],
+    dataloader: Iterable[Any] | None,
     criterion: str | Criterion = "rgn",
     granularity: str = "block",
-    num_batches: int = 5,
+    num_batches: int | None = None,
     loss_fn: LossFunction | None = None,
+    memory: str = "normal",
 ) -> BlockScores:
     """Score every block of `model` on labelled data; the model comes back as it was.
 
     Gradients are read as the backward pass delivers them, reduced to one number a unit and freed at once: memory is
-    weights + activations + one unit's gradients. The model runs in eval mode, as in the paper's code.
+    weights + activations + one unit's gradients, and what the criterion itself keeps. The model runs in eval mode, as
+    in the paper's code. Works on models placed by accelerate (several devices, weights offloaded to the CPU) and under
+    DDP and FSDP2, where all processes must call it and get the scores of the union of their batches.
 
     Args:
         model: bare or wrapped; all its floating-point parameters in use are scored, frozen ones too.
-        dataloader: batches as the model takes them, `{"pixel_values": ..., "labels": ...}`.
-        criterion: a name from `criteria` or a function `(weights, grads) -> float`.
+        dataloader: batches as the model takes them, `{"pixel_values": ..., "labels": ...}`; None for a criterion that
+            needs no data.
+        criterion: a name from `criteria`, `"package.module:name"`, or a function `(weights, grads) -> float`.
         granularity: what is scored: `"block"`, `"module"` (each module that holds weights itself) or `"tensor"`.
-        num_batches: how many batches to average over; fewer if the loader ends. The paper uses 5.
-        loss_fn: `(model, batch) -> scalar loss`; default `model(**batch).loss`.
+        num_batches: how many batches to look at; fewer if the loader ends. Default: what the criterion asks for, 5 for
+            most, as in the paper.
+        loss_fn: `(model, batch) -> scalar loss`, any loss, also one without labels such as the entropy of the
+            predictions; default `model(**batch).loss`.
+        memory: `"low"` scores groups of units no larger than the largest one, a pass over the batches for each group:
+            a criterion that keeps two numbers for each weight then keeps them for one group only.
 
     Returns:
-        The scores, larger = tune it. Units whose weights are all zero are left out (`scores.unscored`).
+        The scores, larger = tune it. Units that have none are left out (`scores.unscored`): those whose weights are
+        all zero, and those that the criterion does not define.
 
     Raises:
         SurgicalError: empty loader, a batch without labels, a NaN or infinite gradient (names the unit and batch).
@@ -56,157 +69,152 @@ def score_blocks(
         >>> scores = score_blocks(model, DataLoader(dataset, batch_size=32), num_batches=5)
         >>> print(scores)
     """
-    if granularity not in GRANULARITIES:
-        raise SurgicalError(
-            f"granularity={granularity!r} is unknown: {nearest(granularity, GRANULARITIES)}"
-            f"There are: {', '.join(GRANULARITIES)}."
-        )
-    if num_batches < 1:
-        raise SurgicalError(f"num_batches={num_batches} is out of range: score on at least 1 batch.")
+    for name, value, known in (("granularity", granularity, GRANULARITIES), ("memory", memory, MEMORY)):
+        if value not in known:
+            raise SurgicalError(
+                f"{name}={value!r} is unknown: {nearest(str(value), known)}There are: {', '.join(known)}."
+            )
     score = resolve(criterion, criteria) if isinstance(criterion, str) else criterion
+    if not callable(score):
+        raise SurgicalError(f"criterion={criterion!r} is a {type(criterion).__name__}, not a name or a function.")
+    needs = needs_of(score)
+    wanted = needs.batches if num_batches is None else num_batches
+    if wanted < 1 and not (num_batches is None and needs.what == "model"):
+        raise SurgicalError(f"num_batches={num_batches} is out of range: score on at least 1 batch.")
+    model = without_ddp(model)
+    reshard(model)
     blocks = BlockMap.find(model)
-    loss_of = loss_fn or _model_loss
-    with _as_it_was(model):
-        units = _units(model, blocks, granularity)
-        zero = [name for name, unit in units.items() if not any(bool(weight.any()) for weight in unit)]
-        for weight in (weight for name in zero for weight in units[name]):
-            weight.requires_grad_(False)  # nobody reads its gradient
+    loss_of = loss_fn or model_loss
+    lent = lent_weights(model)
+    with _as_it_was(model), stand_ins_kept(model, lent):
+        batches = list(islice(dataloader, wanted)) if wanted and dataloader is not None else []
+        ours, total = dealt(batches, everywhere=needs.what == "model" or is_sharded(model))
+        if wanted and not total:
+            raise SurgicalError("the data loader is empty: scoring needs at least one batch of labelled examples.")
+        units = _units(model, blocks, granularity, {each.name for each in lent if each.name != each.path})
+        if not units:
+            raise SurgicalError(
+                f"{blocks.model_name} has no floating-point weight in use, so there is nothing to score: a quantized "
+                "model has to be scored before it is quantized."
+            )
+        block_of = {name: name if granularity == "block" else blocks.block_of(name) for name in units}
+        zero = _zero_units(units, lent)
         scored = {name: unit for name, unit in units.items() if name not in zero}
-        reader = _GradientReader(scored, score)
-        batches = 0
-        for batch in islice(dataloader, num_batches):
-            loss = loss_of(model, _to_device(batch, model))
-            reader.read(loss, batches)
-            batches += 1
-    if not batches:
-        raise SurgicalError("the data loader is empty: scoring needs at least one batch of labelled examples.")
+        for weight in (weight for name in zero for weight in units[name].values()):
+            weight.requires_grad_(False)  # nobody reads its gradient
+        if needs.what == "model":
+            if lent and needs.batches:
+                raise SurgicalError(
+                    f"{name_of(score)} trains, and weights of {blocks.model_name} are offloaded by accelerate: score "
+                    "with a criterion on gradients, such as 'adam_gain', or load the model without offloading."
+                )
+            stored = {each.path: each for each in lent}
+            at_hand = {
+                name: {path: stored[path].loaded() if weight.is_meta else weight for path, weight in unit.items()}
+                for name, unit in scored.items()
+            }
+            paths = {path for stack in blocks.stacks.values() for name in stack for path in blocks.modules[name]}
+            layers = [layer for path, layer in walk(bare(model)) if path in paths]
+            on_device = [to_device(batch, model) for _, batch in ours]
+            trial = Trial(model, at_hand, block_of, layers, on_device, loss_of)
+            found = _named_values(score(trial), score, scored)
+            values = first_says({name: checked(found[name], score, name) for name in scored if name in found})
+        else:
+            values = {}
+            for group in _groups(scored) if memory == "low" else [scored]:
+                values |= _from_gradients(model, group, score, ours, loss_of, lent)
+    if not values:
+        raise SurgicalError(f"{name_of(score)} scores no {granularity} of {blocks.model_name}.")
     return BlockScores(
-        values={name: float(np.mean(values)) for name, values in reader.values.items()},
-        sizes={name: sum(weight.numel() for weight in unit) for name, unit in scored.items()},
-        blocks={name: name if granularity == "block" else blocks.block_of(name) for name in scored},
-        unscored=tuple(zero),
-        criterion=criterion if isinstance(criterion, str) else _name_of(criterion),
+        values=values,
+        sizes={name: sum(weight.numel() for weight in scored[name].values()) for name in values},
+        blocks={name: block_of[name] for name in values},
+        unscored=tuple(name for name in units if name not in values),
+        criterion=criterion if isinstance(criterion, str) else name_of(criterion),
         granularity=granularity,
-        num_batches=batches,
+        num_batches=total,
         model_name=blocks.model_name,
     )
 
 
-class _GradientReader:
-    """Waits during backward until all gradients of a unit are in, scores them and frees them at once."""
-
-    def __init__(self, units: dict[str, list[nn.Parameter]], score: Criterion) -> None:
-        self.units = units
-        self.score = score
-        self.values: dict[str, list[float]] = {name: [] for name in units}
-        self.awaited: dict[str, set[int]] = {}
-        self.batch = 0
-        self._owner = {id(weight): name for name, unit in units.items() for weight in unit}
-
-    def read(self, loss: Tensor, batch: int) -> None:
-        self.batch = batch
-        reached = _leaves(loss)
-        for name, unit in self.units.items():
-            ids = {id(weight) for weight in unit}
-            self.awaited[name] = ids & reached or ids
-        hooks = [w.register_post_accumulate_grad_hook(self._take) for unit in self.units.values() for w in unit]
-        try:
-            loss.backward()
-        finally:
-            for hook in hooks:
-                hook.remove()
-        for name in list(self.awaited):  # units that take no part in this batch
-            self._finish(name)
-
-    def _take(self, weight: Tensor) -> None:
-        name = self._owner[id(weight)]
-        if name not in self.awaited:
-            raise SurgicalError(
-                f"{name!r} got a gradient that the graph did not announce, so its score would be wrong: with gradient "
-                "checkpointing, use use_reentrant=False."
-            )
-        self.awaited[name].discard(id(weight))
-        if not self.awaited[name]:
-            self._finish(name)
-
-    def _finish(self, name: str) -> None:
-        del self.awaited[name]
-        weights = self.units[name]
-        grads = [w.new_zeros(()).expand_as(w) if w.grad is None else w.grad for w in weights]
-        with torch.no_grad():
-            value = float(self.score([w.detach() for w in weights], grads))
-        for weight in weights:
-            weight.grad = None
-        if not np.isfinite(value):
-            raise SurgicalError(
-                f"the gradient of {name!r} in batch {self.batch} gives the score {value}: it is NaN or infinite. Look "
-                "at that batch for bad inputs or labels, or score in float32 or bfloat16 instead of float16."
-            )
-        self.values[name].append(value)
+def _from_gradients(
+    model: nn.Module,
+    units: Units,
+    score: Criterion,
+    batches: list[tuple[int, Any]],
+    loss_of: LossFunction,
+    lent: list[Lent],
+) -> dict[str, float]:
+    """Scores of `units` by a criterion on gradients or their moments, from one pass over the batches."""
+    needs = needs_of(score)
+    reshard(model)
+    inside = {id(weight) for unit in units.values() for weight in unit.values()}
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.requires_grad_(id(parameter) in inside)
+    receiver = PerBatch(score, units) if needs.what == "gradients" else OverSamples(score, needs, units)
+    with GradientReader(units, receiver.take, lent).watching() as reader:
+        examples = 0
+        for place, batch in batches:
+            batch = to_device(batch, model)
+            if needs.samples == "batches":
+                reader.read(loss_of(model, batch), place)
+                continue
+            for example in examples_of(batch):
+                reader.read(loss_of(model, example), examples)
+                examples += 1
+    return receiver.result(alone=is_sharded(model))
 
 
-def _leaves(loss: Tensor) -> set[int]:
-    """`id`s of the parameters that the backward pass will reach: an expert without a token in the batch is not one."""
-    leaves: set[int] = set()
-    seen, ahead = {loss.grad_fn}, [loss.grad_fn]
-    while ahead:
-        node: Any = ahead.pop()
-        if node is None:
-            continue
-        if hasattr(node, "variable"):
-            leaves.add(id(node.variable))
-        new = {following for following, _ in node.next_functions} - seen
-        seen |= new
-        ahead += new
-    return leaves
+def _groups(units: Units) -> Iterator[Units]:
+    """Runs of units, each run together no larger than the largest unit."""
+    sizes = {name: sum(weight.numel() for weight in unit.values()) for name, unit in units.items()}
+    run: dict[str, dict[str, nn.Parameter]] = {}
+    for name, unit in units.items():
+        if run and sum(sizes[other] for other in run) + sizes[name] > max(sizes.values()):
+            yield run
+            run = {}
+        run[name] = unit
+    yield run
 
 
-def _name_of(criterion: Criterion) -> str:
-    """`package.module:name` of a function, or of the class of a callable object."""
-    function: Any = criterion if hasattr(criterion, "__qualname__") else type(criterion)
-    return f"{function.__module__}:{function.__qualname__}"
-
-
-def _units(model: nn.Module, blocks: BlockMap, granularity: str) -> dict[str, list[nn.Parameter]]:
-    """The parameters of `model` in use by unit; module and tensor units go by their cleaned names."""
-    units: dict[str, list[nn.Parameter]] = {}
+def _units(model: nn.Module, blocks: BlockMap, granularity: str, tied: set[str]) -> dict[str, dict[str, nn.Parameter]]:
+    """The parameters of `model` in use by unit and cleaned name; module and tensor units go by such names too."""
+    units: dict[str, dict[str, nn.Parameter]] = {}
     idle = idle_parameters(model)
     for block, named in blocks.named_parameters(model).items():
         for name, parameter in named.items():
             if not parameter.requires_grad or id(parameter) in idle:
                 continue
             path = clean_name(name)
+            if path in tied:
+                continue
             unit = {"block": block, "module": path.rpartition(".")[0], "tensor": path}[granularity]
-            units.setdefault(unit, []).append(parameter)
+            units.setdefault(unit, {})[path] = parameter
     return units
 
 
-def _model_loss(model: nn.Module, batch: Any) -> Tensor:
-    if not isinstance(batch, Mapping):
-        raise SurgicalError(
-            f"a batch is a {type(batch).__name__}, not a mapping of the model's arguments: give a collate_fn that "
-            "returns a dict, or loss_fn=(model, batch) -> loss."
+@torch.no_grad()
+def _zero_units(units: Units, lent: list[Lent]) -> list[str]:
+    """Units whose weights are all zero."""
+    stored = {each.path: each for each in lent}
+
+    def alive(path: str, weight: nn.Parameter) -> bool:
+        return bool((stored[path].stored() if weight.is_meta else whole(weight)).any())
+
+    return [name for name, unit in units.items() if not any(alive(path, weight) for path, weight in unit.items())]
+
+
+def _named_values(found: Any, criterion: Criterion, units: Units) -> dict[str, Any]:
+    if not isinstance(found, Mapping) or not set(found) <= set(units):
+        shown = (
+            f"the units {', '.join(map(str, found))}" if isinstance(found, Mapping) else f"a {type(found).__name__}"
         )
-    unlabelled = (
-        f"the model returned no loss for a batch with the keys {', '.join(batch)}: add 'labels' to the batch, or "
-        "give loss_fn=(model, batch) -> loss."
-    )
-    try:
-        loss = getattr(model(**batch), "loss", None)
-    except ValueError as error:  # a sequence-to-sequence model cannot even run without labels
-        if "labels" in batch:
-            raise
-        raise SurgicalError(unlabelled) from error
-    if loss is None:
-        raise SurgicalError(unlabelled)
-    return loss
-
-
-def _to_device(batch: Any, model: nn.Module) -> Any:
-    device = next(model.parameters()).device
-    if isinstance(batch, Mapping):
-        return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
-    return batch
+        raise SurgicalError(
+            f"the criterion {name_of(criterion)} returned {shown}: it must return {{unit: score}} for units among "
+            f"{', '.join(units)}."
+        )
+    return dict(found)
 
 
 @contextmanager
@@ -225,6 +233,7 @@ def _as_it_was(model: nn.Module) -> Iterator[None]:
             model.eval()
             yield
         finally:
+            reshard(model)
             for parameter, requires_grad, grad in parameters:
                 parameter.requires_grad_(requires_grad)
                 parameter.grad = grad

@@ -12,9 +12,11 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, default_data_collator, set_seed
 
+from .callback import SurgicalCallback
+from .choosing import CRITERION, choose_blocks
 from .files import check_replaceable, whole_folder, write_text
 from .model import get_surgical_model
-from .optim import SurgicalCallback, surgical_optimizer
+from .optim import surgical_optimizer
 from .policies.policy import Policy
 from .recipe import Recipe
 from .scores import BlockScores
@@ -25,21 +27,21 @@ _ADAPTER = "adapter_config.json"  # by which the adapter of an earlier run is kn
 
 
 def score(recipe: Recipe) -> BlockScores:
-    """Score the blocks of a recipe's model on its training data, untouched."""
-    return _score(load_task(recipe), recipe)
-
-
-def _score(task: Task, recipe: Recipe) -> BlockScores:
+    """Score the blocks of a recipe's model on its training data, untouched; by `probe` unless the recipe says."""
+    task = load_task(recipe)
     args = recipe.arguments()
-    loader: DataLoader[Any] = DataLoader(
+    criterion = recipe.make_criterion() or CRITERION
+    model = task.load_model().to(args.device)
+    return score_blocks(model, _loader(task, args), criterion, num_batches=recipe.num_batches)
+
+
+def _loader(task: Task, args: TrainingArguments) -> DataLoader[Any]:
+    return DataLoader(
         task.splits["train"],  # type: ignore[arg-type]
         batch_size=args.train_batch_size,
         shuffle=True,
         generator=torch.Generator().manual_seed(args.seed),
         collate_fn=default_data_collator,
-    )
-    return score_blocks(
-        task.load_model().to(args.device), loader, recipe.criterion or "rgn", num_batches=recipe.num_batches
     )
 
 
@@ -63,8 +65,7 @@ def train(recipe: Recipe, output: str | Path | None = None) -> dict[str, Any]:
     size = sum(parameter.numel() for parameter in model.parameters())
     config, scores = recipe.config(), None
     if config.blocks == "auto":
-        scores = _score(task, recipe)
-        config = config.settled(scores)
+        config, scores = choose_blocks(model, config, _loader(task, args), recipe.num_batches)
         config.selection = {**(config.selection or {}), "seed": args.seed}
     wrapped = get_surgical_model(model, config)
     before = {split: accuracy(wrapped, task.splits[split]) for split in ("validation", "test")}

@@ -217,6 +217,7 @@ def _recipe(shift: str, seed: int) -> Recipe:
         model=str(shipped("fashion_mnist/vit")),
         data=str(shipped(f"fashion_mnist/target-{seed}")),
         training={"per_device_train_batch_size": BATCH_SIZE, "seed": seed, "disable_tqdm": True, "use_cpu": True},
+        criterion="rgn",
         **SHIFTS[shift],
     )
 

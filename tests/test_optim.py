@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,7 +26,7 @@ from surgical_peft import (
     surgical_optimizer,
 )
 from surgical_peft.policies.auto_rgn import AutoRGN
-from surgical_peft.policies.policy import Policy, Unit
+from surgical_peft.policies.policy import Policy, Run
 
 from .toys import TOYS, Toy
 
@@ -41,7 +40,7 @@ class Scripted(Policy):
         super().__init__()
         object.__setattr__(self, "script", iter(script))
 
-    def step_multipliers(self, units: Sequence[Unit]) -> dict[str, float] | None:
+    def step_multipliers(self, run: Run) -> dict[str, float] | None:
         return next(self.script)  # type: ignore[attr-defined]
 
 
@@ -353,9 +352,9 @@ def test_accelerate_loop_applies_the_policy_once_a_real_step(vit: Toy) -> None:
     calls: list[int] = []
 
     class Counted(AutoRGN):
-        def step_multipliers(self, units: Sequence[Unit]) -> dict[str, float] | None:
-            calls.append(len(units))
-            return super().step_multipliers(units)
+        def step_multipliers(self, run: Run) -> dict[str, float] | None:
+            calls.append(len(run.units))
+            return super().step_multipliers(run)
 
     model = wrapped(vit)
     optimizer = create_surgical_optimizer(model, ADAMW, lr=1e-2, policy=Counted())
@@ -380,9 +379,9 @@ def test_trainer_logs_what_it_would_log_without_a_policy(vit: Toy, tmp_path: Any
     calls: list[int] = []
 
     class Counted(AutoRGN):
-        def step_multipliers(self, units: Sequence[Unit]) -> dict[str, float] | None:
-            calls.append(len(units))
-            return super().step_multipliers(units)
+        def step_multipliers(self, run: Run) -> dict[str, float] | None:
+            calls.append(len(run.units))
+            return super().step_multipliers(run)
 
     def logs(policy: Policy | None) -> list[dict[str, float]]:
         args = arguments(

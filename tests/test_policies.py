@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -25,7 +24,7 @@ from surgical_peft import (
     score_blocks,
     surgical_optimizer,
 )
-from surgical_peft.policies.policy import Policy, Unit
+from surgical_peft.policies.policy import Policy, Run
 from surgical_peft.scores import BlockScores
 
 from .toys import TOYS, Toy
@@ -302,8 +301,8 @@ def test_auto_rgn_refuses_unknown_settings(kwargs: dict[str, Any]) -> None:
 class Ones(Policy):
     """Asks for a probe and leaves every rate as it is."""
 
-    def multipliers_from(self, scores: BlockScores, units: Sequence[Unit]) -> dict[str, float]:
-        return {unit.name: 1.0 for unit in units}
+    def multipliers_from(self, scores: BlockScores, run: Run) -> dict[str, float]:
+        return {unit.name: 1.0 for unit in run.units}
 
 
 class Noisy:
@@ -419,7 +418,7 @@ def test_probing_without_the_callback_stops_before_the_first_step(vit: Toy, tmp_
     model = wrapped_with_dropout(vit)
     start = [p.detach().clone() for p in model.parameters()]
     trainer = trainer_for(model, policies.auto_rgn("epoch"), tmp_path, examples(vit))
-    with pytest.raises(SurgicalError, match=r"add SurgicalCallback\(\).*or use every='step'"):
+    with pytest.raises(SurgicalError, match=r"add SurgicalCallback\(\).*auto_rgn\(every='step'\)"):
         trainer.train()
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), start, strict=True))
 
@@ -429,8 +428,7 @@ def test_probing_resumed_without_the_callback_is_refused(vit: Toy) -> None:
     model = wrapped_with_dropout(vit)
     optimizer = create_surgical_optimizer(model, ADAMW, lr=1e-2, policy=policies.auto_rgn("epoch"))
     state = optimizer.state_dict()
-    for group in state["param_groups"]:
-        group["probed_epoch"] = 1
+    state["param_groups"][0]["surgical"]["probed"] = 1
     optimizer.load_state_dict(state)
     backward(model, vit)
     with pytest.raises(SurgicalError, match=r"add SurgicalCallback\(\)"):
@@ -451,7 +449,7 @@ def test_probing_a_stream_is_refused_before_the_first_step(vit: Toy, tmp_path: A
     start = [p.detach().clone() for p in model.parameters()]
     policy = policies.auto_rgn("epoch")
     trainer = trainer_for(model, policy, tmp_path, Stream(examples(vit)), callbacks=[SurgicalCallback()])
-    with pytest.raises(SurgicalError, match=r"not a stream \(Stream\): use every='step'"):
+    with pytest.raises(SurgicalError, match=r"not a stream \(Stream\): use a policy without a probe"):
         trainer.train()
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), start, strict=True))
 
@@ -461,4 +459,5 @@ def test_the_callback_leaves_policies_alone_that_do_not_probe(vit: Toy, tmp_path
     trainer = trainer_for(wrapped_with_dropout(vit), policy, tmp_path, examples(vit), callbacks=callbacks)
     trainer.train()
     groups = trainer.optimizer.param_groups
-    assert {(group["lr_multiplier"], group["probed_epoch"]) for group in groups} == {(1.0, None)}
+    assert {group["lr_multiplier"] for group in groups} == {1.0}
+    assert groups[0]["surgical"]["probed"] is None

@@ -12,17 +12,39 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from surgical_peft import policies
+
 REPOSITORY = Path(__file__).parents[1]
 STEPS, CHECKPOINT, KILLED = 30, 15, 18
-# Steps an epoch: 10 puts the checkpoint in the middle of one; 15 at its end, where the next probe is due. Noise: the
-# collator draws random numbers. Within an epoch Trainer itself does not resume those exactly.
+# Policy, steps an epoch, noise. 10 steps an epoch put the checkpoint in the middle of one; 15 at its end, where the
+# next probe is due. Noise: the collator draws random numbers. Within an epoch Trainer itself does not resume those
+# exactly.
+RGN = "auto_rgn(every='{}', granularity='{}', num_batches=2)"
 VARIANTS = {
-    "step-block": ("step", "block", 10, False),
-    "step-tensor": ("step", "tensor", 10, False),
-    "epoch-block": ("epoch", "block", 10, False),
-    "epoch-tensor": ("epoch", "tensor", 10, False),
-    "epoch-block-noise-at-the-end": ("epoch", "block", 15, True),
+    "step-block": (RGN.format("step", "block"), 10, False),
+    "step-tensor": (RGN.format("step", "tensor"), 10, False),
+    "epoch-block": (RGN.format("epoch", "block"), 10, False),
+    "epoch-block-noise-at-the-end": (RGN.format("epoch", "block"), 15, True),
+    "every-4-steps": ("auto_rgn(every=4, num_batches=1)", 10, False),
+    "static": ("static({0: 0.5})", 10, False),
+    "layer_decay": ("layer_decay(0.9)", 10, False),
+    "discriminative": ("discriminative(1.1)", 10, False),
+    "auto_rgn_paper": ("auto_rgn_paper()", 10, False),
+    "auto_snr": ("auto_snr(0.2, num_batches=2, state_policy='reset')", 10, False),
+    "bvg_ls": ("bvg_ls()", 10, False),
+    "bvg_ls-masked": ("bvg_ls(momentum='masked')", 10, False),
+    "lisa": ("lisa(num_blocks=1, every=4)", 10, False),
+    "badam": ("badam(every=4)", 10, False),
+    "badam-offload": ("badam(every=2, state_policy='offload')", 10, False),
+    "gradual_unfreezing": ("gradual_unfreezing()", 10, False),
+    "lp_ft": ("lp_ft(epochs=1)", 10, False),
+    "lp_ft-at-the-end": ("lp_ft(epochs=1)", 15, False),
+    "two_stage": ("two_stage(counts=[3, 2, 1], epochs=2)", 10, False),
+    "stages": ("stages([{'blocks': [0], 'steps': 14}, {'blocks': [5, 9], 'steps': 4}, {}])", 10, False),
+    "progressive_freezing": ("progressive_freezing(interval=4)", 10, False),
+    "sample_by_score": ("sample_by_score(num_blocks=1, every=2)", 10, False),
 }
+CONSTANT = ("static", "layer_decay", "discriminative")
 
 # Imports once, then a process of its own for every variant; nothing but the imports is shared.
 SCRIPT = f"""
@@ -44,7 +66,7 @@ class Record(TrainerCallback):
         self.path = path
 
     def on_step_end(self, args, state, control, optimizer, **kwargs):
-        factors = [group["lr_multiplier"] for group in optimizer.param_groups]
+        factors = optimizer.optimizer.block_rates.used
         with self.path.open("a") as file:
             file.write(json.dumps([state.global_step, factors]) + "\\n")
 
@@ -61,7 +83,7 @@ def noisy(features):
     return batch
 
 
-def train(how, folder, every, granularity, steps_an_epoch, noise):
+def train(how, folder, policy, steps_an_epoch, noise):
     set_seed(0 if how != "resumed" else 99)  # a resumed run has its random state from the checkpoint
     toy = TOYS["vit"]
     model = get_peft_model(toy.model(), SurgicalConfig(blocks=[0, 5, 9, "head"]))
@@ -75,7 +97,7 @@ def train(how, folder, every, granularity, steps_an_epoch, noise):
         disable_tqdm=True, max_steps={STEPS}, save_strategy="steps", save_steps={CHECKPOINT}, logging_strategy="no",
         per_device_train_batch_size=4, learning_rate=1e-2, weight_decay=0.1, warmup_steps=4, seed=7,
     )
-    policy = policies.auto_rgn(every=every, granularity=granularity, num_batches=2)
+    policy = eval(policy, vars(policies))
     callbacks = [SurgicalCallback(), Record(folder / f"{{how}}.jsonl")] + ([Kill()] if how == "killed" else [])
     trainer = Trainer(model=model, args=args, train_dataset=data, callbacks=callbacks,
                       data_collator=noisy if noise else default_data_collator,
@@ -137,7 +159,23 @@ def test_resumed_factors_are_those_of_the_uninterrupted_run(variant: str, runs: 
     assert list(killed) == list(range(1, KILLED + 1))
     assert list(resumed) == list(range(CHECKPOINT + 1, STEPS + 1))
     assert {**killed, **resumed} == straight
-    every, _, steps_an_epoch, _ = VARIANTS[variant]
     changed = [step for step in range(1, STEPS) if straight[step] != straight[step + 1]]
-    period = 1 if every == "step" else steps_an_epoch
-    assert changed == list(range(period, STEPS, period))
+    assert bool(changed) == (variant not in CONSTANT)
+    if variant.startswith(("step", "epoch")):
+        period = 1 if variant.startswith("step") else VARIANTS[variant][1]
+        assert changed == list(range(period, STEPS, period))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_resumed_history_is_that_of_the_uninterrupted_run(variant: str, runs: Path) -> None:
+    straight, resumed = (runs / variant / how / "surgical_history.jsonl" for how in ("straight", "broken"))
+    assert straight.read_text() == resumed.read_text()
+    steps = [json.loads(line)["step"] for line in straight.read_text().splitlines()]
+    assert steps[0] == 1
+    assert (len(steps) > 1) == (variant not in CONSTANT)
+    assert (runs / variant / "broken" / "surgical_history.png").stat().st_size > 10_000
+
+
+def test_every_policy_is_here() -> None:
+    missing = [name for name in policies.__all__ if not any(name in policy for policy, *_ in VARIANTS.values())]
+    assert missing == []

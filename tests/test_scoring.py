@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
 from surgical_peft import BlockMap, SurgicalConfig, SurgicalError, criteria, score_blocks
+from surgical_peft.criteria.criterion import Moments, of_model, over_examples
 
 from .toys import TOYS, Batch, Toy
 
@@ -307,6 +309,14 @@ def test_a_torch_loader_works_and_leaves_the_random_state(vit: Toy) -> None:
         ({"dataloader": []}, "empty"),
         ({"dataloader": [(1, 2)]}, "a batch is a tuple"),
         ({"num_batches": 0}, "num_batches=0"),
+        ({"num_batches": 0, "criterion": "fisher"}, "num_batches=0"),
+        ({"dataloader": None}, "empty"),
+        ({"criterion": 3}, "criterion=3 is a int, not a name or a function"),
+        ({"criterion": "fischer"}, "'fischer' is none of the criteria: did you mean 'fisher'.*weight_snr"),
+        ({"memory": "lo"}, "memory='lo' is unknown: did you mean 'low'"),
+        ({"criterion": "fisher", "dataloader": [{"labels": torch.tensor(1)}]}, "a dict without a tensor of rows"),
+        ({"criterion": "snr", "dataloader": [{"labels": torch.zeros(0)}]}, "a dict of no examples"),
+        ({"criterion": "held_out_gain", "num_batches": 1}, "compares 2 parts of the data"),
         ({"num_batches": -1}, "num_batches=-1"),
         ({"granularity": "blocks"}, "'blocks' is unknown: did you mean 'block'.*block, module, tensor"),
         ({"criterion": "rnn"}, "'rnn' is none of the criteria: did you mean 'rgn'"),
@@ -445,3 +455,171 @@ def test_a_container_changes_no_score(wrap: Callable[[nn.Module], nn.Module]) ->
     expected = score_blocks(toy.model(), batches(toy, 1), granularity="tensor")
     assert scores.values == pytest.approx(expected.values, rel=1e-5)
     assert list(scores.values) == list(expected.values)
+
+
+@pytest.mark.parametrize(
+    "value", [None, "high", torch.ones(2), True, [1.0], 1j], ids=lambda value: type(value).__name__
+)
+def test_a_criterion_that_returns_no_number_is_refused(value: Any, vit: Toy) -> None:
+    model = mixed_state(vit.model())
+    before = Snapshot(model)
+    with pytest.raises(SurgicalError, match=r"returned .* for 'head', a \w+: it must return one number"):
+        score_blocks(model, batches(vit), lambda weights, grads: value)
+    before.assert_unchanged()
+
+
+@pytest.mark.parametrize("value", [torch.tensor(0.5), torch.tensor([0.5]), np.float32(0.5), np.float64(0.5), 0.5])
+def test_numbers_of_any_kind_are_taken(value: Any, vit: Toy) -> None:
+    assert set(score_blocks(vit.model(), batches(vit), lambda weights, grads: value).values.values()) == {0.5}
+    assert set(score_blocks(vit.model(), batches(vit), lambda weights, grads: 2).values.values()) == {2.0}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_criterion_that_returns_nan_is_refused(value: float, vit: Toy) -> None:
+    with pytest.raises(SurgicalError, match="'head' in batch 0 gives the score"):
+        score_blocks(vit.model(), batches(vit), lambda weights, grads: value)
+
+
+@pytest.mark.parametrize(("found", "why"), [(3.0, "a float"), ({"nowhere": 1.0}, "the units nowhere")])
+def test_a_criterion_of_the_model_must_return_its_units(found: Any, why: str, vit: Toy) -> None:
+    with pytest.raises(SurgicalError, match=f"returned {why}: it must return {{unit: score}}"):
+        score_blocks(vit.model(), batches(vit), of_model(batches=1)(lambda trial: found))
+
+
+@pytest.mark.parametrize("name", ["bvr", "fisher"])
+def test_a_bad_example_is_named(name: str, vit: Toy) -> None:
+    data = batches(vit)  # of 2, 3 and 4 examples
+    data[1]["pixel_values"][2, 0, 0, 0] = float("nan")
+    where = {"bvr": "batch 1", "fisher": "example 4"}[name]
+    with pytest.raises(SurgicalError, match=f"'head' in {where} .*Look at that {where.split()[0]}"):
+        score_blocks(vit.model(), data, name)
+
+
+@pytest.mark.parametrize(("toy_name", "wrong", "known"), [("vit", 7, 3), ("bert", -1, 3), ("llama", 99, 24)])
+def test_labels_out_of_range_are_named(toy_name: str, wrong: int, known: int) -> None:
+    """torch says `IndexError: Target 7 is out of bounds.` on the CPU, and on a GPU that an assertion failed."""
+    toy = TOYS[toy_name]
+    batch = toy.batch()
+    batch["labels"].view(-1)[-1] = wrong
+    with pytest.raises(SurgicalError, match=f"labels out of range: {wrong}; .* {known} classes, 0 to {known - 1}"):
+        score_blocks(toy.model(), [batch])
+
+
+@pytest.mark.parametrize("name", ["rgn", "fisher"])
+def test_labels_to_ignore_are_in_range(name: str) -> None:
+    toy = TOYS["llama"]
+    batch = toy.batch()
+    batch["labels"][:, :3] = -100
+    assert min(score_blocks(toy.model(), [batch], name).values.values()) > 0
+
+
+def test_another_error_of_the_model_is_left_alone() -> None:
+    batch = TOYS["bert"].batch()
+    batch["input_ids"][0, 0] = 99
+    with pytest.raises(IndexError, match="index out of range in self"):
+        score_blocks(TOYS["bert"].model(), [batch])
+
+
+class Integers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(2, 2, bias=False) for _ in range(2))
+        for layer in self.layers:
+            layer.weight = nn.Parameter(torch.ones(2, 2, dtype=torch.int8), requires_grad=False)
+
+
+def test_a_model_of_integers_is_refused() -> None:
+    with pytest.raises(SurgicalError, match="Integers has no floating-point weight"):
+        score_blocks(Integers(), [{"x": torch.ones(1)}])
+
+
+def entropy(model: nn.Module, batch: Batch) -> Tensor:
+    logits = model(**{key: value for key, value in batch.items() if key != "labels"}).logits
+    return torch.distributions.Categorical(logits=logits).entropy().mean()
+
+
+@pytest.mark.parametrize("name", criteria.__all__)
+def test_entropy_scores_unlabelled_data(name: str) -> None:
+    toy = TOYS["bert"]
+    data = [{key: value for key, value in batch.items() if key != "labels"} for batch in batches(toy, 4)]
+    scores = score_blocks(toy.model(), data, name, loss_fn=entropy)
+    assert scores == score_blocks(toy.model(), batches(toy, 4), name, loss_fn=entropy)
+    assert len(scores.values) >= 3 and all(math.isfinite(value) for value in scores.values.values())
+
+
+def test_entropy_equals_a_plain_loop() -> None:
+    toy = TOYS["bert"]
+    model, batch = toy.model(), toy.batch()
+    logits = model(input_ids=batch["input_ids"]).logits
+    loss = -(logits.softmax(-1) * logits.log_softmax(-1)).sum(-1).mean()
+    weights = list(model.classifier.parameters())
+    size = math.hypot(*(weight.norm().item() for weight in weights))
+    expected = math.hypot(*(grad.norm().item() for grad in torch.autograd.grad(loss, weights))) / size
+    scores = score_blocks(model, [batch], granularity="module", loss_fn=entropy)
+    assert scores.values["classifier"] == pytest.approx(expected, rel=1e-5)
+
+
+def moments_alive(but: set[int]) -> int:
+    alive = [each for each in gc.get_objects() if type(each) is Moments and id(each) not in but]
+    return sum(tensor.nbytes for each in alive for tensor in (*each.means, *each.spreads))
+
+
+@pytest.mark.parametrize("granularity", ["block", "module", "tensor"])
+def test_low_memory_scores_alike_and_keeps_moments_of_one_group(granularity: str) -> None:
+    toy, most = TOYS["bert"], {"normal": 0, "low": 0}
+    others = {id(each) for each in gc.get_objects() if type(each) is Moments}  # of tests that failed on purpose
+    for memory in most:
+
+        @over_examples()
+        def watching(weights: Sequence[Tensor], moments: Moments, memory: str = memory) -> float:
+            most[memory] = max(most[memory], moments_alive(others))
+            return criteria.fisher(weights, moments)
+
+        scores = score_blocks(toy.model(), batches(toy), watching, granularity, memory=memory)
+        expected = score_blocks(toy.model(), batches(toy), "fisher", granularity)
+        assert scores.values == pytest.approx(expected.values, rel=1e-6)
+    assert most["low"] <= 2 * 4 * max(expected.sizes.values())  # two float32 numbers for each weight
+    assert most["normal"] == 2 * 4 * sum(expected.sizes.values())
+
+
+def test_low_memory_keeps_gradients_of_one_group() -> None:
+    """Weights of other groups need no gradient, so that none is computed."""
+    toy, seen = TOYS["bert"], []
+
+    def watching(weights: Sequence[Tensor], grads: Sequence[Tensor]) -> float:
+        seen.append(sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad))
+        return 1.0
+
+    model = toy.model()
+    scores = score_blocks(model, batches(toy), watching, memory="low")
+    assert max(seen) <= max(scores.sizes.values())
+
+
+def test_low_memory_leaves_the_model_as_it_was(vit: Toy) -> None:
+    model = mixed_state(vit.model())
+    before = Snapshot(model)
+    score_blocks(model, noisy(batches(vit)), "snr", memory="low")
+    before.assert_unchanged()
+
+
+@pytest.mark.parametrize("name", criteria.__all__)
+def test_every_criterion_leaves_the_model_and_the_random_states(name: str, vit: Toy) -> None:
+    model = mixed_state(vit.model())
+    before = Snapshot(model)
+    score_blocks(model, noisy(batches(vit)), name)
+    before.assert_unchanged()
+
+
+@pytest.mark.parametrize("name", criteria.__all__)
+def test_dropout_is_off_for_every_criterion(name: str) -> None:
+    toy = TOYS["bert"]
+    assert score_blocks(toy.model().train(), batches(toy), name) == score_blocks(toy.model(), batches(toy), name)
+
+
+def test_examples_of_a_tuple_are_its_rows(vit: Toy) -> None:
+    def loss_fn(model: nn.Module, batch: tuple[Tensor, Tensor, str]) -> Tensor:
+        return nn.functional.cross_entropy(model(pixel_values=batch[0]).logits, batch[1])
+
+    triples = [(batch["pixel_values"], batch["labels"], "note") for batch in batches(vit)]
+    expected = score_blocks(vit.model(), batches(vit), "fisher").values
+    assert score_blocks(vit.model(), triples, "fisher", loss_fn=loss_fn).values == pytest.approx(expected, rel=1e-5)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ..blocks import BlockMap
 from ..errors import SurgicalError
-from .policy import Policy
+from .policy import Policy, depths
 
 
 def layer_decay(decay: float = 0.75) -> Policy:
@@ -33,10 +33,6 @@ class LayerDecay(Policy):
     decay: float = 0.75
 
     def base_multipliers(self, blocks: BlockMap) -> dict[str, float]:
-        repeated = {name for stack in blocks.stacks.values() for name in stack}
-        depth, depths = 0, {}
-        for name in blocks.names:
-            kind = name.rpartition(".")[2]
-            depth += name in repeated
-            depths[name] = depth + (kind in ("final_norm", "head"))
-        return {name: self.decay ** (depth + 1 - at) for name, at in depths.items()}
+        depth_of = depths(blocks)
+        top = max(depth_of.values())
+        return {name: self.decay ** (top - depth) for name, depth in depth_of.items()}

@@ -1,14 +1,22 @@
-"""What a policy is; the optimizer asks it, see `optim`."""
+"""What a policy is; the optimizer asks it, see `rates`."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..blocks import BlockMap
-from ..scores import BlockScores
+from ..errors import SurgicalError
+from ..names import nearest
+from ..scores import BlockScores, is_head
+
+StepLoss = Callable[..., Tensor]
+
+STATE_POLICIES = ("keep", "reset", "offload")
 
 
 @dataclass(frozen=True)
@@ -19,33 +27,172 @@ class Unit:
     block: str
     parameters: list[nn.Parameter]
 
+    @cached_property
+    def size(self) -> int:
+        """How many numbers it has."""
+        return sum(parameter.numel() for parameter in self.parameters)
+
+
+@dataclass(frozen=True)
+class Run:
+    """The training as a policy sees it.
+
+    Attributes:
+        units: everything that may be trained, in the model's order.
+        blocks: the model's block map.
+        step: optimizer steps done.
+        epoch: epochs done, from 0, as `SurgicalCallback` tells it; None in a loop of your own.
+        state: what the policy keeps from step to step: numbers, strings, tensors, lists and dicts of them. It is saved
+            and loaded with the optimizer's state; whatever is not in here is lost when a run is resumed.
+        scores: what the policy found out about the units; only for the log.
+    """
+
+    units: Sequence[Unit]
+    blocks: BlockMap
+    step: int = 0
+    epoch: int | None = None
+    state: dict[str, Any] = field(default_factory=dict)
+    scores: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def names(self) -> list[str]:
+        """The blocks that may be trained, first one first."""
+        return list(dict.fromkeys(unit.block for unit in self.units))
+
+    @property
+    def heads(self) -> list[str]:
+        """Those of them that are heads."""
+        return [name for name in self.names if is_head(name)]
+
+    @property
+    def repeated(self) -> list[str]:
+        """Those of them that are repeated layers."""
+        layers = {name for stack in self.blocks.stacks.values() for name in stack}
+        return [name for name in self.names if name in layers]
+
+    def only(self, chosen: Iterable[str]) -> dict[str, float]:
+        """Factor 1 for the units of the chosen blocks, 0 for all others."""
+        chosen = set(chosen)
+        return {unit.name: float(unit.block in chosen) for unit in self.units}
+
 
 @dataclass(frozen=True)
 class Policy:
-    """Says the factor on the learning rate of each unit. Holds settings only: its state lives in the optimizer.
+    """Says the factor on the learning rate of each unit. Holds settings only: its state is `run.state`.
 
-    A policy overrides one of the three methods: constant factors, factors from the gradients at hand before every
-    step, or factors from scores that `SurgicalCallback` takes at the start of every epoch.
+    A policy overrides one or more of the methods. Its text (`str`) must say all its settings and no addresses, since a
+    checkpoint knows its policy by it. Random draws must come from `run.state` or from a seed and `run.step`, never
+    from the global generators.
 
     Attributes:
         granularity: what gets its own rate, `"block"` or `"tensor"`.
-        probe_batches: how many training batches to score on at the start of every epoch; 0 = no probe.
+        probe_batches: how many training batches to score on; 0 = no probe.
+        probe_every: when to: at the start of every `"epoch"`, or a number of steps.
+        criterion: what to score by.
+        by_epoch: whether the plan depends on `run.epoch`, which needs `SurgicalCallback`.
+        hard: a factor of 0 is a mask: no gradient, no `requires_grad`; else only a rate of 0.
+        state_policy: what a mask does to the optimizer's state of its unit: `"keep"`, `"reset"` (drop, so that it
+            starts anew) or `"offload"` (to the CPU until it is trained again).
+        reset_at_probe: whether each probe drops the optimizer's whole state.
+        skip_idle: whether a factor of 0 from `step_multipliers` also takes the unit's gradient away for that step, so
+            that its moments stay as they are.
+        own_loss: whether `loss` may give one.
     """
 
     granularity: str = "block"
     probe_batches: int = 0
+    probe_every: str | int = "epoch"
+    criterion: str = "rgn"
+    by_epoch: bool = False
+    hard: bool = False
+    state_policy: str = "keep"
+    reset_at_probe: bool = False
+    skip_idle: bool = False
+    own_loss: bool = False
 
     def base_multipliers(self, blocks: BlockMap) -> dict[str, float]:
         """Constant factors by block, more than 0; blocks left out have 1. They become part of the base rate."""
         return {}
 
-    def step_multipliers(self, units: Sequence[Unit]) -> dict[str, float] | None:
+    def plan(self, run: Run) -> dict[str, float] | None:
+        """Factors for the coming step by unit, 0 upwards; None = as they were.
+
+        Asked before the forward pass: when the optimizer is made, after every step, and at the start of every epoch.
+        The answer must follow from `run` alone: it may be asked twice.
+        """
+        return None
+
+    def step_multipliers(self, run: Run) -> dict[str, float] | None:
         """Factors for this step by unit, 0 upwards, read off `parameter.grad`; None = as they were.
 
         Asked before the optimizer steps, so with `step(closure)` the gradients are those of the step before.
         """
         return None
 
-    def multipliers_from(self, scores: BlockScores, units: Sequence[Unit]) -> dict[str, float]:
-        """Factors for this epoch by unit, from scores by `rgn` at the policy's granularity."""
+    def multipliers_from(self, scores: BlockScores, run: Run) -> dict[str, float] | None:
+        """Factors from now on by unit, from scores by `criterion` at the policy's granularity; None = as they were."""
         raise NotImplementedError(f"{self} asks for a probe but does not use it")
+
+    def loss(self, run: Run) -> StepLoss | None:
+        """`(outputs, labels, num_items_in_batch=None) -> loss` for the coming step; None = the model's own."""
+        return None
+
+
+def depths(blocks: BlockMap) -> dict[str, int]:
+    """How far from the input each block is: embeddings 0, the repeated blocks 1 to L, final norm and head L + 1.
+
+    An encoder's blocks count before its decoder's; the final norm of a stack is one above its last block.
+    """
+    repeated = {name for stack in blocks.stacks.values() for name in stack}
+    depth, found = 0, {}
+    for name in blocks.names:
+        depth += name in repeated
+        found[name] = depth + (name.rpartition(".")[2] in ("final_norm", "head"))
+    return found
+
+
+def check_word(owner: str, name: str, value: Any, known: Sequence[Any]) -> None:
+    """Refuse a value that is none of the known ones."""
+    if value not in known:
+        hint = nearest(value, [word for word in known if isinstance(word, str)]) if isinstance(value, str) else ""
+        raise SurgicalError(f"{name}={value!r} is unknown to {owner}. {hint}There are: {', '.join(map(str, known))}.")
+
+
+def check_count(owner: str, name: str, value: Any, what: str) -> None:
+    """Refuse what is not a whole number from 1 upwards."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise SurgicalError(f"{name}={value!r} is out of range for {owner}: {what}, a whole number from 1 upwards.")
+
+
+def check_cadence(owner: str, every: Any, words: Sequence[str]) -> None:
+    """Refuse an `every` that is neither one of the words nor a number of steps."""
+    if isinstance(every, str):
+        check_word(owner, "every", every, (*words, "a number of steps"))
+    else:
+        check_count(owner, "every", every, f"{' or '.join(map(repr, words))} or steps" if words else "steps")
+
+
+def check_enough(owner: str, num_blocks: int, candidates: Sequence[str]) -> None:
+    """Refuse to draw more blocks than there are."""
+    if num_blocks > len(candidates):
+        raise SurgicalError(
+            f"num_blocks={num_blocks} is more than {owner} has to choose from: {len(candidates)} repeated blocks are "
+            f"trained ({', '.join(candidates) or 'none'}). Lower it, or tune more blocks."
+        )
+
+
+def kept_on(run: Run, always: Sequence[int | str] | None) -> list[str]:
+    """The blocks that a policy always trains: its `always`, by default the heads.
+
+    Raises:
+        SurgicalError: a block in `always` that is not trained.
+    """
+    if always is None:
+        return run.heads
+    chosen = run.blocks.parse(always) if always else ()
+    missing = [name for name in chosen if name not in run.names]
+    if missing:
+        raise SurgicalError(
+            f"always={list(always)} names {missing[0]!r}, which is not trained. Trained: {', '.join(run.names)}."
+        )
+    return list(chosen)

@@ -1,0 +1,93 @@
+"""The image shifts: the three target draws of Fashion-MNIST in `recipes/`, with pixels or labels changed."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+import numpy as np
+import torch
+from numpy.random import Generator
+from numpy.typing import NDArray
+from PIL import Image, ImageFilter
+from transformers import AutoImageProcessor
+
+from surgical_peft.shifts import gaussian_noise
+
+RECIPES = Path(__file__).parents[2] / "recipes" / "fashion_mnist"
+SEVERITY = 5  # of the noise
+CONTRAST = 0.1
+BLUR_RADIUS = 3.0  # pixels of 28
+LEFT_OUT = -1  # as the label of a class: its images are not used
+
+Pixels = NDArray[np.uint8]
+
+
+def low_contrast(pixels: Pixels) -> Pixels:
+    """Pixels drawn towards their mean, as the corruption `contrast` of ImageNet-C does."""
+    mean = pixels.mean()
+    return np.clip((pixels - mean) * CONTRAST + mean, 0, 255).astype(np.uint8)
+
+
+def blurred(pixels: Pixels) -> Pixels:
+    """Gaussian blur."""
+    return np.asarray(Image.fromarray(pixels).filter(ImageFilter.GaussianBlur(BLUR_RADIUS)))
+
+
+@dataclass(frozen=True)
+class ImageShift:
+    """What a shift does to an image and its label.
+
+    Attributes:
+        change: gives the new pixels; the generator is the image's own.
+        labels: the new label of each of the ten classes, or `LEFT_OUT`.
+        source: folder of the source model in `recipes/fashion_mnist/`.
+    """
+
+    change: Callable[[Pixels, Generator], Pixels] = lambda pixels, rng: pixels
+    labels: tuple[int, ...] = tuple(range(10))
+    source: str = "vit"
+
+
+REVERSED = tuple(range(9, -1, -1))
+IMAGE_SHIFTS = {
+    "noise": ImageShift(lambda pixels, rng: gaussian_noise(pixels, SEVERITY, rng)),
+    "label map": ImageShift(labels=REVERSED),
+    # Dress (3) is the unseen rest of the body, coat (4) and shirt (6) the unseen tops, ankle boot (9) the unseen shoe;
+    # the labels are those of SUPERCLASSES in make_source.py.
+    "subclass": ImageShift(labels=(-1, -1, -1, 2, 0, -1, 0, -1, -1, 1), source="vit-superclass"),
+    "contrast": ImageShift(lambda pixels, rng: low_contrast(pixels)),
+    "cyclic labels": ImageShift(labels=(*range(1, 10), 0)),
+    "inverted": ImageShift(lambda pixels, rng: 255 - pixels),
+    "rotated": ImageShift(lambda pixels, rng: np.rot90(pixels)),
+    "blur": ImageShift(lambda pixels, rng: blurred(pixels)),
+    "swapped labels": ImageShift(labels=(0, 7, 9, 3, 4, 5, 6, 1, 8, 2)),  # trouser and sneaker, pullover and boot
+    "noise and label map": ImageShift(lambda pixels, rng: gaussian_noise(pixels, SEVERITY, rng), REVERSED),
+}
+
+
+def source(shift: str) -> Path:
+    """Folder of the source model of a shift."""
+    return RECIPES / IMAGE_SHIFTS[shift].source
+
+
+def splits(shift: str, seed: int) -> dict[str, dict[str, torch.Tensor]]:
+    """Train, validation and test images of draw `seed` as the model takes them."""
+    what = IMAGE_SHIFTS[shift]
+    processor = AutoImageProcessor.from_pretrained(source(shift), backend="pil")
+    prepared = {}
+    for split, data in datasets.load_dataset(str(RECIPES / f"target-{seed}")).items():
+        labels = np.array([what.labels[label] for label in data["label"]])
+        # As in surgical_peft.tasks: the noise on an image depends on its place and split alone.
+        noise = zlib.crc32(split.encode())
+        pixels = [
+            what.change(np.asarray(image), np.random.default_rng((noise, index)))[..., None]
+            for index, image in enumerate(data["image"])
+        ]
+        values = processor(pixels, input_data_format="channels_last", return_tensors="pt")["pixel_values"]
+        kept = torch.tensor(labels != LEFT_OUT)
+        prepared[split] = {"pixel_values": values[kept], "labels": torch.tensor(labels)[kept]}
+    return prepared

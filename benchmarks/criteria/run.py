@@ -1,0 +1,147 @@
+"""Which criterion finds the right block? Every criterion against the ground truth of truth.json.
+
+    python benchmarks/criteria/run.py [--only design|confirmation] [--shift NAME] [--criterion NAME ...]
+
+For every shift and seed each criterion scores the units on the training split alone. Judged are, against the test
+accuracy of tuning each unit alone (truth.py): the rank correlation (Spearman), the regret (points of accuracy between
+the best unit and the one that the criterion puts first; and the better one of the first two), and the cost (seconds of
+scoring by those of one full fine-tuning, both measured in this run, taking turns). Finished (shift, seed, criterion)
+are lines of work/scores.jsonl and never scored again; the end writes criteria.json and table.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from scipy.stats import spearmanr
+from shifts import SEEDS, SHIFTS, WORK, Task, load, loader
+from truth import TRAININGS, TRUTH
+
+from surgical_peft import criteria, score_blocks
+
+ROWS = WORK / "scores.jsonl"
+FOLDER = TRUTH.parent
+TIMED_STEPS = 16  # of full fine-tuning, from which the time of a whole one is told
+
+
+def full_training_seconds(task: Task, seed: int) -> float:
+    """Seconds of one full fine-tuning, told from a few of its steps."""
+    training = TRAININGS[task.kind]
+    size = len(task.train["labels"])
+    batches = -(-size // training.batch_size)
+    model = task.model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    model.train()
+    seconds = []
+    for batch in (loader(task.train, training.batch_size, seed) * TIMED_STEPS)[:TIMED_STEPS]:
+        start = time.perf_counter()
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds) * batches * training.epochs
+
+
+def score(shift: str, seed: int, names: Iterable[str]) -> None:
+    """Score what is missing of one shift and seed."""
+    done = {(row["shift"], row["seed"], row["criterion"]) for row in read_rows()}
+    missing = [name for name in names if (shift, seed, name) not in done]
+    if not missing:
+        return
+    task = load(shift, seed)
+    batches = loader(task.train, TRAININGS[task.kind].batch_size, seed)
+    model = task.model()
+    for name in missing:
+        training = full_training_seconds(task, seed)
+        start = time.perf_counter()
+        scores = score_blocks(model, batches, name)
+        seconds = time.perf_counter() - start
+        row = {
+            "shift": shift,
+            "seed": seed,
+            "criterion": name,
+            "batches": scores.num_batches,
+            "values": scores.values,
+            "trainings": seconds / training,
+        }
+        with ROWS.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        print(shift, seed, name, f"{seconds / training:.3f} trainings", flush=True)
+
+
+def read_rows() -> list[dict[str, Any]]:
+    """What has been scored so far."""
+    return [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.exists() else []
+
+
+def judged(rows: list[dict[str, Any]], truth: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """For each shift how the rows of one criterion did, averaged over the seeds."""
+    found: dict[str, dict[str, Any]] = {}
+    for shift in dict.fromkeys(row["shift"] for row in rows):
+        accuracy = {
+            unit: each["test_mean"] for unit, each in truth[shift]["units"].items() if unit not in ("all", "none")
+        }
+        of_shift = [row for row in rows if row["shift"] == shift]
+        rankings = [sorted(row["values"], key=lambda unit: -row["values"][unit]) for row in of_shift]
+        best = max(accuracy.values())
+        found[shift] = {
+            "correlation": statistics.mean(
+                spearmanr([row["values"][unit] for unit in ranking], [accuracy[unit] for unit in ranking]).statistic
+                for row, ranking in zip(of_shift, rankings, strict=True)
+            ),
+            "regret": 100 * statistics.mean(best - accuracy[ranking[0]] for ranking in rankings),
+            "regret_of_two": 100
+            * statistics.mean(best - max(accuracy[u] for u in ranking[:2]) for ranking in rankings),
+            "first": [ranking[0] for ranking in rankings],
+            "trainings": statistics.mean(row["trainings"] for row in of_shift),
+        }
+    return found
+
+
+def write_results() -> None:
+    """Write criteria.json and table.md of what is whole."""
+    truth = json.loads(TRUTH.read_text())["shifts"]
+    rows = [row for row in read_rows() if row["shift"] in truth]
+    names = [name for name in criteria.__all__ if any(row["criterion"] == name for row in rows)]
+    results = {name: judged([row for row in rows if row["criterion"] == name], truth) for name in names}
+    (FOLDER / "criteria.json").write_text(json.dumps(results, indent=2) + "\n")
+    table = []
+    for name, by_shift in results.items():
+        cells = [f"`{name}`"]
+        for group in ("design", "confirmation"):
+            of_group = [each for shift, each in by_shift.items() if SHIFTS[shift].group == group]
+            for key, digits in (("correlation", 2), ("regret", 1), ("regret_of_two", 1)):
+                cells.append(f"{statistics.mean(each[key] for each in of_group):.{digits}f}" if of_group else "-")
+        cells.append(f"{statistics.mean(each['trainings'] for each in by_shift.values()):.2f}")
+        table.append(cells)
+    header = ["criterion", *("rank correlation", "regret", "regret of two") * 2, "trainings"]
+    table.sort(key=lambda cells: float(cells[2]))
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *table]
+    text = "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+    (FOLDER / "table.md").write_text(text)
+    print(text)
+
+
+def main() -> None:
+    """Score the chosen shifts and write the results."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=("design", "confirmation"), help="default: both")
+    parser.add_argument("--shift", choices=SHIFTS, help="default: all")
+    parser.add_argument("--criterion", nargs="+", choices=criteria.__all__, default=criteria.__all__)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    for name, shift in SHIFTS.items():
+        if args.only in (None, shift.group) and args.shift in (None, name):
+            for seed in SEEDS:
+                score(name, seed, args.criterion)
+    write_results()
+
+
+if __name__ == "__main__":
+    main()

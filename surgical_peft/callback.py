@@ -1,0 +1,179 @@
+"""`SurgicalCallback`: what a policy needs to know from `Trainer`, and what `Trainer` and the user get to see of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader, IterableDataset
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
+
+from .batches import LossFunction
+from .errors import SurgicalError
+from .policies.policy import Policy
+from .rates import BlockRates
+from .report.history import History
+from .scoring import score_blocks
+
+
+class SurgicalCallback(TrainerCallback):
+    """Tells the policy of epochs, scores the blocks for it where it asks to, and logs what it does.
+
+    **Probes.** The batches are drawn from the training set by a generator of its own (seed + epoch or step), so
+    training sees the same data in the same order as without it; a run resumed within an epoch does not score that
+    epoch again. With several processes the batches are dealt out in turn, each of the size that one process trains on.
+
+    **Log.** Under a policy, `surgical/lr_multiplier/<block>`, `surgical/score/<block>` and `surgical/selected` (how
+    many blocks have a factor above 0) go into `trainer.state.log_history` with the loss. Where tensors have their own
+    factors, a block has the mean over its entries. Trackers see them if they are called after this callback, and
+    Trainer puts those of `report_to` before yours; so give `report_to="none"` and
+    `callbacks=[SurgicalCallback(), TensorBoardCallback()]` (from `transformers.integrations`).
+
+    **History.** `surgical_history.jsonl` in `output_dir` has a line for every step at which a factor changed; a
+    resumed run continues it from its checkpoint's step. At the end of training it is drawn to `surgical_history.png`,
+    and what the policy has frozen may be trained again.
+
+    Args:
+        loss_fn: `(model, batch) -> loss` to score by, for a Trainer with `compute_loss_func`; default the model's own.
+
+    Example:
+        >>> Trainer(..., callbacks=[SurgicalCallback()])
+    """
+
+    def __init__(self, loss_fn: LossFunction | None = None) -> None:
+        self.loss_fn = loss_fn
+        self._history: History | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Put the masks in force, and open the history."""
+        optimizer, rates = _found(kwargs["optimizer"])
+        rates.has_callback = True
+        rates.resume(optimizer)
+        if state.is_world_process_zero and rates.policy != Policy():
+            self._history = History(Path(str(args.output_dir)) / "surgical_history.jsonl", state.global_step)
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Tell the epoch, and score if it is time."""
+        optimizer, rates = _found(kwargs["optimizer"])
+        epoch = int((state.epoch or 0.0) + 1e-6)
+        rates.begin_epoch(optimizer, epoch)
+        if rates.policy.probe_every == "epoch":
+            self._probe(optimizer, rates, epoch, args, state, kwargs)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Score if it is time."""
+        optimizer, rates = _found(kwargs["optimizer"])
+        every = rates.policy.probe_every
+        if isinstance(every, int) and state.global_step % every == 0:
+            self._probe(optimizer, rates, state.global_step, args, state, kwargs)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Note the factors of the step."""
+        if self._history is not None:
+            _, rates = _found(kwargs["optimizer"])
+            self._history.note(state.global_step, rates.by_block(rates.used))
+
+    def on_log(  # type: ignore[override]  # Trainer gives it the logs
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float],
+        **kwargs: Any,
+    ) -> None:
+        """Add the factors and scores to what is logged while training."""
+        optimizer, rates = _found(kwargs["optimizer"])
+        if "loss" not in logs or rates.policy == Policy():
+            return
+        factors = rates.by_block(rates.used)
+        scores = rates.by_block(rates.run(optimizer).scores)
+        ours = {
+            **{f"surgical/lr_multiplier/{block}": factor for block, factor in factors.items()},
+            **{f"surgical/score/{block}": score for block, score in scores.items()},
+            "surgical/selected": sum(factor > 0 for factor in factors.values()),
+        }
+        logs.update(ours)  # for the callbacks after this one
+        state.log_history[-1].update(ours)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Lift the masks, and draw the history."""
+        _, rates = _found(kwargs["optimizer"])
+        rates.release()
+        if self._history is not None and self._history.rows:
+            self._history.plot(state.global_step, str(rates.policy).partition("(")[0])
+
+    def _probe(
+        self,
+        optimizer: Optimizer,
+        rates: BlockRates,
+        at: int,
+        args: TrainingArguments,
+        state: TrainerState,
+        kwargs: dict[str, Any],
+    ) -> None:
+        policy, record = rates.policy, optimizer.param_groups[0]["surgical"]
+        if not policy.probe_batches or record["probed"] == at:
+            return
+        training = kwargs["train_dataloader"]
+        if isinstance(training.dataset, IterableDataset) or not hasattr(training.dataset, "__getitem__"):
+            raise SurgicalError(
+                f"{policy} scores on training batches and needs a training set that can be indexed, not a stream "
+                f"({type(training.dataset).__name__}): use a policy without a probe, such as auto_rgn(every='step')."
+            )
+        size = args.per_device_train_batch_size if args.world_size > 1 else state.train_batch_size
+        batches = _probe_batches(training, size, args.seed + at, policy.probe_batches, args.process_index, args)
+        scores = score_blocks(
+            kwargs["model"], batches, policy.criterion, policy.granularity, policy.probe_batches, self.loss_fn
+        )
+        run = rates.run(optimizer)
+        run.scores.clear()
+        run.scores.update({unit.name: scores.values[unit.name] for unit in run.units if unit.name in scores.values})
+        if (multipliers := policy.multipliers_from(scores, run)) is not None:
+            rates.set_multipliers(optimizer, multipliers)
+        if policy.reset_at_probe:
+            optimizer.state.clear()
+        record["probed"] = at
+
+
+def _found(optimizer: Any) -> tuple[Optimizer, BlockRates]:
+    optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
+    rates = getattr(optimizer, "block_rates", None)
+    if rates is None:
+        raise SurgicalError(
+            "SurgicalCallback found no surgical optimizer: give the Trainer "
+            "optimizer_cls_and_kwargs=surgical_optimizer(args, policy) as well."
+        )
+    return optimizer, rates
+
+
+def _probe_batches(
+    training: DataLoader, batch_size: int | None, seed: int, count: int, rank: int, args: TrainingArguments
+) -> Iterator[Any]:
+    """This process's share of `count` batches, by a loader of their own: half-read, the Trainer's would change others.
+
+    The seed is for what the data set or its collator draws (augmentation, masking): all processes make all batches, so
+    that these draws are the same however many there are. `score_blocks`, which reads them, puts the random states
+    back.
+    """
+    set_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
+    loader = DataLoader(
+        training.dataset, batch_size, shuffle=True, generator=generator, collate_fn=training.collate_fn
+    )
+    for at, batch in enumerate(islice(loader, count)):
+        if at % args.world_size == rank:
+            yield batch

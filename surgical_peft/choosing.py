@@ -1,0 +1,99 @@
+"""`blocks="auto"`: score the blocks, leave out what cannot be tuned, and decide how many to take."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from functools import partial
+from itertools import islice
+from typing import Any
+
+from torch import nn
+
+from . import criteria
+from .batches import LossFunction
+from .config import SurgicalConfig
+from .criteria.criterion import needs_of, of_model
+from .criteria.probe import Run, first_rates, halves
+from .criteria.trial import Trial
+from .errors import SurgicalError
+from .names import resolve
+from .scores import BlockScores
+from .scoring import score_blocks
+from .selection import top_k
+from .targets import modules_to_tune
+
+CRITERION = "probe"  # the best of benchmarks/criteria
+MOST = 4  # blocks that are tried together
+LEAST = 0.1  # what one more block must take of the loss that is left
+
+
+def choose_blocks(
+    model: nn.Module,
+    config: SurgicalConfig,
+    dataloader: Iterable[Any],
+    num_batches: int | None = None,
+    loss_fn: LossFunction | None = None,
+) -> tuple[SurgicalConfig, BlockScores]:
+    """The config with block names in the place of `blocks="auto"`, and the scores that led to them.
+
+    `config.criterion` (default `probe`) scores the blocks; those that cannot be tuned (tied weights) are left out; the
+    `config.num_blocks` highest are taken. Without a number, short joint trainings decide it: of the best block, the
+    best two and so on, judged on held-out batches as the probe does.
+
+    Raises:
+        SurgicalError: what scoring refuses, no block that can be tuned, or more blocks asked for than there are.
+    """
+    score = resolve(config.criterion, criteria) if isinstance(config.criterion, str) else config.criterion
+    score = score or getattr(criteria, CRITERION)
+    wanted = needs_of(score).batches if num_batches is None else num_batches
+    batches = list(islice(dataloader, max(wanted, needs_of(together).batches if config.num_blocks is None else 0)))
+    scores = score_blocks(model, batches, config.criterion or CRITERION, num_batches=num_batches, loss_fn=loss_fn)
+    refused = {name: reason for name in scores.values if (reason := _refusal(model, config, name))}
+    left = {name: value for name, value in scores.values.items() if name not in refused}
+    if not left:
+        raise SurgicalError(f"no block of {scores.model_name} can be tuned: {next(iter(refused.values()))}")
+    candidates = replace(scores, values=left, unscored=(*scores.unscored, *refused))
+    count, trial = config.num_blocks, None
+    if count is None:
+        ranking = sorted(left, key=lambda name: -left[name])[:MOST]
+        trial = score_blocks(model, batches, partial(together, ranking=tuple(ranking)), loss_fn=loss_fn).values
+        count = how_many([-trial[name] for name in ranking])
+    chosen = top_k(candidates, count)
+    record = {**chosen.record, **({"refused": refused} if refused else {}), **({"together": trial} if trial else {})}
+    return replace(config, blocks=list(chosen.blocks), selection=record, criterion=None, num_blocks=None), scores
+
+
+@of_model(batches=16)
+def together(trial: Trial, *, ranking: tuple[str, ...]) -> dict[str, float]:
+    """Minus the held-out loss after a short training of the first block of `ranking`, the first two, and so on.
+
+    Each stands under the name of the last block in it.
+    """
+    train, held_out = halves(trial)
+    rates = first_rates(trial, train, pace=0.5)
+    left = {}
+    for at, name in enumerate(ranking):
+        names = ranking[: at + 1]
+        rate = 1 / sum(
+            1 / rates[each] for each in names if each in rates
+        )  # gains add up, and the rate divides by them
+        left[name] = -Run(names, rate, len(train)).train(trial, train, len(train), held_out)
+    return left
+
+
+def how_many(left: list[float]) -> int:
+    """How many blocks to take, given the loss left by the first, by the first two, and so on."""
+    count = 1
+    while count < len(left) and left[count] < (1 - LEAST) * left[count - 1]:
+        count += 1
+    return count
+
+
+def _refusal(model: nn.Module, config: SurgicalConfig, block: str) -> str | None:
+    """Why a block cannot be tuned, if it cannot."""
+    try:
+        modules_to_tune(model, replace(config, blocks=[block], criterion=None, num_blocks=None))
+    except SurgicalError as error:
+        return str(error)
+    return None

@@ -1,0 +1,153 @@
+"""What a criterion may ask to see: the gradients of each batch, their moments over samples, or the whole model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+Criterion = Callable[..., Any]
+C = TypeVar("C", bound=Criterion)
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What `score_blocks` hands to a criterion.
+
+    Attributes:
+        what: `"gradients"`: called for every unit and batch, `(weights, grads) -> float`, averaged over the batches.
+            `"moments"`: called once for every unit, `(weights, *moments) -> float`. `"model"`: called once,
+            `(trial: Trial) -> {unit: score}`.
+        samples: whose gradients the moments are of: `"batches"`, or single `"examples"`.
+        decay: 1 = plain moments; less = exponential ones, of weight `decay ** (number of later samples)`.
+        parts: how many `Moments`; samples are dealt out to them in turn.
+        batches: how many batches to look at unless the user says so; 0 = no data needed.
+    """
+
+    what: str = "gradients"
+    samples: str = "batches"
+    decay: float = 1.0
+    parts: int = 1
+    batches: int = 5
+
+
+def over_batches(*, decay: float = 1.0, parts: int = 1, batches: int = 5) -> Callable[[C], C]:
+    """Marks a criterion `(weights, *moments) -> float` on the gradients of batches.
+
+    Example:
+        >>> @over_batches()
+        ... def mean_gradient_norm(weights, moments):
+        ...     return norm(moments.means)
+    """
+    return _marked(Needs("moments", "batches", decay, parts, batches))
+
+
+def over_examples(*, batches: int = 5) -> Callable[[C], C]:
+    """Marks a criterion `(weights, moments) -> float` on the gradients of single examples."""
+    return _marked(Needs("moments", "examples", batches=batches))
+
+
+def of_model(*, batches: int) -> Callable[[C], C]:
+    """Marks a criterion `(trial) -> {unit: score}` that needs more than gradients; `batches=0`: no data at all."""
+    return _marked(Needs("model", batches=batches))
+
+
+def _marked(needs: Needs) -> Callable[[C], C]:
+    def mark(criterion: C) -> C:
+        criterion.needs = needs  # type: ignore[attr-defined]
+        return criterion
+
+    return mark
+
+
+def needs_of(criterion: Criterion) -> Needs:
+    """What a criterion asks for; a plain function, or one with `functools.partial` around it, sees gradients."""
+    while isinstance(criterion, partial):
+        criterion = criterion.func
+    return getattr(criterion, "needs", Needs())
+
+
+class Moments:
+    """Weighted mean and variance of a unit's gradient, entry by entry, one sample at a time (Welford's update).
+
+    Memory: two float32 numbers for each weight.
+
+    Attributes:
+        means: for each weight of the unit the mean gradient, in its shape.
+        count: number of samples.
+    """
+
+    def __init__(self, weights: Sequence[Tensor], decay: float = 1.0) -> None:
+        self.decay = decay
+        self.count = 0
+        self.total = 0.0  # sum of the samples' weights
+        self._at = 0
+        self.means = [torch.zeros_like(w, dtype=torch.promote_types(w.dtype, torch.float32)) for w in weights]
+        self._spreads = [torch.zeros_like(mean) for mean in self.means]
+
+    def update(self, grads: Sequence[Tensor], position: int) -> None:
+        """Take in the gradient of the sample that stands at `position` in the order of all samples."""
+        self.fade(position)
+        self.count += 1
+        self.total += 1.0
+        for mean, spread, grad in zip(self.means, self._spreads, grads, strict=True):
+            delta = grad.to(mean.dtype) - mean
+            mean.add_(delta, alpha=1.0 / self.total)
+            spread.addcmul_(delta, grad.to(mean.dtype) - mean)
+
+    def fade(self, position: int) -> None:
+        """Let what is known grow older, as seen from `position`."""
+        if self.decay != 1.0:
+            factor = self.decay ** (position - self._at)
+            self.total *= factor
+            for spread in self._spreads:
+                spread.mul_(factor)
+        self._at = position
+
+    def merge(self, count: int, total: float, means: Sequence[Tensor], spreads: Sequence[Tensor]) -> None:
+        """Take in what another process knows (Chan et al. 1979), as of the same position."""
+        if not total:
+            return
+        share = total / (self.total + total)
+        for mean, spread, other_mean, other_spread in zip(self.means, self._spreads, means, spreads, strict=True):
+            delta = other_mean - mean
+            mean.add_(delta, alpha=share)
+            spread.add_(other_spread).addcmul_(delta, delta, value=self.total * share)
+        self.count += count
+        self.total += total
+
+    @property
+    def spreads(self) -> list[Tensor]:
+        """Sums of squared distances from the mean."""
+        return self._spreads
+
+    @property
+    def variances(self) -> list[Tensor]:
+        """Of each entry the variance over the samples, divided by their number (or sum of weights)."""
+        return [spread / self.total for spread in self._spreads]
+
+    @property
+    def squares(self) -> list[Tensor]:
+        """Of each entry the mean of the squared gradient."""
+        return [torch.addcmul(variance, mean, mean) for variance, mean in zip(self.variances, self.means, strict=True)]
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The whole of a tensor that FSDP2 has sharded; any other as it is. All processes must ask."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def reshard(model: nn.Module) -> None:
+    """Let go of the weights that FSDP2 gathered: a forward pass without a backward one leaves the outermost whole.
+
+    The model would go on with those, whatever happens to their shards.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()

@@ -1,0 +1,107 @@
+"""The frozen start of a model, run once for each batch and not at every step of every short training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+
+class Prefix:
+    """Remembers what the repeated layers returned and lets those be skipped that nothing in training can change.
+
+    A layer is skipped if it had returned before the first module that holds a weight in training was called: then no
+    such weight has a part in its output, whatever the architecture. Layers called more than once, or that return other
+    things than tensors in tuples and lists, are always run.
+
+    Memory: the outputs of all repeated layers for all batches.
+    """
+
+    def __init__(self, model: nn.Module, layers: Sequence[nn.Module]) -> None:
+        self.model = model
+        self.layers = layers
+        self._outputs: dict[int, dict[nn.Module, Any]] = {}
+        self._called: dict[nn.Module, int] = {}  # when each module was first called
+        self._returned: dict[nn.Module, int] = {}  # when each layer returned
+        self._unfit: set[nn.Module] = set()
+        self._skipped: Sequence[nn.Module] = ()
+        self._training = False
+
+    @contextmanager
+    def of(self, at: int) -> Iterator[None]:
+        """The forward pass of batch `at` is inside: its layers are skipped, or run and remembered."""
+        if self._training:
+            skipped = self._skipped if at in self._outputs else ()
+            with _answering({layer: self._outputs[at][layer] for layer in skipped}):
+                yield
+        elif at in self._outputs:
+            yield
+        else:
+            found: dict[nn.Module, Any] = {}
+            hooks = [module.register_forward_pre_hook(self._call) for module in self.model.modules()]
+            hooks += [layer.register_forward_hook(partial(self._return, found)) for layer in self.layers]
+            try:
+                yield
+            finally:
+                for hook in hooks:
+                    hook.remove()
+            self._outputs[at] = found
+
+    @contextmanager
+    def skipping(self, weights: Sequence[nn.Parameter]) -> Iterator[None]:
+        """These weights are in training inside, all others are as they were when outputs were remembered."""
+        trained = {id(weight) for weight in weights}
+        holders = [m for m in self.model.modules() if any(id(p) in trained for p in m.parameters(recurse=False))]
+        first = min((self._called.get(module, 0) for module in holders), default=0)
+        self._skipped = [
+            layer for layer in self.layers if layer not in self._unfit and self._returned.get(layer, first) < first
+        ]
+        self._training = True
+        try:
+            yield
+        finally:
+            self._training = False
+
+    def _call(self, module: nn.Module, args: Any) -> None:
+        self._called.setdefault(module, len(self._called) + len(self._returned))
+
+    def _return(self, found: dict[nn.Module, Any], layer: nn.Module, args: Any, output: Any) -> None:
+        if layer in found or not _is_plain(output):
+            self._unfit.add(layer)
+        found[layer] = _detached(output)
+        self._returned.setdefault(layer, len(self._called) + len(self._returned))
+
+
+@contextmanager
+def _answering(answers: dict[nn.Module, Any]) -> Iterator[None]:
+    """Modules that return what is given instead of running."""
+    before = {module: module.__dict__.get("forward") for module in answers}
+    for module, answer in answers.items():
+        module.__dict__["forward"] = partial(_answer, answer)
+    try:
+        yield
+    finally:
+        for module, forward in before.items():
+            if forward is None:
+                del module.__dict__["forward"]
+            else:
+                module.__dict__["forward"] = forward
+
+
+def _answer(answer: Any, *args: Any, **kwargs: Any) -> Any:
+    return answer
+
+
+def _is_plain(output: Any) -> bool:
+    if type(output) in (tuple, list):
+        return all(_is_plain(each) for each in output)
+    return output is None or isinstance(output, Tensor)
+
+
+def _detached(output: Any) -> Any:
+    if type(output) in (tuple, list):
+        return type(output)(_detached(each) for each in output)
+    return output.detach() if isinstance(output, Tensor) else output

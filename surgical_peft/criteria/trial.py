@@ -1,0 +1,83 @@
+"""What a criterion of the whole model works with: short trainings that leave the model as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .criterion import reshard
+from .prefix import Prefix
+
+
+@dataclass(frozen=True)
+class Trial:
+    """The model as a whole-model criterion gets it: in eval mode, on its device, with all weights trainable.
+
+    Attributes:
+        model: to be left as it was; `training` sees to its weights.
+        units: for each unit its weights by their names in the bare model.
+        blocks: the block that each unit belongs to.
+        layers: the repeated layers of the model.
+        batches: labelled batches, on the model's device.
+        loss_fn: `(model, batch) -> scalar loss`.
+    """
+
+    model: nn.Module
+    units: dict[str, dict[str, nn.Parameter]]
+    blocks: dict[str, str]
+    layers: Sequence[nn.Module]
+    batches: Sequence[Any]
+    loss_fn: Callable[[nn.Module, Any], Tensor]
+    prefix: Prefix = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "prefix", Prefix(self.model, self.layers))
+
+    def loss(self, at: int) -> Tensor:
+        """Loss of the batch `at`; what runs before the weights in training comes from memory where that is exact."""
+        with self.prefix.of(at):
+            return self.loss_fn(self.model, self.batches[at])
+
+    @torch.no_grad()
+    def mean_loss(self, ats: Sequence[int]) -> float:
+        """Mean loss of some batches."""
+        return float(torch.stack([self.loss(at).double().cpu() for at in ats]).mean())
+
+    @contextmanager
+    def training(self, *names: str) -> Iterator[dict[str, list[nn.Parameter]]]:
+        """Only these units are trainable inside; afterwards their weights are as before, bit for bit."""
+        reshard(self.model)
+        chosen = {name: list(self.units[name].values()) for name in names}
+        kept = [(weight, weight.detach().clone()) for weights in chosen.values() for weight in weights]
+        inside = {id(weight) for weight, _ in kept}
+        everything = [weight for unit in self.units.values() for weight in unit.values()]
+        flags = [weight.requires_grad for weight in everything]
+        for weight in everything:
+            weight.requires_grad_(id(weight) in inside)
+        try:
+            with self.prefix.skipping([weight for weight, _ in kept]):
+                yield chosen
+        finally:
+            reshard(self.model)
+            with torch.no_grad():
+                for weight, value in kept:
+                    weight.copy_(value)
+            for weight, flag in zip(everything, flags, strict=True):
+                weight.requires_grad_(flag)
+                weight.grad = None
+
+    def steps(
+        self, optimizer: torch.optim.Optimizer, ats: Sequence[int], which: range, rate: float, total: int
+    ) -> None:
+        """Train the steps `which` out of `total` on some batches, over and over; the rate falls linearly to 0."""
+        for step in which:
+            for group in optimizer.param_groups:
+                group["lr"] = rate * (1 - step / total)
+            optimizer.zero_grad()
+            self.loss(ats[step % len(ats)]).backward()
+            optimizer.step()

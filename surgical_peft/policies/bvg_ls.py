@@ -1,0 +1,98 @@
+"""BVG-LS: at each step, train only the block whose gradient has the best ratio of bias to variance."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import SurgicalError
+from .policy import Policy, Run, check_count, check_word
+
+
+def bvg_ls(alpha: float = 0.9, num_selected: int = 1, momentum: str = "accumulate") -> Policy:
+    """Train at each step the blocks with the largest ratio of squared mean to variance of their gradient over time.
+
+    With `m` and `s` the exponential moving averages of each entry's gradient and its square, both divided by
+    `1 - alpha^t`: `B = sum m^2`, `V = max(sum (s - m^2), 1e-10)`, and the `num_selected` blocks with the largest `B /
+    V` have the full rate, the others 0. The ratio is one of sums over a block. The head is a block like the others, as
+    in the paper. At the first step all variances are 0 and the largest gradient wins; ties go to the earlier block.
+
+    Memory: two float32 numbers for every parameter beyond what the optimizer keeps, and gradients of everything. It is
+    soft by nature, since it has to see all gradients, and works under DDP.
+
+    Args:
+        alpha: decay of the averages, from 0 to below 1.
+        num_selected: how many blocks a step trains.
+        momentum: `"accumulate"` as in the released code: the optimizer's moments of blocks that rest go on;
+            `"masked"`: they stand still. Decay that the optimizer adds to the gradient (SGD's `weight_decay`) goes
+            with them.
+
+    Source: Tomita et al. 2024 (ACCV), from its released code: SGD at 0.01, Nesterov momentum 0.9, weight decay 5e-4.
+
+    Example:
+        >>> trainer = Trainer(..., optimizer_cls_and_kwargs=surgical_optimizer(args, policy=policies.bvg_ls()))
+    """
+    check_word("bvg_ls", "momentum", momentum, ("accumulate", "masked"))
+    check_count("bvg_ls", "num_selected", num_selected, "blocks a step")
+    if not 0 <= alpha < 1:
+        raise SurgicalError(f"alpha={alpha} is out of range: from 0 to below 1.")
+    return BVGLS(alpha=alpha, num_selected=num_selected, skip_idle=momentum == "masked")
+
+
+@dataclass(frozen=True)
+class BVGLS(Policy):
+    alpha: float = 0.9
+    num_selected: int = 1
+
+    def plan(self, run: Run) -> dict[str, float] | None:
+        if self.num_selected > len(run.units):
+            raise SurgicalError(
+                f"num_selected={self.num_selected} is more than the {len(run.units)} blocks that are trained: "
+                f"{', '.join(run.names)}."
+            )
+        return None
+
+    def step_multipliers(self, run: Run) -> dict[str, float] | None:
+        parameters = [p for unit in run.units for p in unit.parameters]
+        seen = [at for at, p in enumerate(parameters) if p.grad is not None]
+        grads = [p.grad.float() for p in parameters if p.grad is not None]
+        if not grads or not _all_finite(grads):
+            return None  # a step that the gradient scaler will skip: it must not enter the averages
+        means, squares = _averages(run.state, parameters)
+        torch._foreach_mul_([*means, *squares], self.alpha)
+        torch._foreach_add_([means[at] for at in seen], grads, alpha=1 - self.alpha)
+        torch._foreach_addcmul_([squares[at] for at in seen], grads, grads, value=1 - self.alpha)
+        run.state["count"] = run.state.get("count", 0) + 1
+
+        norms = [*torch._foreach_norm(means, 2), *torch._foreach_norm(squares, 1)]
+        numbers = torch.stack([norm.to(norms[0].device) for norm in norms]).tolist()
+        correction = 1 - self.alpha ** run.state["count"]
+        ratios, at = {}, 0
+        for unit in run.units:
+            ours = slice(at, at := at + len(unit.parameters))
+            bias = math.fsum((norm / correction) ** 2 for norm in numbers[: len(means)][ours])
+            total = math.fsum(numbers[len(means) :][ours]) / correction
+            # One gradient has no variance; the rounding of `total - bias` would be as large as the threshold.
+            variance = max(total - bias, 1e-10) if run.state["count"] > 1 else 1e-10
+            ratios[unit.name] = bias / variance
+        run.scores.update(ratios)
+        return run.only(sorted(ratios, key=ratios.__getitem__, reverse=True)[: self.num_selected])  # a stable sort
+
+
+def _averages(state: dict[str, Any], parameters: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """The moving averages, made at the first step, and on the parameters' devices: a checkpoint is read to the CPU."""
+    for name in ("means", "squares"):
+        if name not in state:
+            state[name] = [torch.zeros_like(p, dtype=torch.float32, requires_grad=False) for p in parameters]
+        state[name] = [average.to(p.device) for average, p in zip(state[name], parameters, strict=True)]
+    return state["means"], state["squares"]
+
+
+def _all_finite(tensors: list[Tensor]) -> bool:
+    norms = torch._foreach_norm(tensors, math.inf)
+    return bool(torch.stack([norm.float().to(norms[0].device) for norm in norms]).isfinite().all())

@@ -1,0 +1,50 @@
+"""Gradual unfreezing: one more block each epoch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .policy import STATE_POLICIES, Policy, Run, check_cadence, check_word, depths
+
+
+def gradual_unfreezing(
+    direction: str = "last_to_first", every: str | int = "epoch", hard: bool = True, state_policy: str = "keep"
+) -> Policy:
+    """Train the head first, then one more block at each interval, until all are trained.
+
+    From last to first, the first interval trains the final norm and the head, the next one also the last repeated
+    block, and so on down to the embeddings. From first to last it trains the embeddings and the head, then also the
+    first block, and so on. Blocks that are not tuned at all take no turn.
+
+    Args:
+        direction: `"last_to_first"` (ULMFiT) or `"first_to_last"`.
+        every: the interval: an `"epoch"`, which needs `SurgicalCallback` among the Trainer's callbacks, or so many
+            steps.
+        hard: freeze; False = rate 0 only, which saves nothing and works under DDP.
+        state_policy: what being frozen does to the optimizer's state; blocks are never frozen again, so it is all one.
+
+    Source: Howard and Ruder 2018, ULMFiT (arXiv 1801.06146). Lee et al. 2022 rank it below full fine-tuning.
+
+    Example:
+        >>> optimizer = surgical_optimizer(args, policy=policies.gradual_unfreezing())
+        >>> trainer = Trainer(..., optimizer_cls_and_kwargs=optimizer, callbacks=[SurgicalCallback()])
+    """
+    check_word("gradual_unfreezing", "direction", direction, ("last_to_first", "first_to_last"))
+    check_cadence("gradual_unfreezing", every, ("epoch",))
+    check_word("gradual_unfreezing", "state_policy", state_policy, STATE_POLICIES)
+    return GradualUnfreezing(
+        direction=direction, every=every, by_epoch=every == "epoch", hard=hard, state_policy=state_policy
+    )
+
+
+@dataclass(frozen=True)
+class GradualUnfreezing(Policy):
+    direction: str = "last_to_first"
+    every: str | int = "epoch"
+
+    def plan(self, run: Run) -> dict[str, float] | None:
+        turn = (run.epoch or 0) if isinstance(self.every, str) else run.step // self.every
+        depth_of = depths(run.blocks)
+        there = sorted({depth_of[name] for name in run.names}, reverse=self.direction == "last_to_first")
+        thawed = set(there[: turn + 1])
+        return run.only([*run.heads, *(name for name in run.names if depth_of[name] in thawed)])

@@ -1,0 +1,112 @@
+"""Random blocks, more and more those that were drawn before."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ..errors import SurgicalError
+from .policy import STATE_POLICIES, Policy, Run, check_cadence, check_count, check_enough, check_word, kept_on
+
+_FADE = 0.95  # of epsilon from one draw to the next
+
+
+def sample_by_score(
+    num_blocks: int = 2,
+    every: int = 20,
+    epsilon: float = 0.5,
+    always: Sequence[int | str] | None = None,
+    seed: int = 0,
+    hard: bool = True,
+    state_policy: str = "keep",
+) -> Policy:
+    """Every so many steps draw `num_blocks` repeated blocks: by gradient norm at first, later by past draws.
+
+    Draw `n` explores with the probability `epsilon * 0.95^n`: blocks are then drawn one by one with a chance in
+    proportion to their gradient norm, as last seen; one not yet seen counts as much as the largest. Else shares are
+    drawn from a Dirichlet distribution with `1 + times drawn` of each block, and the blocks with the largest shares
+    are trained. Repeated blocks that are not drawn are frozen, and so is what is trained outside them unless `always`
+    names it.
+
+    Args:
+        num_blocks: how many repeated blocks are trained at once.
+        every: steps from draw to draw.
+        epsilon: chance to explore at the first draw, from 0 to 1.
+        always: blocks that are always trained, as `BlockMap.parse` takes them; default the head. `[]` = none.
+        seed: of the draws.
+        hard: freeze; False = rate 0 only, which saves nothing and works under DDP.
+        state_policy: what freezing does to the optimizer's state: `"keep"`, `"reset"` or `"offload"`.
+
+    Source: after the abstract of AdaGradSelect (Kumar et al. 2025, arXiv 2512.15764): Dirichlet sampling on past
+    update counts with epsilon-greedy exploration, blocks chosen by their gradients. Its update rule and settings were
+    not to be found; the numbers, the fading of epsilon and what exploring means here are ours.
+
+    Example:
+        >>> policy = policies.sample_by_score(num_blocks=3)
+        >>> trainer = Trainer(..., optimizer_cls_and_kwargs=surgical_optimizer(args, policy))
+    """
+    check_count("sample_by_score", "num_blocks", num_blocks, "blocks trained at once")
+    check_cadence("sample_by_score", every, ())
+    check_word("sample_by_score", "state_policy", state_policy, STATE_POLICIES)
+    if not 0 <= epsilon <= 1:
+        raise SurgicalError(f"epsilon={epsilon} is out of range: a chance from 0 to 1.")
+    return SampleByScore(
+        num_blocks=num_blocks,
+        every=every,
+        epsilon=epsilon,
+        always=None if always is None else tuple(always),
+        seed=seed,
+        hard=hard,
+        state_policy=state_policy,
+    )
+
+
+@dataclass(frozen=True)
+class SampleByScore(Policy):
+    num_blocks: int = 2
+    every: int = 20
+    epsilon: float = 0.5
+    always: tuple[int | str, ...] | None = None
+    seed: int = 0
+
+    def plan(self, run: Run) -> dict[str, float] | None:
+        draw = run.step // self.every
+        if run.step % self.every or run.state.get("drawn", -1) >= draw:
+            return None
+        always = kept_on(run, self.always)
+        candidates = [name for name in run.repeated if name not in always]
+        check_enough("sample_by_score", self.num_blocks, candidates)
+        counts = run.state.setdefault("counts", dict.fromkeys(candidates, 0))
+        chance = random.Random(f"{self.seed} {draw}")
+        if chance.random() < self.epsilon * _FADE**draw:
+            norms = run.state.get("norms", {})
+            unseen = max(norms.values(), default=0.0) or 1.0
+            weights = {name: norms.get(name, unseen) for name in candidates}
+            chosen = []
+            for _ in range(self.num_blocks):
+                chosen += chance.choices(list(weights), [weight + 1e-12 for weight in weights.values()])
+                del weights[chosen[-1]]
+        else:  # the shares of a Dirichlet draw are gamma draws divided by their sum, which changes no order
+            shares = {name: chance.gammavariate(1 + counts[name], 1.0) for name in candidates}
+            chosen = sorted(candidates, key=shares.__getitem__, reverse=True)[: self.num_blocks]
+        for name in chosen:
+            counts[name] += 1
+        run.state["drawn"] = draw
+        return run.only([*chosen, *always])
+
+    def step_multipliers(self, run: Run) -> dict[str, float] | None:
+        if (run.step + 1) % self.every == 0:  # the gradients before the next draw
+            seen = {unit.name: [p.grad for p in unit.parameters if p.grad is not None] for unit in run.units}
+            norms = {
+                name: torch.stack([norm.to(grads[0].device) for norm in torch._foreach_norm(grads, 2)]).norm()
+                for name, grads in seen.items()
+                if grads
+            }
+            values = {name: float(norm) for name, norm in norms.items()}
+            finite = {name: value for name, value in values.items() if 0 <= value < float("inf")}
+            run.state.setdefault("norms", {}).update(finite)
+            run.scores.update(finite)
+        return None

@@ -1,0 +1,157 @@
+"""Stages: one selection after the other, each with its rate, its length and its loss."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from types import ModuleType
+from typing import Any
+
+from ..errors import SurgicalError
+from ..names import nearest, resolve
+from .policy import STATE_POLICIES, Policy, Run, StepLoss, check_count, check_word
+
+
+@dataclass(frozen=True, repr=False)
+class Stage:
+    """One part of a training.
+
+    Attributes:
+        blocks: what is trained, as [`BlockMap.parse`][surgical_peft.BlockMap.parse] takes it; what else is tuned
+            rests.
+        epochs, steps: how long; one of the two, or neither for the last stage, which goes on until the end.
+        lr_multiplier: factor on the learning rate.
+        loss: `(outputs, labels, num_items_in_batch=None) -> loss`, as `Trainer`'s `compute_loss_func`, or its name
+            `"package.module:name"`; None = the model's own.
+
+    Example:
+        >>> Stage("head", epochs=2, lr_multiplier=10)
+        Stage(blocks='head', epochs=2, lr_multiplier=10)
+    """
+
+    blocks: int | str | Sequence[int | str] = "all"
+    epochs: int | None = None
+    steps: int | None = None
+    lr_multiplier: float = 1.0
+    loss: StepLoss | str | None = None
+
+    def __repr__(self) -> str:
+        given = ((f.name, getattr(self, f.name)) for f in fields(self) if getattr(self, f.name) != f.default)
+        told = (f"{name}={_name_of(value) if name == 'loss' else repr(value)}" for name, value in given)
+        return f"Stage({', '.join(told)})"
+
+
+def stages(plan: Iterable[Stage | Mapping[str, Any]], hard: bool = True, state_policy: str = "reset") -> Policy:
+    """Train in stages: each its blocks, rate, length and loss.
+
+    Lengths in epochs need `SurgicalCallback` among the Trainer's callbacks. A stage's loss is computed on what the
+    model returns and takes the place of its own while training; evaluation is left alone. The model must be given its
+    labels: with `Trainer(compute_loss_func=...)` or label smoothing it is not, and that is an error.
+
+    Args:
+        plan: the stages in turn, as `Stage` or as a mapping of its fields (as in a recipe).
+        hard: freeze what a stage does not train; False = rate 0 only, which saves nothing and works under DDP.
+        state_policy: what freezing does to the optimizer's state: `"reset"`, `"keep"` or `"offload"`.
+
+    Source: one frame for LP-FT (arXiv 2202.10054, see `lp_ft`), two-stage fine-tuning (arXiv 2207.10858, see
+    `two_stage`), and schedules of your own.
+
+    Example:
+        >>> policy = policies.stages([Stage("head", epochs=1, lr_multiplier=10), Stage([-1, "head"], epochs=2)])
+        >>> optimizer = surgical_optimizer(args, policy=policy)
+        >>> trainer = Trainer(..., optimizer_cls_and_kwargs=optimizer, callbacks=[SurgicalCallback()])
+    """
+    check_word("stages", "state_policy", state_policy, STATE_POLICIES)
+    parts = tuple(_checked(stage) for stage in plan)
+    if not parts:
+        raise SurgicalError("stages=[] has no stage: give at least one.")
+    for number, stage in enumerate(parts, 1):
+        if (stage.epochs is not None) + (stage.steps is not None) != 1 and stage is not parts[-1]:
+            raise SurgicalError(f"stage {number} ({stage}) needs its length: epochs or steps, one of the two.")
+    if len({stage.epochs is None for stage in parts if stage.epochs or stage.steps}) > 1:
+        raise SurgicalError("stages are measured in epochs or in steps: the same for all.")
+    return Stages(
+        stages=parts,
+        by_epoch=any(stage.epochs for stage in parts),
+        own_loss=any(stage.loss for stage in parts),
+        hard=hard,
+        state_policy=state_policy,
+    )
+
+
+@dataclass(frozen=True)
+class Stages(Policy):
+    stages: tuple[Stage, ...] = ()
+
+    def plan(self, run: Run) -> dict[str, float] | None:
+        if run.step == 0:  # a wrong name in the last stage is said now, not when its turn comes
+            for stage in self.stages:
+                _trained(stage, run)
+        stage = self.stages[self._number(run)]
+        return {name: factor * stage.lr_multiplier for name, factor in run.only(_trained(stage, run)).items()}
+
+    def loss(self, run: Run) -> StepLoss | None:
+        return self.stages[self._number(run)].loss  # type: ignore[return-value]  # names are resolved in _checked
+
+    def _number(self, run: Run) -> int:
+        done = (run.epoch or 0) if self.by_epoch else run.step
+        for number, stage in enumerate(self.stages[:-1]):
+            done -= stage.epochs or stage.steps or 0
+            if done < 0:
+                return number
+        return len(self.stages) - 1
+
+
+def _trained(stage: Stage, run: Run) -> list[str]:
+    """The blocks of a stage that are tuned at all; `"all"` are those that are."""
+    chosen = run.names if stage.blocks == "all" else run.blocks.parse(stage.blocks)
+    missing = [name for name in chosen if name not in run.names]
+    if missing:
+        raise SurgicalError(
+            f"{stage} names {missing[0]!r}, which is not trained. Trained: {', '.join(run.names)}; 'all' means these."
+        )
+    return list(chosen)
+
+
+def _checked(stage: Stage | Mapping[str, Any]) -> Stage:
+    if isinstance(stage, Mapping):
+        known = [f.name for f in fields(Stage)]
+        for key in stage:
+            if key not in known:
+                raise SurgicalError(
+                    f"a stage has no {key!r}: {nearest(str(key), known)}There are: {', '.join(known)}."
+                )
+        stage = Stage(**stage)
+    if not isinstance(stage, Stage):
+        raise SurgicalError(f"{stage!r} is not a stage: give Stage(...) or a mapping of its fields.")
+    for name in ("epochs", "steps"):
+        if getattr(stage, name) is not None:
+            check_count("stages", name, getattr(stage, name), f"{name} of a stage")
+    if stage.epochs and stage.steps:
+        raise SurgicalError(f"{stage} has epochs and steps: give one of the two.")
+    if not (math.isfinite(stage.lr_multiplier) and stage.lr_multiplier > 0):
+        raise SurgicalError(
+            f"lr_multiplier={stage.lr_multiplier} of a stage is out of range: more than 0. What is to rest is left "
+            "out of `blocks`."
+        )
+    loss = stage.loss
+    if isinstance(loss, str):
+        loss = resolve(loss, _LOSSES)
+    if loss is not None and not callable(loss):
+        raise SurgicalError(f"loss={loss!r} of a stage is not a function of (outputs, labels, num_items_in_batch).")
+    blocks = stage.blocks if isinstance(stage.blocks, int | str) else tuple(stage.blocks)
+    return Stage(blocks, stage.epochs, stage.steps, stage.lr_multiplier, loss)
+
+
+def _name_of(loss: Any) -> str:
+    """Without an address: `package.module:name` of a function, or the text of an object that describes itself."""
+    if hasattr(loss, "__qualname__"):
+        return f"{loss.__module__}:{loss.__qualname__}"
+    if " at 0x" in repr(loss):
+        return f"{type(loss).__module__}:{type(loss).__qualname__}"
+    return repr(loss)
+
+
+_LOSSES = ModuleType("losses", "Names of losses: only the user's own, as package.module:name.")
+_LOSSES.__all__ = []  # type: ignore[attr-defined]

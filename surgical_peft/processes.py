@@ -1,0 +1,97 @@
+"""Scoring in several processes at once: who looks at which batches, and how their findings become one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate.utils import send_to_device
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from .criteria.criterion import Moments
+
+
+def several() -> bool:
+    """Whether other processes score along."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def without_ddp(model: nn.Module) -> nn.Module:
+    """The model inside DDP, whose backward pass would average the gradients of different batches."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether FSDP2 has spread the weights over the processes: then all have to run every batch together."""
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
+def dealt(batches: Sequence[Any], everywhere: bool) -> tuple[list[tuple[int, Any]], int]:
+    """The batches that this process is to look at, each with its place in the union, and the size of the union.
+
+    In the union the processes take turns: first batches of all, then second ones. With `everywhere`, every process
+    looks at all of it.
+    """
+    if not several():
+        return list(enumerate(batches)), len(batches)
+    counts: list[int] = _all(len(batches))
+    rank = dist.get_rank()
+    if not everywhere:
+        return [(_place(counts, rank, turn), batch) for turn, batch in enumerate(batches)], sum(counts)
+    everyone = _all(send_to_device(list(batches), "cpu"))
+    union = {_place(counts, who, turn): batch for who, own in enumerate(everyone) for turn, batch in enumerate(own)}
+    return sorted(union.items()), sum(counts)
+
+
+def _place(counts: Sequence[int], rank: int, turn: int) -> int:
+    return sum(min(count, turn) for count in counts) + sum(count > turn for count in counts[:rank])
+
+
+def union_of_values(values: dict[str, dict[int, float]]) -> dict[str, dict[int, float]]:
+    """For each unit the values of all batches, from every process those of its own."""
+    if not several():
+        return values
+    return {name: {at: value for own in _all(values) for at, value in own[name].items()} for name in values}
+
+
+def last_of_all(position: int) -> int:
+    """The last position that any process has seen."""
+    return max(_all(position)) if several() else position
+
+
+def merge(moments: Moments, last: int, alone: bool) -> Moments:
+    """The moments over the samples of all processes, as seen from the position `last`; the same bits everywhere."""
+    moments.fade(last)
+    if alone or not several():
+        return moments
+    merged = Moments(moments.means, moments.decay)
+    facts: list[tuple[int, float]] = _all((moments.count, moments.total))
+    means, spreads = ([_every(tensor) for tensor in each] for each in (moments.means, moments.spreads))
+    for who, (count, total) in enumerate(facts):
+        merged.merge(count, total, [each[who] for each in means], [each[who] for each in spreads])
+    return merged
+
+
+def first_says(values: dict[str, float]) -> dict[str, float]:
+    """The values of the first process: trained weights may differ in the last bit between machines."""
+    if not several():
+        return values
+    box = [values]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def _all(value: Any) -> list[Any]:
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, value)
+    return found
+
+
+def _every(tensor: torch.Tensor) -> list[torch.Tensor]:
+    found = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+    dist.all_gather(found, tensor.contiguous())
+    return found

@@ -1,0 +1,118 @@
+"""The probe against plain trainings of copies, and what it refuses."""
+
+from __future__ import annotations
+
+import copy
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from surgical_peft import BlockMap, SurgicalError, score_blocks
+from surgical_peft.recipe import load_recipe
+from surgical_peft.train import score
+
+from .toys import TOYS, Toy
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+PACE, THRIFT = 0.5, 0.3
+
+
+def loss_of(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    return model(**batch).loss
+
+
+def mean_loss(model: nn.Module, batches: list[Any]) -> float:
+    with torch.no_grad():
+        return sum(loss_of(model, batch).item() for batch in batches) / len(batches)
+
+
+def plain_probe(model: nn.Module, batches: list[Any]) -> dict[str, float]:
+    """Every unit trained on a copy of its own; all of them to the end, and the halving told afterwards."""
+    train, held_out = batches[::2], batches[1::2]
+    few, half = held_out[: max(1, len(held_out) // 4)], math.ceil(len(train) / 2)
+    units = {name: list(named) for name, named in BlockMap.find(model).named_parameters(model).items()}
+    parameters = dict(model.named_parameters())
+    grads: list[dict[str, Tensor]] = []
+    for batch in train:
+        found = torch.autograd.grad(loss_of(model, batch), list(parameters.values()), allow_unused=True)
+        grads.append(
+            {n: torch.zeros_like(parameters[n]) if g is None else g for n, g in zip(parameters, found, strict=True)}
+        )
+    gains = {}
+    for name, paths in units.items():
+        gain = 0.0
+        for path in paths:
+            mean = torch.stack([each[path] for each in grads]).mean(0)
+            square = torch.stack([each[path] ** 2 for each in grads]).mean(0)
+            gain += (mean**2 / square.sqrt()).nan_to_num(0.0).sum().item()
+        gains[name] = gain
+    level = sum(loss_of(model, batch).item() for batch in train) / len(train)
+    halfway, end = {}, {}
+    for name, paths in units.items():
+        own = copy.deepcopy(model)
+        weights = [weight for path, weight in own.named_parameters() if path in paths]
+        optimizer = torch.optim.Adam(weights)
+        for step, batch in enumerate(train):
+            if step == half:
+                halfway[name] = mean_loss(own, few)
+            optimizer.param_groups[0]["lr"] = PACE * level / gains[name] * (1 - step / len(train))
+            own.zero_grad()
+            loss_of(own, batch).backward()
+            optimizer.step()
+        end[name] = mean_loss(own, held_out)
+
+    def score(name: str, before: float, after: float) -> float:
+        return math.log(before / after) + THRIFT * math.log(gains[name] / max(gains.values()))
+
+    early = {name: score(name, mean_loss(model, few), halfway[name]) for name in units}
+    late = {name: score(name, mean_loss(model, held_out), end[name]) for name in units}
+    kept = sorted(units, key=lambda name: -early[name])[: math.ceil(len(units) / 2)]
+    worst = min(late[name] for name in kept)
+    return {name: late[name] if name in kept else min(early[name], worst) for name in units}
+
+
+@pytest.mark.parametrize("name", ["vit", "bert", "llama"])
+def test_it_equals_plain_trainings_of_copies(name: str) -> None:
+    toy = TOYS[name]
+    batches = [
+        {key: value.double() if value.is_floating_point() else value for key, value in toy.batch(seed).items()}
+        for seed in range(9)
+    ]
+    scores = score_blocks(toy.model().double(), batches, "probe")
+    assert scores.values == pytest.approx(plain_probe(toy.model().double(), batches), rel=1e-6, abs=1e-9)
+
+
+@pytest.mark.parametrize(("recipe", "best"), [("noise.yaml", "0"), ("label_map.yaml", "head")])
+def test_it_finds_the_right_block_of_the_shipped_model(recipe: str, best: str) -> None:
+    scores = score(load_recipe(RECIPES / recipe)).values
+    assert max(scores, key=scores.__getitem__) == best
+
+
+def test_a_unit_without_a_gradient_is_left_out(vit: Toy) -> None:
+    model = vit.model()
+    model.vit.layers[4].register_forward_hook(lambda module, args, output: args[0])
+    scores = score_blocks(model, [vit.batch(seed) for seed in range(4)], "probe")
+    assert scores.unscored == ("4",)
+
+
+@pytest.mark.parametrize(
+    ("count", "loss_fn", "why"),
+    [
+        (1, loss_of, "needs at least 2, got 1"),
+        (4, lambda model, batch: -loss_of(model, batch), "must be above 0"),
+        (4, lambda model, batch: torch.ones((), requires_grad=True) * 2, "does not depend on any weight"),
+    ],
+)
+def test_what_cannot_be_probed_is_refused(count: int, loss_fn: Any, why: str, vit: Toy) -> None:
+    with pytest.raises(SurgicalError, match=why):
+        score_blocks(vit.model(), [vit.batch(seed) for seed in range(count)], "probe", loss_fn=loss_fn)
+
+
+def test_a_run_that_was_broken_off_goes_on_as_if_it_had_not_been(vit: Toy) -> None:
+    """With one batch to train on, half time is the end already."""
+    scores = score_blocks(vit.model(), [vit.batch(0), vit.batch(1)], "probe")
+    assert all(map(math.isfinite, scores.values.values()))
