@@ -10,7 +10,7 @@ quickstart: install  ## score, tune and compare on the shipped images: about 3 m
 	$(BIN)/surgical-peft quickstart
 
 test: install  ## the whole test suite
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 quality: install  ## lint, format check, types
 	$(BIN)/ruff check .

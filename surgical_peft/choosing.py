@@ -54,13 +54,14 @@ def choose_blocks(
     if not left:
         raise SurgicalError(f"no block of {scores.model_name} can be tuned: {next(iter(refused.values()))}")
     candidates = replace(scores, values=left, unscored=(*scores.unscored, *refused))
-    count, trial = config.num_blocks, None
+    count, loss = config.num_blocks, None
     if count is None:
         ranking = sorted(left, key=lambda name: -left[name])[:MOST]
-        trial = score_blocks(model, batches, partial(together, ranking=tuple(ranking)), loss_fn=loss_fn).values
-        count = how_many([-trial[name] for name in ranking])
+        minus = score_blocks(model, batches, partial(together, ranking=tuple(ranking)), loss_fn=loss_fn).values
+        loss = {name: -minus[name] for name in ranking}  # by the last block of each trial
+        count = how_many(list(loss.values()))
     chosen = top_k(candidates, count)
-    record = {**chosen.record, **({"refused": refused} if refused else {}), **({"together": trial} if trial else {})}
+    record = {**chosen.record, **({"refused": refused} if refused else {}), **({"joint_loss": loss} if loss else {})}
     return replace(config, blocks=list(chosen.blocks), selection=record, criterion=None, num_blocks=None), scores
 
 

@@ -38,14 +38,14 @@ def test_the_probe_and_the_joint_trainings_are_the_default(vit: Toy) -> None:
     assert config.criterion is config.num_blocks is None
     assert config.selection["criterion"] == "probe" and config.selection["scores"] == scores.values
     ranking = sorted(scores.values, key=lambda name: -scores.values[name])
-    assert list(config.selection["together"]) == ranking[:4]
+    assert list(config.selection["joint_loss"]) == ranking[:4]
     assert set(config.blocks) == set(ranking[: len(config.blocks)])
 
 
 def test_a_number_and_a_criterion_are_taken_as_given(vit: Toy) -> None:
     given = SurgicalConfig(blocks="auto", criterion=partial(criteria.random, seed=3), num_blocks=3)
     config, scores = choose_blocks(vit.model(), given, batches(vit))
-    assert scores.criterion == "random(seed=3)" and "together" not in config.selection
+    assert scores.criterion == "random(seed=3)" and "joint_loss" not in config.selection
     assert set(config.blocks) == set(sorted(scores.values, key=lambda name: -scores.values[name])[:3])
     assert given.blocks == "auto"
 

@@ -40,6 +40,13 @@ def test_score_and_its_picture(
     assert (tmp_path / "scores.png").stat().st_size > 10_000
 
 
+def test_score_by_another_criterion(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = str(ROOT / "recipes" / "auto.yaml")
+    assert run(monkeypatch, "score", recipe, "--json", "--criterion", "weight_snr") == 0
+    scores = json.loads(capsys.readouterr().out)
+    assert scores["criterion"] == "weight_snr" and set(scores["unscored"]) == {"embeddings", "final_norm", "head"}
+
+
 def test_train_prints_json_alone(tmp_path: Path) -> None:
     """In a process of its own: Trainer prints its logs to the same stream."""
     recipe = tmp_path / "recipe.yaml"
@@ -60,6 +67,7 @@ def test_train_prints_json_alone(tmp_path: Path) -> None:
         (["blocks", "no-such/model"], "the model 'no-such/model' cannot be loaded"),
         (["score", "no.yaml"], "there is no recipe 'no.yaml'"),
         (["score", "{tmp}/block.yaml", "--plot", "scores"], "must end in .png, .pdf or .svg"),
+        (["score", "{tmp}/block.yaml", "--criterion", "prob"], "did you mean 'probe'"),
         (["train", "{tmp}/typo.yaml"], "did you mean 'learning_rate'"),
         (["train", "{tmp}/block.yaml"], "block 14 does not exist"),
         (["score", "{tmp}/brackets.yaml"], "'[bold]' is none of the criteria"),

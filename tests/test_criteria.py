@@ -17,7 +17,7 @@ from surgical_peft import BlockMap, criteria, score_blocks
 from surgical_peft.criteria import bvr, eb, rgn, snr
 from surgical_peft.criteria.angle import degrees
 from surgical_peft.criteria.criterion import Moments
-from surgical_peft.criteria.rgn import norm, relative_gradient_norms
+from surgical_peft.criteria.rgn import norm
 from surgical_peft.criteria.weight_snr import ratio
 
 from .toys import TOYS, Batch, Toy
@@ -476,12 +476,3 @@ def test_norms_of_double_precision_stay_double() -> None:
 @pytest.mark.parametrize("tensor", [torch.tensor(-2.0), torch.full((4, 1), 1.0).expand(4, 1), torch.ones(2, 2).t()])
 def test_norms_of_odd_shapes(tensor: torch.Tensor) -> None:
     assert norm([tensor]) == pytest.approx(2.0)
-
-
-def test_relative_gradient_norms_are_rgn_of_each_unit(toy: Toy) -> None:
-    model = toy.model()
-    model(**toy.batch()).loss.backward()
-    units = [list(module.parameters()) for module in model.modules() if list(module.parameters())]
-    for got, unit in zip(relative_gradient_norms(units), units, strict=True):
-        grads = [torch.zeros_like(weight) if weight.grad is None else weight.grad for weight in unit]
-        assert got == pytest.approx(rgn(unit, grads), rel=1e-6)

@@ -20,11 +20,13 @@ from surgical_peft import (
     SurgicalConfig,
     SurgicalError,
     create_surgical_optimizer,
+    criteria,
     policies,
     score_blocks,
     surgical_optimizer,
 )
-from surgical_peft.policies.policy import Policy, Run
+from surgical_peft.policies.auto_rgn import _ratios
+from surgical_peft.policies.policy import Policy, Run, Unit
 from surgical_peft.scores import BlockScores
 
 from .toys import TOYS, Toy
@@ -461,3 +463,19 @@ def test_the_callback_leaves_policies_alone_that_do_not_probe(vit: Toy, tmp_path
     groups = trainer.optimizer.param_groups
     assert {group["lr_multiplier"] for group in groups} == {1.0}
     assert groups[0]["surgical"]["probed"] is None
+
+
+def test_ratios_read_off_the_gradients_are_rgn_of_each_unit(toy: Toy) -> None:
+    model = toy.model()
+    model(**toy.batch()).loss.backward()
+    modules = [module for module in model.modules() if list(module.parameters())]
+    units = [Unit(str(at), "0", list(module.parameters())) for at, module in enumerate(modules)]
+    for got, unit in zip(_ratios(units), units, strict=True):
+        grads = [torch.zeros_like(weight) if weight.grad is None else weight.grad for weight in unit.parameters]
+        assert got == pytest.approx(criteria.rgn(unit.parameters, grads), rel=1e-6)
+
+
+def test_ratios_of_large_units_are_exact() -> None:
+    weight = torch.nn.Parameter(torch.full((3_000_000,), 0.01))
+    weight.grad = torch.full((3_000_000,), 0.001)
+    assert _ratios([Unit("0", "0", [weight])])[0] == pytest.approx(0.1, rel=1e-6)

@@ -10,8 +10,15 @@ from typing import Any
 import pytest
 from peft import PeftModel
 from torch.utils.data import DataLoader
-from transformers import AutoModelForSequenceClassification, default_data_collator
+from transformers import (
+    AutoModelForSequenceClassification,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    default_data_collator,
+)
 
+from surgical_peft import SurgicalCallback
 from surgical_peft.recipe import load_recipe
 from surgical_peft.report.tables import comparison_markdown
 from surgical_peft.tasks import load_task
@@ -31,10 +38,10 @@ def run(code: str, **names: Any) -> dict[str, Any]:
     return names
 
 
-def test_the_three_pieces_of_code_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_pieces_of_code_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert len(CODE) == 3
-    vision, text, load = CODE
+    assert len(CODE) == 5
+    vision, text, load, criterion, policy = CODE
     task = load_task(load_recipe(ROOT / "recipes" / "label_map.yaml"))
     train = [task.splits["train"][i] for i in range(64)]
     loader = DataLoader(train, batch_size=32, collate_fn=default_data_collator)  # type: ignore[arg-type]
@@ -49,6 +56,32 @@ def test_the_three_pieces_of_code_run(tmp_path: Path, monkeypatch: pytest.Monkey
     text_run = run(text, train=examples)
     assert text_run["model"].peft_config["default"].blocks == ["1", "2"]
     assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+
+    scores = run(criterion, model=task.load_model(), dataloader=loader)["scores"]
+    assert all(0 < value < 1 for value in scores.values.values()) and "agreement" in scores.criterion
+    model, args = task.load_model(), TrainingArguments("run", max_steps=3, report_to="none", use_cpu=True)
+    chosen = run(policy, args=args)["optimizer"]
+    seen: list[list[bool]] = []
+
+    class Watch(TrainerCallback):
+        def on_step_begin(self, *args: Any, model: Any, **kwargs: Any) -> None:
+            seen.append([model.vit.layers[0].mlp.fc1.weight.requires_grad, model.classifier.weight.requires_grad])
+
+    callbacks = [SurgicalCallback(), Watch()]
+    Trainer(model=model, args=args, train_dataset=train, callbacks=callbacks, optimizer_cls_and_kwargs=chosen).train()
+    assert seen == [[True, True], [False, True], [True, True]]
+
+
+def test_own_criterion_and_policy_take_less_than_ten_lines_each() -> None:
+    for code in CODE[3:]:
+        body = code[code.index("@") :].strip().splitlines()
+        assert len([line for line in body if line.strip()]) < 10
+
+
+@pytest.mark.parametrize("folder", ["criteria", "policies"])
+def test_the_benchmarks_are_the_measured_ones(folder: str) -> None:
+    table = (ROOT / "benchmarks" / folder / "table.md").read_text(encoding="utf-8")
+    assert table.split("\n\n")[0].strip() in README
 
 
 @pytest.mark.parametrize("folder", ["quickstart", "quickstart-8-epochs"])

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from surgical_peft import SurgicalError, policies
+from surgical_peft import SurgicalError, criteria, policies
 from surgical_peft.recipe import Recipe, load_recipe
 from surgical_peft.tasks import load_task
 
@@ -70,6 +70,9 @@ def test_a_policy_with_its_options(tmp_path: Path) -> None:
         ("model: [\n", "is not YAML"),
         ("model: m\ndata: d\nblocks: []\n", "selects nothing"),
         ("model: m\ndata: d\nblocks: [0]\nnum_blocks: 2\n", "only speak to blocks='auto'"),
+        ("model: m\ndata: d\ncriterion: rnn\ncriterion_options: {a: 1}\n", "did you mean 'rgn'"),
+        ("model: m\ndata: d\ncriterion: random\ncriterion_options: {sed: 1}\n", "no option 'sed'. It has: seed"),
+        ("model: m\ndata: d\ncriterion_options: {seed: 1}\n", "need a criterion"),
     ],
 )
 def test_a_wrong_recipe_says_what_is_wrong(tmp_path: Path, text: str, message: str) -> None:
@@ -96,10 +99,17 @@ def test_a_wrong_policy_is_named_before_anything_is_loaded(recipe: Recipe, messa
 
 def test_every_shipped_recipe_loads_and_its_data_are_there() -> None:
     paths = sorted(RECIPES.glob("*.yaml"))
-    assert len(paths) == 3
+    assert len(paths) == 4
     for path in paths:
         recipe = load_recipe(path)
         recipe.make_policy()
         task = load_task(recipe)
         assert [len(task.splits[split]) for split in ("train", "validation", "test")] == [500, 500, 3000]
         assert f"surgical-peft train recipes/{path.name}" in path.read_text(encoding="utf-8")
+
+
+def test_criterion_options_reach_the_criterion(tmp_path: Path) -> None:
+    recipe = load_recipe(write(tmp_path, "model: m\ndata: d\ncriterion: random\ncriterion_options: {seed: 3}\n"))
+    made = recipe.make_criterion()
+    assert made.func is criteria.random and made.keywords == {"seed": 3}  # type: ignore[union-attr]
+    assert recipe.config().criterion is not None

@@ -134,11 +134,11 @@ def write_results() -> None:
             cells.append(f"{each['rate']:g}")
         lines.append(cells)
     versions = {package: version(package) for package in PACKAGES}
+    today = datetime.date.today().isoformat()
+    numbers = ", ".join(f"{package} {number}" for package, number in versions.items())
     foot = (
         f"Test accuracy in %, mean ± standard deviation of {len(SEEDS)} draws, and the paired difference to full "
-        f"fine-tuning; {EPOCHS} epochs, rates chosen on the validation split of the first draw. {datetime.date.today().isoformat()}, "
-        + ", ".join(f"{package} {number}" for package, number in versions.items())
-        + "."
+        f"fine-tuning; {EPOCHS} epochs, rates chosen on the validation split of the first draw. {today}, {numbers}."
     )
     text = "".join(f"| {' | '.join(cells)} |\n" for cells in lines) + f"\n{foot}\n"
     (FOLDER / "policies.json").write_text(json.dumps({"versions": versions, "methods": results}, indent=2) + "\n")

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from functools import reduce
 
 import torch
 from torch import Tensor
@@ -42,25 +40,3 @@ def _pieces(tensor: Tensor) -> Sequence[Tensor]:
     if tensor.device.type != "cpu" or not tensor.is_contiguous():
         return [tensor]
     return tensor.view(-1).split(2**14)
-
-
-def relative_gradient_norms(units: Sequence[Sequence[Tensor]]) -> list[float]:
-    """`rgn` of many units at once, from `parameter.grad`; one transfer to the host however many tensors there are.
-
-    A parameter without a gradient counts as a zero one. A unit whose weights are all zero gives NaN, a gradient that
-    is not finite `inf`.
-    """
-    weights = [weight.detach() for unit in units for weight in unit]
-    grads = [weight.grad for unit in units for weight in unit if weight.grad is not None]
-    dtype = reduce(torch.promote_types, {weight.dtype for weight in weights}, torch.float32)
-    norms = torch._foreach_norm([*weights, *grads], 2, dtype=dtype)
-    numbers = iter(torch.stack([norm.to(weights[0].device) for norm in norms]).tolist())
-    sizes = [math.hypot(*(next(numbers) for _ in unit)) for unit in units]
-    pulls = [math.hypot(*(next(numbers) for weight in unit if weight.grad is not None)) for unit in units]
-    return [_ratio(pull, size) for pull, size in zip(pulls, sizes, strict=True)]
-
-
-def _ratio(pull: float, size: float) -> float:
-    if size == 0:
-        return math.nan
-    return pull / size if math.isfinite(pull) else math.inf

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .criterion import of_model, whole
 from .trial import Trial
@@ -20,8 +20,8 @@ def weight_snr(trial: Trial) -> dict[str, float]:
     `S` the singular values of a matrix, `sigma` their interquartile range / 1.349, `beta` its short by its long side:
     `sum_{S > e} S / sum_{S <= e} S / max S` with `e = sigma (1 + sqrt(beta))`. Ranks, from 1/n to 1, ties shared, run
     over the matrices of one type: the same place in different layers (`layers.*.mlp.fc1.weight`). Convolutions count
-    as matrices of output channels. Vectors, matrices of zeros and weights alone of their type (embeddings, head) have
-    no rank; a unit of nothing else is left out.
+    as matrices of output channels, stacks of experts by the mean of theirs. Vectors, zeros and weights alone of their
+    type (embeddings, head) have no rank; a unit of nothing else is left out.
 
     Range: 0 to 1, no unit. Cost: the singular values of every matrix, once; no data, no gradients.
 
@@ -33,11 +33,9 @@ def weight_snr(trial: Trial) -> dict[str, float]:
         >>> scores = score_blocks(model, None, criterion="weight_snr")
     """
     ratios: dict[str, dict[str, float]] = {}
-    for unit in trial.units.values():
-        for path, weight in unit.items():
-            matrix = whole(weight.detach())
-            if matrix.ndim >= 2 and bool(matrix.any()):
-                ratios.setdefault(_NUMBER.sub("*", path), {})[path] = ratio(matrix)
+    for path, matrices in _matrices(trial).items():
+        mean = sum(map(ratio, matrices)) / len(matrices)
+        ratios.setdefault(_NUMBER.sub("*", path), {})[path] = mean
     ranks: dict[str, float] = {}
     for each in ratios.values():
         if len(each) > 1:
@@ -49,9 +47,22 @@ def weight_snr(trial: Trial) -> dict[str, float]:
     return {name: sum(each) / len(each) for name, each in ranked.items() if each}
 
 
+def _matrices(trial: Trial) -> dict[str, list[Tensor]]:
+    """The matrices of each weight that has any: a stack of experts' weights has one for each."""
+    convolutions = {id(m.weight) for m in trial.model.modules() if isinstance(m, nn.modules.conv._ConvNd)}
+    found = {}
+    for unit in trial.units.values():
+        for path, weight in unit.items():
+            tensor = whole(weight.detach())
+            if tensor.ndim >= 2 and bool(tensor.any()):
+                stacked = tensor.ndim > 2 and id(weight) not in convolutions
+                found[path] = list(tensor.flatten(0, -3)) if stacked else [tensor.flatten(1)]
+    return found
+
+
 def ratio(weight: Tensor) -> float:
     """Spectrum's ratio of one matrix; infinite if no singular value is below the threshold."""
-    matrix = weight.flatten(1).to(torch.promote_types(weight.dtype, torch.float32))
+    matrix = weight.to(torch.promote_types(weight.dtype, torch.float32))
     values = torch.linalg.svdvals(matrix)
     low, high = torch.quantile(values, torch.tensor([0.25, 0.75], dtype=values.dtype, device=values.device))
     beta = min(matrix.shape) / max(matrix.shape)

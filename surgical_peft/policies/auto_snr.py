@@ -13,7 +13,7 @@ from .policy import STATE_POLICIES, Policy, Run, check_cadence, check_count, che
 
 
 def auto_snr(
-    threshold: float,
+    threshold: float = 0.1,
     criterion: str = "snr",
     granularity: str = "tensor",
     every: str | int = "epoch",
@@ -38,7 +38,7 @@ def auto_snr(
         state_policy: what freezing does to the optimizer's state: `"keep"`, `"reset"` or `"offload"`.
 
     Source: Lee et al. 2022 (arXiv 2210.11466). The paper tunes the threshold; its grid and exact formula were not to
-    be found in what we could read, so there is no default. Its released code is
+    be found in what we could read, so the default is ours: tune it. Its released code is
     `auto_snr(0.95, criterion="eb", normalized=None)`: other statistics under the same name.
 
     Example:
