@@ -56,6 +56,11 @@ def choose_blocks(
     candidates = replace(scores, values=left, unscored=(*scores.unscored, *refused))
     count, loss = config.num_blocks, None
     if count is None:
+        if len(batches) < 2:
+            raise SurgicalError(
+                f"num_blocks=None lets short trainings decide how many blocks to take, which needs 2 batches or more, "
+                f"and there are {len(batches)}: give num_blocks, or more and smaller batches."
+            )
         ranking = sorted(left, key=lambda name: -left[name])[:MOST]
         minus = score_blocks(model, batches, partial(together, ranking=tuple(ranking)), loss_fn=loss_fn).values
         loss = {name: -minus[name] for name in ranking}  # by the last block of each trial

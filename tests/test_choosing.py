@@ -79,3 +79,8 @@ def test_a_loader_that_can_be_read_once_will_do(vit: Toy) -> None:
     config, _ = choose_blocks(vit.model(), SurgicalConfig(blocks="auto"), iter(batches(vit)))
     again, _ = choose_blocks(vit.model(), SurgicalConfig(blocks="auto"), batches(vit))
     assert config.blocks == again.blocks and config.selection == again.selection
+
+
+def test_one_batch_cannot_decide_how_many(vit: Toy) -> None:
+    with pytest.raises(SurgicalError, match="num_blocks=None .* needs 2 batches or more, and there are 1"):
+        choose_blocks(vit.model(), SurgicalConfig(blocks="auto", criterion="rgn"), batches(vit, 1))

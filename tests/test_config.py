@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from peft import PeftConfig, get_peft_config
 
-from surgical_peft import BlockScores, Selection, SurgicalConfig, SurgicalError
+from surgical_peft import Selection, SurgicalConfig, SurgicalError
 from surgical_peft.config import SurgicalPeftType
 
 
@@ -112,13 +112,3 @@ def test_the_card_begins_with_the_import_that_loading_needs(tmp_path: Path) -> N
     text = card.read_text()
     assert text.startswith("---\nlibrary_name: peft\n---\n\n**`pip install surgical-peft`")
     assert text.count("import surgical_peft  #") == 1 and text.endswith("# Model Card\n")
-
-
-def test_settled_puts_the_highest_scoring_blocks_in_the_place_of_auto() -> None:
-    scores = BlockScores({"0": 0.1, "1": 0.3, "head": 0.2}, {}, {}, (), "rgn", "block", 5, "ViT")
-    config = SurgicalConfig(blocks="auto", criterion="rgn", target_modules=["mlp"])
-    settled = config.settled(scores)
-    assert settled.blocks == ["1", "head"] and settled.target_modules == ["mlp"]
-    assert settled.criterion is settled.num_blocks is None
-    assert settled.selection["scores"] == scores.values
-    assert config.blocks == "auto" and config.criterion == "rgn"
