@@ -66,7 +66,11 @@ def choose_blocks(
         loss = {name: -minus[name] for name in ranking}  # by the last block of each trial
         count = how_many(list(loss.values()))
     chosen = top_k(candidates, count)
-    record = {**chosen.record, **({"refused": refused} if refused else {}), **({"joint_loss": loss} if loss else {})}
+    record: dict[str, Any] = {**chosen.record, "scores": dict(scores.values)}
+    if refused:
+        record["refused"] = refused
+    if loss:
+        record["joint_loss"] = loss
     return replace(config, blocks=list(chosen.blocks), selection=record, criterion=None, num_blocks=None), scores
 
 

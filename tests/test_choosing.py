@@ -82,5 +82,5 @@ def test_a_loader_that_can_be_read_once_will_do(vit: Toy) -> None:
 
 
 def test_one_batch_cannot_decide_how_many(vit: Toy) -> None:
-    with pytest.raises(SurgicalError, match="num_blocks=None .* needs 2 batches or more, and there are 1"):
+    with pytest.raises(SurgicalError, match=r"num_blocks=None .* needs 2 batches or more, and there are 1"):
         choose_blocks(vit.model(), SurgicalConfig(blocks="auto", criterion="rgn"), batches(vit, 1))
