@@ -230,8 +230,21 @@ def test_weight_snr_equals_plain_ranks(toy_name: str, granularity: str) -> None:
 
 
 def test_every_criterion_has_a_reference() -> None:
-    elsewhere = {"probe"}  # in test_probe.py
+    elsewhere = {"probe", "sized_gain"}  # in test_probe.py, and below
     assert {*REFERENCES, "weight_change", "angle", "weight_snr", "random", *elsewhere} == set(criteria.__all__)
+
+
+@pytest.mark.parametrize("name", ["vit", "bert", "llama"])
+def test_sized_gain_puts_a_head_first_by_its_gain_for_its_size(name: str) -> None:
+    toy = TOYS[name]
+    model = toy.model()
+    batches = [toy.batch(seed) for seed in range(4)]
+    gains = score_blocks(model, batches, "adam_gain").values
+    sizes = {block: sum(p.numel() for p in each) for block, each in BlockMap.find(model).parameters(model).items()}
+    by_size = {block: gain / sizes[block] ** 0.6 for block, gain in gains.items()}
+    head_first = max(by_size, key=by_size.__getitem__) == "head"
+    expected = {block: gain / max(gains.values()) + (block == "head" and head_first) for block, gain in gains.items()}
+    assert score_blocks(model, batches, "sized_gain").values == pytest.approx(expected, rel=1e-6)
 
 
 def test_a_matrix_of_zeros_has_no_rank() -> None:

@@ -18,6 +18,7 @@ from .held_out_gain import held_out_gain
 from .probe import probe
 from .random import random
 from .rgn import rgn
+from .sized_gain import sized_gain
 from .snr import snr
 from .weight_change import weight_change
 from .weight_snr import weight_snr
@@ -33,6 +34,7 @@ __all__ = [
     "probe",
     "random",
     "rgn",
+    "sized_gain",
     "snr",
     "weight_change",
     "weight_snr",

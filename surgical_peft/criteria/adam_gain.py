@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .criterion import Moments, over_batches, whole
+from .trial import Trial
 
 
 @over_batches(batches=8)
@@ -33,3 +34,18 @@ def gain(pull: Tensor, mean: Tensor, square: Tensor) -> float:
     """`sum pull * mean / sqrt(square)`, where `square` is 0 nothing."""
     step = torch.where(square > 0, mean * square.rsqrt(), 0.0)
     return whole((pull * step).sum(dtype=torch.float64)).item()
+
+
+def gains_of(trial: Trial, ats: Sequence[int]) -> tuple[dict[str, float], float]:
+    """`adam_gain` of each unit on some batches, and their mean loss; leaves no gradient behind."""
+    moments = {name: Moments(list(unit.values())) for name, unit in trial.units.items()}
+    total = 0.0
+    for at in ats:
+        loss = trial.loss(at)
+        total += loss.item()
+        loss.backward()
+        for name, unit in trial.units.items():
+            moments[name].update([torch.zeros_like(w) if w.grad is None else w.grad for w in unit.values()], at)
+            for weight in unit.values():
+                weight.grad = None
+    return {name: adam_gain([], each) for name, each in moments.items()}, total / len(ats)

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from ..errors import SurgicalError
-from .adam_gain import gain
-from .criterion import Moments, of_model
+from .adam_gain import gains_of
+from .criterion import of_model
 from .trial import Trial
 
 
@@ -76,28 +76,15 @@ def first_rates(trial: Trial, ats: Sequence[int], pace: float) -> dict[str, floa
 
     Units without a gradient have none.
     """
-    moments = {name: Moments(list(unit.values())) for name, unit in trial.units.items()}
-    total = 0.0
-    for at in ats:
-        loss = trial.loss(at)
-        total += loss.item()
-        loss.backward()
-        for name, unit in trial.units.items():
-            moments[name].update([torch.zeros_like(w) if w.grad is None else w.grad for w in unit.values()], at)
-            for weight in unit.values():
-                weight.grad = None
-    if not total > 0:
+    gains, loss = gains_of(trial, ats)
+    if not loss > 0:
         raise SurgicalError(
-            f"the loss is {total / len(ats):.4g} on average, and short trainings are compared by the share of it that "
-            "they take away: it must be above 0. Give another loss_fn, or a criterion on gradients: 'adam_gain'."
+            f"the loss is {loss:.4g} on average, and short trainings are compared by the share of it that they take "
+            "away: it must be above 0. Give another loss_fn, or a criterion on gradients: 'adam_gain'."
         )
-    gains = {
-        name: sum(gain(mean, mean, square) for mean, square in zip(each.means, each.squares, strict=True))
-        for name, each in moments.items()
-    }
     if not any(gains.values()):
         raise SurgicalError("no unit has a gradient: the loss does not depend on any weight that is scored.")
-    return {name: pace * total / len(ats) / each for name, each in gains.items() if each > 0}
+    return {name: pace * loss / each for name, each in gains.items() if each > 0}
 
 
 @dataclass

@@ -20,7 +20,7 @@ from surgical_peft.criteria.trial import Trial
 from ..toys import TOYS, Toy
 
 Criterion = Callable[..., Any]
-COUNT = 13
+COUNT = 14
 SHARED = {"criterion", "trial", "prefix"}  # files of `criteria/` that are no criterion
 
 
