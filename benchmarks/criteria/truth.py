@@ -1,6 +1,6 @@
 """The ground truth of the criteria: how well every single unit does when it alone is tuned.
 
-    python benchmarks/criteria/truth.py [--only design|confirmation] [--shift NAME]
+    python benchmarks/criteria/truth.py [--only design|confirmation] [--shift NAME] [--together UNIT+UNIT]
 
 Every (shift, seed, unit, rate) is trained once and appended to work/truth.jsonl; a rerun goes on where the last one
 stopped. The end, and every rerun, writes truth.json: for each shift and unit the test accuracy at the rate with the
@@ -17,7 +17,7 @@ import datetime
 import json
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -94,8 +94,8 @@ def measure(task: Task, prefix: Prefix, unit: str, rate: float, seed: int) -> di
     """Train one unit at one rate; the accuracies, and the seconds that the training alone took."""
     model, splits, steps, seconds = task.model(), {split: getattr(task, split) for split in SPLITS}, 0, 0.0
     if unit != "none":
-        depth = prefix.depth(BlockMap.find(model).names, unit)
-        model = model if unit == "all" else get_peft_model(model, SurgicalConfig(blocks=[unit]))
+        depth = prefix.depth(BlockMap.find(model).names, unit.partition("+")[0])
+        model = model if unit == "all" else get_peft_model(model, SurgicalConfig(blocks=unit.split("+")))
         optimizer = create_surgical_optimizer(model, torch.optim.AdamW, lr=rate)
         if depth:
             splits = prefix.cut(model, depth)
@@ -111,13 +111,13 @@ def read_rows() -> list[dict[str, Any]]:
     return [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.exists() else []
 
 
-def run(shift: str) -> None:
-    """Measure what is still missing of a shift."""
+def run(shift: str, together: Sequence[str] = ()) -> None:
+    """Measure what is still missing of a shift, and units tuned together such as `"0+head"`."""
     done = {(row["shift"], row["seed"], row["unit"], row["rate"]) for row in read_rows()}
     for seed in SEEDS:
         task = load(shift, seed)
         prefix = Prefix(task)
-        units = ("none", "all", *BlockMap.find(task.model()).names)
+        units = ("none", "all", *BlockMap.find(task.model()).names, *together)
         plan = [(unit, rate) for unit in units for rate in TRAININGS[task.kind].rates_of(unit)]
         for unit, rate in plan:
             if (shift, seed, unit, rate) not in done:
@@ -186,11 +186,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=("design", "confirmation"), help="default: both")
     parser.add_argument("--shift", choices=SHIFTS, help="default: all")
+    parser.add_argument("--together", nargs="+", default=[], help="units to tune together, such as embeddings+0")
     args = parser.parse_args()
     torch.set_num_threads(1)
     for name, shift in SHIFTS.items():
         if args.only in (None, shift.group) and args.shift in (None, name):
-            run(name)
+            run(name, args.together)
             write_truth()
 
 
