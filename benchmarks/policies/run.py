@@ -116,12 +116,9 @@ def write_results() -> None:
     for method in METHODS:
         results[method] = {}
         for shift in SHIFTS:
-            of = {
-                rate: [r for r in rows if (r["method"], r["shift"], r["rate"]) == (method, shift, rate)]
-                for rate in RATES
-            }
-            best = max(RATES, key=lambda rate: statistics.mean(row["validation"] for row in of[rate]))
-            results[method][shift] = {"rate": best, "test": [row["test"] for row in of[best]]}
+            rate = chosen_rate(shift, method, rows)
+            of_rate = [row for row in rows if (row["method"], row["shift"], row["rate"]) == (method, shift, rate)]
+            results[method][shift] = {"rate": rate, "test": [row["test"] for row in of_rate]}
     full = results["full fine-tuning"]
     lines = [["policy", *(cell for shift in SHIFTS for cell in (shift, "to full", "rate"))]]
     lines.append(["---", *["---:"] * (len(lines[0]) - 1)])

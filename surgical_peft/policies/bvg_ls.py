@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -19,8 +20,9 @@ def bvg_ls(alpha: float = 0.9, num_selected: int = 1, momentum: str = "accumulat
 
     With `m` and `s` the exponential moving averages of each entry's gradient and its square, both divided by
     `1 - alpha^t`: `B = sum m^2`, `V = max(sum (s - m^2), 1e-10)`, and the `num_selected` blocks with the largest `B /
-    V` have the full rate, the others 0. The ratio is one of sums over a block. The head is a block like the others, as
-    in the paper. At the first step all variances are 0 and the largest gradient wins; ties go to the earlier block.
+    V` have the full rate, the others 0. The ratio is one of sums over a block. As in the paper, the head is a block
+    like the others, and the final norm goes with it: alone, its few weights would win nearly always. At the first
+    step all variances are 0 and the largest gradient wins; ties go to the earlier block.
 
     Memory: two float32 numbers for every parameter beyond what the optimizer keeps, and gradients of everything. It is
     soft by nature, since it has to see all gradients, and works under DDP.
@@ -50,10 +52,11 @@ class BVGLS(Policy):
     num_selected: int = 1
 
     def plan(self, run: Run) -> dict[str, float] | None:
-        if self.num_selected > len(run.units):
+        layers = _layers(run)
+        if self.num_selected > len(layers):
             raise SurgicalError(
-                f"num_selected={self.num_selected} is more than the {len(run.units)} blocks that are trained: "
-                f"{', '.join(run.names)}."
+                f"num_selected={self.num_selected} is more than the {len(layers)} blocks that are trained: "
+                f"{', '.join(layers)} (a final norm counts with its head)."
             )
         return None
 
@@ -72,16 +75,31 @@ class BVGLS(Policy):
         norms = [*torch._foreach_norm(means, 2), *torch._foreach_norm(squares, 1)]
         numbers = torch.stack([norm.to(norms[0].device) for norm in norms]).tolist()
         correction = 1 - self.alpha ** run.state["count"]
-        ratios, at = {}, 0
+        parts = iter(zip(numbers[: len(means)], numbers[len(means) :], strict=True))
+        biases, totals = {}, {}
         for unit in run.units:
-            ours = slice(at, at := at + len(unit.parameters))
-            bias = math.fsum((norm / correction) ** 2 for norm in numbers[: len(means)][ours])
-            total = math.fsum(numbers[len(means) :][ours]) / correction
-            # One gradient has no variance; the rounding of `total - bias` would be as large as the threshold.
-            variance = max(total - bias, 1e-10) if run.state["count"] > 1 else 1e-10
-            ratios[unit.name] = bias / variance
-        run.scores.update(ratios)
-        return run.only(sorted(ratios, key=ratios.__getitem__, reverse=True)[: self.num_selected])  # a stable sort
+            ours = list(islice(parts, len(unit.parameters)))
+            biases[unit.block] = math.fsum((norm / correction) ** 2 for norm, _ in ours)
+            totals[unit.block] = math.fsum(total / correction for _, total in ours)
+        layers, ratios = _layers(run), {}
+        for layer, blocks in layers.items():
+            bias = sum(biases[block] for block in blocks)
+            # One gradient has no variance; the rounding of the difference would be as large as the threshold.
+            variance = sum(totals[block] for block in blocks) - bias if run.state["count"] > 1 else 0.0
+            ratios[layer] = bias / max(variance, 1e-10)
+            run.scores.update(dict.fromkeys(blocks, ratios[layer]))
+        chosen = sorted(ratios, key=ratios.__getitem__, reverse=True)[: self.num_selected]  # a stable sort
+        return run.only(block for layer in chosen for block in layers[layer])
+
+
+def _layers(run: Run) -> dict[str, list[str]]:
+    """What is selected as one: each block, but a final norm together with its head."""
+    found: dict[str, list[str]] = {}
+    for name in run.names:
+        stack, _, kind = name.rpartition(".")
+        head = f"{stack}.head" if stack else "head"
+        found.setdefault(head if kind == "final_norm" and head in run.names else name, []).append(name)
+    return found
 
 
 def _averages(state: dict[str, Any], parameters: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
