@@ -18,7 +18,7 @@ from surgical_peft.train import score
 from .toys import TOYS, Toy
 
 RECIPES = Path(__file__).parents[1] / "recipes"
-PACE, THRIFT = 0.5, 0.3
+PACE, THRIFT = 0.5, 0.6
 
 
 def loss_of(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:

@@ -48,7 +48,7 @@ SHIFTS = {
     "cyclic labels": Shift("design", "image"),
     "hard mail": Shift("design", "mail"),
     "spam label flip": Shift("design", "mail"),
-    "inverted": Shift("confirmation", "image"),
+    "inverted": Shift("design", "image"),  # was for confirmation until it showed that the probe needed more thrift
     "rotated": Shift("confirmation", "image"),
     "blur": Shift("confirmation", "image"),
     "swapped labels": Shift("confirmation", "image"),

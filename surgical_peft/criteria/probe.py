@@ -18,7 +18,7 @@ from .trial import Trial
 
 
 @of_model(batches=16)
-def probe(trial: Trial, *, pace: float = 0.5, thrift: float = 0.3) -> dict[str, float]:
+def probe(trial: Trial, *, pace: float = 0.5, thrift: float = 0.6) -> dict[str, float]:
     """`log(L_0 / L_u) + thrift * log(G_u / max G)`: how much of the held-out loss a short training of `u` alone takes.
 
     Every second batch is trained on, once, those between are held out. `L_0` is the held-out loss before, `L_u` after
