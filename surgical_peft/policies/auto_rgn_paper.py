@@ -12,7 +12,11 @@ def auto_rgn_paper() -> Policy:
     `auto_rgn(every="epoch", num_batches=5, granularity="tensor", state="reset")`. It needs `SurgicalCallback` among
     the Trainer's callbacks. Two things differ: batches are drawn at random rather than the first five of the loader,
     and the head and tensors that are all zero keep the full rate, where the code lets the head set the scale and
-    divides by zero. We recommend `auto_rgn()`, which keeps the moments and needs no extra pass.
+    divides by zero.
+
+    We recommend `auto_rgn()`, which keeps the moments and needs no extra pass. Measured in benchmarks/policies, test
+    accuracy of the paper's settings and of `auto_rgn()`: noise 75.5 and 75.6 %, label map 68.0 and 69.6, subclass
+    shift 90.9 and 91.7; each within the spread of three draws, and both below full fine-tuning on the label map.
 
     Source: Lee et al. 2022 (arXiv 2210.11466), `main.py` of its code.
 
