@@ -26,14 +26,9 @@ def angle(trial: Trial, *, steps: int = 16, rate: float = 1e-4) -> dict[str, flo
     Example:
         >>> scores = score_blocks(model, dataloader, criterion="angle")
     """
-    before = {name: [weight.detach().clone() for weight in unit.values()] for name, unit in trial.units.items()}
-    with trial.training(*trial.units) as units:
-        weights = [weight for unit in units.values() for weight in unit]
-        trial.steps(torch.optim.Adam(weights, lr=rate), range(len(trial.batches)), range(steps), rate, steps)
-        return {name: degrees(before[name], unit) for name, unit in units.items()}
+    return trial.moved(degrees, steps, rate)
 
 
-@torch.no_grad()
 def degrees(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
     """The angle between two lists of tensors, each as one vector; exact for small angles too (Kahan)."""
     u, v = (

@@ -81,3 +81,14 @@ class Trial:
             optimizer.zero_grad()
             self.loss(ats[step % len(ats)]).backward()
             optimizer.step()
+
+    def moved(
+        self, measure: Callable[[Sequence[Tensor], Sequence[Tensor]], float], steps: int, rate: float
+    ) -> dict[str, float]:
+        """`measure(before, after)` of each unit's weights around `steps` steps of Adam on all units together."""
+        before = {name: [weight.detach().clone() for weight in unit.values()] for name, unit in self.units.items()}
+        with self.training(*self.units) as units:
+            weights = [weight for unit in units.values() for weight in unit]
+            self.steps(torch.optim.Adam(weights, lr=rate), range(len(self.batches)), range(steps), rate, steps)
+            with torch.no_grad():
+                return {name: measure(before[name], unit) for name, unit in units.items()}

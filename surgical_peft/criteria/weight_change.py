@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Sequence
+
+from torch import Tensor
 
 from .criterion import of_model, whole
 from .rgn import norm
@@ -24,13 +26,10 @@ def weight_change(trial: Trial, *, steps: int = 16, rate: float = 1e-4) -> dict[
     Example:
         >>> scores = score_blocks(model, dataloader, criterion="weight_change")
     """
-    before = {name: [weight.detach().clone() for weight in unit.values()] for name, unit in trial.units.items()}
-    with trial.training(*trial.units) as units:
-        weights = [weight for unit in units.values() for weight in unit]
-        trial.steps(torch.optim.Adam(weights, lr=rate), range(len(trial.batches)), range(steps), rate, steps)
-        with torch.no_grad():
-            return {
-                name: norm([whole(w - start) for w, start in zip(unit, before[name], strict=True)])
-                / sum(w.numel() for w in unit)
-                for name, unit in units.items()
-            }
+    return trial.moved(change, steps, rate)
+
+
+def change(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
+    """2-norm of the difference of two lists of tensors, by the number of their entries."""
+    moves = [whole(new - old) for new, old in zip(after, before, strict=True)]
+    return norm(moves) / sum(move.numel() for move in moves)
