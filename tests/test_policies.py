@@ -476,6 +476,9 @@ def test_ratios_read_off_the_gradients_are_rgn_of_each_unit(toy: Toy) -> None:
 
 
 def test_ratios_of_large_units_are_exact() -> None:
-    weight = torch.nn.Parameter(torch.full((3_000_000,), 0.01))
-    weight.grad = torch.full((3_000_000,), 0.001)
-    assert _ratios([Unit("0", "0", [weight])])[0] == pytest.approx(0.1, rel=1e-6)
+    """In one piece, the float32 norm of so many is 0.1 % wrong on the CPU."""
+    torch.manual_seed(0)
+    weight = torch.nn.Parameter(torch.randn(25_000_000))
+    weight.grad = torch.randn(25_000_000)
+    expected = (weight.grad.double().norm() / weight.double().norm()).item()
+    assert _ratios([Unit("0", "0", [weight])])[0] == pytest.approx(expected, rel=1e-6)
