@@ -34,6 +34,7 @@ def run(code: str, **names: Any) -> dict[str, Any]:
     """Run a block of the README with the shipped model beside it and a tenth of an epoch of training."""
     code = code.replace('"recipes/', f'"{ROOT}/recipes/').replace('report_to="none"', 'report_to="none", use_cpu=True')
     code = re.sub(r"num_train_epochs=\d+", "max_steps=2", code)
+    names["__name__"] = "__main__"  # as in a script
     exec(code, names)
     return names
 
