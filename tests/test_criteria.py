@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from surgical_peft import BlockMap, criteria, score_blocks
+from surgical_peft import BlockMap, SurgicalError, criteria, score_blocks
 from surgical_peft.criteria import bvr, eb, rgn, snr
 from surgical_peft.criteria.angle import degrees
 from surgical_peft.criteria.criterion import Moments
@@ -429,7 +429,7 @@ def test_an_expert_without_a_token_scores_zero(name: str) -> None:
         assert scores.get("layers.0.1", 0) == scores.get("layers.2.1", 0) == 0 != scores["layers.0.0"]
 
 
-@pytest.mark.parametrize("name", criteria.__all__)
+@pytest.mark.parametrize("name", [name for name in criteria.__all__ if name != "probe"])
 def test_a_new_head_of_zeros_is_unscored(name: str) -> None:
     model = TOYS["bert"].model()
     for parameter in model.classifier.parameters():
@@ -437,6 +437,14 @@ def test_a_new_head_of_zeros_is_unscored(name: str) -> None:
     scores = score_blocks(model, batches(TOYS["bert"], count=4), name, "module")
     assert "classifier" in scores.unscored
     assert all(math.isfinite(value) for value in scores.values.values())
+
+
+def test_the_probe_says_that_a_head_of_zeros_lets_no_gradient_through() -> None:
+    model = TOYS["bert"].model()
+    for parameter in model.classifier.parameters():
+        nn.init.zeros_(parameter)
+    with pytest.raises(SurgicalError, match="no unit has a gradient"):
+        score_blocks(model, batches(TOYS["bert"], count=4), "probe")
 
 
 def test_eb_by_hand() -> None:
