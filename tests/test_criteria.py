@@ -444,7 +444,7 @@ def test_the_probe_says_that_a_head_of_zeros_lets_no_gradient_through() -> None:
     for parameter in model.classifier.parameters():
         nn.init.zeros_(parameter)
     with pytest.raises(SurgicalError, match="no unit has a gradient"):
-        score_blocks(model, batches(TOYS["bert"], count=4), "probe")
+        score_blocks(model, batches(TOYS["bert"], count=4), "probe", "module")
 
 
 def test_eb_by_hand() -> None:
