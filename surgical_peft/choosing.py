@@ -23,7 +23,7 @@ from .scoring import score_blocks
 from .selection import top_k
 from .targets import modules_to_tune
 
-CRITERION = "probe"  # the best of benchmarks/criteria
+CRITERION = "probe"  # the lowest regret on the seen shifts of benchmarks/criteria
 MOST = 4  # blocks that are tried together
 LEAST = 0.1  # what one more block must take of the loss that is left
 

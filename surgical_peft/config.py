@@ -36,8 +36,8 @@ class SurgicalConfig(PeftConfig):
             end so, or a regular expression for the whole name) for any type of module.
         exclude_modules: modules to leave out, matched as `target_modules`.
         modules_to_save: newly initialised modules, such as a new head, to train and save as well.
-        criterion: for `blocks="auto"`, what scores the blocks: a name or a function; default is `probe`, the one that
-            found the right block most often in benchmarks/criteria.
+        criterion: for `blocks="auto"`, what scores the blocks: a name or a function; default is `probe`, which
+            has the lowest regret on the shifts that criteria were developed on (benchmarks/criteria).
         num_blocks: for `blocks="auto"`, how many to take; by default, short joint trainings decide it.
         frozen_eval: keep everything that is not tuned in eval mode while training (no dropout, still BatchNorm
             statistics), as in the paper's code. PEFT's default elsewhere is train mode. A model wrapped by
