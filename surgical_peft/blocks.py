@@ -14,7 +14,9 @@ from typing import Any
 from torch import nn
 
 from .errors import SurgicalError
-from .partition import block_owners, find_stacks, join, ordered, what_there_is
+from .lists import join
+from .partition import block_owners, ordered, what_there_is
+from .stacks import find_stacks
 from .wrappers import bare, clean_name
 
 _STACK_INDEX = re.compile(r"(?P<stack>[^\[\]]+)\[(?P<index>[^\[\]]*)\]")
@@ -27,7 +29,9 @@ class BlockMap:
 
     Attributes:
         names: block names, e.g. `("embeddings", "0", ..., "11", "final_norm", "head")`. With two or more stacks the
-            repeated layers carry their stack: `("embeddings", "encoder.0", ..., "decoder.0", ..., "head")`.
+            repeated layers carry their stack: `("embeddings", "encoder.0", ..., "decoder.0", ..., "head")`. The stages
+            of a hierarchical net are stacks too, whatever its author calls them: `"stages.2.5"` is the sixth layer of
+            the third stage, `"stages.2.embeddings"` what leads into that stage, e.g. its downsampling.
         modules: for each block the paths of the largest modules that hold exactly its parameters, as in the bare
             model (no PEFT containers); they may hold weights tied to an earlier block besides. A path that names a
             parameter stands for one that no such module holds.
@@ -57,14 +61,16 @@ class BlockMap:
         found = find_stacks(model)
         if not found:
             raise SurgicalError(
-                f"no repeated blocks found in {type(model).__name__}: it has no nn.ModuleList of two or more modules "
-                f"of one class. {what_there_is(model)} Choose modules by name instead: "
+                f"no repeated blocks found in {type(model).__name__}: none of its lists (nn.ModuleList, "
+                f"nn.Sequential) is evidently one of layers. {what_there_is(model)} Choose modules by name instead: "
                 "SurgicalConfig(target_modules=[...])."
             )
         owners, tied = block_owners(model, found)
         names = ordered(set(owners.values()), found)
         modules = {block: tuple(path for path, owner in owners.items() if owner == block) for block in names}
-        stacks = {stack.label: tuple(join(stack.label, str(index)) for index in range(stack.size)) for stack in found}
+        stacks = {
+            stack.label: tuple(join(stack.label, str(index)) for index in range(len(stack.layers))) for stack in found
+        }
         return cls(names=names, modules=modules, stacks=stacks, tied=tied, model_name=type(model).__name__)
 
     def block_of(self, name: str) -> str:

@@ -1,103 +1,99 @@
-"""Cuts a bare model into blocks: finds the repeated layers and places the rest by where it stands relative to them.
-
-No table of model names: a stack is an outermost `nn.ModuleList` whose members share one class.
-"""
+"""Cuts a bare model into blocks: the layers of its stacks, and the rest by where it stands relative to them."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import re
+from collections.abc import Collection
 
 from torch import nn
 
+from .lists import is_list, is_norm, join
+from .stacks import Stack
 from .wrappers import seen_through, walk
 
-
-@dataclass(frozen=True)
-class Stack:
-    """A list of repeated layers.
-
-    Attributes:
-        path, size: where it is, and of how many layers.
-        label: what tells it from other stacks, e.g. `encoder`; "" for the only one.
-        tower: path of the part of the model that is its own, e.g. `model.encoder`; "" for the only one.
-    """
-
-    path: str
-    size: int
-    label: str = ""
-    tower: str = ""
-
-
-def find_stacks(model: nn.Module) -> list[Stack]:
-    """Every outermost list of two or more parameter-holding modules of one class."""
-    found: list[Stack] = []
-    for path, module in walk(model):
-        if any(path.startswith(outer.path + ".") for outer in found) or not isinstance(module, nn.ModuleList):
-            continue
-        classes = {type(seen_through(child)) for child in module}
-        if len(module) >= 2 and len(classes) == 1 and all(any(True for _ in child.parameters()) for child in module):
-            found.append(Stack(path, len(module)))
-    return found if len(found) < 2 else _labelled(found)
-
-
-def _labelled(stacks: list[Stack]) -> list[Stack]:
-    """`model.encoder.block` and `model.decoder.block` become `encoder` and `decoder`."""
-    towers = [stack.path.split(".") for stack in stacks]
-    while min(map(len, towers)) > 1 and len({parts[-1] for parts in towers}) == 1:
-        towers = [parts[:-1] for parts in towers]
-    labels = towers
-    while min(map(len, labels)) > 1 and len({parts[0] for parts in labels}) == 1:
-        labels = [parts[1:] for parts in labels]
-    return [
-        replace(stack, label=".".join(label), tower=".".join(tower))
-        for stack, label, tower in zip(stacks, labels, towers, strict=True)
-    ]
+# Where a part is declared says when it runs, but for these names. LFM2's `embedding_norm` is its last norm.
+_EMBEDDING_CLASS = re.compile(r"(Embed|Embedder|Embeddings?)$")
+_EMBEDDING = re.compile(r"^(embed(?!_out)|pos(ition)?_embed|per_layer)|norm_embed|embed.*(layer_?norm|ln)$|post_conv")
+_LAST_NORM = re.compile(r"final|post|_f$")
 
 
 def block_owners(model: nn.Module, stacks: list[Stack]) -> tuple[dict[str, str], dict[str, str]]:
     """Block of every largest module (or lone parameter) whose parameters are all of one block; and of tied names."""
+    layers = {path: (stack, index) for stack in stacks for index, layer in enumerate(stack.layers) for path in layer}
+    places = {path: join(stack.label, str(index)) for path, (stack, index) in layers.items()}
+    for stack in stacks:
+        places |= stack.around
     blocks_of: dict[str, str] = {}  # parameter path -> block; tied weights only under their first name
     first_names: dict[int, str] = {}
     again: dict[str, str] = {}  # further name of a tied weight -> its first
-    passed: set[str] = set()  # stacks whose layers have been met
-    for path, module in walk(model):
+    passed: set[str] = set()  # labels of stacks whose layers have been met
+    embeddings: set[str] = set()  # paths of modules that are embeddings by their class
+    modules = dict(walk(model))
+    for path, module in modules.items():
+        if path and _EMBEDDING_CLASS.search(type(module).__name__):
+            embeddings.add(path)
         for name, parameter in module.named_parameters(recurse=False):
             full = join(path, name)
             if (first := first_names.setdefault(id(parameter), full)) != full:
                 again[full] = first
-            elif stack := next((stack for stack in stacks if full.startswith(stack.path + ".")), None):
-                blocks_of[full] = join(stack.label, full[len(stack.path) + 1 :].split(".")[0])
-                passed.add(stack.path)
+            elif place := _above(full, places):
+                blocks_of[full] = places[place]
+                passed |= {layers[place][0].label} if place in layers else set()
             else:
-                home = _home(full, stacks)
-                after = home.path in passed if home else len(passed) == len(stacks)
-                blocks_of[full] = _outside(module, home.label if home else "", after, blocks_of)
+                home, tower = _home(full, stacks)
+                own = full[len(home) + 1 if home else 0 :].split(".")
+                before = bool(_above(full, embeddings)) or any(map(_EMBEDDING.search, own))
+                after = not before and (_follows(home, stacks, passed) or _runs_last(path, modules, stacks))
+                blocks_of[full] = _outside(module, tower, after, blocks_of)
     owners: dict[str, str] = {}
     _merge(model, "", blocks_of, owners)
     tied: dict[str, str] = {}
     for path, first in again.items():
         tied[path] = blocks_of[first]
-        tied.setdefault(path.rpartition(".")[0], blocks_of[first])
+        module_path = path.rpartition(".")[0]
+        if not any(own.startswith(module_path + ".") for own in blocks_of):  # XLM's head has a bias of its own
+            tied.setdefault(module_path, blocks_of[first])
     return owners, tied
 
 
-def _home(path: str, stacks: list[Stack]) -> Stack | None:
-    """The stack in whose tower `path` lies, the innermost; None if it lies in none."""
-    homes = [stack for stack in stacks if not stack.tower or path.startswith(stack.tower + ".")]
-    return max(homes, key=lambda stack: len(stack.tower), default=None)
+def _above(path: str, known: Collection[str]) -> str:
+    """The longest of the known paths that `path` is or lies in; "" if there is none."""
+    while path and path not in known:
+        path = path.rpartition(".")[0]
+    return path
 
 
-def _outside(module: nn.Module, label: str, after: bool, blocks_of: dict[str, str]) -> str:
-    """Block of a parameter of `module` that stands before or after the layers; a norm within a head belongs to it.
+def _home(path: str, stacks: list[Stack]) -> tuple[str, str]:
+    """Path and label of the smallest tower, or part of the model with several towers, that `path` lies in."""
+    homes = {home: label for stack in stacks for home, label in stack.homes.items()}
+    home = _above(path, homes)
+    return home, homes.get(home, "")
 
-    Embeddings are embeddings wherever they stand: relative positions (DeBERTa, MPNet) are declared after the layers.
+
+def _follows(home: str, stacks: list[Stack], passed: set[str]) -> bool:
+    """Whether the layers at `home` itself have been met or, where there are none, those of all towers in it."""
+    inside = [stack for stack in stacks if not home or home in stack.homes]
+    own = [stack for stack in inside if next(reversed(stack.homes), "") == home]
+    return {stack.label for stack in own or inside} <= passed
+
+
+def _runs_last(path: str, modules: dict[str, nn.Module], stacks: list[Stack]) -> bool:
+    """A norm that is declared before the layers and runs after them: OPT's `final_layer_norm`, T5Gemma's `norm`.
+
+    Wav2Vec2's runs before them in one class of encoder and after them in another.
     """
-    head = join(label, "head")
-    if not after or isinstance(module, nn.Embedding):
-        return join(label, "embeddings")
-    if "norm" in type(module).__name__.lower() and head not in blocks_of.values():
-        return join(label, "final_norm")
-    return head
+    parent, _, name = path.rpartition(".")
+    beside = any(stack.path.rpartition(".")[0] == parent for stack in stacks)
+    called_last = name in ("norm", "layernorm") or type(modules[parent]).__name__.endswith("StableLayerNorm")
+    return is_norm(modules[path]) and (bool(_LAST_NORM.search(name)) or (beside and called_last))
+
+
+def _outside(module: nn.Module, tower: str, after: bool, blocks_of: dict[str, str]) -> str:
+    """Block of a parameter of `module` that runs before or after the layers; a norm within a head belongs to it."""
+    head = join(tower, "head")
+    if not after:
+        return join(tower, "embeddings")
+    return join(tower, "final_norm") if is_norm(module) and head not in blocks_of.values() else head
 
 
 def _merge(module: nn.Module, path: str, blocks_of: dict[str, str], owners: dict[str, str]) -> None:
@@ -116,23 +112,30 @@ def _merge(module: nn.Module, path: str, blocks_of: dict[str, str], owners: dict
 
 def ordered(found: set[str], stacks: list[Stack]) -> tuple[str, ...]:
     """The blocks in the order of execution."""
-    order = ["embeddings"]
+    order: list[str] = []
+    open_: list[str] = []  # labels of the towers that we are in, outermost first
+
+    def leave(towers: list[str]) -> None:
+        while open_ and open_[-1] not in towers:
+            tower = open_.pop()
+            order.extend(join(tower, kind) for kind in ("final_norm", "head"))
+
     for stack in stacks:
-        layers = [join(stack.label, str(index)) for index in range(stack.size)]
-        around = [join(stack.label, kind) for kind in ("embeddings", "final_norm", "head")] if stack.label else []
-        order += [*around[:1], *layers, *around[1:]]
-    return tuple(name for name in [*order, "final_norm", "head"] if name in found)
-
-
-def join(prefix: str, name: str) -> str:
-    """`prefix.name`, or `name` if there is no prefix."""
-    return f"{prefix}.{name}" if prefix else name
+        towers = ["", *stack.homes.values()]
+        leave(towers)
+        for tower in towers[len(open_) :]:
+            open_.append(tower)
+            order.append(join(tower, "embeddings"))
+        layers = [str(index) for index in range(len(stack.layers))]
+        order += [join(stack.label, each) for each in ("embeddings", *layers, "final_norm", "head")]
+    leave([])
+    return tuple(dict.fromkeys(name for name in order if name in found))
 
 
 def what_there_is(model: nn.Module) -> str:
-    """The parts and module lists of a model that was not understood, for the error message."""
+    """The parts and lists of a model that was not understood, for the error message."""
     parts = ", ".join(f"{name} ({type(child).__name__})" for name, child in model.named_children())
-    lists = {path: module for path, module in walk(model) if isinstance(module, nn.ModuleList)}
+    lists = {path: module for path, module in walk(model) if path and is_list(module)}
     kinds = {path: ", ".join(dict.fromkeys(type(child).__name__ for child in each)) for path, each in lists.items()}
     found = "; ".join(f"{path} ({len(lists[path])} of {kind or 'nothing'})" for path, kind in kinds.items())
     return f"Its parts are: {parts or 'none'}. Its lists are: {found or 'none'}."

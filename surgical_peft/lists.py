@@ -1,0 +1,156 @@
+"""Says of each list in a bare model whether it is one of layers, of stages of layers, or neither.
+
+No table of model names. A list (`nn.ModuleList`, `nn.Sequential`) may be one of layers if each member holds two or
+more weight matrices: a lone linear map, convolution or norm is a part of a layer. It is one of stages if its members
+consist of layers themselves. Experts lie within a layer: no list within a layer is looked at.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TypeGuard
+
+from torch import nn
+
+from .wrappers import seen_through, walk
+
+
+@dataclass(frozen=True)
+class ModuleRow:
+    """A list: its path, the members that hold parameters by path, and the path of the model that it lies in."""
+
+    path: str
+    members: Mapping[str, nn.Module]
+    scope: str
+    ordered: bool  # nn.Sequential: what is in it need not be alike
+
+    @cached_property
+    def size(self) -> int:
+        """How many weights its members hold."""
+        return sum(size_of(member) for member in self.members.values())
+
+    @cached_property
+    def attends(self) -> bool:
+        """Whether any member holds attention."""
+        return any(_attends(member) for member in self.members.values())
+
+    @cached_property
+    def inner(self) -> dict[str, ModuleRow]:
+        """For each member that consists of layers the list of them."""
+        return {path: inner for path, member in self.members.items() if (inner := _main_list(path, member))}
+
+    @cached_property
+    def is_stages(self) -> bool:
+        """Its members consist of layers: each holds attention and more, or their number or width changes."""
+        inner = list(self.inner.values())
+        if len(inner) < 2 or 2 * len(inner) <= len(self.members):
+            return False
+        if len({len(each.members) for each in inner}) > 1:
+            return True
+        first, last = _shapes(inner[0]), _shapes(inner[-1])
+        narrower = 2 * len(first & last) < len(first | last)
+        return narrower or (len(inner[0].members) > 1 and all(each.is_transformer for each in inner))
+
+    @cached_property
+    def is_transformer(self) -> bool:
+        """Each member holds attention and is not attention."""
+        return all(_attends(member) and not _is_attention(member) for member in self.members.values())
+
+    @cached_property
+    def is_layers(self) -> bool:
+        """Each member holds two weight matrices, and it is no list of towers or of unlike parts."""
+        if not self.members or not all(_matrices(member) >= 2 for member in self.members.values()):
+            return False
+        if self.attends:  # a list of a tower, or of a tower and other things, is not one of layers
+            towers = [inner for inner in self.inner.values() if inner.is_transformer]
+            return not towers or len(towers) == len(self.members) > 1
+        return not self.ordered or len({type(member) for member in self.members.values()}) == 1 < len(self.members)
+
+
+def rows_of(module: nn.Module, path: str = "", scope: str = "") -> Iterator[ModuleRow]:
+    """Every list that lies in no other list of layers or stages."""
+    module = seen_through(module)
+    scope = path if is_a(module, "PreTrainedModel") else scope
+    members = members_of(module, path)
+    if is_list(module):
+        yield (found := ModuleRow(path, members, scope, isinstance(module, nn.Sequential)))
+        if found.is_stages or found.is_layers:
+            return
+    numbered = {each: child for each, child in members.items() if is_list(child) and re.search(r"[a-z]\d+$", each)}
+    if len({each.rstrip("0123456789") for each in numbered}) == 1 < len(numbered):  # layer1, layer2, ... of ResNet
+        found = ModuleRow(next(iter(numbered)).rstrip("0123456789"), numbered, scope, False)
+        if found.is_stages:
+            yield found
+            members = {each: child for each, child in members.items() if each not in numbered}
+    for each, child in members.items():
+        yield from rows_of(child, each, scope)
+
+
+def _main_list(path: str, member: nn.Module) -> ModuleRow | None:
+    """The list of layers that holds at least half of a member's parameters, if it has one."""
+    whole = size_of(member)
+    for inside, module in walk(member, path):
+        if is_list(module) and "expert" not in inside:
+            found = ModuleRow(inside, members_of(module, inside), "", isinstance(module, nn.Sequential))
+            layers = found.members and all(_matrices(each) >= 2 for each in found.members.values())
+            if layers and 2 * found.size >= whole:
+                return found
+    return None
+
+
+def members_of(module: nn.Module, path: str) -> dict[str, nn.Module]:
+    """The children that hold parameters, by path."""
+    children = {join(path, name): seen_through(child) for name, child in module.named_children()}
+    return {each: child for each, child in children.items() if any(True for _ in _parameters(child))}
+
+
+def is_list(module: nn.Module) -> TypeGuard[nn.ModuleList | nn.Sequential]:
+    """Whether it is a list of modules."""
+    return isinstance(module, nn.ModuleList | nn.Sequential)
+
+
+def is_a(module: nn.Module, name: str) -> bool:
+    """Whether a class of this name is among the module's bases."""
+    return any(base.__name__ == name for base in type(module).__mro__)
+
+
+def _is_attention(module: nn.Module) -> bool:
+    return re.search("atten|attn", type(module).__name__.lower()) is not None
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether the class is called a norm, which covers those that a model defines itself."""
+    return "norm" in type(module).__name__.lower()
+
+
+def _attends(module: nn.Module) -> bool:
+    return any(_is_attention(each) for _, each in walk(module))
+
+
+def _parameters(module: nn.Module) -> Iterator[nn.Parameter]:
+    """The bare module's own, without what LoRA and others put beside them."""
+    for _, each in walk(module):
+        yield from each.parameters(recurse=False)
+
+
+def size_of(module: nn.Module) -> int:
+    """How many weights the bare module holds."""
+    return sum(parameter.numel() for parameter in _parameters(module))
+
+
+def _matrices(module: nn.Module) -> int:
+    """Weights of linear maps (4-bit ones are one column) and convolutions, not scales such as (channels, 1, 1)."""
+    shapes = [parameter.shape for parameter in _parameters(module)]
+    return sum(len(shape) == 2 or sum(size > 1 for size in shape) >= 2 for shape in shapes)
+
+
+def _shapes(each: ModuleRow) -> set[tuple[int, ...]]:
+    return {tuple(parameter.shape) for member in each.members.values() for parameter in _parameters(member)}
+
+
+def join(prefix: str, name: str) -> str:
+    """`prefix.name`, or `name` if there is no prefix."""
+    return f"{prefix}.{name}" if prefix else name

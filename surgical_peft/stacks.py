@@ -1,0 +1,192 @@
+"""Chooses the lists of a bare model that are its repeated layers, and names and orders them as stacks.
+
+Lists with attention count, and those without that are the bulk of their model, as in convolutional and state-space
+models. So the mergers, necks and upsamplers beside a transformer do not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+from torch import nn
+
+from .lists import ModuleRow, is_a, is_list, is_norm, join, members_of, rows_of, size_of
+from .wrappers import seen_through, walk
+
+# What a list without attention must hold of all that the lists of its model do: if another has attention, if none has.
+_BULK, _SHARE = 0.5, 0.1
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Layers that run one after the other.
+
+    Attributes:
+        label: what tells it from other stacks, e.g. `encoder`, `stages.2`; "" for the only one.
+        layers: for each layer the paths of its modules, almost always one.
+        path: where the list is.
+        homes: the parts of the model that it lies in and shares with few others, outermost first: path -> label.
+        around: paths of what lies beside the layers of a stage, and the block that each belongs to.
+    """
+
+    label: str
+    layers: tuple[tuple[str, ...], ...]
+    path: str
+    homes: dict[str, str] = field(default_factory=dict)
+    around: dict[str, str] = field(default_factory=dict)
+
+
+def find_stacks(model: nn.Module) -> list[Stack]:
+    """The stacks of the model, in the order of execution; none if no list is evidently one of layers."""
+    lists = list(rows_of(model))
+    chosen = _layer_lists([each for each in lists if each.is_stages or each.is_layers])
+    chosen += _alike(model, chosen)
+    merged = {parts[0].path: parts for parts in (_parts_of_layers(each, lists) for each in chosen)}
+    shared = _shared(list(merged))
+    towers = _labels(list(merged), shared)
+    stacks: list[Stack] = []
+    for path in _in_order(towers):
+        parts, tower = merged[path], towers[path]
+        if parts[0].is_stages:
+            found = _stages(parts[0], tower, _beside(parts[0], lists))
+        else:
+            found = [Stack(tower, tuple(zip(*(part.members for part in parts), strict=True)), path)]
+        stacks += [replace(stack, homes=_homes(path, tower, shared)) for stack in found]
+    return stacks
+
+
+def _homes(path: str, tower: str, shared: int) -> dict[str, str]:
+    """The parts of the model between what all stacks share and the list, by path: their labels."""
+    parts, labels = path.split("."), tower.split(".") if tower else []
+    ends = [n for n in range(1, len(labels) + 1) if shared + n < len(parts)]
+    return {".".join(parts[: shared + n]): ".".join(labels[:n]) for n in ends}
+
+
+def _layer_lists(candidates: list[ModuleRow]) -> list[ModuleRow]:
+    """Those with attention, and those without that are the bulk of what the model around them repeats.
+
+    Beside attention only stages count, i.e. a convolutional backbone: in a tiny model the mergers may be the bulk.
+    """
+    chosen = []
+    for each in candidates:
+        rivals = [other for other in candidates if not each.scope or other.path.startswith(each.scope + ".")]
+        attended = any(rival.attends for rival in rivals)
+        needed = _BULK if attended or len(each.members) == 1 else _SHARE
+        bulk = each.size >= needed * sum(rival.size for rival in rivals)
+        if each.attends or (bulk and (each.is_stages or not attended)):
+            chosen.append(each)
+    return chosen
+
+
+def _alike(model: nn.Module, chosen: list[ModuleRow]) -> list[ModuleRow]:
+    """In models without such a list the outermost of modules of one class; in a part of a model, if most of it."""
+    found: list[ModuleRow] = []
+    scopes = {path: module for path, module in walk(model) if not path or is_a(module, "PreTrainedModel")}
+    for path, module in walk(model):
+        if not is_list(module) or any(path.startswith(outer.path + ".") for outer in found):
+            continue
+        scope = max((scope for scope in scopes if not scope or path.startswith(scope + ".")), key=len)
+        if any(not scope or other.path.startswith(scope + ".") for other in chosen):
+            continue
+        members = members_of(module, path)
+        alike = len({type(child) for child in members.values()}) == 1 and 1 < len(members) == len(module._modules)
+        row = ModuleRow(path, members, scope, False)
+        if alike and (not scope or 2 * row.size >= size_of(scopes[scope])):
+            found.append(row)
+    return found
+
+
+def _parts_of_layers(each: ModuleRow, lists: list[ModuleRow]) -> list[ModuleRow]:
+    """A list of nothing but attention holds part of each layer (XLM): the lists beside it hold the other parts."""
+    beside = _beside(each, lists)
+    alone = [all(type(member).__name__.endswith("Attention") for member in part.members.values()) for part in beside]
+    return beside if any(alone) and not each.is_stages else [each]
+
+
+def _beside(each: ModuleRow, lists: list[ModuleRow]) -> list[ModuleRow]:
+    """The lists of as many members in the same module, `each` too, in the order of declaration."""
+    parent, number = each.path.rpartition(".")[0], len(each.members)
+    return [other for other in lists if other.path.rpartition(".")[0] == parent and len(other.members) == number]
+
+
+def _stages(each: ModuleRow, tower: str, beside: list[ModuleRow]) -> list[Stack]:
+    """A stack for each stage.
+
+    What lies between the layers of two stages makes the `embeddings` of the second; after the last it is of its layer.
+    """
+    stacks: list[Stack] = []
+    waiting: list[str] = []  # paths that belong to the embeddings of the next stage
+    for number, (path, member) in enumerate(each.members.items()):
+        if path not in each.inner:
+            waiting.append(path)
+            continue
+        inner, label = each.inner[path], join(tower, f"stages.{len(stacks)}")
+        around = dict.fromkeys(waiting, join(label, "embeddings"))
+        waiting = []
+        ahead = True
+        for part, module in _parts(member, path, inner.path):
+            if part == inner.path:
+                ahead = False
+            elif ahead:
+                around[part] = join(label, "embeddings")
+            elif is_norm(module):
+                around[part] = join(label, "final_norm")
+            else:
+                waiting.append(part)
+        for other in beside:
+            if other is not each:
+                part, module = list(other.members.items())[number]
+                around[part] = join(label, "final_norm" if is_norm(module) else "embeddings")
+        stacks.append(Stack(label, tuple((layer,) for layer in inner.members), each.path, around=around))
+    if stacks:
+        stacks[-1].around.update(dict.fromkeys(waiting, join(stacks[-1].label, str(len(stacks[-1].layers) - 1))))
+    return stacks
+
+
+def _parts(module: nn.Module, path: str, inside: str) -> Iterator[tuple[str, nn.Module]]:
+    """The parameters and modules of `module` in order, opened up as far as the list at `inside` asks for."""
+    module = seen_through(module)
+    if path == inside:
+        yield path, module
+        return
+    for name, _ in module.named_parameters(recurse=False):
+        yield join(path, name), module
+    for each, child in members_of(module, path).items():
+        if each == inside or inside.startswith(each + "."):
+            yield from _parts(child, each, inside)
+        else:
+            yield each, child
+
+
+def _shared(paths: list[str]) -> int:
+    """How many parts all paths begin with."""
+    split = [path.split(".")[:-1] for path in paths]
+    differ = (n for n, each in enumerate(zip(*split, strict=False)) if len(set(each)) > 1)
+    return next(differ, min(map(len, split), default=0))
+
+
+def _labels(paths: list[str], shared: int) -> dict[str, str]:
+    """`model.encoder.block` and `model.decoder.block` become `encoder` and `decoder`: the shortest that tell apart."""
+    split = {path: path.split(".")[shared:] for path in paths if len(paths) > 1}
+    labels = dict.fromkeys(paths, "")
+    for path, own in split.items():
+        others = [other for other in split.values() if other is not own]
+        lengths = (n for n in range(1, len(own)) if not any(other[:n] == own[:n] for other in others))
+        labels[path] = ".".join(own[: next(lengths, len(own))])
+    return labels
+
+
+def _in_order(towers: dict[str, str]) -> list[str]:
+    """As declared, but a decoder, a language model and layers that lie in no tower run after what feeds them."""
+
+    def place(path: str) -> list[tuple[bool, int]]:
+        parts = towers[path].split(".")
+        prefixes = [".".join(parts[: n + 1]) for n in range(len(parts))]
+        labels = list(towers.values())
+        first = [next(n for n, other in enumerate(labels) if f"{other}.".startswith(f"{each}.")) for each in prefixes]
+        last = [part in ("decoder", "language_model") for part in parts]
+        last[-1] = last[-1] or path.endswith(towers[path])
+        return list(zip(last, first, strict=True))
+
+    return sorted(towers, key=place)
