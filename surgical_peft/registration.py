@@ -12,6 +12,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPIN
 
 from .config import SurgicalConfig, SurgicalPeftType
 from .errors import SurgicalError
+from .loading import watch_reading
 from .model import SurgicalModel
 
 
@@ -37,6 +38,7 @@ def register() -> None:
     PEFT_TYPE_TO_CONFIG_MAPPING[key] = SurgicalConfig
     PEFT_TYPE_TO_TUNER_MAPPING[key] = SurgicalModel
     PEFT_TYPE_TO_PREFIX_MAPPING[key] = SurgicalModel.prefix
+    watch_reading()
 
 
 def _full_name(cls: type) -> str:

@@ -1,0 +1,53 @@
+"""A digest of weights, by which an adapter knows the base model that it was trained on."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+
+def fingerprint(weights: Iterable[torch.Tensor]) -> str | None:
+    """The dtypes of `weights` and a digest of their values, shapes and dtypes: `"float32:2b1f..."`.
+
+    Names and order do not count, so transformers may rename and reorder modules; nor does the device.
+
+    Returns:
+        None if some of the values are not here to be read: on the meta device (offloaded, not loaded yet), sharded
+        over processes, or none at all.
+
+    Example:
+        >>> fingerprint([torch.zeros(2)])
+        'float32:6a44ef43e4ee6e5ae86a2c2cd6dd7e9a'
+    """
+    found = [weight.detach() for weight in weights]
+    if not found or not all(_is_here(weight) for weight in found):
+        return None
+    with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:  # hashlib lets other threads run meanwhile
+        digests = sorted(pool.map(_digest, found))
+    dtypes = sorted({_name(weight.dtype) for weight in found})
+    return f"{'+'.join(dtypes)}:{hashlib.sha256(b''.join(digests)).hexdigest()[:32]}"
+
+
+def differ_in_dtype(one: str, other: str) -> bool:
+    """Whether two fingerprints are of weights in different dtypes, so that they say nothing about the values."""
+    return one.partition(":")[0] != other.partition(":")[0]
+
+
+def _is_here(weight: torch.Tensor) -> bool:
+    # DTensor and torchao's tensors are subclasses; ZeRO-3 leaves an empty tensor behind
+    return type(weight) in (torch.Tensor, torch.nn.Parameter) and not weight.is_meta and weight.numel() > 0
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _digest(weight: torch.Tensor) -> bytes:
+    head = f"{_name(weight.dtype)}{list(weight.shape)}".encode()
+    flat = weight.cpu().contiguous().reshape(-1)  # a scalar has no bytes to view
+    digest = hashlib.sha256(head)
+    digest.update(flat.view(torch.uint8).numpy().data)
+    return digest.digest()

@@ -1,0 +1,129 @@
+"""The files of a saved adapter, looked at before a model is changed.
+
+PEFT and transformers wrap the model first and open the weights afterwards, and neither tells the tuner where they
+are. So `watch_reading` notes in the config which file it comes from, at the one place that all of them read it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
+from peft.config import PeftConfigMixin
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from safetensors import SafetensorError, safe_open
+
+from .config import ReadFrom, SurgicalConfig, SurgicalPeftType
+from .errors import SurgicalError
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def watch_reading() -> None:
+    """From now on, a config of ours knows the file that it is read from; a second call changes nothing.
+
+    The files are checked there, too: PEFT reads the config before anything else, through whatever door.
+    """
+    current = PeftConfigMixin.__dict__["from_json_file"].__func__
+    read = getattr(current, "_surgical_original", current)
+
+    @functools.wraps(read)
+    def from_json_file(cls: type, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
+        return _read_config(functools.partial(read, cls, path_json_file, **kwargs), cls, Path(path_json_file))
+
+    from_json_file._surgical_original = read  # type: ignore[attr-defined]
+    PeftConfigMixin.from_json_file = classmethod(from_json_file)
+
+
+def _read_config(read: Callable[[], Any], cls: type, path: Path) -> Any:
+    try:
+        loaded = read()
+    except (ValueError, RecursionError) as error:  # JSON and encoding
+        if not issubclass(cls, SurgicalConfig) and b'"blocks"' not in path.read_bytes():
+            raise  # not ours, as far as can be seen
+        raise SurgicalError(
+            f"{path} is not valid JSON: {error}. Save the adapter again, or fetch it again."
+        ) from error
+    if not isinstance(loaded, dict) or loaded.get("peft_type", SurgicalPeftType.SURGICAL) != SurgicalPeftType.SURGICAL:
+        return loaded  # another method's, or PEFT's own error
+    if "peft_type" not in loaded:
+        if "blocks" not in loaded:
+            return loaded
+        raise SurgicalError(f'{path} has no \'peft_type\': write "peft_type": "SURGICAL" into it, if it is one.')
+    if ":" in str(loaded.get("criterion")):
+        raise SurgicalError(
+            f"{path} asks to import and run {loaded['criterion']!r} as its criterion; a file may only name criteria "
+            "of this package. Pass your own in Python."
+        )
+    weights = path.with_name(SAFETENSORS_WEIGHTS_NAME)
+    if weights.exists():
+        _shapes(weights)
+    elif path.with_name(WEIGHTS_NAME).exists():
+        raise SurgicalError(
+            f"{path.with_name(WEIGHTS_NAME)} holds pickled weights, which can run any code when they are read: "
+            "refused. If you trust where it is from, convert it: safetensors.torch.save_file(torch.load(file, "
+            f"weights_only=True), {SAFETENSORS_WEIGHTS_NAME!r})."
+        )
+    loaded.pop("strict_base", None)  # that is for who loads to say
+    known = {field.name for field in fields(SurgicalConfig)}
+    later = {name: loaded.pop(name) for name in sorted(loaded.keys() - known)}
+    return {**loaded, "read_from": ReadFrom(path, later)}
+
+
+def _shapes(file: Path) -> Shapes:
+    """Names and shapes in a file of weights, from its header; that also tells whether the file is whole."""
+    try:
+        with safe_open(file, framework="pt") as weights:
+            return {key: tuple(weights.get_slice(key).get_shape()) for key in weights.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise SurgicalError(
+            f"{file} is no whole safetensors file ({error}): it was cut short or changed. Save or fetch it again."
+        ) from error
+
+
+def saved_shapes(config: SurgicalConfig) -> Shapes | None:
+    """Names and shapes of the weights that belong to `config`; None if it is not a saved adapter's.
+
+    Raises:
+        SurgicalError: there are none beside the config, or the file is damaged.
+    """
+    if config.read_from is None:
+        return None
+    file = config.read_from.path.with_name(SAFETENSORS_WEIGHTS_NAME)
+    if not file.exists():
+        where = _in_hub_cache(config.read_from.path)
+        if where is None:
+            raise SurgicalError(
+                f"{file.parent} holds an adapter's config but no {SAFETENSORS_WEIGHTS_NAME}: save or fetch the "
+                "adapter again. For a new adapter with the same choice use get_peft_model."
+            )
+        try:
+            file = Path(hf_hub_download(filename=SAFETENSORS_WEIGHTS_NAME, **where))
+        except EntryNotFoundError as error:
+            raise SurgicalError(
+                f"{where['repo_id']!r} has no {SAFETENSORS_WEIGHTS_NAME} that can be had: {error}. Pickled weights "
+                "are not read; ask its author to save it again."
+            ) from error
+        except HfHubHTTPError:
+            return None  # only who loads has the token: PEFT fetches and reports
+    return _shapes(file)
+
+
+def _in_hub_cache(path: Path) -> dict[str, Any] | None:
+    """What to ask the Hub for a file beside `path`, if that lies in a snapshot of a repository."""
+    for folder in path.parents:
+        if folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--"):
+            home = folder.parent.parent
+            inside = path.parent.relative_to(folder).as_posix()
+            return {
+                "repo_id": home.name.removeprefix("models--").replace("--", "/"),
+                "revision": folder.name,
+                "subfolder": None if inside == "." else inside,
+                "cache_dir": str(home.parent),
+            }
+    return None
