@@ -10,6 +10,7 @@ from .blocks import BlockMap
 from .callback import SurgicalCallback
 from .config import SurgicalConfig
 from .errors import SurgicalError
+from .export import export_to_peft
 from .model import SurgicalModel, get_surgical_model
 from .optim import SurgicalOptimizerFactory, create_surgical_optimizer, surgical_optimizer
 from .registration import register
@@ -31,6 +32,7 @@ __all__ = [
     "above",
     "create_surgical_optimizer",
     "criteria",
+    "export_to_peft",
     "get_surgical_model",
     "policies",
     "score_blocks",

@@ -1,4 +1,4 @@
-"""The command line: `surgical-peft blocks | score | train | quickstart`."""
+"""The command line: `surgical-peft blocks | score | train | export | quickstart`."""
 
 from __future__ import annotations
 
@@ -114,6 +114,46 @@ def train(
     share = report["tuned_parameters"] / report["all_parameters"]
     console.print(f"{report['tuned_parameters']:,} of {report['all_parameters']:,} parameters tuned ({share:.1%}).")
     console.print(f"Adapter: {report['adapter']}")
+
+
+@app.command()
+def export(
+    adapter: Annotated[Path, typer.Argument(help="An adapter's folder, or that of a delta.")],
+    output: Annotated[Path, typer.Argument(help="A new or empty folder, or one of an earlier export.")],
+    format: Annotated[
+        str,
+        typer.Option(
+            help="peft: for PEFT alone. merged: the whole model, for transformers alone. delta: what tuning changed, "
+            "to the bit. lora: a low rank of that, for PEFT alone. adapter: back from a delta."
+        ),
+    ] = "peft",
+    base: Annotated[
+        str | None, typer.Option(help="The base model, a folder or a Hub id; default is what the adapter names.")
+    ] = None,
+    rank: Annotated[int | None, typer.Option(help="Rank of the LoRA, for --format lora.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write an adapter in a form that others load."""
+    from .export import export as export_adapter
+
+    report = export_adapter(adapter, output, format, base_model=base, rank=rank)
+    if as_json:
+        _print_json(report)
+        return
+    if format == "lora":
+        table = Table(title=f"Rank {rank}: what is lost, of what tuning changed in Linear weights (Frobenius norm)")
+        table.add_column("module")
+        table.add_column("lost", justify="right")
+        for name, error in {**report["error"], "all": report["total_error"]}.items():
+            table.add_row(name, f"{error:.2%}")
+        console.print(table)
+        console.print(f"{report['lora_modules']} modules as LoRA; kept whole: {len(report['whole_modules'])}.")
+    if format == "delta":
+        console.print(
+            f"The weights take {report['delta_bytes']:,} bytes for {report['adapter_bytes']:,}: {report['ratio']:.2f} "
+            f"times smaller ({report['planes_ratio']:.2f} without the base model)."
+        )
+    console.print(f"{output}: {report['bytes']:,} bytes of weights.")
 
 
 @app.command()

@@ -6,7 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from peft import get_peft_model
+from transformers import AutoModelForImageClassification
 
+from surgical_peft import SurgicalConfig
 from surgical_peft.cli import main
 
 ROOT = Path(__file__).parents[1]
@@ -61,9 +65,33 @@ def test_train_prints_json_alone(tmp_path: Path) -> None:
     assert (tmp_path / "run" / "adapter" / "adapter_config.json").exists()
 
 
+def test_export_to_every_format_and_back(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    base = AutoModelForImageClassification.from_pretrained(VIT)
+    model = get_peft_model(base, SurgicalConfig(blocks=[0]))
+    with torch.no_grad():
+        next(p for p in model.parameters() if p.requires_grad).mul_(1.5)
+    model.save_pretrained(tmp_path / "adapter")
+    source = str(tmp_path / "adapter")
+    said = {"peft": ":", "merged": ":", "delta": "times smaller", "lora --rank 2": "vit.layers.0"}
+    for format, text in said.items():
+        out = str(tmp_path / format.split()[0])
+        assert run(monkeypatch, "export", source, out, "--format", *format.split()) == 0
+        assert text in " ".join(capsys.readouterr().out.split())
+    arguments = ["--format", "adapter", "--base", str(VIT), "--json"]
+    assert run(monkeypatch, "export", str(tmp_path / "delta"), str(tmp_path / "back"), *arguments) == 0
+    assert json.loads(capsys.readouterr().out)["format"] == "adapter"
+    one, other = (tmp_path / name / "adapter_model.safetensors" for name in ("adapter", "back"))
+    assert one.read_bytes() == other.read_bytes()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["export", "{tmp}/none", "{tmp}/run"], "no adapter's folder"),
+        (["export", "{tmp}", "{tmp}/run", "--format", "lroa"], "did you mean 'lora'"),
+        (["export", "{tmp}", "{tmp}/run", "--format", "lora", "--rank", "0"], "at least 1"),
         (["blocks", "no-such/model"], "the model 'no-such/model' cannot be loaded"),
         (["score", "no.yaml"], "there is no recipe 'no.yaml'"),
         (["score", "{tmp}/block.yaml", "--plot", "scores"], "must end in .png, .pdf or .svg"),
@@ -101,4 +129,4 @@ def test_debug_shows_the_traceback() -> None:
 def test_help_names_every_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(monkeypatch, "--help") == 0
     text = capsys.readouterr().out
-    assert all(command in text for command in ("blocks", "score", "train", "quickstart"))
+    assert all(command in text for command in ("blocks", "score", "train", "export", "quickstart"))

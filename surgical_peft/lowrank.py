@@ -1,0 +1,154 @@
+"""The LoRA format: a truncated SVD of what tuning changed, with the error stated, for stock PEFT.
+
+`peft.convert_to_lora` wants tuners of single Linear layers without changed biases; a tuned block has neither.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from .errors import SurgicalError
+from .saved import PREFIX, LoadedBase, SavedAdapter, check_fits, heads_of, within
+from .stock import check_found_alone, stock_config
+
+
+def write_lora(adapter: SavedAdapter, base: LoadedBase, rank: int, folder: Path) -> dict[str, Any]:
+    """Write the adapter as a LoRA of `rank` to an existing `folder`.
+
+    Linear layers (and GPT-2's Conv1D) become LoRA, their biases included. What LoRA cannot hold and tuning changed
+    (norms, embeddings, convolutions, raw parameters, weights that the model reads without calling their layer) is
+    kept as it is, in the smallest modules around it.
+
+    Returns:
+        `error`: for each tuned module the Frobenius norm of what is lost over that of what tuning changed;
+        `total_error` over all of them; `lora_modules` and `whole_modules`, and how many `parameters` are stored.
+
+    Raises:
+        SurgicalError: a rank below 1, another base model, or nothing for LoRA to hold.
+    """
+    if rank < 1:
+        raise SurgicalError(f"rank {rank} is out of range: give at least 1.")
+    if adapter.config.lora:
+        raise SurgicalError("the adapter holds LoRA weights beside its blocks already: export it with --format peft.")
+    state = base.model.state_dict()
+    fresh = adapter.new_to(base)
+    check_fits(adapter, state, fresh)
+    modules = dict(base.model.named_modules())
+    changed = [
+        name
+        for name, tuned in adapter.tensors.items()
+        if name in fresh or not torch.equal(tuned, state[name].to(tuned.dtype))
+    ]
+    owners = dict.fromkeys(name.rpartition(".")[0] for name in changed)
+    new = {name.rpartition(".")[0] for name in changed if name in fresh}
+    whole = heads_of(adapter.config, modules)
+    whole += [path for path in owners if path not in whole and (path in new or not _can_be_low(modules, path))]
+    whole = [path for path in whole if not within(path, [other for other in whole if other != path])]
+    low = [path for path in owners if not within(path, whole)]
+    if "" in whole or not low:
+        raise SurgicalError(
+            "tuning changed no Linear weight that LoRA could hold" + (" alone" if low else "") + ": export with "
+            "--format peft, merged or delta."
+        )
+    check_found_alone(modules, [*low, *whole])
+    bias = any(f"{path}.bias" in changed for path in low)
+    tensors: dict[str, Tensor] = {}
+    ranks: dict[str, int] = {}
+    left: dict[str, list[tuple[float, float]]] = {path: [] for path in adapter.config.tuned_modules or {}}
+    for path in low:
+        transposed = isinstance(modules[path], Conv1D)
+        origin = state[f"{path}.weight"]
+        tuned = adapter.tensors.get(f"{path}.weight", origin)
+        change = _wide(tuned) - _wide(origin)
+        change = change.T if transposed else change
+        ranks[path] = min(rank, *change.shape)
+        down, up = (factor.to(tuned.dtype) for factor in low_rank(change, ranks[path]))
+        tensors |= {f"{path}.lora_A.weight": down, f"{path}.lora_B.weight": up}
+        if bias:
+            before = state.get(f"{path}.bias", torch.zeros(up.shape[0], dtype=up.dtype))
+            after = adapter.tensors.get(f"{path}.bias", before)
+            tensors[f"{path}.lora_B.bias"] = (_wide(after) - _wide(before)).to(up.dtype)
+        lost = float((change - _wide(up) @ _wide(down)).norm())
+        for home, losses in left.items():
+            if within(path, [home]):
+                losses.append((lost, float(change.norm())))
+    for path in whole:
+        keys = [name for name in state if within(name, [path])]
+        tensors |= {name: adapter.tensors.get(name, state[name]).contiguous() for name in keys}
+    uneven = {path: each for path, each in ranks.items() if each != rank}
+    config = stock_config(
+        adapter.config,
+        whole,
+        {
+            "target_modules": low,
+            "r": rank,
+            "lora_alpha": rank,  # alpha / r = 1: what is stored is what is added
+            "rank_pattern": uneven,
+            "alpha_pattern": uneven,
+            "lora_bias": bias,
+            "fan_in_fan_out": any(isinstance(modules[path], Conv1D) for path in low),
+        },
+    )
+    save_file(
+        {PREFIX + name: tensor for name, tensor in tensors.items()},
+        folder / SAFETENSORS_WEIGHTS_NAME,
+        metadata={"format": "pt"},
+    )
+    config.save_pretrained(str(folder))
+    return {
+        "rank": rank,
+        "error": {path: _relative(losses) for path, losses in left.items()},
+        "total_error": _relative([pair for losses in left.values() for pair in losses]),
+        "lora_modules": len(low),
+        "whole_modules": whole,
+        "parameters": sum(tensor.numel() for tensor in tensors.values()),
+    }
+
+
+def low_rank(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """`(down, up)` with `up @ down` the best approximation of `matrix` of that rank in the Frobenius norm.
+
+    Source: Eckart and Young 1936, "The approximation of one matrix by another of lower rank".
+    """
+    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    root = values[:rank].sqrt()
+    return (root[:, None] * right[:rank]).contiguous(), (left[:, :rank] * root).contiguous()
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()  # half precision has no SVD
+
+
+def _relative(pairs: list[tuple[float, float]]) -> float:
+    """Norm of what is lost over the norm of the change of the Linear weights; 0 where there are none."""
+    lost, change = (sum(each**2 for each in column) ** 0.5 for column in zip(*pairs, strict=True)) if pairs else (0, 0)
+    return lost / change if change else 0.0
+
+
+def _can_be_low(modules: dict[str, nn.Module], path: str) -> bool:
+    """Whether a LoRA beside this module would be asked: a Linear layer that is called, and of which no one reads."""
+    if type(modules[path]) not in (nn.Linear, Conv1D):
+        return False
+    parent, _, name = path.rpartition(".")
+    model_type = getattr(getattr(modules[""], "config", None), "model_type", "")
+    if "mamba" in model_type and name == "out_proj":  # PEFT refuses it: fused kernels take its weight
+        return False
+    # Mamba's `self.dt_proj.weight @ x`: the LoRA would be skipped without a word.
+    source = inspect.getsource(type(modules[parent])) if _has_source(type(modules[parent])) else ""
+    return not re.search(rf"(?<!isinstance\()self\.{re.escape(name)}\.weight\b(?!\.(?:dtype|device|shape)\b)", source)
+
+
+def _has_source(kind: type) -> bool:
+    try:
+        return bool(inspect.getsourcefile(kind))
+    except TypeError:  # built in, or typed at a prompt
+        return False

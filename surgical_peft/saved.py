@@ -1,0 +1,228 @@
+"""What an adapter's folder holds, and the base model that it was made from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from peft.utils.constants import CONFIG_NAME
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoConfig, PreTrainedModel
+from transformers.models.auto.auto_factory import _BaseAutoModelClass
+
+from .config import SurgicalConfig, SurgicalPeftType
+from .errors import SurgicalError
+
+PREFIX = "base_model.model."  # what PEFT puts before each name of the base model
+Base = str | Path | nn.Module | None  # a folder or Hub id, the model itself, or None for what the adapter names
+
+_CLASS_FOR_TASK = {
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "FEATURE_EXTRACTION": "AutoModel",
+}
+
+
+@dataclass(frozen=True)
+class SavedAdapter:
+    """An adapter as it is saved: its folder, its config, and its weights by their names in the base model."""
+
+    folder: Path
+    config: SurgicalConfig
+    tensors: dict[str, Tensor]
+
+    @property
+    def own(self) -> dict[str, Tensor]:
+        """The base model's own weights: without LoRA's beside them."""
+        return {name: tensor for name, tensor in self.tensors.items() if ".lora_" not in name}
+
+    def new_to(self, base: LoadedBase) -> frozenset[str]:
+        """Names of the weights that have no certain value in the base model: LoRA's, and those of new heads."""
+        return base.undetermined | {n for n in self.tensors if not within(n, self.config.tuned_modules or {})}
+
+
+@dataclass(frozen=True)
+class LoadedBase:
+    """A base model, and the names of its weights that its checkpoint does not hold."""
+
+    model: nn.Module
+    undetermined: frozenset[str]
+
+
+def read_adapter(folder: str | Path) -> SavedAdapter:
+    """Read the adapter that `save_pretrained` wrote to `folder`; nothing is built and no base model is needed.
+
+    Raises:
+        SurgicalError: no adapter there, one of another method, pickled, corrupt, or without the record of its modules.
+    """
+    folder = Path(folder)
+    values = read_json(folder / CONFIG_NAME, "adapter")
+    kind = values.get("peft_type")
+    if kind != SurgicalPeftType.SURGICAL.value:
+        raise SurgicalError(f"{str(folder)!r} is an adapter of the method {kind!r}; export takes those of SURGICAL.")
+    path = folder / SAFETENSORS_WEIGHTS_NAME
+    if not path.is_file():
+        pickled = (folder / WEIGHTS_NAME).exists()
+        reason = f"only pickled weights ({WEIGHTS_NAME}), which may run code" if pickled else "no weights"
+        raise SurgicalError(
+            f"{str(folder)!r} holds {reason}; {path.name} is missing. Save the adapter again: "
+            "model.save_pretrained(folder)."
+        )
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise SurgicalError(f"{str(path)!r} is corrupt or incomplete ({error}): copy or save it again.") from error
+    config = SurgicalConfig.from_pretrained(str(folder))
+    strange = [key for key in tensors if not key.startswith(PREFIX)]
+    record = config.tuned_modules or {}
+    names = [*record, *(name for part in record.values() if part is not None for name in part)]
+    if strange or not names or not all(isinstance(name, str) for name in names):
+        what = f"the key {strange[0]!r} without {PREFIX!r}" if strange else "no record of the tuned modules"
+        raise SurgicalError(
+            f"{str(folder)!r} has {what}: load it with PeftModel.from_pretrained(base, folder) and save it again."
+        )
+    return SavedAdapter(folder, config, {key.removeprefix(PREFIX): value for key, value in tensors.items()})
+
+
+def read_json(path: Path, what: str) -> dict[str, Any]:
+    """The dictionary in a JSON file of an adapter or a delta.
+
+    Raises:
+        SurgicalError: it is not there, or not readable.
+    """
+    if not path.is_file():
+        inside = sorted(each.parent.name for each in path.parent.glob(f"*/{path.name}"))
+        hint = f" Its folders {', '.join(inside)} do: give one of them." if inside else ""
+        raise SurgicalError(f"{str(path.parent)!r} is no {what}'s folder: it has no {path.name}.{hint}")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise SurgicalError(f"{str(path)!r} is not readable as JSON ({error}): copy or save it again.") from error
+    if not isinstance(values, dict):
+        raise SurgicalError(f"{str(path)!r} holds a {type(values).__name__}, not a dictionary: save it again.")
+    return values
+
+
+def load_base(config: SurgicalConfig, tensors: Iterable[Tensor], base: Base = None) -> LoadedBase:
+    """The base model, in the precision of the tuned `tensors`.
+
+    Raises:
+        SurgicalError: nothing says which model it is, or it cannot be loaded.
+    """
+    if isinstance(base, nn.Module):
+        return LoadedBase(base, frozenset())
+    name = _name_of_base(config, base)
+    model_class = _class_of(config, name)
+    dtypes = {tensor.dtype for tensor in tensors if tensor.is_floating_point()}
+    model, info = _found(
+        model_class.from_pretrained,
+        name,
+        dtype=dtypes.pop() if len(dtypes) == 1 else "auto",
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+    )
+    mismatched = {each if isinstance(each, str) else each[0] for each in info["mismatched_keys"]}
+    return LoadedBase(model.eval(), frozenset(info["missing_keys"]) | mismatched)
+
+
+def skeleton_of_base(config: SurgicalConfig, base: Base = None) -> nn.Module | None:
+    """The base model without its weights (on the meta device), for its names; None where nothing is known of it.
+
+    Raises:
+        SurgicalError: `base` is given and cannot be loaded.
+    """
+    if isinstance(base, nn.Module):
+        return base
+    try:
+        name = _name_of_base(config, base)
+        model_class = _class_of(config, name)
+        values = _found(AutoConfig.from_pretrained, name)
+    except SurgicalError:
+        if base is not None:
+            raise
+        return None
+    with torch.device("meta"):
+        return model_class.from_config(values) if hasattr(model_class, "from_config") else model_class(values)
+
+
+def check_fits(adapter: SavedAdapter, state: dict[str, Tensor], new: frozenset[str] = frozenset()) -> None:
+    """Make sure that every weight of the adapter is one of the base model, of the same kind and (if not new) shape.
+
+    Raises:
+        SurgicalError: it is not; the base model is another one.
+    """
+    for name, tuned in adapter.own.items():
+        if name not in state:
+            raise SurgicalError(
+                f"the adapter tunes {name!r}, and the base model has no weight of that name: give the model that the "
+                f"adapter was made from ({adapter.config.base_model_name_or_path!r})."
+            )
+        same = tuned.shape == state[name].shape and tuned.is_floating_point() == state[name].is_floating_point()
+        if not same and name not in new:
+            raise SurgicalError(
+                f"{name!r} is {_kind(tuned)} in the adapter and {_kind(state[name])} in the base model: give the one "
+                f"that the adapter was made from ({adapter.config.base_model_name_or_path!r}); with a new head of "
+                "another size, a folder to which it was saved with that head; if quantised, the unquantised one."
+            )
+
+
+def heads_of(config: SurgicalConfig, modules: Iterable[str]) -> list[str]:
+    """Which of `modules` PEFT saves as `modules_to_save`: those whose path ends with one of the names."""
+    return [path for path in modules if any(path.endswith(name) for name in config.modules_to_save or [])]
+
+
+def within(path: str, homes: Iterable[str]) -> bool:
+    """Whether `path` is one of `homes` or lies inside of one."""
+    return any(path == home or path.startswith(home + ".") for home in homes)
+
+
+def _kind(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
+
+
+def _name_of_base(config: SurgicalConfig, base: str | Path | None) -> str:
+    name = base or config.base_model_name_or_path
+    if not name:
+        raise SurgicalError(
+            "the adapter does not say which base model it was made from: give it, as --base FOLDER on the command "
+            "line or base_model=model in Python."
+        )
+    return str(name)
+
+
+def _class_of(config: SurgicalConfig, name: str) -> Any:
+    """The class with which the base model was loaded: as PEFT recorded it, else by the task, else by the model."""
+    mapping = config.auto_mapping if isinstance(config.auto_mapping, dict) else {}
+    found = _CLASS_FOR_TASK.get(str(config.task_type)) or mapping.get("base_model_class")
+    if found is None:
+        found = next(iter(_found(AutoConfig.from_pretrained, name).architectures or []), "AutoModel")
+    model_class = getattr(transformers, str(found), None)
+    if not (isinstance(model_class, type) and issubclass(model_class, PreTrainedModel | _BaseAutoModelClass)):
+        raise SurgicalError(
+            f"the base model is a {found}, which is no model class of transformers: load it yourself and export in "
+            "Python, with base_model=model."
+        )
+    return model_class
+
+
+def _found(load: Callable[..., Any], name: str, **kwargs: Any) -> Any:
+    """`load(name)`, with one kind of error for all the ways in which transformers misses something."""
+    try:
+        return load(name, **kwargs)
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise SurgicalError(
+            f"the base model {name!r} cannot be loaded ({reason}): give it, as --base FOLDER on the command line or "
+            "base_model=model in Python."
+        ) from error
