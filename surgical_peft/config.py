@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import re
+import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field, fields
 from enum import Enum
 from pathlib import Path
 from typing import Any, Optional, Union
 
+from peft import LoraConfig
 from peft.config import PeftConfig
+from peft.utils import CONFIG_NAME
 
 from .errors import SurgicalError
 from .files import write_text
+from .patterns import check_names
 from .selection import Selection
 
 
@@ -20,6 +25,19 @@ class SurgicalPeftType(str, Enum):
     """Our entry in PEFT's mappings. The name equals the value: PEFT looks methods up by the string in the file."""
 
     SURGICAL = "SURGICAL"
+
+
+KEEP_BASE = ("device", "cpu", "none")
+Choice = Union[str, list[str]]  # modules inside a block: "all", names, a regular expression, "all-norm", ...
+Targets = Optional[Union[Choice, dict[str, Choice]]]
+
+
+@dataclass(frozen=True)
+class ReadFrom:
+    """The file that a config was read from, and what a later version has put into it."""
+
+    path: Path
+    later_fields: dict[str, Any]
 
 
 @dataclass
@@ -33,16 +51,32 @@ class SurgicalConfig(PeftConfig):
             [`BlockMap.parse`][surgical_peft.BlockMap.parse]); `"auto"` lets
             [`get_surgical_model`][surgical_peft.get_surgical_model] choose. Saved as the final block names.
         target_modules: with `blocks`, tune only these modules inside them; alone, PEFT's own meaning (names that
-            end so, or a regular expression for the whole name) for any type of module.
+            end so, or a regular expression for the whole name) for any type of module. `"all-linear"`, `"all-norm"`
+            (normalisation layers) and `"all-bias"` choose by kind; a dictionary chooses for each block, as in
+            `{"0": "all", "11": ["mlp"], "head": "all-bias"}`, and needs no `blocks` beside it.
         exclude_modules: modules to leave out, matched as `target_modules`.
         modules_to_save: newly initialised modules, such as a new head, to train and save as well.
         criterion: for `blocks="auto"`, what scores the blocks: a name or a function; default is `probe`, which
             has the lowest regret on the shifts that criteria were developed on (benchmarks/criteria).
         num_blocks: for `blocks="auto"`, how many to take; by default, short joint trainings decide it.
+        keep_base: where the original weights of tuned modules stay. `"device"`: beside the copies, as PEFT does.
+            `"cpu"`: in main memory until they are asked for (adapter disabled or switched), when a copy is lent to
+            the device. `"none"`: nowhere, the modules are trained in place; no second copy, but then there is nothing
+            to disable, switch, delete or unload to, and one adapter is all a model can have.
+        lora: a `LoraConfig`, or a dictionary of its arguments: LoRA on the modules it names in the rest of the model.
+            Both are one adapter: trained, saved, loaded, switched and merged together.
         frozen_eval: keep everything that is not tuned in eval mode while training (no dropout, still BatchNorm
             statistics), as in the paper's code. PEFT's default elsewhere is train mode. A model wrapped by
             transformers' own `add_adapter` has no place for this: there, `train()` is for all modules.
         selection: filled in by the library: how the blocks were chosen. A record; loading never reads it.
+        tuned_modules: filled in by the library: path of each tuned module and the names of its tuned parameters, null
+            for all. A record, by which `export_to_peft` knows them; loading never reads it.
+
+        fingerprint: filled in by the library: digest of the base weights of what is tuned. Loading on another base
+            warns.
+        strict_base: refuse another base instead, as in `PeftModel.from_pretrained(base, folder, strict_base=True)`; it
+            holds for all adapters that are loaded into this model later, too. Not saved.
+        read_from: filled in by the library: the file that the config comes from. Not saved.
 
     Raises:
         SurgicalError: nothing selected, or two answers to one question. Names are checked against the model when
@@ -56,7 +90,7 @@ class SurgicalConfig(PeftConfig):
     blocks: Optional[Union[int, str, list[Union[int, str]]]] = field(
         default=None, metadata={"help": "Blocks to tune: indices, slices, names, 'all' or 'auto'."}
     )
-    target_modules: Optional[Union[str, list[str]]] = field(
+    target_modules: Targets = field(
         default=None, metadata={"help": "Modules to tune: inside the blocks, or anywhere if no blocks are given."}
     )
     exclude_modules: Optional[Union[str, list[str]]] = field(
@@ -69,20 +103,43 @@ class SurgicalConfig(PeftConfig):
         default=None, metadata={"help": "For blocks='auto': what scores the blocks."}
     )
     num_blocks: Optional[int] = field(default=None, metadata={"help": "For blocks='auto': how many blocks to take."})
+    keep_base: str = field(default="device", metadata={"help": "Where original weights stay: device, cpu or none."})
+    lora: Optional[Union[LoraConfig, dict[str, Any]]] = field(
+        default=None, metadata={"help": "LoRA for modules outside what is tuned in full."}
+    )
     frozen_eval: bool = field(default=True, metadata={"help": "Keep all that is not tuned in eval mode."})
     selection: Optional[dict[str, Any]] = field(default=None, metadata={"help": "Record of how blocks were chosen."})
+    tuned_modules: Optional[dict[str, Optional[list[str]]]] = field(
+        default=None, metadata={"help": "Record of the modules that are tuned, by path."}
+    )
+    fingerprint: Optional[str] = field(default=None, metadata={"help": "Digest of the base weights of what is tuned."})
+    strict_base: bool = field(default=False, compare=False, metadata={"help": "Refuse to load on another base."})
+    read_from: InitVar[Optional[ReadFrom]] = None
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, read_from: ReadFrom | None) -> None:
         super().__post_init__()
         self.peft_type = SurgicalPeftType.SURGICAL
+        self.read_from = read_from
+        self.later_fields = {} if read_from is None else read_from.later_fields
+        if self.later_fields:
+            warnings.warn(  # begins as PEFT's warning of the same does
+                f"Unexpected keyword arguments {list(self.later_fields)} for class {type(self).__name__}, these are "
+                f"ignored. {read_from and read_from.path} is from a later version of surgical_peft or PEFT. They are "
+                "kept, and saved again; upgrade if they are to have an effect.",
+                stacklevel=2,
+            )
         if isinstance(self.blocks, tuple | set):
             self.blocks = list(self.blocks)
-        if isinstance(self.target_modules, tuple | set):
-            self.target_modules = sorted(self.target_modules)
-        if isinstance(self.exclude_modules, tuple | set):
-            self.exclude_modules = sorted(self.exclude_modules)
+        if isinstance(self.blocks, dict):
+            raise SurgicalError(f"blocks={self.blocks!r}: choices for each block go into target_modules.")
+        if isinstance(self.target_modules, dict):
+            self.target_modules = {str(key): _plain(choice) for key, choice in self.target_modules.items()}
+            self.blocks = list(self.target_modules) if self.blocks is None else self.blocks
+        self.target_modules = _plain(self.target_modules)
+        self.exclude_modules = _plain(self.exclude_modules)
         if isinstance(self.modules_to_save, str):  # PEFT would go through its letters
             self.modules_to_save = [self.modules_to_save]
+        self._check_types()
         if self.blocks is None and self.target_modules is None:
             raise SurgicalError(
                 "SurgicalConfig selects nothing: give blocks=[0, 1] (indices, slices or names), blocks='auto', or "
@@ -90,11 +147,15 @@ class SurgicalConfig(PeftConfig):
             )
         if self.blocks == [] or self.blocks == "":
             raise SurgicalError(f"blocks={self.blocks!r} selects nothing: name at least one block, or 'all'.")
-        if self.target_modules == [] or self.target_modules == "":
+        if self.target_modules in ([], "", {}):
             raise SurgicalError(
                 f"target_modules={self.target_modules!r} selects nothing: name at least one module, or leave it out "
                 "to tune whole blocks."
             )
+        if self.keep_base not in KEEP_BASE:
+            raise SurgicalError(f"keep_base={self.keep_base!r} is none of {', '.join(KEEP_BASE)}.")
+        if self.lora is not None:
+            self.lora = _lora_arguments(self.lora)
         auto_only = {"criterion": self.criterion, "num_blocks": self.num_blocks}
         given = [name for name, value in auto_only.items() if value is not None]
         if given and self.blocks != "auto":
@@ -104,6 +165,35 @@ class SurgicalConfig(PeftConfig):
             )
         if self.num_blocks is not None and self.num_blocks < 1:
             raise SurgicalError(f"num_blocks={self.num_blocks} is out of range: tune at least 1 block.")
+
+    def _check_types(self) -> None:
+        """Refuse what a file made by hand, or by an attacker, may hold."""
+        for name in ("target_modules", "exclude_modules", "modules_to_save"):
+            check_names(name, getattr(self, name))
+        check_names("blocks", [str(each) for each in self.blocks] if isinstance(self.blocks, list) else None)
+        kinds: dict[str, Any] = {
+            "num_blocks": int | None,
+            "lora": LoraConfig | dict | None,
+            "frozen_eval": bool,
+            "selection": dict | None,
+            "tuned_modules": dict | None,
+            "fingerprint": str | None,
+            "strict_base": bool,
+        }
+        for name, kind in kinds.items():
+            if not isinstance(value := getattr(self, name), kind):
+                raise SurgicalError(f"{name}={value!r} is a {type(value).__name__}: it should be {kind}.")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "base_model_name_or_path":  # set by get_peft_model: a new adapter, wherever the choice comes from
+            self.__dict__["read_from"] = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As PEFT's, without what is not saved."""
+        known = super().to_dict()
+        del known["strict_base"]  # what is in the file would go before what is said when loading
+        return known
 
     @classmethod
     def from_selection(cls, selection: Selection, **kwargs: Any) -> SurgicalConfig:
@@ -117,11 +207,39 @@ class SurgicalConfig(PeftConfig):
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Save as PEFT does, and let the model card beside it begin with the import that loading needs."""
         super().save_pretrained(save_directory, **kwargs)
+        if self.later_fields:
+            path = Path(save_directory) / CONFIG_NAME
+            saved = {**json.loads(path.read_text(encoding="utf-8")), **self.later_fields}
+            write_text(path, json.dumps(saved, indent=2, sort_keys=True))
         path = Path(save_directory) / "README.md"
         if path.exists() and _HOW_TO_LOAD not in (text := path.read_text(encoding="utf-8")):
             header = re.match(r"---\n.*?\n---\n", text, re.DOTALL)
             at = header.end() if header else 0
             write_text(path, text[:at] + _HOW_TO_LOAD + text[at:])
+
+
+def _plain(choice: Any) -> Choice:
+    return sorted(choice) if isinstance(choice, tuple | set) else choice
+
+
+def _lora_arguments(lora: LoraConfig | dict[str, Any]) -> dict[str, Any]:
+    """What differs from LoRA's defaults, as JSON can hold it."""
+    try:
+        config = lora if isinstance(lora, LoraConfig) else LoraConfig(**lora)
+    except TypeError as error:
+        raise SurgicalError(f"lora={lora!r} cannot be made into a LoraConfig: {error}.") from error
+    if config.modules_to_save or config.layer_replication:
+        raise SurgicalError(
+            "lora: modules_to_save and layer_replication are not its part here; put new heads into modules_to_save of "
+            "SurgicalConfig itself."
+        )
+    default = LoraConfig()
+    given = {each.name: getattr(config, each.name) for each in fields(config)}
+    return {
+        name: _plain(value)
+        for name, value in given.items()
+        if value != getattr(default, name) and name not in ("peft_type", "auto_mapping", "peft_version")
+    }
 
 
 _HOW_TO_LOAD = """

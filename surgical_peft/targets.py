@@ -13,16 +13,20 @@ from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 
 from .blocks import BlockMap
-from .config import SurgicalConfig
+from .config import Choice, SurgicalConfig, Targets
 from .errors import SurgicalError
 from .layer import SurgicalLayer
 from .wrappers import walk
 
+PARTS = ("all-norm", "all-bias")
 _WITHOUT_FORWARD = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
 
-def modules_to_tune(model: nn.Module, config: SurgicalConfig) -> list[str]:
-    """Paths of the modules that `config` asks to tune in `model`; settles `config.blocks` to the final block names.
+def modules_to_tune(model: nn.Module, config: SurgicalConfig) -> dict[str, set[str] | None]:
+    """Which modules `config` asks to tune in `model`, by path; settles `config.blocks` to the final block names.
+
+    Returns:
+        for each path the names of the parameters in it that are tuned; None for all of them.
 
     Raises:
         SurgicalError: blocks that do not exist, `target_modules` that match nothing inside them, a tied weight, or a
@@ -33,37 +37,92 @@ def modules_to_tune(model: nn.Module, config: SurgicalConfig) -> list[str]:
             "blocks='auto' needs data to choose by: call get_surgical_model(model, config, dataloader), which scores "
             "the blocks and then calls get_peft_model."
         )
-    inside: list[str] | None = None
     names: tuple[str, ...] = ()
-    if config.blocks is not None:
+    targets: dict[str, set[str] | None] = {}
+    if config.blocks is None:
+        assert isinstance(config.target_modules, str | list)  # the config has seen to it
+        targets = _chosen(model, config, config.target_modules, None, "the model")
+    else:
         blocks = BlockMap.find(model)
         names = blocks.parse(config.blocks)
-        inside = [path for name in names for path in blocks.modules[name]]
-        if config.target_modules is None:
-            _check_modules(model, inside)
-    targets = _outermost(model, config, inside)
-    if not targets:
-        where = "the model" if inside is None else f"blocks {list(names)}"
-        raise SurgicalError(
-            f"target_modules={config.target_modules!r} with exclude_modules={config.exclude_modules!r} match no "
-            f"module with parameters in {where}. Names inside: {_some_names(model, inside)}."
-        )
-    _check_separate(model, targets, SurgicalLayer)
+        for group, choice in _choices(blocks, names, config.target_modules):
+            inside = [path for name in group for path in blocks.modules[name]]
+            targets |= _chosen(model, config, choice, inside, f"blocks {list(group)}")
+    _check_separate(model, list(targets), SurgicalLayer)
+    for path, module in model.named_modules():
+        if path in targets and isinstance(module, SurgicalLayer) and module.keep_base != config.keep_base:
+            raise SurgicalError(
+                f"keep_base={config.keep_base!r}: {path} is tuned by another adapter already, with "
+                f"keep_base={module.keep_base!r}. Adapters that share a module share its base: say the same."
+            )
     _check_untied(model, targets)
-    to_save = _still_to_save(model, config, targets)
+    to_save = _still_to_save(model, config, list(targets))
     if config.blocks is not None:
         config.blocks = list(names)
     config.modules_to_save = to_save or None
+    config.tuned_modules = {path: None if tuned is None else sorted(tuned) for path, tuned in targets.items()}
     return targets
 
 
-def _outermost(model: nn.Module, config: SurgicalConfig, inside: list[str] | None) -> list[str]:
+def _choices(
+    blocks: BlockMap, names: tuple[str, ...], target_modules: Targets
+) -> list[tuple[tuple[str, ...], Choice]]:
+    """The choice for each group of blocks: one for all, or one for each key of a dictionary."""
+    if not isinstance(target_modules, dict):
+        return [(names, target_modules or "all")]
+    groups = [(blocks.parse(key), choice) for key, choice in target_modules.items()]
+    said = [name for group, _ in groups for name in group]
+    for name in said:
+        if said.count(name) > 1 or name not in names:
+            reason = "is there twice" if said.count(name) > 1 else f"is not among blocks={list(names)}"
+            raise SurgicalError(f"target_modules={target_modules!r}: block {name!r} {reason}. Say each block once.")
+    for name in names:
+        if name not in said:
+            raise SurgicalError(
+                f"target_modules={target_modules!r} says nothing about block {name!r}, which is among blocks="
+                f"{list(names)}: add {name!r}: 'all', or leave blocks out; the keys are the blocks then."
+            )
+    return groups
+
+
+def _chosen(
+    model: nn.Module, config: SurgicalConfig, choice: Choice, inside: list[str] | None, where: str
+) -> dict[str, set[str] | None]:
+    """The largest modules that `choice` means within the paths `inside`, and the parameters of them."""
+    if choice == "all" and inside is not None:
+        _check_modules(model, inside)
+    parts = choice if choice in PARTS else None
+    if parts and inside is None:
+        raise SurgicalError(
+            f"target_modules={choice!r} chooses among the parameters of blocks: say which; blocks='all' is everywhere."
+        )
+    found = _outermost(model, config, ".*" if parts or (choice == "all" and inside is not None) else choice, inside)
+    targets: dict[str, set[str] | None] = dict.fromkeys(found)
+    if parts:
+        modules = dict(walk(model))
+        kept = {path: _parameters_of(modules[path], parts) for path in found}
+        targets = {path: names for path, names in kept.items() if names}
+    if not targets:
+        raise SurgicalError(
+            f"target_modules={choice!r} with exclude_modules={config.exclude_modules!r} match no "
+            f"module with parameters in {where}. Names inside: {_some_names(model, inside)}."
+        )
+    return targets
+
+
+def _parameters_of(module: nn.Module, parts: str) -> set[str]:
+    """Names of the biases, or of the parameters of normalisation layers (known by class), in `module`."""
+    found = set()
+    for path, child in walk(module):
+        for name, _ in child.named_parameters(recurse=False):
+            if name.endswith("bias") if parts == "all-bias" else "norm" in type(child).__name__.lower():
+                found.add(f"{path}.{name}" if path else name)
+    return found
+
+
+def _outermost(model: nn.Module, config: SurgicalConfig, choice: Choice, inside: list[str] | None) -> list[str]:
     """The largest modules asked for, within the paths `inside` if given; in parts where they hold an excluded one."""
-    asked = SurgicalConfig(
-        target_modules=config.target_modules or ".*",
-        exclude_modules=config.exclude_modules,
-        task_type=config.task_type,
-    )
+    asked = SurgicalConfig(target_modules=choice, exclude_modules=config.exclude_modules, task_type=config.task_type)
     if isinstance(asked.target_modules, str) and asked.target_modules.lower() == "all-linear":
         if any(isinstance(module, SurgicalLayer) for module in model.modules()):
             raise SurgicalError("'all-linear' overlooks what another adapter wraps: name the modules to tune instead.")
@@ -111,6 +170,11 @@ def check_adapter_names(model: nn.Module, adapters: dict[str, SurgicalConfig], n
             "one first, load the model afresh, or model.add_adapter(another_name, config)."
         )
     if len(adapters) > 1:
+        if any(isinstance(config, SurgicalConfig) and config.keep_base == "none" for config in adapters.values()):
+            raise SurgicalError(
+                f"adapter {name!r} cannot stand beside {', '.join(n for n in adapters if n != name)}: "
+                "keep_base='none' trains in place, which leaves no base for a second one. Use 'device' or 'cpu'."
+            )
         parts = {part for path, module in walk(model) for part in [*path.split("."), *module._parameters]}
         for clash in [other for other in adapters if other in parts]:
             raise SurgicalError(
@@ -144,15 +208,16 @@ def _check_separate(model: nn.Module, paths: list[str], kind: type[nn.Module]) -
                 )
 
 
-def _check_untied(model: nn.Module, targets: list[str]) -> None:
+def _check_untied(model: nn.Module, targets: dict[str, set[str] | None]) -> None:
     named = list(model.named_parameters(remove_duplicate=False))
     holders: dict[int, list[str]] = {}
     for name, parameter in named:
         holders.setdefault(id(parameter), []).append(name)
-    for path in targets:
+    for path, tuned in targets.items():
         for name, parameter in named:
             shared = [other for other in holders[id(parameter)] if not _within(other, [path])]
-            if _within(name, [path]) and shared:
+            tunes = _within(name, [path]) and (tuned is None or name.removeprefix(path + ".") in tuned)
+            if tunes and shared:
                 raise SurgicalError(
                     f"{name} is tied to {', '.join(shared)}: a tuned copy of one end would leave the other as it was. "
                     "Choose blocks without it, or load the model with tie_word_embeddings=False if it unties then."

@@ -96,12 +96,15 @@ def test_round_trips_through_a_dict_and_a_pickle() -> None:
     assert pickle.loads(pickle.dumps(config)) == config
 
 
-def test_a_field_of_a_later_version_is_ignored_with_a_warning(tmp_path: Path) -> None:
+def test_a_field_of_a_later_version_is_kept_with_a_warning(tmp_path: Path) -> None:
     SurgicalConfig(blocks=[0]).save_pretrained(str(tmp_path))
     path = tmp_path / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "invented_later": 1}))
     with pytest.warns(UserWarning, match="invented_later"):
-        assert PeftConfig.from_pretrained(str(tmp_path)).blocks == [0]
+        config = PeftConfig.from_pretrained(str(tmp_path))
+    config.save_pretrained(str(tmp_path / "again"))
+    assert config.blocks == [0]
+    assert json.loads((tmp_path / "again" / path.name).read_text())["invented_later"] == 1
 
 
 def test_the_card_begins_with_the_import_that_loading_needs(tmp_path: Path) -> None:

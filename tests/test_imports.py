@@ -16,17 +16,24 @@ PACKAGE = Path(surgical_peft.__file__).parent
 # A module may import from tiers above its own, and a package (criteria, policies, report) within itself.
 TIERS = [
     ["errors"],
-    ["files", "names"],
-    ["wrappers"],
-    ["batches", "offloading", "partition"],
+    ["files", "names", "fingerprint", "keys", "patterns"],
+    ["wrappers", "checkpointing"],
+    ["lists"],
+    ["stacks"],
+    ["batches", "mixed_batches", "quantised", "offloading", "partition"],
     ["blocks"],
     ["criteria"],
     ["scores", "processes"],
     ["reading"],
     ["scoring", "selection"],
     ["config"],
-    ["layer"],
-    ["targets"],
+    ["original"],
+    ["layer", "saved", "loading"],
+    ["fit"],
+    ["stock", "delta"],
+    ["lowrank"],
+    ["export"],
+    ["targets", "lora"],
     ["choosing"],
     ["model"],
     ["registration"],
@@ -44,7 +51,7 @@ TIERS = [
     ["__main__"],
 ]
 TIER_OF = {name: number for number, tier in enumerate(TIERS) for name in tier}
-TORCH_ONLY = ["wrappers", "partition", "blocks", "criteria"]  # no transformers, no PEFT
+TORCH_ONLY = ["wrappers", "lists", "stacks", "partition", "blocks", "criteria"]  # no transformers, no PEFT
 
 MODULES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in sorted(PACKAGE.rglob("*.py"))}
 

@@ -2,17 +2,20 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers import MambaConfig, MambaForCausalLM
 
 from surgical_peft import SurgicalConfig, SurgicalError
 from surgical_peft.targets import modules_to_tune
 
-from .toys import TOYS
+from .toys import TOYS, Toy
 
 
 class MLP(nn.Module):
@@ -45,7 +48,7 @@ class Lists(nn.Module):
 
 
 def targets(model: nn.Module, **kwargs: Any) -> list[str]:
-    return modules_to_tune(model, SurgicalConfig(**kwargs))
+    return list(modules_to_tune(model, SurgicalConfig(**kwargs)))
 
 
 def test_a_block_is_tuned_as_one_module() -> None:
@@ -292,3 +295,188 @@ def test_many_targets_in_few_blocks_stay_in_those_blocks(tmp_path: Path) -> None
     model.save_pretrained(tmp_path)
     for wrapped in (model, PeftModel.from_pretrained(vit.model(), tmp_path, is_trainable=True)):
         assert sum(parameter.requires_grad for parameter in wrapped.parameters()) == 2 * 3 * 2
+
+
+def tuned(model: nn.Module) -> dict[str, set[str]]:
+    """Ends of the trainable names, for each wrapped module."""
+    found: dict[str, set[str]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            path, _, inside = name.removeprefix("base_model.model.").partition(".surgical_copies.default.")
+            found.setdefault(path, set()).add(inside)
+    return found
+
+
+def step(model: nn.Module, toy: Toy) -> nn.Module:
+    model(**toy.batch()).loss.backward()
+    missing = [n for n, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
+    assert missing == []
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                parameter -= 0.1 * parameter.grad
+    return model.eval()
+
+
+KINDS = {
+    "all-norm": lambda name: "norm" in name.lower(),
+    "all-bias": lambda name: name.endswith("bias"),
+}
+
+
+@pytest.mark.parametrize("name", ["vit", "bert"])
+@pytest.mark.parametrize("kind", list(KINDS))
+@pytest.mark.parametrize("keep_base", ["device", "cpu", "none"])
+def test_only_norms_or_biases_of_a_block(name: str, kind: str, keep_base: str, tmp_path: Path) -> None:
+    toy = TOYS[name]
+    config = SurgicalConfig(blocks=[toy.first, toy.last], target_modules=kind, keep_base=keep_base)
+    model = get_peft_model(toy.model(), config)
+    names = {n for names in tuned(model).values() for n in names}
+    assert len(tuned(model)) == 2 and names and all(KINDS[kind](n) for n in names)
+    base = sum(parameter.numel() for parameter in toy.model().parameters())
+    own = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    copies = 0 if keep_base == "none" else own
+    storages = {t.untyped_storage().data_ptr(): t.numel() for t in model.state_dict(keep_vars=True).values()}
+    assert sum(storages.values()) == base + copies  # what is not tuned is shared, not copied
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    step(model, toy)
+    changed = {key for key, value in model.state_dict().items() if not torch.equal(before[key], value)}
+    trained = {key.partition(".surgical_copies.default.")[2] for key in changed}
+    # a key's bias moves all of a row's attention alike: its gradient is 0 but for rounding
+    assert (
+        trained <= names and {name for name in names - trained if "key" not in name and "k_proj" not in name} == set()
+    )
+    expected = model(**toy.batch()).logits
+    model.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    assert sum(tensor.numel() for tensor in saved.values()) == own
+    loaded = PeftModel.from_pretrained(toy.model(), tmp_path).eval()
+    assert torch.equal(loaded(**toy.batch()).logits, expected)
+    merged = model.merge_and_unload()
+    assert torch.equal(merged(**toy.batch()).logits, expected)
+
+
+def test_statistics_are_saved_with_the_norm_they_belong_to(tmp_path: Path) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList([nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)) for _ in range(2)])
+
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in self.layers:
+                x = layer(x)
+            return x
+
+    model = get_peft_model(Net(), SurgicalConfig(blocks=[1], target_modules="all-norm")).train()
+    model(torch.randn(8, 4))
+    model.save_pretrained(tmp_path)
+    keys = {key.rpartition("layers.1.1.")[2] for key in load_file(tmp_path / "adapter_model.safetensors")}
+    assert keys == {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
+    x = torch.randn(3, 4)
+    expected = model.eval()(x)
+    base = model.unload().eval()
+    assert not torch.equal(base(x), expected)
+    assert torch.equal(PeftModel.from_pretrained(base, tmp_path).eval()(x), expected)
+
+
+def test_a_choice_for_each_block(tmp_path: Path) -> None:
+    toy = TOYS["vit"]
+    config = SurgicalConfig(target_modules={"0": "all", 5: "all-bias", "-1": ["mlp"], "head": "all-bias"})
+    model = get_peft_model(toy.model(), config)
+    found = tuned(model)
+    assert list(found) == ["vit.layers.0", "vit.layers.5", "vit.layers.11.mlp", "classifier"]
+    assert len(found["vit.layers.0"]) == len(list(toy.model().vit.layers[0].parameters()))
+    assert found["classifier"] == {"bias"} and all(name.endswith("bias") for name in found["vit.layers.5"])
+    assert model.peft_config["default"].blocks == ["0", "5", "11", "head"]
+    expected = step(model, toy)(**toy.batch()).logits
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(toy.model(), tmp_path).eval()
+    assert torch.equal(loaded(**toy.batch()).logits, expected)
+    assert tuned(PeftModel.from_pretrained(toy.model(), tmp_path, is_trainable=True)) == found
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"target_modules": {"0": "all", "0:2": ["mlp"]}}, "block '0' is named twice|block '0' is there twice"),
+        ({"blocks": [0], "target_modules": {"0": "all", "1": "all"}}, "block '1' is not among blocks="),
+        ({"blocks": [0, 1], "target_modules": {"0": "all"}}, "says nothing about block '1'"),
+        ({"target_modules": {"0": ["nothing"]}}, r"target_modules=\['nothing'\] .* match no module"),
+        ({"target_modules": "all-bias"}, "say which; blocks='all' is everywhere"),
+        ({"blocks": {"0": "all"}}, "choices for each block go into target_modules"),
+        ({"target_modules": {}}, "selects nothing"),
+        ({"target_modules": {"12": "all"}}, "block '12' does not exist"),
+    ],
+)
+def test_choices_that_contradict_are_refused(arguments: dict[str, Any], message: str) -> None:
+    model = TOYS["vit"].model()
+    with pytest.raises(SurgicalError, match=message):
+        get_peft_model(model, SurgicalConfig(**arguments))
+    assert not any("Surgical" in type(module).__name__ for module in model.modules())
+
+
+def test_a_model_without_biases_has_none_to_tune() -> None:
+    with pytest.raises(SurgicalError, match=r"target_modules='all-bias' .* match no module with parameters in blocks"):
+        targets(TOYS["llama"].model(), blocks=[0], target_modules="all-bias")
+
+
+def _mamba() -> nn.Module:
+    return MambaForCausalLM(
+        MambaConfig(hidden_size=16, num_hidden_layers=2, state_size=4, vocab_size=24, intermediate_size=32)
+    )
+
+
+class AttentionNet(nn.Module):
+    """Torch's own attention, which reads `out_proj.weight` and `in_proj_weight` directly."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(24, 16)
+        self.layers = nn.ModuleList([nn.TransformerEncoderLayer(16, 2, 32, batch_first=True) for _ in range(2)])
+        self.head = nn.Linear(16, 24)
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> Any:
+        x = self.embed(input_ids)
+        for layer in self.layers:
+            x = layer(x)
+        logits = self.head(x)
+        return SimpleNamespace(logits=logits, loss=nn.functional.cross_entropy(logits.transpose(1, 2), labels))
+
+
+READ_DIRECTLY = {
+    "mamba block": (_mamba, {"blocks": [0]}),
+    "mamba conv1d": (_mamba, {"blocks": [0], "target_modules": ["conv1d"]}),
+    "mamba mixer": (_mamba, {"blocks": [1], "target_modules": ["mixer"]}),
+    "attention block": (AttentionNet, {"blocks": [0]}),
+    "attention": (AttentionNet, {"blocks": [0], "target_modules": ["self_attn"]}),
+    "attention out_proj": (AttentionNet, {"blocks": [0], "target_modules": ["out_proj"]}),
+    "attention biases": (AttentionNet, {"blocks": [0], "target_modules": "all-bias"}),
+    "experts": (TOYS["qwen3_moe"].model, {"blocks": [1], "target_modules": ["experts"]}),
+    "router": (TOYS["qwen3_moe"].model, {"blocks": [1], "target_modules": ["gate"]}),
+    "t5 wo": (TOYS["t5"].model, {"blocks": ["encoder.0"], "target_modules": ["wo"]}),
+}
+
+
+@pytest.mark.parametrize("what", list(READ_DIRECTLY))
+def test_weights_that_a_module_reads_directly_are_trained(what: str) -> None:
+    build, arguments = READ_DIRECTLY[what]
+    torch.manual_seed(0)
+    model = get_peft_model(build(), SurgicalConfig(**arguments)).eval()
+    toy = TOYS["llama"]
+    # a token chooses two experts of four: enough tokens that each expert is chosen
+    batch = {key: value.repeat(8, 1) for key, value in toy.batch(size=8).items()}
+    if what == "experts":
+        generator = torch.Generator().manual_seed(1)
+        batch["input_ids"] = torch.randint(3, 24, (64, 6), generator=generator)
+    before = model(**batch).logits.detach()
+    model(**batch).loss.backward()
+    gradients = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+    zero = {"bias"} if what == "attention biases" else set()
+    assert gradients
+    assert [n for n, g in gradients.items() if g is None] == []
+    assert [n for n, g in gradients.items() if not g.any() and n.rpartition(".")[2] not in zero] == []
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                parameter -= parameter.grad
+    assert not torch.equal(model(**batch).logits, before)
