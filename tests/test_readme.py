@@ -85,6 +85,20 @@ def test_the_benchmarks_are_the_measured_ones(folder: str) -> None:
     assert table.split("\n\n")[0].strip() in README
 
 
+@pytest.mark.parametrize("name", ["checkpointing", "export"])
+def test_the_small_tables_are_the_measured_ones(name: str) -> None:
+    text = (ROOT / "benchmarks" / f"{name}.md").read_text(encoding="utf-8")
+    first = next(part for part in text.split("\n\n") if part.startswith("|"))
+    assert first.strip() in README
+
+
+def test_the_architectures_are_the_counted_ones() -> None:
+    text = (ROOT / "benchmarks" / "architectures" / "table.md").read_text(encoding="utf-8")
+    known, built = re.search(r"(\d+) model types, (\d+) of them built", text).groups()  # type: ignore[union-attr]
+    assert f"of {known} types {built} can be built" in README.replace("\n", " ")
+    assert text.count("| unknown |") == 2
+
+
 @pytest.mark.parametrize("folder", ["quickstart", "quickstart-8-epochs"])
 def test_the_tables_are_the_measured_ones(folder: str) -> None:
     """Every figure of the README's tables comes out of a committed report."""

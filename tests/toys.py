@@ -107,14 +107,14 @@ def _qwen3_moe() -> nn.Module:
     )
 
 
-_THREE = ("embeddings", "0", "1", "2")
+THREE = ("embeddings", "0", "1", "2")
 TOYS = {
     toy.name: toy
     for toy in (
         Toy("vit", _vit, ("embeddings", *map(str, range(12)), "final_norm", "head"), "0", "11"),
-        Toy("bert", _bert, (*_THREE, "head"), "0", "2"),
-        Toy("llama", _llama, (*_THREE, "final_norm", "head"), "0", "2"),
-        Toy("gpt2", _gpt2, (*_THREE, "final_norm"), "0", "2"),
+        Toy("bert", _bert, (*THREE, "head"), "0", "2"),
+        Toy("llama", _llama, (*THREE, "final_norm", "head"), "0", "2"),
+        Toy("gpt2", _gpt2, (*THREE, "final_norm"), "0", "2"),
         Toy(
             "t5",
             _t5,
@@ -126,6 +126,6 @@ TOYS = {
             "encoder.0",
             "decoder.1",
         ),
-        Toy("qwen3_moe", _qwen3_moe, (*_THREE, "final_norm", "head"), "0", "2"),
+        Toy("qwen3_moe", _qwen3_moe, (*THREE, "final_norm", "head"), "0", "2"),
     )
 }
