@@ -6,7 +6,7 @@ import json
 import re
 import warnings
 from collections.abc import Callable
-from dataclasses import InitVar, dataclass, field, fields
+from dataclasses import InitVar, dataclass, field, fields, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any, Optional, Union
@@ -203,6 +203,18 @@ class SurgicalConfig(PeftConfig):
             >>> SurgicalConfig.from_selection(top_k(score_blocks(model, dataloader), 2))
         """
         return cls(blocks=list(selection.blocks), selection=selection.record, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, **kwargs: Any) -> SurgicalConfig:
+        """As PEFT's; a `keep_base` given here goes before the saved one, which says how the adapter was trained.
+
+        Example:
+            >>> PeftModel.from_pretrained(base, "adapter", keep_base="cpu")
+        """
+        config = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        if "keep_base" in kwargs:
+            config = replace(config, keep_base=kwargs["keep_base"], read_from=config.read_from)
+        return config
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Save as PEFT does, and let the model card beside it begin with the import that loading needs."""

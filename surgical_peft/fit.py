@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
@@ -158,12 +159,20 @@ def _embeddings(model: nn.Module) -> Shapes:
 
 
 def _renamer(model: nn.Module) -> Callable[[str], str]:
-    """Gives a weight the name that it has had since transformers renamed modules."""
+    """Gives a weight the name that it has had since transformers, or the model's author, renamed modules."""
     base = bare(model)
     if not isinstance(base, PreTrainedModel):
         return lambda key: key
+    own = getattr(base, "_checkpoint_conversion_mapping", None) or {}  # of models with code of their own
     renamings = [each for each in get_model_conversion_mapping(base) if isinstance(each, WeightRenaming)]
-    return lambda key: rename_source_key(key, renamings, [])[0]
+
+    def rename(key: str) -> str:
+        for pattern, new in own.items():
+            if re.search(pattern, key):
+                return re.sub(pattern, new, key)
+        return rename_source_key(key, renamings, [])[0]
+
+    return rename
 
 
 def _follow_renames(model: nn.Module, config: SurgicalConfig, saved: Shapes) -> None:

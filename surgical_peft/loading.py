@@ -17,9 +17,11 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 from peft.config import PeftConfigMixin
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from .config import ReadFrom, SurgicalConfig, SurgicalPeftType
 from .errors import SurgicalError
+from .wrappers import clean_name
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -92,6 +94,20 @@ def saved_shapes(config: SurgicalConfig) -> Shapes | None:
     Raises:
         SurgicalError: there are none beside the config, or the file is damaged.
     """
+    file = _weights_of(config)
+    return None if file is None else _shapes(file)
+
+
+def saved_lora(config: SurgicalConfig) -> dict[str, Tensor]:
+    """The LoRA weights that belong to `config`, by their names in the base model; none if it is not a saved one."""
+    file = _weights_of(config)
+    if file is None:
+        return {}
+    with safe_open(file, framework="pt") as weights:
+        return {clean_name(key): weights.get_tensor(key) for key in weights.keys() if ".lora_" in key}  # noqa: SIM118
+
+
+def _weights_of(config: SurgicalConfig) -> Path | None:
     if config.read_from is None:
         return None
     file = config.read_from.path.with_name(SAFETENSORS_WEIGHTS_NAME)
@@ -111,7 +127,7 @@ def saved_shapes(config: SurgicalConfig) -> Shapes | None:
             ) from error
         except HfHubHTTPError:
             return None  # only who loads has the token: PEFT fetches and reports
-    return _shapes(file)
+    return file
 
 
 def _in_hub_cache(path: Path) -> dict[str, Any] | None:

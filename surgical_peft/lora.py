@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from peft import LoraConfig, LoraModel
+from peft import LoraConfig, LoraModel, set_peft_model_state_dict
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
 from .config import SurgicalConfig
 from .errors import SurgicalError
+from .loading import saved_lora
 from .wrappers import walk
 
 
@@ -44,11 +45,14 @@ def check_lora(model: nn.Module, config: SurgicalConfig, tuned: Iterable[str]) -
 def inject_lora(model: nn.Module, config: SurgicalConfig, tuned: Iterable[str], adapter_name: str) -> None:
     """Let PEFT put its LoRA layers into `model`, in which the tuned modules are wrapped already.
 
-    Which adapter is active in them is left to the caller.
+    Those of a saved adapter get their weights here: PEFT loads them once more, but transformers' own `load_adapter`
+    only finds weights of one method, ours. Which adapter is active in them is left to the caller.
     """
     ours = model.__dict__.pop("peft_config", None)  # LoraModel would enter its config there, over ours
     try:
         LoraModel(model, {adapter_name: lora_config(config, tuned)}, adapter_name)
+        if weights := saved_lora(config):
+            set_peft_model_state_dict(model, weights, adapter_name)
     finally:
         model.__dict__.pop("peft_config", None)
         if ours is not None:

@@ -23,8 +23,9 @@ from .fit import check_base, check_fit, prepare_loading, remap
 from .layer import SurgicalLayer
 from .lora import check_lora, inject_lora
 from .mixed_batches import check_rows, rows_by_adapter
-from .original import NO_BASE
+from .original import NO_BASE, note_trainable
 from .targets import check_adapter_names, modules_to_tune
+from .wrappers import seen_through
 
 
 class SurgicalModel(BaseTuner):
@@ -76,6 +77,8 @@ class SurgicalModel(BaseTuner):
         `state_dict` is not needed: PEFT finds the modules by it where a config does not say them, ours always does.
         """
         self._empty = low_cpu_mem_usage
+        model = seen_through(model)  # torch.compile's wrapper, for one: our paths begin in the model that it holds
+        note_trainable(model)
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
         config = self.peft_config[adapter_name]
         if config.lora:
@@ -84,7 +87,7 @@ class SurgicalModel(BaseTuner):
         self._renew_modes()  # the model may be in train mode already
 
     def _post_injection_hook(self, model: nn.Module, config: SurgicalConfig, adapter_name: str) -> None:
-        mend_checkpointing(model)
+        mend_checkpointing(seen_through(model))
 
     def _check_target_module_exists(self, peft_config: SurgicalConfig, key: str) -> bool | _ExcludedModule:
         return key in self._targets or _ExcludedModule()  # else PEFT warns that exclude_modules had no effect
@@ -143,6 +146,8 @@ class SurgicalModel(BaseTuner):
                     layer.merged_adapters = merged
                 elif layer.merged_adapters != merged:
                     layer.unmerge()
+                    if merged:  # that took out the earlier ones, too
+                        layer.merge(adapter_names=merged)
             raise
 
     def disable_adapter_layers(self) -> None:
@@ -188,7 +193,7 @@ class SurgicalModel(BaseTuner):
         else:  # first, so that nothing is unwrapped yet when a layer refuses
             self.merge_adapter(adapter_names, safe_merge)
         model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
-        restore_checkpointing(model)
+        restore_checkpointing(seen_through(model))
         return model
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -231,7 +236,7 @@ class SurgicalModel(BaseTuner):
 
 def _eval_frozen(module: nn.Module) -> bool:
     """Put every module without a tuned one in it into eval mode; returns whether `module` holds a tuned one."""
-    if isinstance(module, AuxiliaryTrainingWrapper):
+    if isinstance(module, AuxiliaryTrainingWrapper | LoraLayer):  # LoRA's dropout has no weights, and is part of it
         tuned = any(parameter.requires_grad for parameter in module.parameters())
         if not tuned:
             module.eval()

@@ -12,7 +12,8 @@ from .quantised import is_packed
 
 NO_BASE = (
     "keep_base='none' trains the chosen modules in place: their original weights are gone, so there is nothing to go "
-    "back to. Load the base model afresh, or wrap it with keep_base='cpu' or 'device', which keep them."
+    "back to. Load the base model afresh, or wrap it with keep_base='cpu' or 'device', which keep them. A saved "
+    "adapter is loaded so by PeftModel.from_pretrained(base, folder, keep_base='cpu')."
 )
 
 
@@ -96,11 +97,24 @@ class KeepsOriginal(nn.Module):
         return self
 
 
+_TRAINED = "_surgical_trained"  # on a parameter: whether it was trainable before the model was first wrapped
+
+
+def note_trainable(model: nn.Module) -> None:
+    """Remember what is trainable now: wrapping freezes it all, and a later adapter must not train a fixed weight."""
+    for parameter in model.parameters():
+        if not hasattr(parameter, _TRAINED):
+            setattr(parameter, _TRAINED, parameter.requires_grad)
+
+
 def fixed_by_architecture(module: nn.Module) -> set[str]:
     """Names of parameters that are not meant to train, such as sin-cos positions: frozen ones among trainable ones.
 
-    If all are frozen, the user froze the model before wrapping it, as many do. Quantised weights are always frozen.
+    If all are frozen, by an earlier adapter or the user, what `note_trainable` noted counts. If they were then, too,
+    the user froze the model before wrapping it, as many do. Quantised weights are always frozen.
     """
     own = dict(module.named_parameters())
-    trains = any(parameter.requires_grad for parameter in own.values())
-    return {name for name, p in own.items() if trains and not p.requires_grad and not is_packed(p)}
+    trained = {name: parameter.requires_grad for name, parameter in own.items()}
+    if not any(trained.values()):
+        trained = {name: getattr(parameter, _TRAINED, False) for name, parameter in own.items()}
+    return {name for name, p in own.items() if any(trained.values()) and not trained[name] and not is_packed(p)}

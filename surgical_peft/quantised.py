@@ -10,8 +10,9 @@ from .errors import SurgicalError
 
 
 def is_packed(parameter: nn.Parameter) -> bool:
-    """Whether this is a quantised weight: not a float, or of a class of the libraries that quantise."""
-    return not parameter.is_floating_point() or type(parameter).__module__.startswith(("bitsandbytes.", "torchao."))
+    """Whether this is a quantised weight: an integer, or of a class of the libraries that quantise."""
+    number = parameter.is_floating_point() or parameter.is_complex()
+    return not number or type(parameter).__module__.startswith(("bitsandbytes.", "torchao."))
 
 
 def float_layers(module: nn.Module) -> dict[str, nn.Linear]:

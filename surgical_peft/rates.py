@@ -169,6 +169,8 @@ class BlockRates:
             )
         if (multipliers := policy.step_multipliers(self.run(optimizer))) is not None:
             self.set_multipliers(optimizer, multipliers)
+        if policy.hard and self._active:  # PEFT lifts masks where it switches adapters, as for DPO's reference
+            self._mask(optimizer)
         self.used = {}
         for group in optimizer.param_groups:
             rate, factor = group["lr"], group["lr_multiplier"]

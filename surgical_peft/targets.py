@@ -16,6 +16,7 @@ from .blocks import BlockMap
 from .config import Choice, SurgicalConfig, Targets
 from .errors import SurgicalError
 from .layer import SurgicalLayer
+from .offloading import lent_weights
 from .wrappers import walk
 
 PARTS = ("all-norm", "all-bias")
@@ -29,8 +30,9 @@ def modules_to_tune(model: nn.Module, config: SurgicalConfig) -> dict[str, set[s
         for each path the names of the parameters in it that are tuned; None for all of them.
 
     Raises:
-        SurgicalError: blocks that do not exist, `target_modules` that match nothing inside them, a tied weight, or a
-            module already tuned, as part or as whole, by another adapter. Model and config are left as they were.
+        SurgicalError: blocks that do not exist, `target_modules` that match nothing inside them, a tied or offloaded
+            weight, or a module already tuned, as part or as whole, by another adapter. Model and config are left as
+            they were.
     """
     if config.blocks == "auto":
         raise SurgicalError(
@@ -40,7 +42,8 @@ def modules_to_tune(model: nn.Module, config: SurgicalConfig) -> dict[str, set[s
     names: tuple[str, ...] = ()
     targets: dict[str, set[str] | None] = {}
     if config.blocks is None:
-        assert isinstance(config.target_modules, str | list)  # the config has seen to it
+        # The config has seen to it. PEFT leaves a set in one that it has used: of "all-linear", or of a long list.
+        assert not isinstance(config.target_modules, dict | None)
         targets = _chosen(model, config, config.target_modules, None, "the model")
     else:
         blocks = BlockMap.find(model)
@@ -56,6 +59,7 @@ def modules_to_tune(model: nn.Module, config: SurgicalConfig) -> dict[str, set[s
                 f"keep_base={module.keep_base!r}. Adapters that share a module share its base: say the same."
             )
     _check_untied(model, targets)
+    _check_at_hand(model, list(targets))
     to_save = _still_to_save(model, config, list(targets))
     if config.blocks is not None:
         config.blocks = list(names)
@@ -222,6 +226,16 @@ def _check_untied(model: nn.Module, targets: dict[str, set[str] | None]) -> None
                     f"{name} is tied to {', '.join(shared)}: a tuned copy of one end would leave the other as it was. "
                     "Choose blocks without it, or load the model with tie_word_embeddings=False if it unties then."
                 )
+
+
+def _check_at_hand(model: nn.Module, paths: list[str]) -> None:
+    for each in lent_weights(model):
+        if _within(each.name, paths):
+            raise SurgicalError(
+                f"{each.name} is offloaded by accelerate, so a tuned copy would have no weights of its own: load the "
+                "model with a device_map that keeps the chosen blocks on a device (the others may be offloaded), or "
+                "wrap it before cpu_offload."
+            )
 
 
 def _still_to_save(model: nn.Module, config: SurgicalConfig, targets: list[str]) -> list[str]:

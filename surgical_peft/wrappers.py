@@ -54,13 +54,24 @@ def walk(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
 
 
 def idle_parameters(model: nn.Module) -> set[int]:
-    """`id`s of what PEFT keeps beside the weights in use: wrapped originals and copies of inactive adapters."""
+    """`id`s of what PEFT keeps beside the weights in use: wrapped originals, and copies and LoRA of idle adapters."""
     idle: set[int] = set()
     for module in model.modules():
+        wrapper: Any = module
+        merged = module.__dict__.get("merged_adapters")  # PEFT's layers have it, perhaps empty
+        for name, adapters in module._modules.items():
+            if (
+                merged is not None
+                and name.startswith("lora_")
+                and isinstance(adapters, nn.ModuleDict | nn.ParameterDict)
+            ):
+                in_use = [] if wrapper.disable_adapters or merged else wrapper.active_adapters
+                for part in [part for adapter, part in adapters.items() if adapter not in in_use]:
+                    idle |= {id(part), *(id(p) for p in (part.parameters() if isinstance(part, nn.Module) else ()))}
         copies = module._modules.get("surgical_copies") or module._modules.get("modules_to_save")
         if isinstance(copies, nn.ModuleDict):
-            wrapper: Any = module
-            active = [] if wrapper.disable_adapters else [name for name in wrapper.active_adapters if name in copies]
+            names = merged or wrapper.active_adapters
+            active = [] if wrapper.disable_adapters else [name for name in names if name in copies]
             used = copies[active[0]] if active else seen_through(module)
             ids = {id(parameter) for parameter in used.parameters()}
             idle |= {id(parameter) for parameter in module.parameters()} - ids

@@ -21,6 +21,8 @@ from transformers import (
     ResNetForImageClassification,
     SwinConfig,
     SwinForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
     WhisperConfig,
     WhisperForConditionalGeneration,
 )
@@ -49,6 +51,12 @@ class Family(Toy):
             "both": {"input_ids": tokens, "pixel_values": images, "return_loss": torch.tensor(True)},
             "speech": {"input_features": torch.randn(size, 8, 40, generator=generator), "labels": tokens},
         }[self.inputs]
+
+
+def _vit() -> nn.Module:  # a third of the toy's depth: the contract builds it some hundred times
+    return ViTForImageClassification(
+        ViTConfig(**_SMALL, num_hidden_layers=4, image_size=32, patch_size=16, num_labels=3)
+    )
 
 
 def _swin() -> nn.Module:
@@ -136,6 +144,7 @@ _STAGES = ("stages.0.0", "stages.0.1", "stages.1.embeddings", "stages.1.0", "sta
 FAMILIES = TOYS | {
     family.name: family
     for family in (
+        Family("vit", _vit, (*THREE, "3", "final_norm", "head"), "0", "3"),
         Family(
             "swin",
             _swin,

@@ -53,6 +53,7 @@ TIERS = [
 TIER_OF = {name: number for number, tier in enumerate(TIERS) for name in tier}
 TORCH_ONLY = ["wrappers", "lists", "stacks", "partition", "blocks", "criteria"]  # no transformers, no PEFT
 
+PACKAGES = [surgical_peft, surgical_peft.criteria, surgical_peft.policies]
 MODULES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in sorted(PACKAGE.rglob("*.py"))}
 
 
@@ -138,12 +139,12 @@ def test_every_module_says_what_it_is_for(module: str) -> None:
     assert ast.get_docstring(ast.parse(MODULES[module].read_text()))
 
 
-@pytest.mark.parametrize("package", [surgical_peft, surgical_peft.criteria, surgical_peft.policies])
+@pytest.mark.parametrize("package", PACKAGES)
 def test_public_names_are_sorted_and_unique(package: ModuleType) -> None:
     assert list(package.__all__) == sorted(set(package.__all__))
 
 
-@pytest.mark.parametrize("package", [surgical_peft, surgical_peft.criteria, surgical_peft.policies])
+@pytest.mark.parametrize("package", PACKAGES)
 def test_every_public_name_is_documented(package: ModuleType) -> None:
     for name in package.__all__:
         public = getattr(package, name)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
+from transformers import ViTConfig, ViTForImageClassification
 
 from surgical_peft import SurgicalConfig, SurgicalError
 from surgical_peft.config import KEEP_BASE
@@ -201,3 +202,33 @@ def test_parameters_fixed_by_the_architecture_stay_so() -> None:
     user_froze = toy.model().requires_grad_(False)
     tuned = get_peft_model(user_froze, SurgicalConfig(blocks=["embeddings"]))
     assert all(p.requires_grad for n, p in tuned.named_parameters() if ".surgical_copies." in n)
+
+
+@pytest.mark.parametrize("again", ["second", "after unload"])
+def test_parameters_fixed_by_the_architecture_stay_so_in_later_adapters(again: str) -> None:
+    model = TOYS["vit"].model()
+    model.vit.embeddings.position_embeddings.requires_grad_(False)
+    tuned = get_peft_model(model, SurgicalConfig(blocks=["0"]))
+    if again == "second":
+        tuned.add_adapter("later", SurgicalConfig(blocks=["embeddings"]))
+        tuned.set_adapter("later")
+    else:
+        tuned = get_peft_model(tuned.unload(), SurgicalConfig(blocks=["embeddings"]), adapter_name="later")
+    copies = {n.rpartition(".")[2]: p.requires_grad for n, p in tuned.named_parameters() if ".later." in n}
+    assert copies.pop("position_embeddings") is False
+    assert copies and all(copies.values())
+
+
+def test_an_adapter_trained_in_place_can_be_loaded_beside_the_base(vit: Toy, tmp_path: Path) -> None:
+    model = wrap(vit, "none")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * parameter.requires_grad)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(SurgicalError, match="for a model of another size"):  # still looked at first
+        small = ViTForImageClassification(ViTConfig(**{**vit.model().config.to_dict(), "intermediate_size": 16}))
+        PeftModel.from_pretrained(small, tmp_path, keep_base="cpu")
+    loaded = PeftModel.from_pretrained(vit.model(), tmp_path, keep_base="cpu").eval()  # as the refusal says
+    assert torch.equal(loaded(**vit.batch()).logits, model.eval()(**vit.batch()).logits)
+    with loaded.disable_adapter():
+        assert torch.equal(loaded(**vit.batch()).logits, vit.model()(**vit.batch()).logits)

@@ -10,7 +10,7 @@ import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -593,3 +593,21 @@ def test_an_adapter_saved_under_old_names_loads(case: str, door: str, tmp_path: 
         if "surgical_copies" not in name:
             there = name if isinstance(model, PeftModel) else f"base_model.model.{name}"
             assert torch.equal(parameter, expected[there]), name
+
+
+def test_names_that_a_models_author_has_changed_are_followed(tmp_path: Path) -> None:
+    toy = TOYS["bert"]
+
+    class Renamed(type(toy.model())):  # type: ignore[misc]
+        _checkpoint_conversion_mapping: ClassVar[dict[str, str]] = {r"^old\.": "bert."}
+
+    Renamed.__module__ = "transformers_modules.renamed"
+    model = get_peft_model(toy.model(), SurgicalConfig(blocks=[0]))
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    save_file({key.replace("model.bert.", "model.old."): value for key, value in load_file(file).items()}, file)
+    base = toy.model()
+    base.__class__ = Renamed
+    loaded = PeftModel.from_pretrained(base, tmp_path)
+    wanted = dict(model.named_parameters())
+    assert all(torch.equal(p, wanted[n]) for n, p in loaded.named_parameters() if ".surgical_copies." in n)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from surgical_peft import BlockMap, SurgicalConfig, SurgicalError, create_surgical_optimizer
+from surgical_peft import BlockMap, SurgicalConfig, SurgicalError, create_surgical_optimizer, score_blocks
 from surgical_peft.wrappers import clean_name
 
 from .toys import TOYS, Toy
@@ -132,3 +133,55 @@ def test_a_lora_that_would_be_nowhere_is_refused_before_anything_changes() -> No
         get_peft_model(model, config(toy, target_modules=["nobody"]))
     assert [type(module) for module in model.modules()] == [type(module) for module in toy.model().modules()]
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_lora_dropout_drops_in_train_mode(vit: Toy) -> None:
+    model = get_peft_model(vit.model(), config(vit, lora_dropout=0.5)).train()
+    dropouts = [module for name, module in model.named_modules() if name.endswith("lora_dropout.default")]
+    assert dropouts and all(module.training for module in dropouts)
+    model.set_adapter("default")
+    assert all(module.training for module in dropouts)
+    assert not any(module.training for module in model.eval().modules())
+
+
+@pytest.mark.parametrize("keep_base", ["device", "none"])
+def test_transformers_own_load_adapter_finds_lora_too(toy: Toy, keep_base: str, tmp_path: Path) -> None:
+    chosen = config(toy)
+    chosen.keep_base = keep_base
+    model = trained(get_peft_model(toy.model(), chosen), toy)
+    model.save_pretrained(tmp_path)
+    loaded = toy.model()
+    loaded.load_adapter(tmp_path, adapter_name="other")
+    assert torch.equal(answer(loaded, toy), answer(model, toy))
+    assert not any(parameter.requires_grad for parameter in loaded.parameters())
+
+
+def test_a_refused_second_merge_keeps_the_first(vit: Toy) -> None:
+    model = trained(get_peft_model(vit.model(), config(vit)), vit)
+    model.add_adapter("second", config(vit))
+    model.set_adapter("second")
+    trained(model, vit)
+    model.merge_adapter(["second"])
+    merged = answer(model, vit)
+    with pytest.raises(SurgicalError, match="tune the same block"):
+        model.merge_adapter(["default"])
+    assert all(layer.merged_adapters == ["second"] for layer in model.modules() if isinstance(layer, LoraLayer))
+    torch.testing.assert_close(answer(model, vit), merged, rtol=1e-4, atol=1e-4)
+
+
+def test_scores_leave_out_the_lora_of_adapters_not_in_use() -> None:
+    llama = TOYS["llama"]
+    model = trained(get_peft_model(llama.model(), config(llama)), llama)
+    alone = score_blocks(model, [llama.batch()]).values
+    model.add_adapter("second", config(llama, r=4))
+    assert score_blocks(model, [llama.batch()]).values == alone
+
+
+def test_scores_of_a_merged_adapter_are_those_of_the_weights_in_use() -> None:
+    llama = TOYS["llama"]
+    model = trained(get_peft_model(llama.model(), config(llama)), llama)
+    model.add_adapter("second", config(llama))
+    expected = score_blocks(copy.deepcopy(model).merge_and_unload(), [llama.batch()]).values
+    model.set_adapter("second")
+    model.merge_adapter(["default"])  # which answers now, though the other one is active
+    assert score_blocks(model, [llama.batch()]).values == pytest.approx(expected, rel=1e-4)

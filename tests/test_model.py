@@ -141,6 +141,13 @@ def test_tuned_batchnorm_statistics_are_saved(tmp_path: Path) -> None:
     assert torch.equal(PeftModel.from_pretrained(source, tmp_path)(x), model(x))
 
 
+def test_one_config_serves_two_models(vit: Toy) -> None:
+    """PEFT puts a set of names in the place of "all-linear", which was no choice of ours at the second model."""
+    config = SurgicalConfig(target_modules="all-linear")
+    first = {layer for layer, _ in get_peft_model(vit.model(), config).named_parameters()}
+    assert {layer for layer, _ in get_peft_model(vit.model(), config).named_parameters()} == first
+
+
 # merging and deleting
 
 

@@ -114,3 +114,17 @@ class Packed(nn.Linear):
 def test_weights_that_cannot_be_dequantised_are_named() -> None:
     with pytest.raises(SurgicalError, match=r"0\.weight is packed .* choose other blocks"):
         in_float(nn.Sequential(Packed(), nn.LayerNorm(3)))
+
+
+def test_complex_weights_are_no_packed_ones() -> None:
+    class Filter(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(4, dtype=torch.complex64))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.fft.irfft(torch.fft.rfft(x) * self.weight, n=6)
+
+    model = get_peft_model(nn.Sequential(Filter(), nn.Linear(6, 2)), SurgicalConfig(target_modules=["0"]))
+    model(torch.randn(3, 6)).sum().backward()
+    assert [p.grad is not None and p.is_complex() for p in model.parameters() if p.requires_grad] == [True]

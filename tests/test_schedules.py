@@ -457,3 +457,19 @@ def test_a_threshold_that_freezes_everything_names_the_highest_score(vit: Toy, t
     ):
         Trainer(model=model, args=args, train_dataset=data, callbacks=[SurgicalCallback()], **extra).train()  # type: ignore[arg-type]
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+
+
+def test_a_mask_outlives_a_look_at_the_disabled_adapter() -> None:
+    """PEFT sets `requires_grad` anew when an adapter is enabled again, e.g. after DPO's reference."""
+    toy = TOYS["llama"]
+    model = get_peft_model(toy.model(), SurgicalConfig(blocks=[0, 1, 2])).train()
+    optimizer = create_surgical_optimizer(model, ADAMW, lr=1e-2, policy=policies.lisa(num_blocks=1, every=100))
+    masked = [
+        parameter for group in optimizer.param_groups if not group["lr_multiplier"] for parameter in group["params"]
+    ]
+    for seed in range(2):
+        with model.disable_adapter(), torch.no_grad():
+            model(**toy.batch(seed))
+        backward(model, toy, seed)
+        optimizer.step()
+        assert masked and not any(parameter.requires_grad or parameter in optimizer.state for parameter in masked)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import dispatch_model
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -480,3 +481,19 @@ def test_weights_that_a_module_reads_directly_are_trained(what: str) -> None:
             if parameter.grad is not None:
                 parameter -= parameter.grad
     assert not torch.equal(model(**batch).logits, before)
+
+
+@pytest.mark.parametrize("keep_base", ["device", "cpu", "none"])
+def test_blocks_that_accelerate_offloads_are_refused(keep_base: str, tmp_path: Path) -> None:
+    toy = TOYS["llama"]
+    model = toy.model()
+    places = {f"model.layers.{number}": "disk" if number == 2 else "cpu" for number in range(3)}
+    places |= dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
+    dispatch_model(model, places, main_device="cpu", offload_dir=tmp_path, force_hooks=True)
+    before = [type(module) for module in model.modules()]
+    with pytest.raises(SurgicalError, match=r"model\.layers\.2.*is offloaded by accelerate"):
+        get_peft_model(model, SurgicalConfig(blocks=[1, 2], keep_base=keep_base))
+    assert [type(module) for module in model.modules()] == before
+    tuned = get_peft_model(model, SurgicalConfig(blocks=[1], keep_base=keep_base)).train()  # others may be
+    tuned(**toy.batch()).loss.backward()
+    assert all(parameter.grad is not None for parameter in tuned.parameters() if parameter.requires_grad)

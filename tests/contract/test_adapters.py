@@ -1,0 +1,328 @@
+"""Adapters side by side on every family: switched, disabled, merged, unloaded and deleted."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+
+from surgical_peft import SurgicalConfig, SurgicalError
+
+from ..toys import Toy
+from .wrapping import (
+    adapted,
+    base_logits,
+    logits,
+    no_warnings,
+    nudge,
+    same,
+    trainable,
+    weights,
+    wrap,
+)
+
+# disabling, merging, unloading
+
+
+def test_disabling_gives_the_base_model_exactly(family: Toy) -> None:
+    model, batch = nudge(wrap(family)), family.batch()
+    tuned, names = logits(model, batch), trainable(model)
+    with model.disable_adapter():
+        assert same(logits(model, batch), base_logits(family))
+        assert trainable(model) == []
+    assert same(logits(model, batch), tuned)
+    assert trainable(model) == names
+
+
+def test_disabling_outside_a_context_nested_and_after_an_error(family: Toy) -> None:
+    model, batch = nudge(wrap(family)), family.batch()
+    tuned, names = logits(model, batch), trainable(model)
+
+    model.base_model.disable_adapter_layers()
+    assert same(logits(model, batch), base_logits(family))
+    assert model.get_model_status().enabled is False
+    model.base_model.enable_adapter_layers()
+    assert same(logits(model, batch), tuned)
+    assert trainable(model) == names
+
+    with pytest.raises(KeyError, match="inside"), model.disable_adapter():
+        raise KeyError("inside")
+    assert same(logits(model, batch), tuned)
+    assert trainable(model) == names
+
+
+def test_disabling_unmerges(family: Toy) -> None:
+    model, batch = nudge(wrap(family)), family.batch()
+    tuned = logits(model, batch)
+    model.merge_adapter()
+    with model.disable_adapter():
+        assert same(logits(model, batch), base_logits(family))
+    assert same(logits(model, batch), tuned)
+    assert model.get_model_status().merged_adapters == []
+
+
+def test_merging_and_unmerging_are_exact(family: Toy) -> None:
+    model, batch = nudge(wrap(family)), family.batch()
+    tuned = logits(model, batch)
+    state = copy.deepcopy(model.state_dict())
+
+    model.merge_adapter(safe_merge=True)
+    assert model.get_model_status().merged_adapters == ["default"]
+    assert same(logits(model, batch), tuned)
+    with pytest.warns(UserWarning, match="already merged"):
+        model.merge_adapter()
+    assert same(logits(model, batch), tuned)
+    model.unmerge_adapter()
+    assert same(logits(model, batch), tuned)
+    with pytest.warns(UserWarning, match="Already unmerged"):
+        model.unmerge_adapter()
+
+    assert all(torch.equal(tensor, state[key]) for key, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("safe_merge", [False, True], ids=["float32", "bfloat16-safe"])
+def test_the_merged_weights_are_the_tuned_ones_to_the_bit(family: Toy, safe_merge: bool) -> None:
+    dtype = torch.bfloat16 if safe_merge else torch.float32
+    base = family.model().to(dtype)
+    expected = {name: parameter.detach().clone() for name, parameter in base.named_parameters()}
+    model = nudge(get_peft_model(base, SurgicalConfig(blocks=[family.first, family.last])))
+    tuned = {name: parameter.detach().clone() for name, parameter in adapted(model).items()}
+
+    merged = dict(model.merge_and_unload(safe_merge=safe_merge).named_parameters())
+
+    assert list(merged) == list(expected)
+    for name, tensor in (expected | tuned).items():
+        assert merged[name].dtype == dtype
+        assert torch.equal(merged[name], tensor)
+    assert not all(torch.equal(merged[name], expected[name]) for name in tuned)
+
+
+def test_adapters_on_different_blocks_merge_and_on_overlapping_ones_do_not(family: Toy) -> None:
+    model, batch = nudge(wrap(family, blocks=[family.first])), family.batch()
+    model.add_adapter("second", SurgicalConfig(blocks=[family.last]))
+    model.add_adapter("third", SurgicalConfig(blocks=[family.first, family.last]))
+    for seed, name in enumerate(("second", "third"), 1):
+        model.set_adapter(name)
+        nudge(model, seed)
+    third = logits(model, batch)
+    model.base_model.set_adapter(["default", "second"])
+    both, tuned = logits(model, batch), adapted(model) | adapted(model, "second")
+
+    with pytest.raises(SurgicalError, match="merge one, or unmerge the other first"):
+        model.merge_adapter(["default", "third"])
+    assert model.get_model_status().merged_adapters == []
+    assert same(logits(model, batch), both)
+    model.set_adapter("third")
+    assert same(logits(model, batch), third)
+
+    model.merge_adapter(["default", "second"])
+    assert same(logits(model, batch), both)
+    merged = dict(model.merge_and_unload(adapter_names=["default", "second"]).named_parameters())
+    assert all(torch.equal(merged[name], tensor) for name, tensor in tuned.items() if "surgical" not in name)
+
+
+@pytest.mark.parametrize("merged_before", [False, True])
+def test_merge_and_unload_gives_the_original_class_with_tuned_weights(family: Toy, merged_before: bool) -> None:
+    model, batch = nudge(wrap(family)), family.batch()
+    tuned = logits(model, batch)
+    if merged_before:
+        model.merge_adapter()
+
+    merged = model.merge_and_unload(safe_merge=True)
+
+    assert type(merged) is type(family.model())
+    assert list(merged.state_dict()) == list(family.model().state_dict())
+    assert [type(module) for module in merged.modules()] == [type(module) for module in family.model().modules()]
+    assert same(logits(merged, batch), tuned)
+
+
+def test_unload_gives_the_base_model(family: Toy) -> None:
+    base = nudge(wrap(family)).unload()
+    assert list(base.state_dict()) == list(family.model().state_dict())
+    assert same(logits(base, family.batch()), base_logits(family))
+    assert not hasattr(base, "peft_config")
+
+
+def test_an_unloaded_model_can_be_wrapped_again(family: Toy) -> None:
+    merged = nudge(wrap(family)).merge_and_unload()
+    expected = logits(merged, family.batch())
+    with no_warnings():
+        again = get_peft_model(merged, SurgicalConfig(blocks=[family.last]))
+    assert same(logits(again, family.batch()), expected)
+    assert trainable(again) == trainable(wrap(family, blocks=[family.last]))
+
+
+# several adapters
+
+
+def test_switching_moves_no_weight(family: Toy) -> None:
+    model = nudge(wrap(family, blocks=[family.first]))
+    model.add_adapter("second", SurgicalConfig(blocks=[family.first, family.last]))
+    places = {name: tensor.data_ptr() for name, tensor in model.state_dict(keep_vars=True).items()}
+    values = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for switch in (
+        lambda: model.set_adapter("second"),
+        lambda: model.set_adapter("default"),
+        model.base_model.disable_adapter_layers,
+        model.base_model.enable_adapter_layers,
+        model.merge_adapter,
+        model.unmerge_adapter,
+    ):
+        switch()
+        state = model.state_dict(keep_vars=True)
+        assert {name: tensor.data_ptr() for name, tensor in state.items()} == places
+        assert all(torch.equal(tensor, values[name]) for name, tensor in state.items())
+
+
+def test_requires_grad_after_every_switch(family: Toy) -> None:
+    model = wrap(family, blocks=[family.first])
+    model.add_adapter("second", SurgicalConfig(blocks=[family.first, family.last]))
+    model.set_adapter("second")
+    of = {"second": trainable(model), "none": []}
+    model.set_adapter("default")
+    of["default"] = trainable(model)
+    assert all(of[name] and all(f".{name}." in key for key in of[name]) for name in ("default", "second"))
+    for switch, expected in (
+        (lambda: model.set_adapter("second"), "second"),
+        (model.merge_adapter, "second"),
+        (model.unmerge_adapter, "second"),
+        (model.base_model.disable_adapter_layers, "none"),
+        (model.base_model.enable_adapter_layers, "second"),
+        (lambda: model.set_adapter("default", inference_mode=True), "none"),
+        (lambda: model.set_requires_grad("default"), "default"),
+        (lambda: model.set_requires_grad("default", requires_grad=False), "none"),
+        (lambda: model.set_adapter("default"), "default"),
+        (model.train, "default"),
+        (model.eval, "default"),
+        (lambda: model.delete_adapter("default"), "second"),
+    ):
+        switch()
+        assert trainable(model) == of[expected]
+
+
+def test_an_adapter_that_is_not_there_is_not_switched_to(family: Toy) -> None:
+    model = nudge(wrap(family))
+    expected, names = logits(model, family.batch()), trainable(model)
+    with pytest.raises(ValueError, match="nope"):
+        model.set_adapter("nope")
+    assert model.active_adapter == "default"
+    assert same(logits(model, family.batch()), expected)
+    assert trainable(model) == names
+
+
+def test_adapters_on_different_blocks_switch(family: Toy) -> None:
+    model, batch = wrap(family, blocks=[family.first]), family.batch()
+    model.add_adapter("second", SurgicalConfig(blocks=[family.last]))
+    first_names = trainable(model)
+    nudge(model)
+    first = logits(model, batch)
+
+    model.set_adapter("second")
+    second_names = trainable(model)
+    assert same(logits(model, batch), base_logits(family))
+    nudge(model, seed=1)
+    second = logits(model, batch)
+    assert not set(first_names) & set(second_names)
+    assert all(".default." in name for name in first_names) and all(".second." in name for name in second_names)
+
+    model.set_adapter("default")
+    assert trainable(model) == first_names
+    assert same(logits(model, batch), first)
+    model.set_adapter("second", inference_mode=True)
+    assert trainable(model) == []
+    assert same(logits(model, batch), second)
+
+    model.base_model.set_adapter(["default", "second"])  # PEFT allows several, here they do not meet
+    assert set(trainable(model)) == {*first_names, *second_names}
+
+
+def test_adapters_on_the_same_block_switch(family: Toy) -> None:
+    model, batch = nudge(wrap(family, blocks=[family.first])), family.batch()
+    first, first_names = logits(model, batch), trainable(model)
+    model.add_adapter("second", SurgicalConfig(blocks=[family.first]))
+    assert trainable(model) == first_names
+    assert same(logits(model, batch), first)
+
+    model.set_adapter("second")
+    assert same(logits(model, batch), base_logits(family))  # starts from the base, not from the first
+    assert trainable(model) == [name.replace(".default.", ".second.") for name in first_names]
+    model.set_adapter("default")
+    assert same(logits(model, batch), first)
+    with pytest.raises(SurgicalError, match="cannot be active at once"):
+        model.base_model.set_adapter(["default", "second"])
+    with pytest.raises(SurgicalError, match="merge one"):
+        model.merge_adapter(["default", "second"])
+    assert same(logits(model, batch), first)
+
+
+@pytest.mark.parametrize("second_blocks", ["same", "other"])
+def test_each_of_two_adapters_saves_its_own_file(family: Toy, tmp_path: Path, second_blocks: str) -> None:
+    blocks = [family.first] if second_blocks == "same" else [family.last]
+    model, batch = nudge(wrap(family, blocks=[family.first])), family.batch()
+    first = logits(model, batch)
+    model.add_adapter("second", SurgicalConfig(blocks=blocks))
+    model.set_adapter("second")
+    nudge(model, seed=1)
+    second = logits(model, batch)
+
+    model.save_pretrained(tmp_path)
+
+    for directory, expected in ((tmp_path, first), (tmp_path / "second", second)):
+        loaded = PeftModel.from_pretrained(family.model(), directory)
+        assert same(logits(loaded, batch), expected)
+        assert set(weights(directory)) <= {f"base_model.model.{name}" for name in family.model().state_dict()}
+
+
+@pytest.mark.parametrize("second_blocks", ["same", "other"])
+def test_deleting_the_inactive_adapter_changes_nothing(family: Toy, second_blocks: str) -> None:
+    model, batch = nudge(wrap(family, blocks=[family.first])), family.batch()
+    expected, names = logits(model, batch), trainable(model)
+    model.add_adapter("second", SurgicalConfig(blocks=[family.first if second_blocks == "same" else family.last]))
+    model.delete_adapter("second")
+    assert list(model.peft_config) == ["default"] and model.active_adapters == ["default"]
+    assert not any("second" in name for name, _ in model.named_modules())
+    assert same(logits(model, batch), expected)
+    assert trainable(model) == names
+
+
+@pytest.mark.parametrize("second_blocks", ["same", "other", "overlapping"])
+def test_deleting_the_active_adapter_activates_the_other_in_all_layers(family: Toy, second_blocks: str) -> None:
+    """Layers without the deleted adapter went on naming it, and the model was left with no adapter it knew of."""
+    first, last = family.first, family.last
+    blocks = {"same": [first], "other": [last], "overlapping": [first, last]}[second_blocks]
+    model, batch = nudge(wrap(family, blocks=[first])), family.batch()
+    model.add_adapter("second", SurgicalConfig(blocks=blocks))
+    model.set_adapter("second")
+    second, names = logits(nudge(model, seed=1), batch), trainable(model)
+    model.set_adapter("default")
+
+    model.delete_adapter("default")
+
+    assert model.active_adapter == "second" and model.active_adapters == ["second"]
+    assert model.get_model_status().active_adapters == ["second"]
+    assert same(logits(model, batch), second)
+    assert trainable(model) == names
+
+
+def test_deleting_the_last_adapter_leaves_the_base_model(family: Toy) -> None:
+    model = nudge(wrap(family))
+    model.delete_adapter("default")
+    base = model.base_model.model  # PEFT lets the PeftModel itself run no more, whatever the method
+    assert same(logits(base, family.batch()), base_logits(family))
+    assert trainable(model) == []
+
+
+def test_an_unknown_or_merged_adapter_is_not_deleted(family: Toy) -> None:
+    model = nudge(wrap(family))
+    expected, names = logits(model, family.batch()), trainable(model)
+    with pytest.raises(ValueError, match="nope"):
+        model.delete_adapter("nope")
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="while they are merged"):
+        model.delete_adapter("default")
+    model.unmerge_adapter()
+    assert same(logits(model, family.batch()), expected)
+    assert trainable(model) == names
