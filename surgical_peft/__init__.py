@@ -5,7 +5,7 @@ Importing the package registers the method with PEFT.
 
 from __future__ import annotations
 
-from . import criteria, policies
+from . import criteria, policies, procedures
 from .blocks import BlockMap
 from .callback import SurgicalCallback
 from .config import SurgicalConfig
@@ -35,6 +35,7 @@ __all__ = [
     "export_to_peft",
     "get_surgical_model",
     "policies",
+    "procedures",
     "score_blocks",
     "surgical_optimizer",
     "top_fraction",

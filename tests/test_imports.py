@@ -41,6 +41,7 @@ TIERS = [
     ["report"],
     ["rates"],
     ["optim", "callback"],
+    ["procedures"],
     ["shifts", "recipe"],
     ["tasks"],
     ["train"],
@@ -53,7 +54,7 @@ TIERS = [
 TIER_OF = {name: number for number, tier in enumerate(TIERS) for name in tier}
 TORCH_ONLY = ["wrappers", "lists", "stacks", "partition", "blocks", "criteria"]  # no transformers, no PEFT
 
-PACKAGES = [surgical_peft, surgical_peft.criteria, surgical_peft.policies]
+PACKAGES = [surgical_peft, surgical_peft.criteria, surgical_peft.policies, surgical_peft.procedures]
 MODULES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in sorted(PACKAGE.rglob("*.py"))}
 
 

@@ -1,0 +1,58 @@
+"""The model cut into segments, one tuned at a time."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+from ..blocks import BlockMap
+from ..errors import SurgicalError
+from ..policies.policy import check_count
+from .procedure import Blocks, Candidate, Procedure, Proposals, check_fits, layers, plain
+
+
+def segments(parts: int | None = None, cuts: Blocks | None = None, candidates: Blocks | None = None) -> Procedure:
+    """Cut the blocks into segments of neighbours and tune one segment at a time, the one nearest the output first.
+
+    All in one round. Segments are made of whole blocks: attention and MLP apart are a matter of `target_modules`, not
+    of blocks.
+
+    Args:
+        parts: into how many equal parts; where that does not come out even, sizes differ by one.
+        cuts: or the blocks at which a new segment begins, as `BlockMap.parse` takes them. One of the two.
+        candidates: the blocks to cut up, as `BlockMap.parse` takes them; default the repeated layers.
+
+    Trainings: one a segment.
+
+    Source: the "block segmentation" grouping of Barakat and Huang 2023 (arXiv 2301.06133). They cut where a layer
+    without weights lies (pooling, activation) and search from the output end; such places say nothing in a
+    transformer, so the cuts are the user's.
+
+    Example:
+        >>> result = run_search(procedures.segments(cuts=[3, 9]), objective)  # layers 9 to 11, 3 to 8, 0 to 2
+    """
+    if (parts is None) == (cuts is None):
+        raise SurgicalError(f"segments needs parts or cuts, one of the two, not parts={parts} and cuts={cuts}.")
+    if parts is not None:
+        check_count("segments", "parts", parts, "equal parts")
+    return Procedure("segments", _segments, {"parts": parts, "cuts": plain(cuts), "candidates": plain(candidates)})
+
+
+def _segments(blocks: BlockMap, parts: int | None, cuts: Blocks | None, candidates: Blocks | None) -> Proposals:
+    names = layers(blocks, candidates)
+    if parts is not None:
+        yield equal_parts("segments", names, parts)[::-1]
+        return None
+    begins = layers(blocks, cuts)
+    for name in begins:
+        if name not in names:
+            raise SurgicalError(f"cuts={cuts!r}: {name!r} is not among what is cut up: {', '.join(names)}.")
+    starts = sorted({0, *(names.index(name) for name in begins)})
+    yield [names[start:stop] for start, stop in pairwise([*starts, len(names)])][::-1]
+    return None
+
+
+def equal_parts(owner: str, names: Candidate, parts: int) -> list[Candidate]:
+    """Neighbours together, as many parts as asked for, first one first; their sizes differ by one at most."""
+    check_fits(owner, "parts", parts, names)
+    bounds = [number * len(names) // parts for number in range(parts + 1)]
+    return [names[start:stop] for start, stop in pairwise(bounds)]
