@@ -16,6 +16,7 @@ from .optim import SurgicalOptimizerFactory, create_surgical_optimizer, surgical
 from .registration import register
 from .scores import BlockScores
 from .scoring import score_blocks
+from .search import run_search
 from .selection import Selection, above, top_fraction, top_k, within_budget
 
 __version__ = "0.1.0"
@@ -36,6 +37,7 @@ __all__ = [
     "get_surgical_model",
     "policies",
     "procedures",
+    "run_search",
     "score_blocks",
     "surgical_optimizer",
     "top_fraction",

@@ -41,8 +41,8 @@ def run(code: str, **names: Any) -> dict[str, Any]:
 
 def test_the_pieces_of_code_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert len(CODE) == 5
-    vision, text, load, criterion, policy = CODE
+    assert len(CODE) == 6
+    vision, text, load, search, criterion, policy = CODE
     task = load_task(load_recipe(ROOT / "recipes" / "label_map.yaml"))
     train = [task.splits["train"][i] for i in range(64)]
     loader = DataLoader(train, batch_size=32, collate_fn=default_data_collator)  # type: ignore[arg-type]
@@ -57,6 +57,12 @@ def test_the_pieces_of_code_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     text_run = run(text, train=examples)
     assert text_run["model"].peft_config["default"].blocks == ["1", "2"]
     assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+
+    metric = {("3",): 0.8, ("1",): 0.5, ("1", "3"): 0.9}
+    found = run(
+        search, model=task.load_model(), train_and_validate=lambda config: metric.get(tuple(config.blocks), 0.1)
+    )
+    assert found["config"].blocks == ["1", "3"] and (tmp_path / "study.db").exists()
 
     scores = run(criterion, model=task.load_model(), dataloader=loader)["scores"]
     assert all(0 < value < 1 for value in scores.values.values()) and "agreement" in scores.criterion
@@ -74,7 +80,7 @@ def test_the_pieces_of_code_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_own_criterion_and_policy_take_less_than_ten_lines_each() -> None:
-    for code in CODE[3:]:
+    for code in CODE[4:]:
         body = code[code.index("@") :].strip().splitlines()
         assert len([line for line in body if line.strip()]) < 10
 

@@ -1,0 +1,214 @@
+"""The search loop: a procedure proposes candidates, workers that share a study train them, the best is the result."""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from .blocks import BlockMap
+from .errors import SurgicalError
+from .procedures.procedure import Procedure, as_procedure
+from .search_result import Candidate, SearchResult, SearchTrial, candidate_of
+from .selection import Selection
+
+if TYPE_CHECKING:
+    from .studies import Study, Task
+
+_log = logging.getLogger(__name__)
+_LONGEST_WAIT = 2.0  # seconds between two looks at what the other workers do
+
+
+def run_search(
+    procedure: Procedure | Callable[..., Any] | str,
+    objective: Callable[..., float],
+    *,
+    blocks: BlockMap | None = None,
+    storage: str | None = None,
+    name: str = "search",
+    rates: Sequence[float] = (),
+    seeds: Sequence[int] = (),
+    max_trials: int = 10_000,
+    dead_after: float = 300.0,
+) -> SearchResult:
+    """Train the candidates that a procedure proposes and give the best one; run the same again to resume.
+
+    Each training is a trial of an Optuna study. Finished trials are never done again: they are read from the study and
+    fed to the procedure, which is how a search resumes after a kill. Run the same call in several processes, on any
+    machines that reach the storage, and they share the trainings of each round; each of them returns the same result.
+    A training of a killed worker is done by another one: at once on the same machine, after `dead_after` on another.
+
+    Args:
+        procedure: one of `surgical_peft.procedures`, your own generator function, or a name; see
+            `procedures.procedure.Procedure`. What it returns is chosen, with None the candidate with the best metric.
+        objective: trains a `Selection` and gives its validation metric, larger = better; called as
+            `objective(selection)`, or with `rate=...` and `seed=...` where the search has them. What it writes into
+            `selection.record` (tuned parameters, peak memory) is kept with the trial. If it raises, or its metric is
+            not a finite number, the trial has failed, and stays so when the search is resumed.
+        blocks: the map of the model; without it, `objective.blocks`.
+        storage: `"sqlite:///run/study.db"`, `"journal:///run/study.log"` (for a folder that several machines share),
+            or `"postgresql+psycopg://user@host/database"`; None keeps the study in memory, for this call only. Three
+            slashes and a path: relative to the working directory; four: absolute.
+        name: of the study: a storage holds many.
+        rates: learning rates; every candidate is trained with each, and its metric is that of its best.
+        seeds: every candidate is trained with each, and its metric is their mean; folds of the data serve as well.
+        max_trials: the most trainings; a procedure that wants more is taken for one that never ends.
+        dead_after: seconds without a sign of life after which a worker on another machine is taken for dead.
+
+    Raises:
+        SurgicalError: no map of blocks; a candidate that is empty or unknown; a procedure that never ends; a storage
+            that cannot be used, or whose study is another search; no training gave a metric. Finished trials are kept.
+
+    Example:
+        >>> result = run_search(procedures.sweep(), objective, storage="sqlite:///run/study.db")
+        >>> config = SurgicalConfig.from_selection(result.best)
+    """
+    _check(rates, seeds, dead_after)
+    blocks = blocks or getattr(objective, "blocks", None)
+    if blocks is None:
+        raise SurgicalError("what is searched is not known: give blocks=BlockMap.find(model), or objective.blocks.")
+    study_class, task_class = _optuna()
+    procedure = as_procedure(procedure)
+    said = _in_words(procedure)
+    searched = {"procedure": said, "blocks": list(blocks.names), "rates": list(rates), "seeds": list(seeds)}
+    settings: list[tuple[float | None, int | None]] = [
+        (rate, seed) for rate in (rates or (None,)) for seed in (seeds or (None,))
+    ]
+    trials: dict[tuple[str, ...], list[SearchTrial]] = {}
+    proposals, answer, proposed = procedure(blocks), None, 0
+    with study_class(storage, name, searched, dead_after) as study:
+        while True:
+            try:
+                asked = proposals.send(answer)
+            except StopIteration as end:
+                return _result(trials, end.value, blocks, said)
+            single, candidates = _candidates(asked, blocks, said)
+            proposed += len(candidates) * len(settings)
+            if proposed > max_trials:
+                raise SurgicalError(
+                    f"procedure {said} asked for more than {max_trials} trainings and was stopped: raise max_trials "
+                    "if it is meant to, else see that it ends. Finished trials are kept."
+                )
+            tasks = {each: [task_class(each, *pair) for pair in settings] for each in candidates if each not in trials}
+            done = _train(study, [task for own in tasks.values() for task in own], objective, said)
+            trials |= {each: [done[task] for task in own] for each, own in tasks.items()}
+            metrics = [candidate_of(trials[each]).metric for each in candidates]
+            answer = metrics[0] if single else metrics
+
+
+def _in_words(procedure: Procedure) -> str:
+    """A procedure as its study knows it: its text without addresses in memory, which differ from run to run."""
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(procedure))
+
+
+def _train(study: Study, tasks: list[Task], objective: Callable[..., float], said: str) -> dict[Task, SearchTrial]:
+    """Have all tasks done, by this worker or by others, and give their trials."""
+    wait = 0.02
+    while True:
+        if taken := study.take(tasks):
+            task, trial = taken
+            try:
+                with study.alive(trial):
+                    done = _try(task, objective, said)
+            except BaseException:
+                study.give_back(trial)
+                raise
+            if not study.finish(trial, done):
+                _log.warning("blocks %s: others took this worker for dead and did the training", list(task.blocks))
+            wait = 0.02
+            continue
+        finished = study.finished()
+        if all(task in finished for task in tasks):
+            return finished
+        time.sleep(wait)
+        wait = min(1.5 * wait, _LONGEST_WAIT)
+
+
+def _try(task: Task, objective: Callable[..., float], said: str) -> SearchTrial:
+    settings: dict[str, Any] = {
+        key: value for key, value in (("rate", task.rate), ("seed", task.seed)) if value is not None
+    }
+    selection = Selection(task.blocks, {"procedure": said, **settings})
+    own = set(selection.record)
+    metric, error = math.nan, None
+    began = time.perf_counter()
+    try:
+        metric = float(objective(selection, **settings))
+        if not math.isfinite(metric):
+            metric, error = math.nan, f"the objective gave {metric}"
+    except Exception as failure:
+        error = f"{type(failure).__name__}: {failure}"
+        _log.warning("blocks %s failed", list(task.blocks), exc_info=True)
+    return SearchTrial(
+        blocks=task.blocks,
+        metric=metric,
+        seconds=time.perf_counter() - began,
+        state="failed" if error else "complete",
+        rate=task.rate,
+        seed=task.seed,
+        error=error,
+        notes={key: value for key, value in selection.record.items() if key not in own},
+    )
+
+
+def _candidates(asked: Any, blocks: BlockMap, said: str) -> tuple[bool, list[tuple[str, ...]]]:
+    """Whether a procedure asked for one candidate alone, and its candidates in the order of the map."""
+    if isinstance(asked, str) or not isinstance(asked, Sequence):
+        raise SurgicalError(
+            f"procedure {said} proposed {asked!r}: yield a tuple of block names, or a list of such tuples."
+        )
+    single = bool(asked) and all(isinstance(each, str | int) for each in asked)
+    if not asked:
+        raise SurgicalError(f"procedure {said} proposed {asked!r}, nothing: let it end instead.")
+    try:
+        return single, [blocks.parse(each) for each in ([asked] if single else asked)]
+    except SurgicalError as error:
+        raise SurgicalError(f"procedure {said} proposed {asked!r}: {error}") from error
+
+
+def _result(
+    trials: dict[tuple[str, ...], list[SearchTrial]], chosen: Any, blocks: BlockMap, said: str
+) -> SearchResult:
+    """The candidate that the procedure chose, or the best of all; of equals the first."""
+    found = {each: candidate_of(own) for each, own in trials.items()}
+    every = tuple(trial for own in trials.values() for trial in own)
+    if not every:
+        raise SurgicalError(f"procedure {said} ended without proposing anything for blocks {', '.join(blocks.names)}.")
+    best: Candidate | None
+    if chosen is None:
+        whole = [each for each in found.values() if not math.isnan(each.metric)]
+        best = max(whole, key=lambda each: each.metric, default=None)
+    else:
+        best = found.get(blocks.parse(chosen))
+        if best is None:
+            raise SurgicalError(f"procedure {said} chose {chosen!r}, which it had not proposed.")
+    if best is None or math.isnan(best.metric):
+        failed = [trial for trial in every if trial.error]
+        raise SurgicalError(
+            f"no candidate has a metric: {len(failed)} of {len(every)} trainings failed, the first, blocks "
+            f"{list(failed[0].blocks)}, with: {failed[0].error}. Mend the objective and search under another name "
+            "(name=...): failed trials are kept too."
+        )
+    record = {"procedure": said, "metric": best.metric, "candidates": len(found), "trainings": len(every)}
+    if best.rate is not None:
+        record["rate"] = best.rate
+    return SearchResult(Selection(best.blocks, record), best.metric, every, blocks.names, said)
+
+
+def _check(rates: Sequence[float], seeds: Sequence[int], dead_after: float) -> None:
+    for key, given in (("rates", rates), ("seeds", seeds)):
+        if len(set(given)) != len(given):
+            raise SurgicalError(f"{key}={list(given)} has a value twice: name it once.")
+    if not dead_after > 0:
+        raise SurgicalError(f"dead_after={dead_after} is not a number of seconds above 0.")
+
+
+def _optuna() -> tuple[type[Study], type[Task]]:
+    try:
+        from .studies import Study, Task
+    except ModuleNotFoundError as error:
+        raise SurgicalError(f"run_search needs {error.name}: pip install 'surgical-peft[search]'.") from error
+    return Study, Task

@@ -1,0 +1,226 @@
+"""`SearchResult`: what a search tried and chose; plain data that prints, draws itself and goes through JSON."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import statistics
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from .errors import SurgicalError
+from .files import write_text
+from .selection import Selection
+
+
+@dataclass(frozen=True)
+class SearchTrial:
+    """One training.
+
+    Attributes:
+        blocks: the candidate that was tuned.
+        metric: larger is better; NaN if it failed.
+        seconds: how long the objective took.
+        state: `"complete"` or `"failed"`.
+        rate, seed: what the objective was given besides, None where the search has no such list.
+        error: why it failed.
+        notes: what the objective wrote into its selection's `record`, e.g. the number of tuned parameters.
+    """
+
+    blocks: tuple[str, ...]
+    metric: float
+    seconds: float = field(compare=False)
+    state: str = "complete"
+    rate: float | None = None
+    seed: int | None = None
+    error: str | None = None
+    notes: dict[str, Any] = field(default_factory=dict, compare=False)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What the trainings of one candidate say together.
+
+    Attributes:
+        blocks: the candidate.
+        metric: at its best rate, the mean over the seeds; NaN if at every rate a training failed.
+        deviation: the standard deviation over the seeds; None with fewer than two.
+        rate: the best rate, None where the search has no rates.
+    """
+
+    blocks: tuple[str, ...]
+    metric: float
+    deviation: float | None
+    rate: float | None
+
+
+def candidate_of(trials: Iterable[SearchTrial]) -> Candidate:
+    """The trainings of one candidate in one number: mean over the seeds, then the best rate; of equals the first.
+
+    A rate at which a training failed is out: a mean over fewer seeds does not compare with the others.
+    """
+    by_rate: dict[float | None, list[SearchTrial]] = {}
+    for trial in trials:
+        by_rate.setdefault(trial.rate, []).append(trial)
+    best: Candidate | None = None
+    for rate, each in by_rate.items():
+        metrics = [trial.metric for trial in each]
+        if any(math.isnan(metric) for metric in metrics):
+            continue
+        deviation = statistics.stdev(metrics) if len(metrics) > 1 else None
+        found = Candidate(each[0].blocks, statistics.fmean(metrics), deviation, rate)
+        if best is None or found.metric > best.metric:
+            best = found
+    rate, each = next(iter(by_rate.items()))
+    return best or Candidate(each[0].blocks, math.nan, None, rate)
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """What a search found.
+
+    Attributes:
+        best: the chosen blocks, for `SurgicalConfig.from_selection`; `best.record` says how they were chosen.
+        metric: theirs.
+        trials: every training, in the order in which the procedure proposed them.
+        blocks: the names of all blocks of the map, in its order.
+        procedure: what proposed them, in words.
+
+    Example:
+        >>> result.best.blocks, result.metric
+        (('0', '1'), 0.747)
+        >>> result.plot("profile.png")
+    """
+
+    best: Selection
+    metric: float
+    trials: tuple[SearchTrial, ...]
+    blocks: tuple[str, ...]
+    procedure: str
+
+    @property
+    def candidates(self) -> tuple[Candidate, ...]:
+        """One entry for each candidate, in the order of the proposals."""
+        grouped: dict[tuple[str, ...], list[SearchTrial]] = {}
+        for trial in self.trials:
+            grouped.setdefault(trial.blocks, []).append(trial)
+        return tuple(map(candidate_of, grouped.values()))
+
+    @property
+    def profile(self) -> dict[str, float]:
+        """The metric of each block that was tuned alone, in the model's order: the fine-tuning profile."""
+        return {name: each.metric for name, each in self._alone.items()}
+
+    @property
+    def deviations(self) -> dict[str, float]:
+        """The standard deviation over the seeds, for each block of the profile that had several."""
+        return {name: each.deviation for name, each in self._alone.items() if each.deviation is not None}
+
+    @property
+    def _alone(self) -> dict[str, Candidate]:
+        found = {each.blocks: each for each in self.candidates}
+        return {name: found[name,] for name in self.blocks if (name,) in found}
+
+    @property
+    def trainings(self) -> int:
+        """The number of trainings: the cost."""
+        return len(self.trials)
+
+    @property
+    def seconds(self) -> float:
+        """The time of all trainings together, whichever worker ran them: the cost in time."""
+        return sum(trial.seconds for trial in self.trials)
+
+    def table(self) -> Table:
+        """A table of the candidates in the order of the proposals; the chosen one is marked."""
+        has_rates = any(trial.rate is not None for trial in self.trials)
+        table = Table(title=f"{self.procedure}: {self.trainings} trainings in {self.seconds:.1f} s")
+        table.add_column("")
+        table.add_column("blocks")
+        table.add_column("metric", justify="right")
+        if has_rates:
+            table.add_column("rate", justify="right")
+        table.add_column("seconds", justify="right")
+        table.add_column("state")
+        for each in self.candidates:
+            own = [trial for trial in self.trials if trial.blocks == each.blocks]
+            spread = "" if each.deviation is None else f" ± {each.deviation:.2g}"
+            row = ["*" if each.blocks == self.best.blocks else "", self._label(each.blocks)]
+            row.append("-" if math.isnan(each.metric) else f"{each.metric:.4g}{spread}")
+            if has_rates:
+                row.append(f"{each.rate:g}")
+            failed = sum(trial.state == "failed" for trial in own)
+            row.append(f"{sum(trial.seconds for trial in own):.1f}")
+            row.append("complete" if not failed else "failed" if len(own) == 1 else f"{failed} of {len(own)} failed")
+            table.add_row(*row)
+        return table
+
+    def _label(self, blocks: tuple[str, ...]) -> str:
+        return "all" if blocks == self.blocks else ", ".join(blocks)
+
+    def __str__(self) -> str:
+        text = io.StringIO()  # as that of BlockScores
+        Console(file=text, width=1000, color_system=None, force_jupyter=False).print(self.table())
+        return text.getvalue().rstrip()
+
+    def to_json(self) -> str:
+        """The result as JSON, with the profile and the cost besides; `from_json` gives it back.
+
+        A failed training's metric is null: JSON knows no NaN.
+        """
+        data = asdict(self)
+        for trial in data["trials"]:
+            trial["metric"] = None if math.isnan(trial["metric"]) else trial["metric"]
+        data["profile"] = {name: None if math.isnan(value) else value for name, value in self.profile.items()}
+        data["deviations"] = self.deviations
+        data["cost"] = {"trainings": self.trainings, "seconds": self.seconds}
+        return json.dumps(data, indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> SearchResult:
+        """A result from its JSON.
+
+        Raises:
+            SurgicalError: not JSON, or not that of a search.
+        """
+        try:
+            data = json.loads(text)
+            return cls(
+                best=Selection(tuple(data["best"]["blocks"]), data["best"]["record"]),
+                metric=data["metric"],
+                trials=tuple(_trial(each) for each in data["trials"]),
+                blocks=tuple(data["blocks"]),
+                procedure=data["procedure"],
+            )
+        except (ValueError, TypeError, KeyError) as error:
+            raise SurgicalError(f"this is not the JSON of a search result, as to_json() writes it: {error}") from error
+
+    def save(self, path: str | Path) -> None:
+        """Write the JSON to `path`, whole or not at all."""
+        write_text(path, self.to_json() + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> SearchResult:
+        """Read what `save` wrote."""
+        return cls.from_json(Path(path).read_text(encoding="utf-8"))
+
+    def plot(self, path: str | Path) -> None:
+        """Draw the profile: a bar for each block that was tuned alone, the head and all blocks together as lines.
+
+        Raises:
+            SurgicalError: no block was tuned alone, so there is no profile.
+        """
+        from .report.profile import plot_profile
+
+        plot_profile(self, path)
+
+
+def _trial(data: dict[str, Any]) -> SearchTrial:
+    metric = math.nan if data["metric"] is None else data["metric"]
+    return SearchTrial(**{**data, "blocks": tuple(data["blocks"]), "metric": metric})

@@ -1,0 +1,266 @@
+"""The book of a search: an Optuna study that several workers share, on any machine, each of them killed at any time.
+
+Who does what is settled under the workers' common lock, see `storages.py`. The heartbeat is our own: Optuna's runs
+only in `Study.optimize`, and not on a journal.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import threading
+import time
+import uuid
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any, cast
+
+import optuna
+import psutil
+from optuna.study import StudyDirection
+from optuna.trial import FrozenTrial, Trial, TrialState
+from sqlalchemy.exc import SQLAlchemyError
+
+from .errors import SurgicalError
+from .search_result import SearchTrial
+from .storages import lock_and_storage, shown
+
+_AT_WORK: set[str] = set()  # the searches that run in this process
+
+
+@dataclass(frozen=True)
+class Task:
+    """One training that is to be done once."""
+
+    blocks: tuple[str, ...]
+    rate: float | None
+    seed: int | None
+
+
+class Study:
+    """The trials of a search, as all its workers see them.
+
+    Args:
+        url: where it is kept, None for this process's memory.
+        name: of the study.
+        searched: what the search is, in plain data; another one under the same name is refused.
+        dead_after: seconds without a sign of life after which a worker on another machine is taken for dead.
+
+    Raises:
+        SurgicalError: the storage cannot be used, or the study is one of another search.
+    """
+
+    def __init__(self, url: str | None, name: str, searched: dict[str, Any], dead_after: float) -> None:
+        self._where = f"study {name!r} in {shown(url)}"
+        self._lock, open_storage = lock_and_storage(url, name)
+        self._beat_every = dead_after / 5 if url else None
+        self._dead_after = dead_after
+        process = psutil.Process()
+        self._worker = {"machine": _machine(), "process": process.pid, "started": process.create_time()}
+        self._worker["search"] = uuid.uuid4().hex
+        self._beats: dict[int, tuple[int, float]] = {}
+        with self._alone():
+            self._storage = open_storage()
+            self._study = optuna.create_study(
+                storage=self._storage,
+                study_name=name,
+                direction="maximize",
+                load_if_exists=True,
+                sampler=optuna.samplers.RandomSampler(),
+            )
+            self._check(searched)
+
+    def __enter__(self) -> Study:
+        _AT_WORK.add(self._worker["search"])
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _AT_WORK.discard(self._worker["search"])
+
+    def _check(self, searched: dict[str, Any]) -> None:
+        known = self._study.user_attrs
+        if self._study.direction != StudyDirection.MAXIMIZE or (not known and self._study.get_trials(deepcopy=False)):
+            raise SurgicalError(f"the {self._where} was not made by run_search: give another name.")
+        for key, value in searched.items():
+            if key not in known:
+                self._study.set_user_attr(key, value)
+            elif known[key] != value:
+                raise SurgicalError(
+                    f"the {self._where} is a search with {key} {known[key]!r}, and this one has {key} {value!r}: "
+                    "give this one another name (name=...), or delete the study."
+                )
+        self._blocks = searched["blocks"]
+
+    def take(self, tasks: Iterable[Task]) -> tuple[Task, FrozenTrial] | None:
+        """The first of `tasks` that nobody has done or is doing, now this worker's own; None if there is none."""
+        with self._alone():
+            taken = self._trials()
+            task = next((each for each in tasks if each not in taken), None)
+            if task is None:
+                return None
+            chosen = {name: name in task.blocks for name in self._blocks}
+            settings = {key: value for key, value in (("rate", task.rate), ("seed", task.seed)) if value is not None}
+            fixed = {**chosen, **settings}
+            choices = {**dict.fromkeys(chosen, (False, True)), **{key: self._choices(key) for key in settings}}
+            self._study.add_trial(  # in one write: a kill leaves no trial of which it is not known whose it is
+                optuna.create_trial(
+                    state=TrialState.RUNNING,
+                    params=fixed,
+                    distributions={
+                        key: optuna.distributions.CategoricalDistribution(each) for key, each in choices.items()
+                    },
+                    user_attrs={"blocks": list(task.blocks), **settings, "worker": self._worker},
+                )
+            )
+            return task, self._study.get_trials(deepcopy=False)[-1]
+
+    def _choices(self, setting: str) -> tuple[Any, ...]:
+        return tuple(self._study.user_attrs[f"{setting}s"])
+
+    def finish(self, trial: FrozenTrial, done: SearchTrial) -> bool:
+        """Record the outcome; False if others took this worker for dead, did the training themselves, and it is void.
+
+        Raises:
+            SurgicalError: it cannot be written; the message holds the metric.
+        """
+        try:
+            with self._alone():
+                if not self._is_ours(trial):
+                    return False
+                handle = Trial(self._study, trial._trial_id)
+                handle.set_user_attr("seconds", done.seconds)
+                if done.notes:
+                    handle.set_user_attr("notes", json.loads(json.dumps(done.notes, default=str)))
+                if done.state == "failed":
+                    handle.set_user_attr("error", done.error)
+                    self._study.tell(trial.number, state=TrialState.FAIL)
+                else:
+                    self._study.tell(trial.number, done.metric)
+                return True
+        except SurgicalError as error:
+            raise SurgicalError(f"{error} Lost: blocks {list(done.blocks)}, metric {done.metric}.") from error
+
+    def give_back(self, trial: FrozenTrial) -> None:
+        """Let others do a training that was interrupted."""
+        with self._alone():
+            if self._is_ours(trial):
+                self._abandon(trial, "interrupted")
+
+    def finished(self) -> dict[Task, SearchTrial]:
+        """What is done so far; trainings of dead workers are freed on the way."""
+        with self._alone():
+            return {task: _read(trial) for task, trial in self._trials().items() if trial.state.is_finished()}
+
+    @contextmanager
+    def alive(self, trial: FrozenTrial) -> Iterator[None]:
+        """Gives signs of life while the training runs."""
+        if self._beat_every is None:
+            yield
+            return
+        stop = threading.Event()
+        thread = threading.Thread(target=self._beat, args=(trial, stop), daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()
+
+    def _beat(self, trial: FrozenTrial, stop: threading.Event) -> None:
+        beat = 0
+        while not stop.wait(self._beat_every):
+            beat += 1
+            with suppress(SurgicalError), self._alone():  # a missed beat is no harm: there are five to a death
+                if self._is_ours(trial):
+                    Trial(self._study, trial._trial_id).set_user_attr("beat", beat)
+        self._storage.remove_session()
+
+    def _trials(self) -> dict[Task, FrozenTrial]:
+        """The trial of each task, running or finished; trials of dead workers are not among them."""
+        found: dict[Task, FrozenTrial] = {}
+        for trial in self._study.get_trials(deepcopy=False):
+            own = trial.user_attrs
+            if "blocks" not in own:
+                continue
+            if trial.state == TrialState.RUNNING and (why := own.get("abandoned") or self._death_of(trial)):
+                self._abandon(trial, why)
+                continue
+            if "abandoned" in own:
+                continue
+            found.setdefault(Task(tuple(own["blocks"]), own.get("rate"), own.get("seed")), trial)
+        return found
+
+    def _is_ours(self, trial: FrozenTrial) -> bool:
+        now = self._study.get_trials(deepcopy=False)[trial.number]
+        return now.state == TrialState.RUNNING and "abandoned" not in now.user_attrs
+
+    def _abandon(self, trial: FrozenTrial, why: str) -> None:
+        Trial(self._study, trial._trial_id).set_user_attr("abandoned", why)
+        self._study.tell(trial.number, state=TrialState.FAIL)
+
+    def _death_of(self, trial: FrozenTrial) -> str | None:
+        """Why the worker of a running trial is dead; None while it may live."""
+        worker = trial.user_attrs["worker"]
+        if worker["machine"] == self._worker["machine"]:
+            if worker["process"] == self._worker["process"] and worker["search"] not in _AT_WORK:
+                return "its search ended before it"
+            return None if _runs(worker["process"], worker["started"]) else f"process {worker['process']} is gone"
+        beat, now = trial.user_attrs.get("beat", 0), time.monotonic()
+        last, since = self._beats.get(trial.number, (-1, now))
+        if beat != last:  # told by our own clock: those of two machines may differ
+            self._beats[trial.number] = beat, now
+            return None
+        return f"no sign of life from {worker['machine']}" if now - since > self._dead_after else None
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        try:
+            with self._lock():
+                yield
+        except SurgicalError:
+            raise
+        except (OSError, ImportError, NotImplementedError, ValueError, KeyError) as error:
+            raise self._unusable(error) from error
+        except (SQLAlchemyError, optuna.exceptions.OptunaError) as error:
+            raise self._unusable(error.__cause__ or error) from error
+
+    def _unusable(self, error: BaseException) -> SurgicalError:
+        reason = str(error).strip().partition("\n")[0]
+        return SurgicalError(
+            f"the {self._where} cannot be read or written: {type(error).__name__}: {reason}. See that the server runs "
+            "and its driver is installed, or that the folder can be written to and the disk is not full; then run the "
+            "same again: finished trials are kept."
+        )
+
+
+def _read(trial: FrozenTrial) -> SearchTrial:
+    own = trial.user_attrs
+    failed = trial.state != TrialState.COMPLETE
+    return SearchTrial(
+        blocks=tuple(own["blocks"]),
+        metric=math.nan if failed else cast(float, trial.value),
+        seconds=own.get("seconds", 0.0),
+        state="failed" if failed else "complete",
+        rate=own.get("rate"),
+        seed=own.get("seed"),
+        error=own.get("error", "ended by hand") if failed else None,
+        notes=own.get("notes", {}),
+    )
+
+
+def _machine() -> str:
+    """This machine, and in a container this container: where a process number means one process."""
+    with suppress(OSError):
+        return f"{platform.node()} {os.readlink('/proc/self/ns/pid')}"  # noqa: PTH115
+    return platform.node()
+
+
+def _runs(process: int, started: float) -> bool:
+    try:
+        found = psutil.Process(process)
+        return abs(found.create_time() - started) < 10 and found.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
