@@ -71,7 +71,6 @@ class SurgicalConfig(PeftConfig):
         selection: filled in by the library: how the blocks were chosen. A record; loading never reads it.
         tuned_modules: filled in by the library: path of each tuned module and the names of its tuned parameters, null
             for all. A record, by which `export_to_peft` knows them; loading never reads it.
-
         fingerprint: filled in by the library: digest of the base weights of what is tuned. Loading on another base
             warns.
         strict_base: refuse another base instead, as in `PeftModel.from_pretrained(base, folder, strict_base=True)`; it

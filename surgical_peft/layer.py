@@ -106,15 +106,6 @@ class SurgicalLayer(KeepsOriginal, BaseTunerLayer, AuxiliaryTrainingWrapper):
             )
         return self.surgical_copies[active[0]] if active else self.original_on(self.device_in_use())
 
-    def _names_in_use(self) -> list[str]:
-        names = [] if self._disable_adapters else self.merged_adapters or self.active_adapters
-        return [name for name in names if name in self.surgical_copies]
-
-    @property
-    def stands_aside(self) -> bool:
-        """Whether a copy answers instead of the original."""
-        return bool(self._names_in_use())
-
     def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         if adapter_names is None:
             return self.module_in_use()(*args, **kwargs)
@@ -163,8 +154,9 @@ class SurgicalLayer(KeepsOriginal, BaseTunerLayer, AuxiliaryTrainingWrapper):
 
     def _freeze_rest(self) -> None:
         for adapter, module in self.surgical_copies.items():
+            trained = self._tuned_names[adapter] - self._fixed
             for name, parameter in module.named_parameters():
-                if name not in self._tuned_names[adapter] - self._fixed:
+                if name not in trained:
                     parameter.requires_grad_(False)
 
     def enable_adapters(self, enabled: bool) -> None:

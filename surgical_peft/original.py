@@ -28,6 +28,9 @@ class KeepsOriginal(nn.Module):
     original_module: nn.Module
     keep_base: str
     surgical_copies: nn.ModuleDict
+    active_adapters: list[str]
+    merged_adapters: list[str]
+    _disable_adapters: bool
     _lent: list[nn.Module]  # in a list, so that it is no submodule
     _tuned_names: dict[str, set[str]]
 
@@ -36,10 +39,14 @@ class KeepsOriginal(nn.Module):
         """Whether the original weights are still there."""
         return "original_module" in self._modules
 
+    def _names_in_use(self) -> list[str]:
+        names = [] if self._disable_adapters else self.merged_adapters or self.active_adapters
+        return [name for name in names if name in self.surgical_copies]
+
     @property
     def stands_aside(self) -> bool:
         """Whether a copy answers instead of the original."""
-        raise NotImplementedError
+        return bool(self._names_in_use())
 
     def named_modules(
         self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True

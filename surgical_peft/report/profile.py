@@ -40,7 +40,7 @@ def plot_profile(result: SearchResult, path: str | Path) -> None:
     floor = min(ends) - margin if min(ends) < 0 else max(0.0, min(ends) - margin)
 
     longest = max(map(len, bars))
-    is_turned = longest > 4 and len(bars) > 8
+    is_turned = longest > 4 and len(bars) > 3
     size = max(5.0, 1.8 + 0.42 * len(bars)), 3.6 + (0.09 * longest if is_turned else 0)
     figure = Figure(figsize=size, dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
