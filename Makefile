@@ -1,13 +1,30 @@
 # Needs python3 and make, nothing else. Every target installs what it needs into .venv, once.
-.PHONY: quickstart test quality style install clean
+.PHONY: quickstart sweeps mail cards test quality style install clean
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+CARDS := auto label_map noise rgn
 export HF_HUB_OFFLINE ?= 1
 
 quickstart: install  ## score, tune and compare on the shipped images: about 3 minutes on 2 cores
 	$(BIN)/surgical-peft quickstart
+
+mail: install  ## fetch the mails and the text encoder and train the source model, into data/mail: about 5 minutes on 2 cores
+	$(BIN)/python recipes/mail/make_data.py
+
+sweeps: install  ## each block tuned alone on two shifts, into benchmarks/sweeps/: about 8 minutes on 2 cores
+	for shift in noise label_map; do \
+	  $(BIN)/surgical-peft search recipes/sweep_$$shift.yaml --jobs 2 --output benchmarks/sweeps/$$shift || exit; \
+	done
+
+cards: install  ## train the recipes that ship with their data, into model_cards/: about 3 minutes on 2 cores
+	for name in $(CARDS); do \
+	  $(BIN)/surgical-peft train recipes/$$name.yaml --output runs/$$name || exit 1; \
+	  mkdir -p model_cards/$$name; \
+	  cp runs/$$name/report.json runs/$$name/adapter/README.md model_cards/$$name; \
+	  test ! -f runs/$$name/scores.png || cp runs/$$name/scores.png model_cards/$$name; \
+	done
 
 test: install  ## the whole test suite
 	$(BIN)/python -m pytest -n auto --dist loadfile

@@ -25,7 +25,7 @@ from transformers.utils import logging
 from surgical_peft.export import export
 from surgical_peft.recipe import load_recipe
 from surgical_peft.tasks import load_task
-from surgical_peft.train import accuracy, train
+from surgical_peft.train import train
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "label_map.yaml"
 RATES = (3e-3, 3e-4, 3e-5)
@@ -73,12 +73,12 @@ def main() -> None:
             ):
                 said = export(source, run / f"delta-{dtype}", "delta", base_model=copy.deepcopy(base))
                 deltas.append(
-                    f"| {rate:g} | {report['accuracy_after']['test']:.1%} | {moved:.2f} | {dtype} "
+                    f"| {rate:g} | {report['after']['test']:.1%} | {moved:.2f} | {dtype} "
                     f"| {said['adapter_bytes']:,} | {said['delta_bytes']:,} | {said['ratio']:.2f} "
                     f"| {said['planes_ratio']:.2f} |"
                 )
         adapter = work / f"{RATES[0]}" / "adapter"
-        whole = accuracy(PeftModel.from_pretrained(copy.deepcopy(base), adapter), task.splits["test"])
+        whole = task.measure(PeftModel.from_pretrained(copy.deepcopy(base), adapter), task.splits["test"])
         print(f"# Forms of one tuned model\n\n`python benchmarks/export.py`, {RECIPE.name}\n")
         print("| format | bytes of weights |\n| --- | ---: |")
         print(f"| adapter | {(adapter / WEIGHTS).stat().st_size:,} |")
@@ -97,11 +97,12 @@ def main() -> None:
         for rank in RANKS:
             said = export(adapter, work / "lora", "lora", rank=rank)
             model = PeftModel.from_pretrained(copy.deepcopy(base), work / "lora")
-            reached = accuracy(model, task.splits["test"])
+            reached = task.measure(model, task.splits["test"])
             print(f"| {rank} | {said['total_error']:.1%} | {said['bytes']:,} | {reached:.1%} |")
         size = (adapter / WEIGHTS).stat().st_size
         print(
-            f"| adapter | 0 | {size:,} | {whole:.1%} |\n| base | all | 0 | {accuracy(base, task.splits['test']):.1%} |"
+            f"| adapter | 0 | {size:,} | {whole:.1%} |\n"
+            f"| base | all | 0 | {task.measure(base, task.splits['test']):.1%} |"
         )
 
 

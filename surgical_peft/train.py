@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,29 +19,33 @@ from .model import get_surgical_model
 from .optim import surgical_optimizer
 from .policies.policy import Policy
 from .recipe import Recipe
+from .report.card import write_card
+from .run_report import begin, make_report
 from .scores import BlockScores
 from .scoring import score_blocks
 from .tasks import Examples, Task, load_task
+from .tasks.models import modules_to_save
 
 _ADAPTER = "adapter_config.json"  # by which the adapter of an earlier run is known
 
 
 def score(recipe: Recipe) -> BlockScores:
     """Score the blocks of a recipe's model on its training data, untouched; by `probe` unless the recipe says."""
-    task = load_task(recipe)
+    task = load_task(recipe, ("train",))
     args = recipe.arguments()
     criterion = recipe.make_criterion() or CRITERION
     model = task.load_model().to(args.device)
-    return score_blocks(model, _loader(task, args), criterion, num_batches=recipe.num_batches)
+    return score_blocks(model, loader(task, args), criterion, num_batches=recipe.num_batches)
 
 
-def _loader(task: Task, args: TrainingArguments) -> DataLoader[Any]:
+def loader(task: Task, args: TrainingArguments) -> DataLoader[Any]:
+    """Shuffled batches of the training split, the same at every call."""
     return DataLoader(
         task.splits["train"],  # type: ignore[arg-type]
         batch_size=args.train_batch_size,
         shuffle=True,
         generator=torch.Generator().manual_seed(args.seed),
-        collate_fn=default_data_collator,
+        collate_fn=task.collate,
     )
 
 
@@ -50,27 +54,30 @@ def train(recipe: Recipe, output: str | Path | None = None) -> dict[str, Any]:
 
     Args:
         recipe: what to do.
-        output: folder to write to; default is the recipe's `output_dir`. It gets `adapter/`, `report.json`, and with
-            `blocks: auto` also `scores.json` and `scores.png`; each whole or not at all.
+        output: folder to write to; default is the recipe's `output_dir`. It gets `adapter/`, with a model card in it,
+            `report.json`, and with `blocks: auto` also `scores.json` and `scores.png`; each whole or not at all.
 
     Returns:
-        The report: blocks, numbers of parameters, accuracy on validation and test before and after.
+        The report: blocks, numbers of parameters, the metric on validation and test before and after, and all else
+        that `surgical-peft card` puts into a model card.
     """
     args = recipe.arguments() if output is None else recipe.arguments(output_dir=str(output))
     folder = Path(str(args.output_dir))
     policy = recipe.make_policy()
     check_replaceable(folder / "adapter", _ADAPTER)
-    task = load_task(recipe)
+    task, beginning = load_task(recipe), begin(recipe)
     model = task.load_model().to(args.device)
     size = sum(parameter.numel() for parameter in model.parameters())
     config, scores = recipe.config(), None
+    config.modules_to_save = modules_to_save(recipe, model)
     if config.blocks == "auto":
-        config, scores = choose_blocks(model, config, _loader(task, args), recipe.num_batches)
+        config, scores = choose_blocks(model, config, loader(task, args), recipe.num_batches)
         config.selection = {**(config.selection or {}), "seed": args.seed}
     wrapped = get_surgical_model(model, config)
-    before = {split: accuracy(wrapped, task.splits[split]) for split in ("validation", "test")}
-    fit(wrapped, args, task.splits["train"], policy, [SurgicalCallback()])
-    after = {split: accuracy(wrapped, task.splits[split]) for split in ("validation", "test")}
+    tuned = sum(parameter.numel() for parameter in wrapped.parameters() if parameter.requires_grad)
+    before = {split: task.measure(wrapped, task.splits[split]) for split in ("validation", "test")}
+    trainer = fit(wrapped, args, task.splits["train"], policy, [SurgicalCallback()], task.collate)
+    after = {split: task.measure(wrapped, task.splits[split]) for split in ("validation", "test")}
     with whole_folder(folder / "adapter", _ADAPTER) as temporary:
         wrapped.save_pretrained(temporary)
         if (folder / "adapter").exists():  # what an earlier run said of its adapter goes with it
@@ -79,21 +86,10 @@ def train(recipe: Recipe, output: str | Path | None = None) -> dict[str, Any]:
     if scores is not None:
         scores.save(folder / "scores.json")
         scores.plot(folder / "scores.png")
-    tuned = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
-    config = wrapped.peft_config["default"]
-    report = {
-        "model": recipe.model,
-        "data": recipe.data,
-        "blocks": config.blocks,
-        "target_modules": config.target_modules,
-        "selection": config.selection,
-        "tuned_parameters": tuned,
-        "all_parameters": size,
-        "accuracy_before": before,
-        "accuracy_after": after,
-        "adapter": str(folder / "adapter"),
-    }
+    report = make_report(recipe, task, trainer, beginning, before, after, (tuned, size), folder)
+    report["plot"] = None if scores is None else "scores.png"
     write_text(folder / "report.json", json.dumps(report, indent=2) + "\n")
+    write_card(folder)
     return report
 
 
@@ -103,6 +99,7 @@ def fit(
     examples: Examples,
     policy: Policy | None = None,
     callbacks: Sequence[TrainerCallback] = (),
+    collate: Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]] = default_data_collator,
 ) -> Trainer:
     """Train what has `requires_grad` with `Trainer`, each block at its rate; returns the trainer."""
     set_seed(args.seed)
@@ -110,26 +107,10 @@ def fit(
         model=model,
         args=args,
         train_dataset=examples,
-        data_collator=default_data_collator,
+        data_collator=collate,
         optimizer_cls_and_kwargs=surgical_optimizer(args, policy),  # type: ignore[arg-type]
         callbacks=list(callbacks),
     )
     trainer.remove_callback(PrinterCallback)  # prints the log as dictionaries where the progress bar is off
     trainer.train()
     return trainer
-
-
-@torch.inference_mode()
-def accuracy(model: nn.Module, examples: Examples, batch_size: int = 250) -> float:
-    """Share of examples, 0 to 1, that the model classifies rightly."""
-    device = next(model.parameters()).device
-    training = model.training
-    model.eval()
-    hits = total = 0
-    for batch in DataLoader(examples, batch_size=batch_size, collate_fn=default_data_collator):  # type: ignore[arg-type]
-        labels = batch.pop("labels").to(device)
-        logits = model(**{key: value.to(device) for key, value in batch.items()}).logits
-        hits += int((logits.argmax(-1) == labels).sum())
-        total += len(labels)
-    model.train(training)
-    return hits / total

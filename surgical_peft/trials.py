@@ -5,33 +5,31 @@ Every function here that takes plain data runs in a process of its own, on one t
 
 from __future__ import annotations
 
-import gc
 import statistics
 import subprocess
 import sys
 import time
-import warnings
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForImageClassification, default_data_collator
-from transformers.utils import logging
 
 from . import policies
 from .config import SurgicalConfig
 from .errors import SurgicalError
 from .optim import create_surgical_optimizer
 from .policies.policy import Policy
+from .quiet import quieten
 from .recipe import Recipe
 from .scores import BlockScores
 from .tasks import load_task
-from .train import accuracy, fit
+from .tasks.measuring import classification
+from .train import fit
 from .train import score as score_recipe
 
 BATCH_SIZE = 32
@@ -121,11 +119,7 @@ def shipped(name: str) -> Path:
 def start_worker() -> None:
     """One thread, and silence."""
     torch.set_num_threads(1)
-    gc.freeze()  # Trainer collects garbage after every training, for a quarter of a second over what was imported
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-    warnings.filterwarnings("ignore", category=FutureWarning)
+    quieten()
 
 
 def prepare(shift: str, seed: int, work: Path) -> None:
@@ -153,13 +147,13 @@ def train(run: Run, epochs: float) -> float:
     with torch.inference_mode():
         images = default_data_collator(examples["validation"][:64])["pixel_values"]
         torch.save(model.eval()(pixel_values=images).logits, run.logits)
-    return accuracy(model, examples["validation"])
+    return classification()(model, examples["validation"])
 
 
 def test(run: Run) -> float:
     """Test accuracy of a saved run, or of the source model where there was nothing to train."""
     folder = run.folder if METHODS[run.method].rates else shipped("fashion_mnist/vit")
-    return accuracy(AutoModelForImageClassification.from_pretrained(folder), _examples(run.data)["test"])
+    return classification()(AutoModelForImageClassification.from_pretrained(folder), _examples(run.data)["test"])
 
 
 def costs(data: Path) -> dict[str, dict[str, float]]:

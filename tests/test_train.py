@@ -12,7 +12,7 @@ from peft import PeftModel
 from surgical_peft import BlockScores, SurgicalError
 from surgical_peft.recipe import Recipe
 from surgical_peft.tasks import load_task
-from surgical_peft.train import accuracy, score, train
+from surgical_peft.train import score, train
 
 SHIPPED = Path(__file__).parents[1] / "recipes" / "fashion_mnist"
 RECIPE = Recipe(
@@ -41,10 +41,11 @@ def test_training_learns_saves_and_reports(tmp_path: Path, small_splits: None) -
     assert report["blocks"] == ["4", "5"]
     assert report["all_parameters"] == 205_962
     assert report["tuned_parameters"] == 2 * 33_472
-    assert report["accuracy_after"]["test"] > report["accuracy_before"]["test"] + 0.2
+    assert report["metric"] == "accuracy"
+    assert report["after"]["test"] > report["before"]["test"] + 0.2
     task = load_task(RECIPE)
     model = PeftModel.from_pretrained(task.load_model(), report["adapter"])
-    assert accuracy(model, [task.splits["test"][i] for i in range(200)]) == report["accuracy_after"]["test"]
+    assert task.measure(model, [task.splits["test"][i] for i in range(200)]) == report["after"]["test"]
 
 
 def test_auto_writes_down_why(tmp_path: Path, small_splits: None) -> None:
@@ -89,17 +90,6 @@ def test_scoring_a_recipe() -> None:
     assert scores == score(replace(RECIPE, num_batches=2))
 
 
-def test_accuracy_leaves_the_mode_as_it_was() -> None:
-    task = load_task(RECIPE)
-    model = task.load_model().train()
-    examples = [task.splits["test"][i] for i in range(30)]
-    value = accuracy(model, examples, batch_size=7)
-    logits = model.eval()(torch.stack([each["pixel_values"] for each in examples])).logits
-    assert value == (logits.argmax(-1) == torch.stack([each["labels"] for each in examples])).sum().item() / 30
-    accuracy(model.train(), examples)
-    assert model.training
-
-
 def test_a_folder_of_something_else_is_refused_before_training(tmp_path: Path) -> None:
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "thesis.txt").write_text("mine")
@@ -123,3 +113,12 @@ def test_an_earlier_run_loses_nothing_when_saving_fails(
     with pytest.raises(OSError, match="no space left"):
         train(recipe, tmp_path)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_a_new_head_is_trained_and_saved_with_any_block(tmp_path: Path, small_splits: None) -> None:
+    for blocks in (["0"], ["0", "head"], "all"):
+        report = train(replace(RECIPE, new_head=True, blocks=blocks, label_map=None), tmp_path)
+        assert report["after"]["test"] > 0.5, blocks
+        task = load_task(replace(RECIPE, label_map=None))  # its own head: the adapter brings the new one
+        model = PeftModel.from_pretrained(task.load_model(), tmp_path / "adapter")
+        assert task.measure(model, [task.splits["test"][i] for i in range(200)]) == report["after"]["test"], blocks

@@ -1,0 +1,40 @@
+"""What a recipe's model and data are: one function a task, each in a file of its own.
+
+What a task gives, and what one of the user's own has to give, is in `tasks.task`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from ..names import resolve
+from ..recipe import Recipe
+from .causal_lm import causal_lm
+from .image_classification import image_classification
+from .seq2seq import seq2seq
+from .task import SPLITS as SPLITS
+from .task import Examples as Examples
+from .task import Task as Task
+from .task import model_of_config as model_of_config
+from .text_classification import text_classification
+from .token_classification import token_classification
+
+__all__ = ["causal_lm", "image_classification", "seq2seq", "text_classification", "token_classification"]
+
+
+def load_task(recipe: Recipe, splits: Sequence[str] = SPLITS) -> Task:
+    """The task of a recipe.
+
+    Args:
+        recipe: says which task, model and data.
+        splits: which splits to load; the others are not opened.
+
+    Raises:
+        SurgicalError: unknown task; model or data that cannot be found or do not fit the task.
+
+    Example:
+        >>> load_task(recipe, ("train", "validation")).splits.keys()
+        dict_keys(['train', 'validation'])
+    """
+    return resolve(recipe.task, sys.modules[__name__])(recipe, tuple(splits))

@@ -1,0 +1,134 @@
+"""Images with class labels."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Image
+from PIL import Image as PILImage
+from torch.utils.data import Dataset
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, default_data_collator
+
+from ..errors import SurgicalError
+from ..recipe import Recipe
+from ..shifts import corruption
+from .data import find_columns, is_label, open_splits
+from .labels import label_rows
+from .measuring import classification
+from .models import model_loader
+from .task import Examples, Task, check_keys, found
+
+_MODES = {1: "L", 3: "RGB"}
+
+
+def image_classification(recipe: Recipe, splits: Sequence[str]) -> Task:
+    """Images with class labels, and a model that `AutoModelForImageClassification` loads.
+
+    Columns: `image` and `label`. Metrics: `accuracy` (default), `macro_f1`, `matthews_correlation`. Images of any mode
+    are converted to as many channels as the model takes.
+    """
+    check_keys(recipe, "corruption", "label_map", "imbalance", "new_head")
+    measure = classification(recipe.metric or "accuracy")
+    config = found(AutoConfig.from_pretrained, recipe.model, "model")
+    processor = found(AutoImageProcessor.from_pretrained, recipe.model, "image processor of", backend="pil")
+    corrupt = corruption(recipe.corruption, recipe.severity) if recipe.corruption else None
+    data = open_splits(recipe.data, splits)
+    columns = find_columns(recipe, data, {"image": lambda feature: isinstance(feature, Image), "label": is_label})
+    found_labels = label_rows(recipe, data, columns["label"], config)
+    examples: dict[str, Examples] = {}
+    shape = None
+    for split, each in data.items():
+        images = _Images(
+            each.select_columns(columns["image"]),
+            columns["image"],
+            found_labels.rows[split],
+            found_labels.labels[split],
+            processor,
+            _MODES.get(getattr(config, "num_channels", 3), "RGB"),
+            shape,
+            corrupt,
+            (zlib.crc32(split.encode()), recipe.shift_seed),
+        )
+        if shape is None:
+            shape = tuple(images[0]["pixel_values"].shape)
+            _check_shape(config, shape, recipe)
+        examples[split] = replace(images, shape=shape)
+    return Task(
+        load_model=model_loader(AutoModelForImageClassification, recipe, found_labels.count, found_labels.names),
+        splits=examples,
+        collate=default_data_collator,
+        metric=recipe.metric or "accuracy",
+        measure=measure,
+    )
+
+
+def _check_shape(config: Any, shape: tuple[int, ...], recipe: Recipe) -> None:
+    """Have the model, without its weights, say whether it takes images of that shape."""
+    with torch.device("meta"):
+        model = AutoModelForImageClassification.from_config(config)
+        pixels = torch.zeros(1, *shape)
+    try:
+        model(pixel_values=pixels)
+    except ValueError as error:
+        raise SurgicalError(
+            f"{recipe.model} does not take the images that its image processor makes of {recipe.data}, with "
+            f"{shape[0]} x {shape[1]} x {shape[2]} values (channels, height, width): {error} Resize the "
+            "images, or set do_resize and size in the model's preprocessor_config.json."
+        ) from error
+
+
+@dataclass(frozen=True)
+class _Images(Dataset[dict[str, torch.Tensor]]):
+    """Images of one split as the model takes them; noise on one depends on its place, the split and the seed alone."""
+
+    data: Any
+    column: str
+    rows: list[int]
+    labels: list[int]
+    processor: Any
+    mode: str
+    shape: tuple[int, ...] | None
+    corrupt: Callable[..., Any] | None
+    seeds: tuple[int, int]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        place = self.rows[index]
+        image = self.data[place][self.column]
+        if image is None:
+            raise SurgicalError(f"row {place} of a split has no image: drop such rows first.")
+        image = convert(image, self.mode)
+        if self.corrupt is not None:
+            split, seed = self.seeds
+            rng = np.random.default_rng((split, place, seed))  # with seed 0 the same as without it
+            image = PILImage.fromarray(self.corrupt(np.asarray(image), rng))
+        pixels = self.processor(image, return_tensors="pt")["pixel_values"][0]
+        if self.shape is not None and tuple(pixels.shape) != self.shape:
+            raise SurgicalError(
+                f"the image of row {place} has {image.height} x {image.width} pixels, another size than the first, "
+                "and the model's image processor leaves it so: resize the images, or set do_resize and size in its "
+                "preprocessor_config.json."
+            )
+        return {"pixel_values": pixels, "labels": torch.tensor(self.labels[index])}
+
+
+def convert(image: PILImage.Image, mode: str) -> PILImage.Image:
+    """The image in another mode; 16 bits a pixel become 8, what is transparent becomes white."""
+    if image.mode == mode:
+        return image
+    if image.mode.startswith("I"):  # Pillow would cut such values off at 255
+        deep = np.asarray(image).astype(np.int64)
+        image = PILImage.fromarray((np.clip(deep, 0, 65535) // 257).astype(np.uint8))
+    if image.mode == "F":
+        raise SurgicalError("an image has floating point pixels, whose range is not known: save it with 8 or 16 bits.")
+    if image.has_transparency_data:
+        whole = image.convert("RGBA")
+        image = PILImage.alpha_composite(PILImage.new("RGBA", whole.size, "white"), whole)
+    return image.convert(mode)

@@ -1,0 +1,135 @@
+"""The labels of a data set: which class is which label of the model, and which rows are used."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from datasets import ClassLabel, Value
+
+from ..errors import SurgicalError
+from ..names import nearest
+from ..recipe import Recipe
+from ..shifts import keep_share, read_label_map
+from ..shifts.classes import class_number
+from .data import open_splits
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """The rows that a recipe uses and their labels.
+
+    Attributes:
+        rows: for each split the places of its rows.
+        labels: for each split the label of each of these rows, a number from 0.
+        count: how many labels the model has.
+        names: the names of the labels of a new head, or None where the labels are not the classes of the data.
+    """
+
+    rows: dict[str, list[int]]
+    labels: dict[str, list[int]]
+    count: int
+    names: list[str] | None
+
+
+def label_rows(recipe: Recipe, data: dict[str, Any], column: str, config: Any) -> Labelled:
+    """What the labels of each split are, after the recipe's `label_map` and `imbalance`.
+
+    Without a `label_map`, classes are matched with the model's labels by name where it knows all the names, else by
+    number: classes as a `ClassLabel` has them, other names in alphabetical order.
+
+    Args:
+        recipe: says how classes become labels.
+        data: the splits.
+        column: where the labels are: classes, names or numbers.
+        config: of the model, which knows its labels.
+
+    Raises:
+        SurgicalError: a class that the training split lacks, a row without label, a label that the model has not, a
+            split left without rows, or only one class to train on.
+    """
+    train = data["train"] if "train" in data else open_splits(recipe.data, ["train"])["train"]
+    classes = class_names(train.features[column], list(train[column]), f"{recipe.data}, split train")
+    label_map, count = fit_labels(recipe, classes, config)
+    rows, labels = {}, {}
+    for split, each in data.items():
+        found = _classes_of(each, column, classes, f"{recipe.data}, split {split}")
+        places = [place for place, number in enumerate(found) if label_map[number] is not None]
+        if split == "train" and recipe.imbalance:
+            shares = _read_shares(recipe.imbalance, classes)
+            kept = keep_share([found[place] for place in places], shares, recipe.shift_seed)
+            places = [places[number] for number in kept]
+        if not places:
+            raise SurgicalError(f"label_map={recipe.label_map}: no row of the split {split} of {recipe.data} is left.")
+        rows[split] = places
+        labels[split] = [int(label_map[found[place]]) for place in places]  # type: ignore[arg-type]
+    if "train" in labels and len(set(labels["train"])) < 2:
+        raise SurgicalError(
+            f"{recipe.data}: all {len(rows['train'])} rows of the split train have the label {labels['train'][0]}: to "
+            f"choose between classes there must be two. The classes are {', '.join(classes)}."
+        )
+    return Labelled(rows, labels, count, classes if recipe.label_map is None else None)
+
+
+def fit_labels(recipe: Recipe, classes: list[str], config: Any) -> tuple[list[int | None], int]:
+    """The label of each class, None for those left out, and how many labels the model has."""
+    label_map = read_label_map(recipe.label_map, classes)
+    if recipe.new_head:
+        count = max((label for label in label_map if label is not None), default=0) + 1
+    else:
+        count = config.num_labels
+        own = {name: label for label, name in config.id2label.items()}
+        if recipe.label_map is None and all(name in own for name in classes):
+            label_map = [own[name] for name in classes]
+    if count < 2:
+        raise SurgicalError(f"{recipe.model}: there is one label only; to choose between classes there must be two.")
+    if any(label is not None and label >= count for label in label_map):
+        what = f"label_map={recipe.label_map}" if recipe.label_map is not None else f"{len(classes)} classes"
+        raise SurgicalError(
+            f"{what} does not fit: the labels of {recipe.model} are 0 to {count - 1}, the classes of {recipe.data} "
+            f"are {', '.join(classes)}. Write a label_map, or new_head: true for a head of its own."
+        )
+    return label_map, count
+
+
+def class_names(feature: Any, values: list[Any], where: str) -> list[str]:
+    """The names of the classes in a column, in the order of their numbers."""
+    if isinstance(feature, ClassLabel):
+        return list(feature.names)
+    known = {value for value in values if value is not None}
+    if isinstance(feature, Value) and feature.dtype in ("string", "large_string"):
+        return sorted(known)
+    if min(known, default=0) < 0:
+        raise SurgicalError(f"{where}: the label {min(known)} is below 0: numbers of classes begin at 0.")
+    return [str(number) for number in range(int(max(known, default=-1)) + 1)]
+
+
+def class_numbers(feature: Any, values: list[Any], classes: list[str], where: str) -> list[int]:
+    """The class of each value of a column, as a number in `classes`."""
+    if isinstance(feature, ClassLabel):
+        numbers: dict[Any, int | None] = {
+            own: classes.index(name) if name in classes else None for own, name in enumerate(feature.names)
+        }
+    elif isinstance(feature, Value) and feature.dtype in ("string", "large_string"):
+        numbers = {name: number for number, name in enumerate(classes)}
+    else:
+        numbers = {number: number for number in range(len(classes))}
+    for place, value in enumerate(values):
+        if numbers.get(value) is None:
+            name = feature.names[value] if isinstance(feature, ClassLabel) and value in numbers else value
+            raise SurgicalError(
+                f"{where}: row {place} has the label {name!r}, which is no class of the split train: "
+                f"{nearest(str(name), classes)}There are: {', '.join(classes)}."
+            )
+    return [numbers[value] for value in values]  # type: ignore[misc]
+
+
+def _classes_of(data: Any, column: str, classes: list[str], where: str) -> list[int]:
+    return class_numbers(data.features[column], list(data[column]), classes, where)
+
+
+def _read_shares(imbalance: dict[Any, Any], classes: list[str]) -> dict[int, float]:
+    for each, share in imbalance.items():
+        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1:
+            raise SurgicalError(f"imbalance={imbalance}: {each}: {share!r} is no share: more than 0, 1 at most.")
+    return {class_number("imbalance", each, classes): float(share) for each, share in imbalance.items()}

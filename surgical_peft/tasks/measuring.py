@@ -1,0 +1,98 @@
+"""A metric of a model on examples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import default_data_collator
+
+from ..errors import SurgicalError
+from ..metrics import SHIPPED, load_metric
+from .task import Examples
+
+BATCH_SIZE = 250
+IGNORED = -100  # as a label: not to be learned, nor measured
+Batch = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A metric of a model on examples, in eval mode and on the model's device; the model keeps its mode.
+
+    Attributes:
+        compute: the metric of predictions and references.
+        read: predictions and references of a batch, as lists.
+        collate: makes a batch of examples.
+        batch_size: of the batches; a metric does not depend on it, but the rounding of a model does.
+    """
+
+    compute: Callable[[list[Any], list[Any]], float]
+    read: Callable[[nn.Module, Batch], tuple[list[Any], list[Any]]]
+    collate: Callable[[list[dict[str, Any]]], Batch] = default_data_collator
+    batch_size: int = BATCH_SIZE
+
+    @torch.inference_mode()
+    def __call__(self, model: nn.Module, examples: Examples) -> float:
+        """The metric of `model` on `examples`."""
+        device = next(model.parameters()).device
+        training = model.training
+        predictions: list[Any] = []
+        references: list[Any] = []
+        model.eval()
+        try:
+            for batch in DataLoader(examples, self.batch_size, collate_fn=self.collate):  # type: ignore[arg-type]
+                predicted, wanted = self.read(model, {name: value.to(device) for name, value in batch.items()})
+                predictions += predicted
+                references += wanted
+        finally:
+            model.train(training)
+        if not references:
+            raise SurgicalError("there is nothing to measure: no example, or no token to predict.")
+        return self.compute(predictions, references)
+
+
+def classification(metric: str = "accuracy", **kwargs: Any) -> Measure:
+    """A metric of the class with the largest logit; `kwargs` are those of `Measure`."""
+    check_metric(metric, "accuracy", "macro_f1", "matthews_correlation")
+    return Measure(load_metric(metric), _read_class, **kwargs)
+
+
+def check_metric(metric: str, *fitting: str) -> None:
+    """Refuse a metric that ships and is for other tasks.
+
+    Raises:
+        SurgicalError: it is.
+    """
+    if metric in SHIPPED and metric not in fitting:
+        raise SurgicalError(f"metric {metric!r} is not for this task, which has: {', '.join(fitting)}.")
+
+
+def _read_class(model: nn.Module, batch: Batch) -> tuple[list[int], list[int]]:
+    """The class with the largest logit, and the right one, of each example."""
+    labels = batch.pop("labels")
+    return model(**batch).logits.argmax(-1).tolist(), labels.tolist()
+
+
+def read_tokens(metric: str, ahead: int, model: nn.Module, batch: Batch) -> tuple[list[int] | list[float], list[int]]:
+    """Of each right token: the likeliest one in its place, or with `log_likelihood` its own log-likelihood.
+
+    Args:
+        metric: what they are for.
+        ahead: 1 if a position predicts the token after it, 0 if the one in its place.
+        model: a language model.
+        batch: with labels.
+    """
+    labels = batch["labels"]  # left in the batch: a decoder is fed with them
+    logits = model(**batch).logits
+    if ahead:
+        logits, labels = logits[:, :-ahead], labels[:, ahead:]
+    told = labels != IGNORED
+    logits, labels = logits[told], labels[told]
+    if metric == "log_likelihood":
+        return (-nn.functional.cross_entropy(logits.float(), labels, reduction="none")).tolist(), labels.tolist()
+    return logits.argmax(-1).tolist(), labels.tolist()

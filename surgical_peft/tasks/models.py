@@ -1,0 +1,63 @@
+"""The source model of a task: as it was trained, or with a new head."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, TrainingArguments
+
+from ..blocks import BlockMap
+from ..errors import SurgicalError
+from ..recipe import Recipe
+from ..scores import is_head
+from .task import found
+
+
+def model_loader(
+    auto: Any, recipe: Recipe, count: int | None = None, names: list[str] | None = None
+) -> Callable[[], nn.Module]:
+    """A function that loads the source model of a recipe, in eval mode.
+
+    Args:
+        auto: the Auto class of transformers that loads it.
+        recipe: with `new_head`, the head gets fresh weights, by the recipe's seed.
+        count: of labels of the new head.
+        names: of these labels.
+    """
+
+    def load() -> nn.Module:
+        if recipe.new_head:
+            return _with_new_head(auto, recipe, count, names)
+        model, said = found(auto.from_pretrained, recipe.model, "model", output_loading_info=True)
+        if said["missing_keys"]:
+            raise SurgicalError(
+                f"{recipe.model} has no weights for {', '.join(sorted(said['missing_keys']))}: it was not trained for "
+                f"{recipe.task}. Write new_head: true if its head is to be made and trained, or take another model."
+            )
+        return model
+
+    return load
+
+
+def modules_to_save(recipe: Recipe, model: nn.Module) -> list[str] | None:
+    """What is trained and saved whatever blocks are chosen: as the recipe says, else a new head."""
+    if recipe.modules_to_save is not None or not recipe.new_head:
+        return recipe.modules_to_save
+    modules = BlockMap.find(model).modules
+    return [path for block in modules if is_head(block) for path in modules[block]]
+
+
+def _with_new_head(auto: Any, recipe: Recipe, count: int | None, names: list[str] | None) -> nn.Module:
+    labels = {"num_labels": count} | ({"id2label": dict(enumerate(names))} if names else {})
+    config = found(AutoConfig.from_pretrained, recipe.model, "model", **labels)
+    with torch.random.fork_rng(devices=[]):  # what the caller draws does not depend on it
+        torch.manual_seed(recipe.training.get("seed", TrainingArguments.seed))
+        model = auto.from_config(config)
+        source = found(auto.from_pretrained, recipe.model, "model", config=config, ignore_mismatched_sizes=True)
+    if source.base_model is source:
+        raise SurgicalError(f"new_head: {type(source).__name__} does not tell its head from the rest.")
+    model.base_model.load_state_dict(source.base_model.state_dict())
+    return model.to(source.dtype).eval()

@@ -1,0 +1,70 @@
+"""Texts with a text to answer with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+from numpy.random import Generator
+from torch import nn
+from transformers import AutoModelForSeq2SeqLM, DataCollatorForSeq2Seq
+
+from ..metrics import load_metric
+from ..recipe import Recipe
+from .data import find_columns, is_text, open_splits
+from .measuring import IGNORED, Batch, Measure, check_metric, read_tokens
+from .models import model_loader
+from .task import Task, check_keys
+from .texts import Texts, Tokenizing, plain, refuse_empty, tokenizing
+
+BATCH_SIZE = 8  # of measuring
+_BY_TOKEN = ("accuracy", "log_likelihood")
+
+
+def seq2seq(recipe: Recipe, splits: Sequence[str]) -> Task:
+    """Texts with a text to answer with, and a model that `AutoModelForSeq2SeqLM` loads.
+
+    Columns: `text` and `target`. Metrics: `accuracy` (default), the share of the target's tokens that are predicted
+    rightly from the text and all right tokens before them; `log_likelihood`, minus the mean loss of a token;
+    `exact_match`, or one of the Hub, of the text that the model writes by itself, always taking the likeliest token.
+    A shift changes `text` alone.
+    """
+    check_keys(recipe, "character_noise", "casing", "max_length")
+    metric = recipe.metric or "accuracy"
+    check_metric(metric, *_BY_TOKEN, "exact_match")
+    how = tokenizing(recipe)
+    data = open_splits(recipe.data, splits)
+    columns = find_columns(recipe, data, {"text": is_text, "target": is_text})
+    for column in columns.values():
+        refuse_empty(data, column, recipe.data)
+    collate = plain(DataCollatorForSeq2Seq(how.tokenizer))
+    read = partial(read_tokens, metric, 0) if metric in _BY_TOKEN else partial(_read_written, how.tokenizer)
+    return Task(
+        load_model=model_loader(AutoModelForSeq2SeqLM, recipe),
+        splits={
+            split: Texts(each, list(range(len(each))), partial(_read, how, columns), partial(how.rng, split))
+            for split, each in data.items()
+        },
+        collate=collate,
+        metric=metric,
+        measure=Measure(load_metric(metric), read, collate, BATCH_SIZE),
+    )
+
+
+def _read(how: Tokenizing, columns: dict[str, str], row: dict[str, Any], index: int, rng: Generator) -> dict[str, Any]:
+    tokens = how.tokens(how.shifted(row[columns["text"]], rng))
+    target = how.tokens(text=None, text_target=row[columns["target"]])
+    return {**tokens, "labels": list(target["input_ids"])}
+
+
+def _read_written(tokenizer: Any, model: nn.Module, batch: Batch) -> tuple[list[str], list[str]]:
+    """What the model writes, up to the length of the longest target and a token more, and the targets."""
+    labels = batch.pop("labels")
+    written = model.generate(  # type: ignore[operator]
+        **batch, max_new_tokens=labels.shape[1] + 1, do_sample=False, num_beams=1
+    )
+    targets = labels.masked_fill(labels == IGNORED, tokenizer.pad_token_id)
+    texts = (tokenizer.batch_decode(ids, skip_special_tokens=True) for ids in (written, targets))
+    predicted, wanted = ([text.strip() for text in each] for each in texts)
+    return predicted, wanted

@@ -1,0 +1,90 @@
+"""What a task is: a model to load, data to tune it on, and how to measure it.
+
+A task is a function `(recipe, splits) -> Task`. It opens only these splits, refuses what does not fit before anything
+is trained, and gives the same examples for the same recipe every time. One of the user's own goes into a recipe as
+`task: package.module:name`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import transformers
+from datasets.exceptions import DatasetsError
+from torch import Tensor, nn
+from transformers import AutoConfig
+
+from ..errors import SurgicalError
+from ..recipe import Recipe
+
+SPLITS = ("train", "validation", "test")
+
+
+class Examples(Protocol):
+    """Examples as a model takes them; a list of them will do."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> dict[str, Any]: ...
+
+
+@dataclass(frozen=True)
+class Task:
+    """A model to load, data to tune it on, and how to measure it.
+
+    Attributes:
+        load_model: gives the source model, freshly loaded.
+        splits: the splits that were asked for; examples as the model takes them, with `labels`. The same index gives
+            the same example every time.
+        collate: makes a batch of examples.
+        metric: the name of what `measure` gives; larger is better.
+        measure: that metric of a model on examples. It works in eval mode, on the model's device and in batches of a
+            fixed size, and leaves the model in the mode that it had.
+    """
+
+    load_model: Callable[[], nn.Module]
+    splits: dict[str, Examples]
+    collate: Callable[[list[dict[str, Any]]], dict[str, Tensor]]
+    metric: str
+    measure: Callable[[nn.Module, Examples], float]
+
+
+_KEYS = ("corruption", "label_map", "imbalance", "new_head", "character_noise", "casing", "max_length")
+
+
+def check_keys(recipe: Recipe, *speaking: str) -> None:
+    """Refuse a key of the recipe that is for other tasks, or a seed that no shift takes.
+
+    Raises:
+        SurgicalError: one of them is given.
+    """
+    if recipe.shift_seed < 0:
+        raise SurgicalError(f"shift_seed={recipe.shift_seed} is below 0.")
+    for key in _KEYS:
+        if key not in speaking and getattr(recipe, key) not in (None, False, {}):
+            raise SurgicalError(
+                f"{key}={getattr(recipe, key)!r} is not for {recipe.task}, which knows: {', '.join(speaking)}."
+            )
+
+
+def model_of_config(model: str) -> nn.Module:
+    """The architecture of a model folder or Hub id, without its weights (on the meta device)."""
+    config = found(AutoConfig.from_pretrained, model, "model")
+    names = config.architectures or []
+    architecture = getattr(transformers, names[0], None) if names else None
+    with torch.device("meta"):
+        return architecture(config) if architecture else transformers.AutoModel.from_config(config)
+
+
+def found(load: Callable[..., Any], name: str, what: str, **kwargs: Any) -> Any:
+    """`load(name)`, with one kind of error for all the ways in which transformers and datasets miss something."""
+    try:
+        return load(name, **kwargs)
+    except (OSError, ValueError, ConnectionError, DatasetsError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        kind = "the folder" if Path(name).exists() else "neither a folder here nor to be had from the Hub now:"
+        raise SurgicalError(f"the {what} {name!r} cannot be loaded: {kind} {reason}") from error

@@ -1,0 +1,109 @@
+"""Words with a tag each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+from numpy.random import Generator
+from torch import nn
+from transformers import AutoModelForTokenClassification, DataCollatorForTokenClassification
+
+from ..errors import SurgicalError
+from ..metrics import load_metric
+from ..recipe import Recipe
+from .data import find_columns, is_label, is_list_of, is_text, open_splits
+from .labels import class_names, class_numbers, fit_labels
+from .measuring import IGNORED, Batch, Measure, check_metric
+from .models import model_loader
+from .task import Task, check_keys
+from .texts import Texts, Tokenizing, plain, refuse_empty, tokenizing
+
+BATCH_SIZE = 64  # of measuring
+_BY_WORD = ("accuracy", "macro_f1", "matthews_correlation")
+
+
+def token_classification(recipe: Recipe, splits: Sequence[str]) -> Task:
+    """Words with a tag each, and a model that `AutoModelForTokenClassification` loads.
+
+    Columns: `tokens`, a list of words, and `tags`, a list of classes, their names or numbers. The first token of a
+    word bears its tag. Metrics: `span_f1` (default) on IOB2 tags; `accuracy`, `macro_f1` and `matthews_correlation` of
+    words. What is cut off at `max_length` is not measured.
+    """
+    check_keys(recipe, "label_map", "new_head", "character_noise", "casing", "max_length")
+    metric = recipe.metric or "span_f1"
+    check_metric(metric, "span_f1", *_BY_WORD)
+    how = tokenizing(recipe)
+    if not how.tokenizer.is_fast:
+        raise SurgicalError(
+            f"{recipe.model}: its tokenizer does not say which word a token is of: it must be a fast one."
+        )
+    data = open_splits(recipe.data, splits)
+    columns = find_columns(recipe, data, {"tokens": is_list_of(is_text), "tags": is_list_of(is_label)})
+    refuse_empty(data, columns["tokens"], recipe.data)
+    train = data["train"] if "train" in data else open_splits(recipe.data, ["train"])["train"]
+    feature = train.features[columns["tags"]].feature
+    classes = class_names(feature, [tag for tags in train[columns["tags"]] for tag in tags], recipe.data)
+    label_map, count = fit_labels(recipe, classes, how.config)
+    if None in label_map:
+        raise SurgicalError(
+            f"label_map={recipe.label_map}: a tag cannot be left out. There are: {', '.join(classes)}."
+        )
+    tags = {
+        split: _tags(each, columns, classes, label_map, f"{recipe.data}, split {split}")
+        for split, each in data.items()
+    }
+    names = classes if recipe.label_map is None else None
+    shown = names if recipe.new_head and names else [how.config.id2label.get(i, str(i)) for i in range(count)]
+    collate = plain(DataCollatorForTokenClassification(how.tokenizer))
+    read = partial(_read_words, None if metric in _BY_WORD else shown)
+    return Task(
+        load_model=model_loader(AutoModelForTokenClassification, recipe, count, names),
+        splits={
+            split: Texts(
+                each,
+                list(range(len(each))),
+                partial(_read, how, columns["tokens"], tags[split]),
+                partial(how.rng, split),
+            )
+            for split, each in data.items()
+        },
+        collate=collate,
+        metric=metric,
+        measure=Measure(load_metric(metric), read, collate, BATCH_SIZE),
+    )
+
+
+def _tags(data: Any, columns: dict[str, str], classes: list[str], label_map: list[Any], where: str) -> list[list[int]]:
+    feature = data.features[columns["tags"]].feature
+    found = []
+    for place, (words, tags) in enumerate(zip(data[columns["tokens"]], data[columns["tags"]], strict=True)):
+        if len(words) != len(tags):
+            raise SurgicalError(f"{where}: row {place} has {len(words)} words and {len(tags)} tags.")
+        found.append([label_map[tag] for tag in class_numbers(feature, tags, classes, f"{where}, row {place}")])
+    return found
+
+
+def _read(
+    how: Tokenizing, column: str, tags: list[list[int]], row: dict[str, Any], index: int, rng: Generator
+) -> dict[str, Any]:
+    tokens = how.tokens([how.shifted(word, rng) for word in row[column]], is_split_into_words=True)
+    labels, before = [], None
+    for word in tokens.word_ids():
+        labels.append(IGNORED if word is None or word == before else tags[index][word])
+        before = word
+    return {**tokens, "labels": labels}
+
+
+def _read_words(names: list[str] | None, model: nn.Module, batch: Batch) -> tuple[list[Any], list[Any]]:
+    """Tags by name, a list for each example; or, without `names`, all tags by number in one list."""
+    labels = batch.pop("labels")
+    predicted = model(**batch).logits.argmax(-1)
+    told = labels != IGNORED
+    if names is None:
+        return predicted[told].tolist(), labels[told].tolist()
+    pairs = [
+        (row[mask].tolist(), right[mask].tolist()) for row, right, mask in zip(predicted, labels, told, strict=True)
+    ]
+    return [[names[i] for i in row] for row, _ in pairs], [[names[i] for i in right] for _, right in pairs]
