@@ -1,24 +1,25 @@
-"""The command line: `surgical-peft blocks | score | train | export | quickstart`."""
+"""The command line: `surgical-peft blocks | score | search | train | export | card | push | quickstart`."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import sys
-import warnings
-from dataclasses import replace
+from dataclasses import asdict, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
-from transformers.utils import logging
 
 from . import criteria
 from .blocks import BlockMap
+from .config import SurgicalConfig
 from .errors import SurgicalError
 from .names import resolve
+from .quiet import quieten
 
 app = typer.Typer(
     help="Fully fine-tune only the blocks of a transformer that new data need.",
@@ -29,6 +30,7 @@ app = typer.Typer(
 console = Console()
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
+RunFolder = Annotated[Path, typer.Argument(help="The folder that `surgical-peft train` wrote.")]
 RecipeFile = Annotated[Path, typer.Argument(help="A recipe: a flat YAML file, see recipes/.")]
 
 
@@ -90,6 +92,75 @@ def score(
 
 
 @app.command()
+def search(
+    recipe: RecipeFile,
+    procedure: Annotated[
+        str | None,
+        typer.Option(help="What to try, instead of the recipe's procedure: a name, or package.module:name."),
+    ] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Processes that share the trainings.")] = 1,
+    storage: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="Where the study is kept; run the same command elsewhere with the same URL to help. sqlite:///, "
+            "journal:/// or postgresql+psycopg://; default is study.db in the output folder.",
+        ),
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Name of the study; default is that of the recipe and the procedure.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder for the results; default is the recipe's.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say how many trainings it takes, and how long about.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Find the blocks to tune by trying them; the same command again resumes."""
+    from .recipe import load_recipe
+    from .recipe_search import plan
+    from .recipe_search import search as search_recipe
+
+    found = load_recipe(recipe)
+    if procedure and procedure != found.procedure:
+        found = replace(found, procedure=procedure, procedure_options={})
+    if dry_run:
+        costs = plan(found, jobs)
+        if as_json:
+            _print_json(asdict(costs))
+            return
+        console.print(f"{costs.procedure}: at most {costs.trainings} trainings.")
+        console.print(f"One training of all blocks, which takes longest: about {_time(costs.seconds_each)}.")
+        console.print(f"With {jobs} job{'s' * (jobs > 1)}: at most about {_time(costs.seconds)}.")
+        return
+    result = search_recipe(
+        found,
+        output,
+        jobs=jobs,
+        storage=storage,
+        name=name or f"{recipe.stem} {found.procedure}",
+        console=Console(stderr=True, quiet=True) if as_json else console,
+    )
+    if as_json:
+        print(result.to_json())
+        return
+    console.print(result.table())
+    folder = Path(str(output or found.arguments().output_dir)) / "search"
+    console.print(f"Result: {folder}")
+    rate = result.best.record.get("rate")
+    config = SurgicalConfig.from_selection(result.best)
+    said = {"target_modules": config.target_modules} if config.target_modules else {"blocks": config.blocks}
+    said |= {"learning_rate": rate} if rate else {}
+    console.print("To train it, write into the recipe:")
+    for key, value in said.items():
+        console.print(f"  {key}: {json.dumps(value)}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds < 60 else str(timedelta(seconds=round(seconds)))
+
+
+@app.command()
 def train(
     recipe: RecipeFile,
     output: Annotated[Path | None, typer.Option(help="Folder for the results; default is the recipe's.")] = None,
@@ -104,12 +175,14 @@ def train(
     if as_json:
         _print_json(report)
         return
-    before, after = report["accuracy_before"], report["accuracy_after"]
+    before, after = report["before"], report["after"]
     table = Table(title=f"Tuned: {', '.join(report['blocks'] or report['target_modules'])}")
-    for name in ("accuracy", "before", "after"):
-        table.add_column(name, justify="left" if name == "accuracy" else "right")
+    for name in (report["metric"], "before", "after"):
+        table.add_column(name, justify="left" if name == report["metric"] else "right")
     for split in before:
-        table.add_row(split, f"{before[split]:.1%}", f"{after[split]:.1%}")
+        values = before[split], after[split]
+        shares = all(0 <= value <= 1 for value in values)  # not a log-likelihood, say
+        table.add_row(split, *(f"{value:.1%}" if shares else f"{value:.4g}" for value in values))
     console.print(table)
     share = report["tuned_parameters"] / report["all_parameters"]
     console.print(f"{report['tuned_parameters']:,} of {report['all_parameters']:,} parameters tuned ({share:.1%}).")
@@ -157,6 +230,41 @@ def export(
 
 
 @app.command()
+def card(run: RunFolder, as_json: AsJson = False) -> None:
+    """Write the model card of a training, from its report.json; `train` has done so, this does it again."""
+    from .report.card import write_card
+
+    path = write_card(run)
+    if as_json:
+        _print_json({"card": str(path)})
+    else:
+        console.print(f"Card: {path}", soft_wrap=True)
+
+
+@app.command()
+def push(
+    run: RunFolder,
+    repository: Annotated[str, typer.Argument(help="user/name on the Hub; there must be none of that name yet.")],
+    public: Annotated[
+        bool, typer.Option("--public/--private", help="Let everyone see it; unless you say so, only you do.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Put a trained adapter and its card on the Hub, as a private repository unless you say --public.
+
+    The token is that of `hf auth login`.
+    """
+    from .push import push as push_run
+
+    pushed = push_run(run, repository, public=public)
+    if as_json:
+        _print_json(asdict(pushed))
+    else:
+        who = "private" if pushed.private else "public"
+        console.print(f"{pushed.repository} ({who}): {pushed.commit}", soft_wrap=True)
+
+
+@app.command()
 def quickstart(
     output: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("quickstart"),
     epochs: Annotated[float | None, typer.Option(min=0.1, help="Epochs of each training; default is 2.5.")] = None,
@@ -173,9 +281,7 @@ def quickstart(
 
 def main() -> None:
     """Run the command line; an error of ours is one line and exit code 2, unless `--debug` asks for the traceback."""
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", category=FutureWarning)
+    quieten()
     sys.path.append(str(Path.cwd()))  # for a criterion or policy given as package.module:name
     debug = "--debug" in sys.argv
     try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import warnings
 from collections.abc import Callable
 from dataclasses import InitVar, dataclass, field, fields, replace
@@ -15,6 +14,7 @@ from peft import LoraConfig
 from peft.config import PeftConfig
 from peft.utils import CONFIG_NAME
 
+from .blocks import PART
 from .errors import SurgicalError
 from .files import write_text
 from .patterns import check_names
@@ -198,10 +198,26 @@ class SurgicalConfig(PeftConfig):
     def from_selection(cls, selection: Selection, **kwargs: Any) -> SurgicalConfig:
         """The config that tunes a [`Selection`][surgical_peft.Selection], with the record of how it came about.
 
+        Parts of blocks, as `BlockMap.divided` names them, become `target_modules` by block.
+
+        Raises:
+            SurgicalError: parts of blocks, and `target_modules` besides.
+
         Example:
             >>> SurgicalConfig.from_selection(top_k(score_blocks(model, dataloader), 2))
         """
-        return cls(blocks=list(selection.blocks), selection=selection.record, **kwargs)
+        inside: dict[str, Any] = {}
+        for name in selection.blocks:
+            block, _, part = name.partition(PART)
+            inside[block] = [*inside.get(block, []), part] if part else "all"
+        if all(choice == "all" for choice in inside.values()):
+            return cls(blocks=list(selection.blocks), selection=selection.record, **kwargs)
+        if kwargs.get("target_modules") is not None:
+            raise SurgicalError(
+                f"target_modules={kwargs['target_modules']!r} cannot be combined with parts of blocks "
+                f"({', '.join(selection.blocks)}): leave one of them out."
+            )
+        return cls(**{**kwargs, "target_modules": inside}, selection=selection.record)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, **kwargs: Any) -> SurgicalConfig:
@@ -216,17 +232,12 @@ class SurgicalConfig(PeftConfig):
         return config
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Save as PEFT does, and let the model card beside it begin with the import that loading needs."""
+        """As PEFT's, with what a later version has put into the file."""
         super().save_pretrained(save_directory, **kwargs)
         if self.later_fields:
             path = Path(save_directory) / CONFIG_NAME
             saved = {**json.loads(path.read_text(encoding="utf-8")), **self.later_fields}
             write_text(path, json.dumps(saved, indent=2, sort_keys=True))
-        path = Path(save_directory) / "README.md"
-        if path.exists() and _HOW_TO_LOAD not in (text := path.read_text(encoding="utf-8")):
-            header = re.match(r"---\n.*?\n---\n", text, re.DOTALL)
-            at = header.end() if header else 0
-            write_text(path, text[:at] + _HOW_TO_LOAD + text[at:])
 
 
 def _plain(choice: Any) -> Choice:
@@ -251,16 +262,3 @@ def _lora_arguments(lora: LoraConfig | dict[str, Any]) -> dict[str, Any]:
         for name, value in given.items()
         if value != getattr(default, name) and name not in ("peft_type", "auto_mapping", "peft_version")
     }
-
-
-_HOW_TO_LOAD = """
-**`pip install surgical-peft`, and `import surgical_peft` before loading:**
-
-```python
-import surgical_peft  # registers the method; without it PEFT stops with KeyError: 'SURGICAL'
-from peft import PeftModel
-
-model = PeftModel.from_pretrained(base_model, "this folder or repository")
-```
-
-"""

@@ -10,6 +10,7 @@ from typing import Any
 
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
+from .adapter_card import keep_cards
 from .config import SurgicalConfig, SurgicalPeftType
 from .errors import SurgicalError
 from .loading import watch_reading
@@ -39,6 +40,7 @@ def register() -> None:
     PEFT_TYPE_TO_TUNER_MAPPING[key] = SurgicalModel
     PEFT_TYPE_TO_PREFIX_MAPPING[key] = SurgicalModel.prefix
     watch_reading()
+    keep_cards()
 
 
 def _full_name(cls: type) -> str:

@@ -107,11 +107,9 @@ def test_a_field_of_a_later_version_is_kept_with_a_warning(tmp_path: Path) -> No
     assert json.loads((tmp_path / "again" / path.name).read_text())["invented_later"] == 1
 
 
-def test_the_card_begins_with_the_import_that_loading_needs(tmp_path: Path) -> None:
-    card = tmp_path / "README.md"
-    card.write_text("---\nlibrary_name: peft\n---\n\n# Model Card\n")
-    for _ in range(2):  # a second save adds nothing
-        SurgicalConfig(blocks=[0]).save_pretrained(str(tmp_path))
-    text = card.read_text()
-    assert text.startswith("---\nlibrary_name: peft\n---\n\n**`pip install surgical-peft`")
-    assert text.count("import surgical_peft  #") == 1 and text.endswith("# Model Card\n")
+def test_parts_of_blocks_become_modules_by_block() -> None:
+    config = SurgicalConfig.from_selection(Selection(("0/mlp", "3/attention", "3/mlp", "head")))
+    assert config.target_modules == {"0": ["mlp"], "3": ["attention", "mlp"], "head": "all"}
+    assert config.blocks == ["0", "3", "head"]
+    with pytest.raises(SurgicalError, match="cannot be combined with parts of blocks"):
+        SurgicalConfig.from_selection(Selection(("0/mlp",)), target_modules=["attention"])

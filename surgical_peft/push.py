@@ -1,0 +1,120 @@
+"""Putting a trained adapter on the Hub."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError  # type: ignore[attr-defined]
+
+from .adapter_card import HERE
+from .errors import SurgicalError
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """Where a push has put an adapter.
+
+    Attributes:
+        repository: its name, `user/name`.
+        commit: its address.
+        private: whether only its owner sees it.
+    """
+
+    repository: str
+    commit: str
+    private: bool
+
+
+def push(run: str | Path, repository: str, *, public: bool = False) -> Pushed:
+    """Create a repository on the Hub and put a training's adapter and card into it, in one commit.
+
+    The token is that of huggingface_hub's own login. In the card, the repository's name stands where it is loaded.
+
+    Args:
+        run: the folder that `surgical-peft train` wrote.
+        repository: `user/name`, or `name` for the user's own; there must be none of that name, or an empty one.
+        public: let everyone see it; else the repository is private.
+
+    Raises:
+        SurgicalError: no adapter with a card in `run`, a name that cannot be or is taken, no token or one without the
+            right to write there, no network, or metadata that the Hub refuses.
+
+    Example:
+        >>> push("runs/label_map", "me/label-map").repository
+        'me/label-map'
+    """
+    folder = Path(run) / "adapter"
+    for name in ("adapter_config.json", "adapter_model.safetensors", "README.md"):
+        if not (folder / name).is_file():
+            remedy = f"make it with `surgical-peft card {run}`" if name == "README.md" else "train first"
+            raise SurgicalError(f"{str(folder)!r} has no {name}: {remedy}.")
+    if constants.HF_HUB_OFFLINE:
+        raise SurgicalError("HF_HUB_OFFLINE is set, so nothing can be pushed: unset it for this command.")
+    if get_token() is None:
+        raise SurgicalError("there is no token for the Hub: log in with `hf auth login`, or set HF_TOKEN.")
+    api = HfApi()
+    with _said_clearly(repository):
+        name = _create(api, repository, public)
+        files = [each for each in sorted(folder.rglob("*")) if each.is_file()]
+        card = (folder / "README.md").read_text(encoding="utf-8").replace(f'"{HERE}"', f'"{name}"').encode()
+        commit = api.create_commit(
+            name,
+            [
+                CommitOperationAdd(path, card if path == "README.md" else file)
+                for file in files
+                for path in [file.relative_to(folder).as_posix()]
+            ],
+            commit_message="Adapter trained with surgical-peft",
+        )
+    return Pushed(name, str(commit.commit_url), not public)
+
+
+def _create(api: HfApi, repository: str, public: bool) -> str:
+    """The full name of a repository that is new, or that a push which did not get through left empty."""
+    try:
+        return api.create_repo(repository, private=not public).repo_id
+    except HfHubHTTPError as error:
+        if error.response.status_code != 409:
+            raise
+    name = repository if "/" in repository else f"{api.whoami()['name']}/{repository}"
+    info = api.model_info(name)
+    if any(file.rfilename != ".gitattributes" for file in info.siblings or []):
+        raise SurgicalError(f"{name} exists and is not empty: push under another name, or delete it first on the Hub.")
+    if info.private == public:
+        is_now, wanted = ("private", "public") if info.private else ("public", "private")
+        raise SurgicalError(
+            f"{name} exists, empty, and is {is_now}; you asked for a {wanted} one: change that in its settings on the "
+            "Hub, or push under another name."
+        )
+    return name
+
+
+@contextmanager
+def _said_clearly(repository: str) -> Iterator[None]:
+    """One kind of error for all the ways in which the Hub refuses or is not there."""
+    try:
+        yield
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        remedy = {
+            401: "the token is not valid: log in again with `hf auth login`",
+            403: "the token may not write there: give it that right, or push to a name of your own",
+        }.get(status, "try again later, nothing that was trained is lost")
+        reason = error.server_message or f"status {status}"
+        raise SurgicalError(f"the Hub refuses {repository!r} ({reason}): {remedy}.") from error
+    except HTTPError as error:
+        reason = str(error) or type(error).__name__
+        raise SurgicalError(
+            f"the Hub at {constants.ENDPOINT} cannot be reached ({reason}): look at the network and push again, "
+            "nothing that was trained is lost."
+        ) from error
+    except HFValidationError as error:
+        raise SurgicalError(f"{repository!r} cannot be a repository's name: {error}") from error
+    except ValueError as error:
+        if isinstance(error, SurgicalError) or "Invalid metadata" not in str(error):
+            raise
+        raise SurgicalError(f"the Hub refuses the card: {error} Mend adapter/README.md and push again.") from error
