@@ -6,8 +6,8 @@ Everything else in the package asks this map; nobody else parses parameter names
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -19,6 +19,7 @@ from .partition import block_owners, ordered, what_there_is
 from .stacks import find_stacks
 from .wrappers import bare, clean_name
 
+PART = "/"  # between a layer and a part of it
 _STACK_INDEX = re.compile(r"(?P<stack>[^\[\]]+)\[(?P<index>[^\[\]]*)\]")
 _SLICE = re.compile(r"-?\d*:-?\d*(?::-?\d+)?")
 
@@ -135,6 +136,34 @@ class BlockMap:
         if not chosen:
             raise SurgicalError(f"{spec!r} selects no block. Choose at least one of: {_listed(self.names)}.")
         return tuple(block for block in self.names if block in chosen)
+
+    def divided(self, parts: Sequence[str]) -> BlockMap:
+        """A map of parts to search among, such as attention | MLP, in place of each repeated layer.
+
+        A part is named by its layer and a module in it, as `SurgicalConfig(target_modules={layer: [module]})` takes
+        it. What the parts leave out of a layer, its norms for example, belongs to no part.
+
+        Raises:
+            SurgicalError: no part, or one twice.
+
+        Example:
+            >>> blocks.divided(["attention", "mlp"]).names
+            ('embeddings', '0/attention', '0/mlp', '1/attention', '1/mlp', 'final_norm', 'head')
+        """
+        if not parts or len(set(parts)) != len(parts):
+            raise SurgicalError(f"{list(parts)!r} does not divide a layer: name each part once, at least one.")
+        repeated = {name for stack in self.stacks.values() for name in stack}
+
+        def of(names: Iterable[str]) -> tuple[str, ...]:
+            return tuple(
+                each
+                for name in names
+                for each in ([f"{name}{PART}{part}" for part in parts] if name in repeated else [name])
+            )
+
+        return replace(
+            self, names=of(self.names), stacks={label: of(stack) for label, stack in self.stacks.items()}, modules={}
+        )
 
     def _parse_one(self, part: Any) -> tuple[str, ...]:
         if isinstance(part, bool) or not isinstance(part, int | str):

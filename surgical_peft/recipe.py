@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-import re
+import math
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,8 @@ from .criteria.criterion import Criterion
 from .errors import SurgicalError
 from .names import nearest, resolve
 from .policies.policy import Policy
+from .procedures.procedure import Procedure, as_procedure
+from .strict_yaml import StrictLoader
 
 
 @dataclass(frozen=True)
@@ -33,23 +35,57 @@ class Recipe:
     Attributes:
         model: a folder (relative to the recipe) or a Hub id.
         data: a folder (relative to the recipe) or a Hub id; with the splits train, validation and test.
-        task: what kind of model and data; `image_classification`.
+        task: what kind of model and data, a name from `tasks`.
+        columns: which column is what, e.g. `{text: body, label: y}`, where their names and types do not say it.
+        metric: what to measure, larger is better: one that ships in `metrics`, or, with a network, one of the Hub.
+        max_length: of a text, in tokens; default is what the model takes.
+        new_head: whether the head is made anew, with as many labels as the data have classes; it is then trained and
+            saved whatever blocks are chosen.
         corruption, severity: corrupt every image, e.g. `gaussian_noise` at 1 to 5 (as in ImageNet-C).
-        label_map: new label for each old one, e.g. `[1, 0]`.
+        character_noise, casing: percent of the characters that are mistyped, or in the other case.
+        label_map: new label for each old one, e.g. `[1, 0]`, null to leave a class out; or a mapping from classes to
+            labels, which leaves the others out, e.g. `{coat: 0, shirt: 0, boot: 1}`.
+        imbalance: share of some classes that is left in the training split, e.g. `{coat: 0.1}`.
+        shift_seed: of all that is random in a shift.
         blocks, target_modules, exclude_modules, modules_to_save, criterion, num_blocks, frozen_eval: see
             [`SurgicalConfig`][surgical_peft.SurgicalConfig].
         criterion_options: arguments for the criterion, e.g. `{seed: 3}` for `random`.
         num_batches: how many batches to score on; default is what the criterion asks for.
         policy, policy_options: a name from `policies` and the arguments for it.
+        procedure, procedure_options: for `surgical-peft search`: a name from `procedures` and the arguments for it.
+        divide: search among these parts of each layer instead of whole layers, e.g. `[attention, mlp]`.
+        rates: learning rates; a search tries every candidate at each, instead of at `learning_rate`.
+        seeds: a search trains every candidate with each, instead of with `seed`, and takes the mean.
+        folds: instead of `seeds`: a search takes the mean over so many parts of the training split, each in turn left
+            out of training and measured on; the split `validation` is not used.
+        pruner, pruner_options: a class of `optuna.pruners`, such as `MedianPruner`, and the arguments for it; stops
+            trainings of a search that look hopeless, see `run_search`.
+        methods: for `surgical-peft compare`: names from `methods`, each alone or with its arguments, e.g.
+            `[full, head, {lora: {rank: 8}}]`; `rates` and `seeds` are those of each method's trainings.
+        sources: for a comparison: further source models, folders or Hub ids, to repeat it with.
+        draws: for a comparison: one data set for each of `seeds`, to be used instead of `data` with that seed.
+        test_data: for a comparison: the data sets whose test splits, together, all is measured on; default is that of
+            the training.
+        source_data: for a comparison: data of the task that the source models were trained for, whose test split
+            tells what they forget: a folder or Hub id, or keys for the data, e.g. `{data: folder, label_map: [...]}`.
         training: keys for `TrainingArguments`.
+        given: all keys as the file has them.
     """
 
     model: str
     data: str
     task: str = "image_classification"
+    columns: dict[str, Any] = field(default_factory=dict)
+    metric: str | None = None
+    max_length: int | None = None
+    new_head: bool = False
     corruption: str | None = None
     severity: int = 5
-    label_map: list[int] | None = None
+    character_noise: float | None = None
+    casing: float | None = None
+    label_map: Any = None
+    imbalance: dict[str, Any] = field(default_factory=dict)
+    shift_seed: int = 0
     blocks: Any = "auto"
     target_modules: Any = None
     exclude_modules: Any = None
@@ -61,7 +97,21 @@ class Recipe:
     num_batches: int | None = None
     policy: str | None = None
     policy_options: dict[str, Any] = field(default_factory=dict)
+    procedure: str = "sweep"
+    procedure_options: dict[str, Any] = field(default_factory=dict)
+    divide: list[str] | None = None
+    rates: list[float] | None = None
+    seeds: list[int] | None = None
+    folds: int | None = None
+    pruner: str | None = None
+    pruner_options: dict[str, Any] = field(default_factory=dict)
+    methods: list[Any] | None = None
+    sources: list[str] | None = None
+    draws: list[str] | None = None
+    test_data: list[str] | None = None
+    source_data: Any = None
     training: dict[str, Any] = field(default_factory=dict)
+    given: dict[str, Any] = field(default_factory=dict, compare=False)
 
     def config(self) -> SurgicalConfig:
         """The adapter's config, as the recipe says it."""
@@ -97,6 +147,34 @@ class Recipe:
                 raise
             raise SurgicalError(f"policy_options={self.policy_options} do not fit {self.policy}: {error}.") from error
 
+    def make_procedure(self) -> Procedure:
+        """The procedure of a search."""
+        return as_procedure(self.procedure, self.procedure_options)
+
+    def make_pruner(self) -> Any:
+        """The pruner of a search, or None."""
+        if self.pruner is None:
+            return None
+        from optuna import pruners
+
+        known = [name for name in pruners.__all__ if name.endswith("Pruner") and name != "BasePruner"]
+        if self.pruner not in known:
+            raise SurgicalError(
+                f"pruner {self.pruner!r} is unknown: {nearest(self.pruner, known)}optuna.pruners has: "
+                f"{', '.join(known)}."
+            )
+        try:
+            return getattr(pruners, self.pruner)(**self.pruner_options)
+        except (TypeError, ValueError) as error:
+            raise SurgicalError(f"pruner_options={self.pruner_options} do not fit {self.pruner}: {error}.") from error
+
+    def settings(self) -> dict[str, Any]:
+        """What a training by this recipe is, in plain data: not what is searched for, nor where the results go."""
+        others = ("output_dir", "blocks", "criterion", "criterion_options", "num_blocks", "num_batches")
+        searched = ("procedure", "procedure_options", "rates", "seeds", *_COMPARED)
+        own = self.given or {f.name: getattr(self, f.name) for f in fields(self) if f.name != "given"}
+        return {key: value for key, value in own.items() if key not in others + searched and value not in (None, {})}
+
     def arguments(self, **overrides: Any) -> TrainingArguments:
         """The training arguments: the recipe's, over quiet defaults, under `overrides`."""
         quiet: dict[str, Any] = {"save_strategy": "no", "logging_strategy": "no", "report_to": "none"}
@@ -107,7 +185,7 @@ class Recipe:
             raise SurgicalError(f"transformers.TrainingArguments does not take {self.training}: {error}") from error
 
 
-_OWN = {f.name: get_type_hints(Recipe)[f.name] for f in fields(Recipe) if f.name != "training"}
+_OWN = {f.name: get_type_hints(Recipe)[f.name] for f in fields(Recipe) if f.name not in ("training", "given")}
 _TRAINING = {f.name: get_type_hints(TrainingArguments)[f.name] for f in fields(TrainingArguments) if f.init}
 _REFUSED = {
     "resume_from_checkpoint": "a recipe is trained from its start; resume with Trainer in Python",
@@ -119,6 +197,7 @@ _PLAIN: dict[Any, tuple[type, ...]] = {
     bool: (bool,),
     str: (str,),
     int | None: (int, NoneType),
+    float | None: (float, int, NoneType),
     str | None: (str, NoneType),
     dict[str, Any]: (dict,),
 }
@@ -134,7 +213,7 @@ def load_recipe(path: str | Path) -> Recipe:
     if not path.is_file():
         raise SurgicalError(f"there is no recipe {str(path)!r}: give the path of a YAML file.")
     try:
-        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
+        data = yaml.load(path.read_text(encoding="utf-8"), Loader=StrictLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise SurgicalError(f"{path} is not YAML: {error}") from error
     if not isinstance(data, dict):
@@ -155,34 +234,53 @@ def load_recipe(path: str | Path) -> Recipe:
     missing = {"model", "data"} - data.keys()
     if missing:
         raise SurgicalError(f"{path}: the key {' and '.join(sorted(missing))} is missing.")
+    given = dict(data)
     training = {key: data.pop(key) for key in list(data) if key not in _OWN}
     for key in ("model", "data"):
-        beside = path.parent / data[key]
-        if beside.exists():
-            data[key] = str(beside.resolve())
-    recipe = Recipe(**data, training=training)
+        data[key] = _beside(path, data[key])
+    for key in ("sources", "draws", "test_data"):
+        if isinstance(data.get(key), list):
+            data[key] = [_beside(path, each) for each in data[key]]
+    source_data = data.get("source_data")
+    if isinstance(source_data, dict) and "data" in source_data:
+        data["source_data"] = {**source_data, "data": _beside(path, source_data["data"])}
+    elif isinstance(source_data, str):
+        data["source_data"] = _beside(path, source_data)
+    recipe = Recipe(**data, training=training, given=given)
     # What is wrong with blocks, policy or arguments is said now, not after the data are loaded.
     recipe.config()
     recipe.make_policy()
     recipe.arguments()
+    _check_search(recipe)
     return recipe
 
 
-class _StrictLoader(yaml.SafeLoader):
-    """YAML that refuses a key given twice and reads `1e-3` as the number it is."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, str | int):
-                raise yaml.MarkedYAMLError(problem=f"{key!r} cannot be a key", problem_mark=key_node.start_mark)
-            if key in seen:
-                raise yaml.MarkedYAMLError(problem=f"the key {key!r} is given twice", problem_mark=key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
+def _beside(path: Path, name: Any) -> Any:
+    """The path of what lies beside the recipe under that name, or the name: it may be one of the Hub."""
+    beside = path.parent / str(name)
+    return str(beside.resolve()) if isinstance(name, str) and beside.exists() else name
 
 
-_StrictLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(?:\.\d*)?[eE][-+]?\d+"), list("-+0123456789")
-)
+def _check_search(recipe: Recipe) -> None:
+    for key in _EXAMPLES:
+        values = getattr(recipe, key)
+        if values is not None and (not isinstance(values, list) or not values):
+            raise SurgicalError(f"{key}: {values!r} is not a list with at least one entry, such as {_EXAMPLES[key]}.")
+    for rate in recipe.rates or ():
+        if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate < math.inf:
+            raise SurgicalError(f"rates: {rate!r} is not a learning rate: a number above 0, such as 1e-3.")
+    for seed in recipe.seeds or ():
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise SurgicalError(f"seeds: {seed!r} is not a whole number.")
+    if recipe.folds is not None and recipe.folds < 2:
+        raise SurgicalError(f"folds: {recipe.folds} is too few: 2 or more.")
+    if recipe.folds is not None and recipe.seeds is not None:
+        raise SurgicalError("seeds and folds are both given: a search takes the mean over one of them.")
+    if recipe.pruner_options and recipe.pruner is None:
+        raise SurgicalError(f"pruner_options={recipe.pruner_options} need a pruner that they are for.")
+
+
+_COMPARED = ("methods", "sources", "draws", "test_data", "source_data")
+_EXAMPLES = {"rates": "[1e-3, 3e-3]", "seeds": "[0, 1, 2]", "divide": "[attention, mlp]"}
+_EXAMPLES |= {"methods": "[full, head]", "sources": "[other-model]"}
+_EXAMPLES |= {"draws": "[target-0, target-1]", "test_data": "[target-0, target-1]"}

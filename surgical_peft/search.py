@@ -7,6 +7,7 @@ import math
 import re
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from .blocks import BlockMap
@@ -31,8 +32,10 @@ def run_search(
     name: str = "search",
     rates: Sequence[float] = (),
     seeds: Sequence[int] = (),
+    pruner: Any = None,
     max_trials: int = 10_000,
     dead_after: float = 300.0,
+    on_progress: Callable[[Sequence[SearchTrial]], None] | None = None,
 ) -> SearchResult:
     """Train the candidates that a procedure proposes and give the best one; run the same again to resume.
 
@@ -47,7 +50,8 @@ def run_search(
         objective: trains a `Selection` and gives its validation metric, larger = better; called as
             `objective(selection)`, or with `rate=...` and `seed=...` where the search has them. What it writes into
             `selection.record` (tuned parameters, peak memory) is kept with the trial. If it raises, or its metric is
-            not a finite number, the trial has failed, and stays so when the search is resumed.
+            not a finite number, the trial has failed, and stays so when the search is resumed. Its attribute
+            `settings`, if it has one, says in plain data what a training is: a study holds trainings of one kind.
         blocks: the map of the model; without it, `objective.blocks`.
         storage: `"sqlite:///run/study.db"`, `"journal:///run/study.log"` (for a folder that several machines share),
             or `"postgresql+psycopg://user@host/database"`; None keeps the study in memory, for this call only. Three
@@ -55,8 +59,14 @@ def run_search(
         name: of the study: a storage holds many.
         rates: learning rates; every candidate is trained with each, and its metric is that of its best.
         seeds: every candidate is trained with each, and its metric is their mean; folds of the data serve as well.
+        pruner: one of `optuna.pruners`; stops trainings that look hopeless. The objective is called with `report=...`
+            too, and calls `report(metric, step)` as it goes along; that ends the training if the pruner says so. Such
+            a trial has no metric and never wins. The risk: a candidate that learns late is lost, the more so with few
+            finished trials to compare with; and since the pruner judges by what is finished at that moment, several
+            workers, or a search that was stopped and resumed, may prune otherwise and choose otherwise.
         max_trials: the most trainings; a procedure that wants more is taken for one that never ends.
         dead_after: seconds without a sign of life after which a worker on another machine is taken for dead.
+        on_progress: called with all finished trials, of all workers, whenever this worker looks at the study.
 
     Raises:
         SurgicalError: no map of blocks; a candidate that is empty or unknown; a procedure that never ends; a storage
@@ -70,16 +80,22 @@ def run_search(
     blocks = blocks or getattr(objective, "blocks", None)
     if blocks is None:
         raise SurgicalError("what is searched is not known: give blocks=BlockMap.find(model), or objective.blocks.")
-    study_class, task_class = _optuna()
+    study_class, task_class = optuna_classes()
     procedure = as_procedure(procedure)
     said = _in_words(procedure)
-    searched = {"procedure": said, "blocks": list(blocks.names), "rates": list(rates), "seeds": list(seeds)}
+    searched: dict[str, Any] = {
+        "procedure": said,
+        "blocks": list(blocks.names),
+        "rates": list(rates),
+        "seeds": list(seeds),
+    }
+    searched |= {"pruner": pruner and type(pruner).__name__, "training": getattr(objective, "settings", None)}
     settings: list[tuple[float | None, int | None]] = [
         (rate, seed) for rate in (rates or (None,)) for seed in (seeds or (None,))
     ]
     trials: dict[tuple[str, ...], list[SearchTrial]] = {}
     proposals, answer, proposed = procedure(blocks), None, 0
-    with study_class(storage, name, searched, dead_after) as study:
+    with study_class(storage, name, searched, dead_after, pruner) as study:
         while True:
             try:
                 asked = proposals.send(answer)
@@ -88,15 +104,58 @@ def run_search(
             single, candidates = _candidates(asked, blocks, said)
             proposed += len(candidates) * len(settings)
             if proposed > max_trials:
-                raise SurgicalError(
-                    f"procedure {said} asked for more than {max_trials} trainings and was stopped: raise max_trials "
-                    "if it is meant to, else see that it ends. Finished trials are kept."
-                )
+                raise _endless(said, max_trials)
             tasks = {each: [task_class(each, *pair) for pair in settings] for each in candidates if each not in trials}
-            done = _train(study, [task for own in tasks.values() for task in own], objective, said)
+            wanted = [task for own in tasks.values() for task in own]
+            done = _train(study, wanted, objective, said, pruner is not None, on_progress)
             trials |= {each: [done[task] for task in own] for each, own in tasks.items()}
             metrics = [candidate_of(trials[each]).metric for each in candidates]
             answer = metrics[0] if single else metrics
+
+
+def count_trainings(
+    procedure: Procedure | Callable[..., Any] | str,
+    blocks: BlockMap,
+    *,
+    rates: Sequence[float] = (),
+    seeds: Sequence[int] = (),
+    max_trials: int = 10_000,
+) -> int:
+    """How many trainings `run_search` would do, at most: if each candidate were better than all before it.
+
+    Nothing is trained. Searches such as `greedy_forward` end sooner once nothing gains any more.
+
+    Raises:
+        SurgicalError: as `run_search` for the procedure's proposals.
+
+    Example:
+        >>> count_trainings("greedy_forward", BlockMap.find(model), rates=[1e-3, 3e-3])
+        42
+    """
+    procedure = as_procedure(procedure)
+    said = _in_words(procedure)
+    proposals, answer = procedure(blocks), None
+    metrics: dict[tuple[str, ...], float] = {}
+    times = (len(rates) or 1) * (len(seeds) or 1)
+    while True:
+        try:
+            asked = proposals.send(answer)
+        except StopIteration:
+            return len(metrics) * times
+        single, candidates = _candidates(asked, blocks, said)
+        for each in candidates:
+            metrics.setdefault(each, float(len(metrics)))
+        if len(metrics) * times > max_trials:
+            raise _endless(said, max_trials)
+        told = [metrics[each] for each in candidates]
+        answer = told[0] if single else told
+
+
+def _endless(said: str, max_trials: int) -> SurgicalError:
+    return SurgicalError(
+        f"procedure {said} asked for more than {max_trials} trainings and was stopped: raise max_trials if it is "
+        "meant to, else see that it ends. Finished trials are kept."
+    )
 
 
 def _in_words(procedure: Procedure) -> str:
@@ -104,15 +163,24 @@ def _in_words(procedure: Procedure) -> str:
     return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(procedure))
 
 
-def _train(study: Study, tasks: list[Task], objective: Callable[..., float], said: str) -> dict[Task, SearchTrial]:
+def _train(
+    study: Study,
+    tasks: list[Task],
+    objective: Callable[..., float],
+    said: str,
+    prunes: bool,
+    on_progress: Callable[[Sequence[SearchTrial]], None] | None,
+) -> dict[Task, SearchTrial]:
     """Have all tasks done, by this worker or by others, and give their trials."""
     wait = 0.02
     while True:
+        if on_progress is not None:
+            on_progress(list(study.finished().values()))
         if taken := study.take(tasks):
             task, trial = taken
             try:
                 with study.alive(trial):
-                    done = _try(task, objective, said)
+                    done = _try(task, objective, said, partial(study.report, trial) if prunes else None)
             except BaseException:
                 study.give_back(trial)
                 raise
@@ -127,26 +195,33 @@ def _train(study: Study, tasks: list[Task], objective: Callable[..., float], sai
         wait = min(1.5 * wait, _LONGEST_WAIT)
 
 
-def _try(task: Task, objective: Callable[..., float], said: str) -> SearchTrial:
+def _try(
+    task: Task, objective: Callable[..., float], said: str, report: Callable[[float, int], None] | None
+) -> SearchTrial:
+    from optuna import TrialPruned
+
     settings: dict[str, Any] = {
         key: value for key, value in (("rate", task.rate), ("seed", task.seed)) if value is not None
     }
     selection = Selection(task.blocks, {"procedure": said, **settings})
     own = set(selection.record)
-    metric, error = math.nan, None
+    metric, error, state = math.nan, None, "complete"
     began = time.perf_counter()
     try:
-        metric = float(objective(selection, **settings))
+        metric = float(objective(selection, **settings, **({"report": report} if report else {})))
         if not math.isfinite(metric):
-            metric, error = math.nan, f"the objective gave {metric}"
+            metric, error, state = math.nan, f"the objective gave {metric}", "failed"
+    except TrialPruned as pruned:
+        error, state = str(pruned) or "pruned by the objective", "pruned"
     except Exception as failure:
+        state = "failed"
         error = f"{type(failure).__name__}: {failure}"
         _log.warning("blocks %s failed", list(task.blocks), exc_info=True)
     return SearchTrial(
         blocks=task.blocks,
         metric=metric,
         seconds=time.perf_counter() - began,
-        state="failed" if error else "complete",
+        state=state,
         rate=task.rate,
         seed=task.seed,
         error=error,
@@ -188,9 +263,9 @@ def _result(
     if best is None or math.isnan(best.metric):
         failed = [trial for trial in every if trial.error]
         raise SurgicalError(
-            f"no candidate has a metric: {len(failed)} of {len(every)} trainings failed, the first, blocks "
-            f"{list(failed[0].blocks)}, with: {failed[0].error}. Mend the objective and search under another name "
-            "(name=...): failed trials are kept too."
+            f"no candidate has a metric: {len(failed)} of {len(every)} trainings failed or were pruned, the first, "
+            f"blocks {list(failed[0].blocks)}, with: {failed[0].error}. Mend the objective and search under another "
+            "name (name=...): failed trials are kept too."
         )
     record = {"procedure": said, "metric": best.metric, "candidates": len(found), "trainings": len(every)}
     if best.rate is not None:
@@ -206,7 +281,12 @@ def _check(rates: Sequence[float], seeds: Sequence[int], dead_after: float) -> N
         raise SurgicalError(f"dead_after={dead_after} is not a number of seconds above 0.")
 
 
-def _optuna() -> tuple[type[Study], type[Task]]:
+def optuna_classes() -> tuple[type[Study], type[Task]]:
+    """What keeps a search; imported when it is needed, since Optuna is an extra.
+
+    Raises:
+        SurgicalError: the extra is not installed.
+    """
     try:
         from .studies import Study, Task
     except ModuleNotFoundError as error:

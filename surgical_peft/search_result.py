@@ -6,7 +6,7 @@ import io
 import json
 import math
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,11 +25,11 @@ class SearchTrial:
 
     Attributes:
         blocks: the candidate that was tuned.
-        metric: larger is better; NaN if it failed.
+        metric: larger is better; NaN if it has none.
         seconds: how long the objective took.
-        state: `"complete"` or `"failed"`.
+        state: `"complete"`, `"failed"` or `"pruned"`.
         rate, seed: what the objective was given besides, None where the search has no such list.
-        error: why it failed.
+        error: why it failed or was pruned.
         notes: what the objective wrote into its selection's `record`, e.g. the number of tuned parameters.
     """
 
@@ -49,7 +49,7 @@ class Candidate:
 
     Attributes:
         blocks: the candidate.
-        metric: at its best rate, the mean over the seeds; NaN if at every rate a training failed.
+        metric: at its best rate, the mean over the seeds; NaN if at every rate a training failed or was pruned.
         deviation: the standard deviation over the seeds; None with fewer than two.
         rate: the best rate, None where the search has no rates.
     """
@@ -63,7 +63,7 @@ class Candidate:
 def candidate_of(trials: Iterable[SearchTrial]) -> Candidate:
     """The trainings of one candidate in one number: mean over the seeds, then the best rate; of equals the first.
 
-    A rate at which a training failed is out: a mean over fewer seeds does not compare with the others.
+    A rate at which a training failed or was pruned is out: a mean over fewer seeds does not compare with the others.
     """
     by_rate: dict[float | None, list[SearchTrial]] = {}
     for trial in trials:
@@ -155,9 +155,8 @@ class SearchResult:
             row.append("-" if math.isnan(each.metric) else f"{each.metric:.4g}{spread}")
             if has_rates:
                 row.append(f"{each.rate:g}")
-            failed = sum(trial.state == "failed" for trial in own)
             row.append(f"{sum(trial.seconds for trial in own):.1f}")
-            row.append("complete" if not failed else "failed" if len(own) == 1 else f"{failed} of {len(own)} failed")
+            row.append(state_of(own))
             table.add_row(*row)
         return table
 
@@ -219,6 +218,15 @@ class SearchResult:
         from .report.profile import plot_profile
 
         plot_profile(self, path)
+
+
+def state_of(trials: Sequence[SearchTrial]) -> str:
+    """`complete`, or how many of a candidate's trainings were not."""
+    states = [trial.state for trial in trials]
+    if len(states) == 1 or set(states) == {"complete"}:
+        return states[0]
+    found = [(states.count(state), state) for state in ("failed", "pruned") if state in states]
+    return ", ".join(f"{count} of {len(states)} {state}" for count, state in found)
 
 
 def _trial(data: dict[str, Any]) -> SearchTrial:

@@ -48,12 +48,20 @@ class Study:
         name: of the study.
         searched: what the search is, in plain data; another one under the same name is refused.
         dead_after: seconds without a sign of life after which a worker on another machine is taken for dead.
+        pruner: says by what was reported whether a training is hopeless; None = never.
 
     Raises:
         SurgicalError: the storage cannot be used, or the study is one of another search.
     """
 
-    def __init__(self, url: str | None, name: str, searched: dict[str, Any], dead_after: float) -> None:
+    def __init__(
+        self,
+        url: str | None,
+        name: str,
+        searched: dict[str, Any],
+        dead_after: float,
+        pruner: optuna.pruners.BasePruner | None = None,
+    ) -> None:
         self._where = f"study {name!r} in {shown(url)}"
         self._lock, open_storage = lock_and_storage(url, name)
         self._beat_every = dead_after / 5 if url else None
@@ -70,6 +78,7 @@ class Study:
                 direction="maximize",
                 load_if_exists=True,
                 sampler=optuna.samplers.RandomSampler(),
+                pruner=pruner or optuna.pruners.NopPruner(),
             )
             self._check(searched)
 
@@ -81,15 +90,16 @@ class Study:
         _AT_WORK.discard(self._worker["search"])
 
     def _check(self, searched: dict[str, Any]) -> None:
-        known = self._study.user_attrs
+        known, searched = self._study.user_attrs, json.loads(json.dumps(searched))
         if self._study.direction != StudyDirection.MAXIMIZE or (not known and self._study.get_trials(deepcopy=False)):
             raise SurgicalError(f"the {self._where} was not made by run_search: give another name.")
         for key, value in searched.items():
             if key not in known:
                 self._study.set_user_attr(key, value)
             elif known[key] != value:
+                was, now = _differing(known[key], value)
                 raise SurgicalError(
-                    f"the {self._where} is a search with {key} {known[key]!r}, and this one has {key} {value!r}: "
+                    f"the {self._where} is a search with {key} {was!r}, and this one has {key} {now!r}: "
                     "give this one another name (name=...), or delete the study."
                 )
         self._blocks = searched["blocks"]
@@ -134,14 +144,28 @@ class Study:
                 handle.set_user_attr("seconds", done.seconds)
                 if done.notes:
                     handle.set_user_attr("notes", json.loads(json.dumps(done.notes, default=str)))
-                if done.state == "failed":
+                if done.error is not None:
                     handle.set_user_attr("error", done.error)
-                    self._study.tell(trial.number, state=TrialState.FAIL)
+                    state = TrialState.PRUNED if done.state == "pruned" else TrialState.FAIL
+                    self._study.tell(trial.number, state=state)
                 else:
                     self._study.tell(trial.number, done.metric)
                 return True
         except SurgicalError as error:
             raise SurgicalError(f"{error} Lost: blocks {list(done.blocks)}, metric {done.metric}.") from error
+
+    def report(self, trial: FrozenTrial, metric: float, step: int) -> None:
+        """Record a metric on the way.
+
+        Raises:
+            optuna.TrialPruned: the training is hopeless.
+        """
+        with self._alone():
+            handle = Trial(self._study, trial._trial_id)
+            handle.report(metric, step)
+            is_hopeless = handle.should_prune()
+        if is_hopeless:
+            raise optuna.TrialPruned(f"pruned at step {step}, with {metric:.4g}")
 
     def give_back(self, trial: FrozenTrial) -> None:
         """Let others do a training that was interrupted."""
@@ -239,16 +263,25 @@ class Study:
 def _read(trial: FrozenTrial) -> SearchTrial:
     own = trial.user_attrs
     failed = trial.state != TrialState.COMPLETE
+    ended = "pruned" if trial.state == TrialState.PRUNED else "failed"
     return SearchTrial(
         blocks=tuple(own["blocks"]),
         metric=math.nan if failed else cast(float, trial.value),
         seconds=own.get("seconds", 0.0),
-        state="failed" if failed else "complete",
+        state=ended if failed else "complete",
         rate=own.get("rate"),
         seed=own.get("seed"),
         error=own.get("error", "ended by hand") if failed else None,
         notes=own.get("notes", {}),
     )
+
+
+def _differing(one: Any, other: Any) -> tuple[Any, Any]:
+    """Of two dictionaries what differs, of all else all."""
+    if not (isinstance(one, dict) and isinstance(other, dict)):
+        return one, other
+    keys = [key for key in {**one, **other} if one.get(key) != other.get(key)]
+    return {key: one.get(key) for key in keys}, {key: other.get(key) for key in keys}
 
 
 def _machine() -> str:

@@ -474,3 +474,15 @@ def test_relative_positions_are_embeddings_though_declared_after_the_layers(kind
     blocks = BlockMap.find(model)
     assert any("rel" in module for module in blocks.modules["embeddings"])
     assert not any("rel" in module for module in blocks.modules["head"])
+
+
+def test_a_divided_map_has_parts_in_place_of_layers() -> None:
+    whole = BlockMap.find(TOYS["t5"].model())
+    parts = whole.divided(["a", "b"])
+    assert parts.parse("decoder[0:3]") == ("decoder.0/a", "decoder.0/b", "decoder.1/a")
+    assert [name for name in parts.names if "/" not in name] == [
+        name for name in whole.names if name.split(".")[-1] not in ("0", "1")
+    ]
+    for wrong in ([], ["a", "a"]):
+        with pytest.raises(SurgicalError, match="does not divide a layer"):
+            whole.divided(wrong)

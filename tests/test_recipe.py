@@ -99,13 +99,14 @@ def test_a_wrong_policy_is_named_before_anything_is_loaded(recipe: Recipe, messa
 
 def test_every_shipped_recipe_loads_and_its_data_are_there() -> None:
     paths = sorted(RECIPES.glob("*.yaml"))
-    assert len(paths) == 4
+    assert len(paths) == 6
     for path in paths:
         recipe = load_recipe(path)
         recipe.make_policy()
         task = load_task(recipe)
         assert [len(task.splits[split]) for split in ("train", "validation", "test")] == [500, 500, 3000]
-        assert f"surgical-peft train recipes/{path.name}" in path.read_text(encoding="utf-8")
+        command = "search" if "procedure" in recipe.given else "train"
+        assert f"surgical-peft {command} recipes/{path.name}" in path.read_text(encoding="utf-8")
 
 
 def test_criterion_options_reach_the_criterion(tmp_path: Path) -> None:

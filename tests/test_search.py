@@ -415,7 +415,8 @@ def test_postgresql_workers_killed_at_random(postgresql: str, tmp_path: Path) ->
 def test_the_study_is_readable_without_us(storage: str, tmp_path: Path) -> None:
     result = run_search(SWEEP, Objective(tmp_path), storage=storage)
     study = load(storage)
-    assert study.user_attrs == {"procedure": "sweep()", "blocks": list(BLOCKS.names), "rates": [], "seeds": []}
+    searched = {"procedure": "sweep()", "blocks": list(BLOCKS.names), "rates": [], "seeds": []}
+    assert study.user_attrs == {**searched, "pruner": None, "training": None}
     assert study.best_value == result.metric
     assert study.best_trial.params == {name: name in result.best.blocks for name in BLOCKS.names}
     assert study.best_trial.user_attrs["blocks"] == list(result.best.blocks)
@@ -696,7 +697,7 @@ def test_the_plot_shows_bars_error_bars_and_both_lines(
     assert len(spreads) == 11
     labels = [text.get_text().split()[0] for text in axes.get_legend().get_texts()]
     assert labels == ["all", "head"]
-    assert [text.get_text() for text in axes.texts] == ["failed"]
+    assert [text.get_text() for text in axes.texts] == ["no metric"]
 
 
 def test_without_a_block_alone_there_is_no_profile(tmp_path: Path) -> None:

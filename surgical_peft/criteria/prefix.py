@@ -18,15 +18,20 @@ class Prefix:
     things than tensors in tuples and lists, are always run.
 
     Memory: the outputs of all repeated layers for all batches.
+
+    Attributes:
+        outputs: for each batch what each layer returned.
+        called, returned: when each module was first called, and when each layer returned, on one count.
+        unfit: layers that are always run.
     """
 
     def __init__(self, model: nn.Module, layers: Sequence[nn.Module]) -> None:
         self.model = model
         self.layers = layers
-        self._outputs: dict[int, dict[nn.Module, Any]] = {}
-        self._called: dict[nn.Module, int] = {}  # when each module was first called
-        self._returned: dict[nn.Module, int] = {}  # when each layer returned
-        self._unfit: set[nn.Module] = set()
+        self.outputs: dict[int, dict[nn.Module, Any]] = {}
+        self.called: dict[nn.Module, int] = {}  # when each module was first called
+        self.returned: dict[nn.Module, int] = {}  # when each layer returned
+        self.unfit: set[nn.Module] = set()
         self._skipped: Sequence[nn.Module] = ()
         self._training = False
 
@@ -34,10 +39,10 @@ class Prefix:
     def of(self, at: int) -> Iterator[None]:
         """The forward pass of batch `at` is inside: its layers are skipped, or run and remembered."""
         if self._training:
-            skipped = self._skipped if at in self._outputs else ()
-            with _answering({layer: self._outputs[at][layer] for layer in skipped}):
+            skipped = self._skipped if at in self.outputs else ()
+            with answering({layer: self.outputs[at][layer] for layer in skipped}):
                 yield
-        elif at in self._outputs:
+        elif at in self.outputs:
             yield
         else:
             found: dict[nn.Module, Any] = {}
@@ -48,16 +53,16 @@ class Prefix:
             finally:
                 for hook in hooks:
                     hook.remove()
-            self._outputs[at] = found
+            self.outputs[at] = found
 
     @contextmanager
     def skipping(self, weights: Sequence[nn.Parameter]) -> Iterator[None]:
         """These weights are in training inside, all others are as they were when outputs were remembered."""
         trained = {id(weight) for weight in weights}
         holders = [m for m in self.model.modules() if any(id(p) in trained for p in m.parameters(recurse=False))]
-        first = min((self._called.get(module, 0) for module in holders), default=0)
+        first = min((self.called.get(module, 0) for module in holders), default=0)
         self._skipped = [
-            layer for layer in self.layers if layer not in self._unfit and self._returned.get(layer, first) < first
+            layer for layer in self.layers if layer not in self.unfit and self.returned.get(layer, first) < first
         ]
         self._training = True
         try:
@@ -66,18 +71,18 @@ class Prefix:
             self._training = False
 
     def _call(self, module: nn.Module, args: Any) -> None:
-        self._called.setdefault(module, len(self._called) + len(self._returned))
+        self.called.setdefault(module, len(self.called) + len(self.returned))
 
     def _return(self, found: dict[nn.Module, Any], layer: nn.Module, args: Any, output: Any) -> None:
         if layer in found or not _is_plain(output):
-            self._unfit.add(layer)
+            self.unfit.add(layer)
         found[layer] = _detached(output)
-        self._returned.setdefault(layer, len(self._called) + len(self._returned))
+        self.returned.setdefault(layer, len(self.called) + len(self.returned))
 
 
 @contextmanager
-def _answering(answers: dict[nn.Module, Any]) -> Iterator[None]:
-    """Modules that return what is given instead of running."""
+def answering(answers: dict[nn.Module, Any]) -> Iterator[None]:
+    """Modules that return what is given, inside, instead of running."""
     before = {module: module.__dict__.get("forward") for module in answers}
     for module, answer in answers.items():
         module.__dict__["forward"] = partial(_answer, answer)

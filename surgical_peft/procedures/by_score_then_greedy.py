@@ -53,8 +53,9 @@ def by_score_then_greedy(
         if num_blocks > num_candidates:
             raise SurgicalError(f"num_blocks={num_blocks} is more than num_candidates={num_candidates}: lower it.")
     check_epsilon("by_score_then_greedy", epsilon, low=0)
-    settings = {"scores": values, "num_candidates": num_candidates, "num_blocks": num_blocks, "epsilon": epsilon}
-    return Procedure("by_score_then_greedy", _by_score, {**settings, "candidates": plain(candidates)})
+    settings = {"scores": values, "num_candidates": num_candidates, "num_blocks": num_blocks}
+    settings |= {"epsilon": float(epsilon), "candidates": plain(candidates)}
+    return Procedure("by_score_then_greedy", _by_score, settings)
 
 
 def _by_score(

@@ -31,7 +31,7 @@ def greedy_backward(epsilon: float = 0.0, candidates: Blocks | None = None) -> P
         >>> result = run_search(procedures.greedy_backward(epsilon=-0.01), objective)
     """
     check_epsilon("greedy_backward", epsilon, low=-math.inf)
-    return Procedure("greedy_backward", _greedy_backward, {"epsilon": epsilon, "candidates": plain(candidates)})
+    return Procedure("greedy_backward", _greedy_backward, {"epsilon": float(epsilon), "candidates": plain(candidates)})
 
 
 def _greedy_backward(blocks: BlockMap, epsilon: float, candidates: Blocks | None) -> Proposals:

@@ -48,7 +48,7 @@ def greedy_forward(
     if num_blocks is not None:
         check_count("greedy_forward", "num_blocks", num_blocks, "blocks at most")
     check_epsilon("greedy_forward", epsilon, low=0)
-    settings = {"num_blocks": num_blocks, "epsilon": epsilon, "candidates": plain(candidates)}
+    settings = {"num_blocks": num_blocks, "epsilon": float(epsilon), "candidates": plain(candidates)}
     return Procedure("greedy_forward", _greedy_forward, settings)
 
 

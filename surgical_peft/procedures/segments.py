@@ -13,8 +13,8 @@ from .procedure import Blocks, Candidate, Procedure, Proposals, check_fits, laye
 def segments(parts: int | None = None, cuts: Blocks | None = None, candidates: Blocks | None = None) -> Procedure:
     """Cut the blocks into segments of neighbours and tune one segment at a time, the one nearest the output first.
 
-    All in one round. Segments are made of whole blocks: attention and MLP apart are a matter of `target_modules`, not
-    of blocks.
+    All in one round. For attention and MLP apart, give the search `blocks.divided(["attention", "mlp"])`: then each
+    layer counts as two, and as many parts as there are of those make segments of one attention or MLP each.
 
     Args:
         parts: into how many equal parts; where that does not come out even, sizes differ by one.

@@ -54,11 +54,11 @@ def plot_profile(result: SearchResult, path: str | Path) -> None:
         if math.isnan(metric):
             white = {"facecolor": "white", "edgecolor": "none", "pad": 1}
             axes.text(
-                place, floor + margin / 4, "failed", rotation=90, ha="center", va="bottom", fontsize=8, bbox=white
+                place, floor + margin / 4, "no metric", rotation=90, ha="center", va="bottom", fontsize=8, bbox=white
             )
+    lines = {name: line for name, line in lines.items() if math.isfinite(line[0])}
     for name, (metric, colour) in lines.items():
-        if math.isfinite(metric):
-            axes.axhline(metric, color=colour, linestyle="--", linewidth=1.2, label=f"{name} {metric:.3g}")
+        axes.axhline(metric, color=colour, linestyle="--", linewidth=1.2, label=f"{name} {metric:.3g}")
     axes.set_ylim(floor, max(ends) + margin)
     axes.set_xticks(places, list(bars), rotation=90 if is_turned else 0)
     axes.set_xlabel("block tuned alone")

@@ -1,13 +1,19 @@
-"""Tables of methods compared on several shifts, for the terminal and as Markdown."""
+"""Tables of methods compared on several shifts, for the terminal and as Markdown, and of a search's candidates."""
 
 from __future__ import annotations
 
+import math
+import platform
 import statistics
 from collections.abc import Sequence
+from datetime import date
+from importlib.metadata import version
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
+
+from ..search_result import SearchResult, state_of
 
 
 def comparison_table(report: dict[str, Any]) -> Table:
@@ -37,6 +43,34 @@ def comparison_markdown(report: dict[str, Any]) -> str:
         *map(_line, rows),
         "",
         f"{_title(report)}. {report['date']}, {versions}; {report['machine']}; {report['seconds']:.0f} s in all.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def search_markdown(result: SearchResult, metric: str) -> str:
+    """The candidates of a search as Markdown, the chosen one bold, with a line on what it cost."""
+    lines = [
+        _line(["blocks", f"validation {metric}", "rate", "tuned parameters", "state"]),
+        _line(["---", *["---:"] * 3, "---"]),
+    ]
+    for each in result.candidates:
+        own = [trial for trial in result.trials if trial.blocks == each.blocks]
+        spread = "" if each.deviation is None else f" ± {each.deviation:.4f}"
+        cells = ["all" if each.blocks == result.blocks else ", ".join(each.blocks)]
+        cells.append("-" if math.isnan(each.metric) else f"{each.metric:.4f}{spread}")
+        if each.blocks == result.best.blocks:
+            cells = [f"**{cell}**" for cell in cells]
+        cells.append("-" if each.rate is None else f"{each.rate:g}")
+        cells.append(f"{own[0].notes['tuned_parameters']:,}" if "tuned_parameters" in own[0].notes else "-")
+        cells.append(state_of(own))
+        lines.append(_line(cells))
+    seeds = len({trial.seed for trial in result.trials})
+    means = f"mean ± standard deviation of {seeds} trainings at the best rate" if seeds > 1 else "at the best rate"
+    versions = ", ".join(f"{name} {version(name)}" for name in ("surgical-peft", "torch", "transformers", "peft"))
+    lines += [
+        "",
+        f"`{result.procedure}`: {result.trainings} trainings; {means}. "
+        f"{date.today().isoformat()}, {versions}; {platform.machine()}.",
     ]
     return "\n".join(lines) + "\n"
 

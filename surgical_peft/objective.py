@@ -1,0 +1,144 @@
+"""What a search maximises: a recipe's metric on validation data, of a model whose chosen blocks were tuned on it."""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from torch import nn
+from transformers import TrainerCallback
+
+from .blocks import BlockMap
+from .config import SurgicalConfig
+from .errors import SurgicalError
+from .model import get_surgical_model
+from .recipe import Recipe
+from .selection import Selection
+from .tasks.models import modules_to_save
+from .workbench import Part, Workbench
+
+Report = Callable[[float, int], None]
+
+
+class RecipeObjective:
+    """Trains a selection as a recipe says and gives its metric on validation data; the objective of `run_search`.
+
+    All trainings of one objective share what they have in common: the data as the model takes them, the source
+    model in memory, and what its frozen start computes. The test split is not even loaded.
+
+    The metric comes from the split `validation`; with `folds` in the recipe from the part of `train` that a training
+    was not given, and `seed` is the number of the fold.
+
+    Attributes:
+        recipe: as given.
+        blocks: the map of the model, with `divide` in the recipe one of parts of its layers.
+        rates, seeds: what to search over: the recipe's own where it has no list; for `run_search`.
+        metric: its name.
+        settings: what a training is, in plain data; a study holds trainings of one kind.
+
+    Raises:
+        SurgicalError: model, data or the recipe's `folds` do not fit.
+
+    Example:
+        >>> objective = RecipeObjective(load_recipe("recipes/sweep_noise.yaml"))
+        >>> run_search("sweep", objective, rates=objective.rates, seeds=objective.seeds)
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self._bench = Workbench(recipe, ("train",) if recipe.folds else ("train", "validation"))
+        args = self._bench.args
+        self.blocks = BlockMap.find(self._bench.model)
+        if recipe.divide:
+            self.blocks = self.blocks.divided(recipe.divide)
+            every = Selection(self.blocks.names)
+            get_surgical_model(copy.deepcopy(self._bench.model), self._config(every))  # they exist
+        self.rates = tuple(recipe.rates or [args.learning_rate])
+        self.seeds = tuple(range(recipe.folds) if recipe.folds else recipe.seeds or [args.seed])
+        self.metric = self._bench.task.metric
+        self.settings = recipe.settings()
+        count = len(self._bench.examples["train"])
+        self._folds = folds_of(count, recipe.folds, args.seed) if recipe.folds else []
+
+    def __call__(self, selection: Selection, rate: float, seed: int, report: Report | None = None) -> float:
+        """The metric of `selection`, trained at `rate`; `report` is told it after every epoch but the last.
+
+        Writes the number of tuned parameters and the peak memory in bytes into `selection.record`.
+        """
+        measure, validation = self._bench.task.measure, self._validation(seed)
+
+        def reporter(wrapped: nn.Module) -> TrainerCallback:
+            return _Reporter(report, lambda: measure(wrapped, validation)) if report else TrainerCallback()
+
+        wrapped, peak = self._bench.train(
+            self._wrap(selection),
+            self._places(seed),
+            self.recipe.make_policy(),
+            reporter,
+            seed=self._bench.args.seed if self._folds else seed,
+            learning_rate=rate,
+        )
+        selection.record["tuned_parameters"] = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
+        selection.record["peak_memory"] = peak
+        return measure(wrapped, validation)
+
+    def _wrap(self, selection: Selection) -> Callable[[nn.Module], nn.Module]:
+        return lambda model: get_surgical_model(model, self._config(selection))
+
+    def _config(self, selection: Selection) -> SurgicalConfig:
+        keys = ("target_modules", "exclude_modules", "frozen_eval")
+        given = {key: getattr(self.recipe, key) for key in keys}
+        saved = modules_to_save(self.recipe, self._bench.model)
+        return SurgicalConfig.from_selection(selection, **given, modules_to_save=saved)
+
+    def seconds(self) -> float:
+        """What one training of all blocks takes, from a few timed steps: more than that of any other selection."""
+        seed = self.seeds[0]
+        measure, validation = self._bench.task.measure, self._validation(seed)
+        measure(self._bench.model, validation)  # what is made once is made now
+        began = time.perf_counter()
+        measure(self._bench.model, validation)
+        measuring = time.perf_counter() - began
+        reports = math.ceil(self._bench.args.num_train_epochs) - 1 if self.recipe.pruner else 0
+        training = self._bench.seconds(self._wrap(Selection(self.blocks.names)), self._places(seed))
+        return training + (1 + reports) * measuring
+
+    def _places(self, seed: int) -> list[int] | None:
+        """The training examples of a training; None for all."""
+        if not self._folds:
+            return None
+        return sorted(place for number, fold in enumerate(self._folds) if number != seed for place in fold)
+
+    def _validation(self, seed: int) -> Part:
+        return self._bench.part("train", self._folds[seed]) if self._folds else self._bench.part("validation")
+
+
+def folds_of(count: int, folds: int, seed: int) -> list[list[int]]:
+    """The places 0 to `count` - 1 in `folds` parts of equal size, give or take one: each place in just one of them.
+
+    Raises:
+        SurgicalError: fewer than 2 folds, or more than there are examples.
+
+    Example:
+        >>> folds_of(5, 2, seed=0)
+        [[2, 3, 4], [0, 1]]
+    """
+    if not 2 <= folds <= count:
+        raise SurgicalError(f"folds={folds} does not fit {count} training examples: from 2 to {count}.")
+    order = np.random.default_rng(seed).permutation(count)
+    return [sorted(part.tolist()) for part in np.array_split(order, folds)]
+
+
+class _Reporter(TrainerCallback):
+    """Tells the metric after every epoch but the last, whose metric is that of the training."""
+
+    def __init__(self, report: Report, measure: Callable[[], float]) -> None:
+        self._report, self._measure = report, measure
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step < state.max_steps:
+            self._report(self._measure(), state.global_step)

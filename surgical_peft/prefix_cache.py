@@ -1,0 +1,150 @@
+"""What the frozen start of a model returns for each example: run once, for all trainings above it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .blocks import BlockMap
+from .criteria.prefix import Prefix, answering
+
+ROOM = 2 * 2**30  # bytes; a search keeps no more activations than that
+AT = "at"  # the key of a batch that says which examples it holds
+
+
+class PrefixCache:
+    """The outputs of a model's blocks for every example of a data set, so that the frozen ones need not run again.
+
+    A training of copies of some blocks skips all modules that returned before the first of those was called: nothing
+    in training can change what they return. What it gets instead is equal up to the rounding of another batch size.
+
+    Left out are modules that return other things than tensors with one entry an example, or different ones in other
+    company (batch statistics, routing with a capacity).
+
+    Memory: the outputs of all blocks for all examples, at most `ROOM` bytes.
+
+    Args:
+        model: in eval mode, with the weights that every training starts from.
+        batches: all examples in their order, as the model takes them.
+
+    Attributes:
+        known: for each module that can be skipped its output for all examples.
+    """
+
+    def __init__(self, model: nn.Module, batches: Sequence[dict[str, Tensor]]) -> None:
+        modules = _modules_of_blocks(model)
+        names = {module: name for name, module in modules.items()}
+        self._record(model, modules, batches)
+        again = Prefix(model, list(modules.values()))
+        whole = {key: torch.cat([batch[key] for batch in batches]) for key in batches[0]}
+        mixed = torch.arange(0, len(next(iter(whole.values()))), max(2, len(batches)))  # in other company
+        with torch.no_grad(), again.of(0):
+            model(**{key: value[mixed] for key, value in whole.items()})
+        for module, output in again.outputs[0].items():
+            if names[module] in self.known and not _all_close(self._recall(names[module], mixed), output):
+                del self.known[names[module]]
+
+    def _record(self, model: nn.Module, modules: dict[str, nn.Module], batches: Sequence[dict[str, Tensor]]) -> None:
+        prefix = Prefix(model, list(modules.values()))
+        with torch.no_grad():
+            for number, batch in enumerate(batches):
+                with prefix.of(number):
+                    model(**batch)
+        sizes = [len(next(iter(batch.values()))) for batch in batches]
+        order = dict(model.named_modules())
+        self._called = {name: prefix.called[module] for name, module in order.items() if module in prefix.called}
+        self._returned: dict[str, int] = {}
+        self.known: dict[str, Any] = {}
+        for name, module in modules.items():
+            if module in prefix.unfit or module not in prefix.returned:
+                continue
+            parts = [found.pop(module) for found in prefix.outputs.values()]
+            if all(_is_by_example(part, size) for part, size in zip(parts, sizes, strict=True)) and _is_alike(parts):
+                self.known[name] = _zip_map(torch.cat, parts)
+                self._returned[name] = prefix.returned[module]
+
+    def _recall(self, name: str, at: Tensor) -> Any:
+        return _zip_map(lambda each: each[0][at.to(each[0].device)], [self.known[name]])
+
+    @contextmanager
+    def skipping(self, wrapped: nn.Module, base: nn.Module, originals: dict[str, nn.Module]) -> Iterator[None]:
+        """Training inside runs only what is above the frozen start; batches with the key `at` alone are cut short.
+
+        Args:
+            wrapped: `base` with copies of the blocks in training; what is called.
+            base: a copy of the model of which the outputs are known.
+            originals: the modules of `base` by name, from before it was wrapped.
+        """
+        own = {id(module) for module in originals.values()}
+        changed = [name for name, module in base.named_modules() if name in self._called and id(module) not in own]
+        first = min((self._called[name] for name in changed), default=0)
+        skipped = {name: originals[name] for name in self.known if self._returned[name] < first}
+        answers = ExitStack()
+
+        def enter(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+            at = kwargs.pop(AT, None)
+            if at is not None:
+                answers.enter_context(answering({skipped[name]: self._recall(name, at) for name in skipped}))
+            return args, kwargs
+
+        hooks = [
+            wrapped.register_forward_pre_hook(enter, with_kwargs=True),
+            wrapped.register_forward_hook(lambda *_: answers.close(), always_call=True),
+        ]
+        try:
+            yield
+        finally:
+            answers.close()
+            for hook in hooks:
+                hook.remove()
+
+    @staticmethod
+    def fits(model: nn.Module, batch: dict[str, Tensor], count: int) -> bool:
+        """Whether the outputs for `count` examples like those of `batch` take up no more than `ROOM`."""
+        modules = _modules_of_blocks(model)
+        prefix = Prefix(model, list(modules.values()))
+        with torch.no_grad(), prefix.of(0):
+            model(**batch)
+        size = sum(each.nbytes for output in prefix.outputs[0].values() for each in _tensors(output))
+        return size / len(next(iter(batch.values()))) * count <= ROOM
+
+
+def _modules_of_blocks(model: nn.Module) -> dict[str, nn.Module]:
+    every = dict(model.named_modules())
+    blocks = BlockMap.find(model).modules.values()
+    return {name: every[name] for names in blocks for name in names if name in every}
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    if isinstance(output, Tensor):
+        yield output
+    for each in output if isinstance(output, tuple | list) else ():
+        yield from _tensors(each)
+
+
+def _is_by_example(output: Any, size: int) -> bool:
+    tensors = list(_tensors(output))
+    return bool(tensors) and all(each.ndim > 0 and each.shape[0] == size for each in tensors)
+
+
+def _is_alike(parts: Sequence[Any]) -> bool:
+    """Whether all parts have one structure, and tensors of one shape but for the number of examples."""
+    shapes = {str(_zip_map(lambda each: tuple(each[0].shape[1:]), [part])) for part in parts}
+    return len(shapes) == 1
+
+
+def _all_close(one: Any, other: Any) -> bool:
+    pairs = zip(_tensors(one), _tensors(other), strict=True)
+    return all(torch.allclose(a, b, rtol=1e-3, atol=1e-4 * float(b.abs().max())) for a, b in pairs)
+
+
+def _zip_map(function: Callable[[list[Tensor]], Any], parts: Sequence[Any]) -> Any:
+    """`function` of the tensors at each place of outputs with one structure; None stays None."""
+    first = parts[0]
+    if type(first) in (tuple, list):
+        return type(first)(_zip_map(function, each) for each in zip(*parts, strict=True))
+    return None if first is None else function(list(parts))

@@ -1,0 +1,217 @@
+"""`surgical-peft search`: a recipe's search, by any number of processes, with its table and its picture."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import multiprocessing
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from . import procedures
+from .errors import SurgicalError
+from .files import check_replaceable, whole_folder
+from .names import resolve
+from .objective import RecipeObjective
+from .quiet import quieten
+from .recipe import Recipe
+from .report.tables import search_markdown
+from .scores import is_head
+from .search import count_trainings, optuna_classes, run_search
+from .search_result import SearchResult, SearchTrial, candidate_of
+from .train import score
+
+_RESULT = "search.json"  # by which the result of an earlier search is known
+_LAST_WORDS = 30.0  # seconds for the other workers to notice that all is done
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a search would cost.
+
+    Attributes:
+        procedure: in words.
+        trainings: at most so many, see `count_trainings`.
+        seconds_each: of one training of all blocks, which takes longest; estimated from a few steps.
+        seconds: of the whole search with its jobs, at most about.
+    """
+
+    procedure: str
+    trainings: int
+    seconds_each: float
+    seconds: float
+
+
+def plan(recipe: Recipe, jobs: int = 1) -> Plan:
+    """What the search of a recipe would cost; trains a few steps to tell the time, and keeps nothing.
+
+    Raises:
+        SurgicalError: as `search`.
+
+    Example:
+        >>> plan(load_recipe("recipes/sweep_noise.yaml"), jobs=2).trainings
+        90
+    """
+    torch.set_num_threads(_threads(jobs))
+    recipe = _with_scores(recipe)
+    objective = RecipeObjective(recipe)
+    procedure = recipe.make_procedure()
+    trainings = count_trainings(procedure, objective.blocks, rates=objective.rates, seeds=objective.seeds)
+    each = objective.seconds()
+    at_once = min(jobs, os.cpu_count() or 1)
+    return Plan(repr(procedure), trainings, each, math.ceil(trainings / at_once) * each)
+
+
+def search(
+    recipe: Recipe,
+    output: str | Path | None = None,
+    *,
+    jobs: int = 1,
+    storage: str | None = None,
+    name: str | None = None,
+    console: Console | None = None,
+) -> SearchResult:
+    """Search a recipe's blocks by its procedure; run the same again to resume.
+
+    Args:
+        recipe: its `procedure`, `rates`, `seeds` or `folds`, and `pruner` say how to search.
+        output: folder to write to; default is the recipe's `output_dir`. It gets `study.db` and, once all is done,
+            `search/` with `search.json`, `table.md` and `profile.png` (where blocks were tuned alone).
+        jobs: processes that share the trainings, and the cores.
+        storage: as for `run_search`; default is `study.db` in the folder.
+        name: of the study; default is that of the procedure.
+        console: where to show progress; default is the terminal.
+
+    Raises:
+        SurgicalError: as `run_search` and `RecipeObjective`; or the folder holds something else than a search.
+
+    Example:
+        >>> result = search(load_recipe("recipes/sweep_noise.yaml"), jobs=2)
+        >>> config = SurgicalConfig.from_selection(result.best)
+    """
+    if jobs < 1:
+        raise SurgicalError(f"jobs={jobs} is too few: 1 or more.")
+    folder = Path(str(output or recipe.arguments().output_dir))
+    check_replaceable(folder / "search", _RESULT)
+    _quieten_optuna()
+    torch.set_num_threads(_threads(jobs))
+    recipe = _with_scores(recipe)
+    objective = RecipeObjective(recipe)
+    kept: dict[str, Any] = {"storage": storage or f"sqlite:///{folder / 'study.db'}", "name": name or recipe.procedure}
+    most = count_trainings(recipe.make_procedure(), objective.blocks, rates=objective.rates, seeds=objective.seeds)
+    with (
+        _Progress(console or Console(), most, len(objective.rates) * len(objective.seeds), jobs) as progress,
+        _helpers(jobs - 1, recipe, kept, _threads(jobs)),
+    ):
+        result = _run(recipe, objective, kept, progress)
+    with whole_folder(folder / "search", _RESULT) as temporary:
+        result.save(temporary / _RESULT)
+        (temporary / "table.md").write_text(search_markdown(result, objective.metric), encoding="utf-8")
+        if any(math.isfinite(metric) for block, metric in result.profile.items() if not is_head(block)):
+            result.plot(temporary / "profile.png")
+    return result
+
+
+def _run(recipe: Recipe, objective: RecipeObjective, kept: dict[str, Any], progress: Any = None) -> SearchResult:
+    return run_search(
+        recipe.make_procedure(),
+        objective,
+        rates=objective.rates,
+        seeds=objective.seeds,
+        pruner=recipe.make_pruner(),
+        on_progress=progress,
+        **kept,
+    )
+
+
+def _work(recipe: Recipe, kept: dict[str, Any], threads: int) -> None:
+    """What another process does: the same search, silently."""
+    torch.set_num_threads(threads)
+    quieten()
+    _quieten_optuna()
+    try:
+        _run(recipe, RecipeObjective(recipe), kept)
+    except SurgicalError as error:
+        sys.exit(f"a worker stopped: {error}")
+
+
+@contextmanager
+def _helpers(count: int, recipe: Recipe, kept: dict[str, Any], threads: int) -> Iterator[None]:
+    """Other processes that work on the same study while this one does."""
+    context = multiprocessing.get_context("spawn")
+    processes = [context.Process(target=_work, args=(recipe, kept, threads)) for _ in range(count)]
+    try:
+        for process in processes:
+            process.start()
+        yield
+        for process in processes:
+            process.join(_LAST_WORDS)
+    finally:
+        for process in processes:
+            if process.is_alive():
+                process.terminate()
+                process.join()
+
+
+def _quieten_optuna() -> None:
+    optuna_classes()  # says what to install
+    from optuna import logging
+
+    logging.set_verbosity(logging.WARNING)  # else a line for each study and trial, between those of the bar
+
+
+def _threads(jobs: int) -> int:
+    return max(1, (os.cpu_count() or 1) // jobs)
+
+
+def _with_scores(recipe: Recipe) -> Recipe:
+    """The recipe with the scores that its procedure asks for, by the recipe's criterion."""
+    wanted = inspect.signature(resolve(recipe.procedure, procedures)).parameters
+    if "scores" not in wanted or "scores" in recipe.procedure_options:
+        return recipe
+    scores = {block: float(f"{value:.6g}") for block, value in score(recipe).values.items()}
+    return replace(recipe, procedure_options={**recipe.procedure_options, "scores": scores})
+
+
+class _Progress:
+    """A bar with the best candidate so far and the time left; called with the finished trials."""
+
+    def __init__(self, console: Console, most: int, trainings_each: int, jobs: int) -> None:
+        columns = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn())
+        self._bar = Progress(*columns, TextColumn("{task.fields[left]}"), console=console)
+        self._task = self._bar.add_task("search", total=most, left="")
+        self._most, self._each, self._jobs = most, trainings_each, jobs
+
+    def __enter__(self) -> _Progress:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def __call__(self, finished: Sequence[SearchTrial]) -> None:
+        own: dict[tuple[str, ...], list[SearchTrial]] = {}
+        for trial in finished:
+            own.setdefault(trial.blocks, []).append(trial)
+        whole = [candidate_of(each) for each in own.values() if len(each) == self._each]
+        best = max((each for each in whole if math.isfinite(each.metric)), key=lambda each: each.metric, default=None)
+        said = "search" if best is None else f"best so far {best.metric:.4g}: {_short(best.blocks)}"
+        left = ""
+        if finished:
+            seconds = sum(trial.seconds for trial in finished) / len(finished) / self._jobs
+            left = f"at most about {timedelta(seconds=round(seconds * (self._most - len(finished))))} left"
+        self._bar.update(self._task, completed=len(finished), description=said, left=left)
+
+
+def _short(blocks: tuple[str, ...]) -> str:
+    return ", ".join(blocks) if len(blocks) < 5 else f"{blocks[0]}, {blocks[1]}, ... ({len(blocks)} blocks)"

@@ -1,0 +1,187 @@
+"""What all trainings of a recipe share: its data as the model takes them, the source model, and its frozen start."""
+
+from __future__ import annotations
+
+import copy
+import math
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import TrainerCallback
+
+from .callback import SurgicalCallback
+from .memory import PeakMemory
+from .model import SurgicalModel
+from .policies.policy import Policy
+from .prefix_cache import AT, ROOM, PrefixCache
+from .recipe import Recipe
+from .tasks import Examples, load_task
+from .train import fit
+
+Item = dict[str, Any]
+Wrap = Callable[[nn.Module], nn.Module]
+_BATCH = 250  # examples that go through the model at once to fill the prefix cache
+_FEW, _MANY = 2, 10  # steps that are timed to tell what one costs
+
+
+class Workbench:
+    """Data and source model of a recipe, loaded once for any number of trainings.
+
+    Attributes:
+        recipe: as given.
+        args: the recipe's training arguments.
+        task: the recipe's.
+        examples: of each split, each example made once.
+        model: the source model, in eval mode; trainings get copies.
+
+    Raises:
+        SurgicalError: as `load_task`.
+
+    Example:
+        >>> bench = Workbench(load_recipe("recipes/noise.yaml"))
+        >>> tuned, peak = bench.train(lambda model: get_surgical_model(model, SurgicalConfig(blocks=[0])))
+        >>> bench.task.measure(tuned, bench.part("validation"))
+    """
+
+    def __init__(self, recipe: Recipe, splits: Sequence[str] = ("train", "validation")) -> None:
+        self.recipe = recipe
+        self.args = recipe.arguments(disable_tqdm=True)
+        self.task = load_task(recipe, splits)
+        self.examples = {split: Remembered(examples) for split, examples in self.task.splits.items()}
+        self.model = self.task.load_model().to(self.args.device).eval()
+
+    def part(self, split: str, places: Sequence[int] | None = None) -> Part:
+        """The examples of a split at `places`; default all."""
+        examples = self.examples[split]
+        return Part(examples, range(len(examples)) if places is None else places)
+
+    def train(
+        self,
+        wrap: Wrap,
+        places: Sequence[int] | None = None,
+        policy: Policy | None = None,
+        watch: Callable[[nn.Module], TrainerCallback] | None = None,
+        skips: bool = True,
+        **changed: Any,
+    ) -> tuple[nn.Module, int]:
+        """Train a copy of the source model on the training split; nothing is kept on disk.
+
+        Args:
+            wrap: makes the copy ready to be trained, and gives what is to be called.
+            places: the training examples to use; default all.
+            policy: of the learning rates.
+            watch: makes a callback for the trainer of what `wrap` gave.
+            skips: whether the frozen start may be skipped, where that is possible.
+            changed: training arguments that are other than the recipe's.
+
+        Returns:
+            What `wrap` gave, trained, and the peak memory in bytes.
+        """
+        base = copy.deepcopy(self.model)
+        originals = dict(base.named_modules())
+        wrapped = wrap(base)
+        # Only our tuner keeps what it does not tune in eval mode, so that its frozen start returns the same each time.
+        is_ours = isinstance(getattr(wrapped, "base_model", None), SurgicalModel)
+        prefix = self.prefix if skips and is_ours else None
+        train = self.part("train", places)
+        callbacks: list[TrainerCallback] = [SurgicalCallback()] if policy else []
+        if watch:
+            callbacks.append(watch(wrapped))
+        changed |= {"disable_tqdm": True, "save_strategy": "no"}
+        with (
+            tempfile.TemporaryDirectory() as unused,  # the trainings of all workers have one output folder
+            PeakMemory() as peak,
+            prefix.skipping(wrapped, base, originals) if prefix else nullcontext(),
+        ):
+            args = self.recipe.arguments(output_dir=unused, **changed)
+            fit(wrapped, args, train.numbered() if prefix else train, policy, callbacks, self._collate)
+        return wrapped, peak.bytes
+
+    def seconds(self, wrap: Wrap, places: Sequence[int] | None = None) -> float:
+        """What one such training takes, from a few timed steps."""
+        taken = []
+        for steps in (_FEW, _MANY):
+            began = time.perf_counter()
+            self.train(wrap, places, max_steps=steps)
+            taken.append(time.perf_counter() - began)
+        each = max(0.0, taken[1] - taken[0]) / (_MANY - _FEW)
+        args = self.args
+        batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        count = len(self.examples["train"] if places is None else places)
+        steps = args.max_steps if args.max_steps > 0 else math.ceil(count / batch) * args.num_train_epochs
+        return taken[0] + (steps - _FEW) * each
+
+    def _collate(self, items: list[Any]) -> dict[str, Tensor]:
+        if isinstance(items[0], dict):
+            return self.task.collate(items)
+        return {**self.task.collate([item for _, item in items]), AT: torch.tensor([place for place, _ in items])}
+
+    @cached_property
+    def prefix(self) -> PrefixCache | None:
+        """What the frozen start computes, where every training computes just that, and it can be kept."""
+        args, recipe = self.args, self.recipe
+        is_plain = recipe.frozen_eval and args.n_gpu <= 1 and args.world_size == 1
+        if not is_plain or args.bf16 or args.fp16 or args.torch_compile:
+            return None
+        train = self.examples["train"]
+        every = range(len(train))
+        if len({_shape(train[place]) for place in every}) > 1:  # padded to the longest of a batch
+            return None
+        chunks = [every[start : start + _BATCH] for start in every[::_BATCH]]
+
+        def batch(places: Sequence[int]) -> dict[str, Tensor]:
+            collated = self.task.collate([train[place] for place in places])
+            return {key: value.to(args.device) for key, value in collated.items()}
+
+        if not PrefixCache.fits(self.model, batch(every[:2]), len(train)):
+            return None
+        return PrefixCache(self.model, [batch(chunk) for chunk in chunks])
+
+
+class Remembered(Dataset[Item]):
+    """Examples of a split, each made once; beyond `ROOM` bytes they are made anew every time."""
+
+    def __init__(self, examples: Examples) -> None:
+        self._examples, self._made, self._size = examples, dict[int, Item](), 0
+
+    def __len__(self) -> int:
+        return len(self._examples)
+
+    def __getitem__(self, place: int) -> Item:
+        if place in self._made:
+            return self._made[place]
+        item = self._examples[place]
+        if self._size < ROOM:
+            self._made[place] = item
+            self._size += sum(torch.as_tensor(value).nbytes for value in item.values())
+        return item
+
+
+class Part(Dataset[Any]):
+    """Some examples of a split; numbered, each comes with its place there."""
+
+    def __init__(self, examples: Remembered, places: Sequence[int], is_numbered: bool = False) -> None:
+        self._examples, self._places, self._is_numbered = examples, places, is_numbered
+
+    def numbered(self) -> Part:
+        """The same, each with its place."""
+        return Part(self._examples, self._places, is_numbered=True)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, number: int) -> Any:
+        place = self._places[number]
+        return (place, self._examples[place]) if self._is_numbered else self._examples[place]
+
+
+def _shape(item: Item) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    return tuple((key, np.shape(value)) for key, value in item.items())
