@@ -25,11 +25,12 @@ from surgical_peft.train import fit
 ROOT = Path(__file__).parent
 
 
-def from_scratch(recipe: Recipe, blocks: tuple[str, ...]) -> float:
+def from_scratch(recipe: Recipe, blocks: tuple[str, ...], rate: float, seed: int) -> float:
     """Validation accuracy of one training that shares nothing."""
     task = load_task(recipe, ("train", "validation"))
     model = get_surgical_model(task.load_model(), SurgicalConfig(blocks=list(blocks)))
-    fit(model, recipe.arguments(disable_tqdm=True), task.splits["train"], collate=task.collate)
+    args = recipe.arguments(disable_tqdm=True, learning_rate=rate, seed=seed)
+    fit(model, args, task.splits["train"], collate=task.collate)
     return task.measure(model, task.splits["validation"])
 
 
@@ -46,7 +47,8 @@ def main() -> None:
     objective = RecipeObjective(recipe)
     preparing = time.perf_counter() - began
     candidates = next(procedures.sweep("all")(objective.blocks))
-    from_scratch(recipe, candidates[-1])  # what is imported on the way is imported now
+    settings = objective.rates[0], objective.seeds[0]
+    from_scratch(recipe, candidates[-1], *settings)  # what is imported on the way is imported now
     lines = [
         "| tuned | from scratch, s | shared, s | ratio | accuracy, scratch | shared |",
         "|---|---:|---:|---:|---:|---:|",
@@ -54,9 +56,9 @@ def main() -> None:
     totals = [0.0, preparing]
     for blocks in candidates:
         began = time.perf_counter()
-        alone = from_scratch(recipe, blocks)
+        alone = from_scratch(recipe, blocks, *settings)
         middle = time.perf_counter()
-        shared = objective(Selection(blocks), recipe.training.get("learning_rate", objective.rates[0]), 42)
+        shared = objective(Selection(blocks), *settings)
         ended = time.perf_counter()
         seconds = middle - began, ended - middle
         totals = [total + each for total, each in zip(totals, seconds, strict=True)]

@@ -10,7 +10,7 @@ import torch
 from peft import get_peft_model
 from transformers import AutoModelForImageClassification
 
-from surgical_peft import SurgicalConfig
+from surgical_peft import SurgicalConfig, cli
 from surgical_peft.cli import main
 
 ROOT = Path(__file__).parents[1]
@@ -129,4 +129,10 @@ def test_debug_shows_the_traceback() -> None:
 def test_help_names_every_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(monkeypatch, "--help") == 0
     text = capsys.readouterr().out
-    assert all(command in text for command in ("blocks", "score", "train", "export", "quickstart"))
+    names = [command.name or command.callback.__name__ for command in cli.app.registered_commands if command.callback]
+    assert len(names) >= 8
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    for name in names:
+        assert name in text
+        assert f"surgical-peft {name}" in readme, name
+        assert name in (cli.__doc__ or ""), name

@@ -21,12 +21,14 @@ from transformers import (
 from surgical_peft import SurgicalCallback
 from surgical_peft.recipe import load_recipe
 from surgical_peft.report.tables import comparison_markdown
+from surgical_peft.search_result import SearchResult
 from surgical_peft.tasks import load_task
 
 from .toys import TOYS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+SWEEPS = ("noise", "label_map")  # in the order of the columns
 CODE = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
@@ -126,3 +128,20 @@ def test_the_quickstart_shows_the_reversal() -> None:
     assert mean["first", "noise"] >= mean["last", "noise"] + 3
     assert mean["first", "noise"] >= mean["full", "noise"] - 1.5
     assert report["seconds"] <= 180
+
+
+def test_the_sweeps_are_those_of_the_files() -> None:
+    results = [SearchResult.load(ROOT / "benchmarks" / "sweeps" / name / "search" / "search.json") for name in SWEEPS]
+    for result in results:
+        assert result.procedure == "sweep(candidates='all')"
+    for candidates in zip(*(result.candidates for result in results), strict=True):
+        blocks = candidates[0].blocks
+        cells = ["all" if len(blocks) > 1 else blocks[0].replace("_", " ")]
+        for result, each in zip(results, candidates, strict=True):
+            assert each.blocks == blocks and each.deviation is not None
+            cell = f"{100 * each.metric:.1f} ± {100 * each.deviation:.1f}"
+            cells.append(f"**{cell}**" if blocks == result.best.blocks else cell)
+        assert f"| {' | '.join(cells)} |" in README
+    ratio = re.search(r"\*\*the sweep\*\*.*\*\*(0\.\d\d)\*\*", (ROOT / "benchmarks" / "sharing.md").read_text())
+    assert ratio is not None and f"takes {ratio[1]} of the time" in " ".join(README.split())
+    assert float(ratio[1]) <= 0.6
