@@ -39,7 +39,6 @@ def mend_checkpointing(model: nn.Module) -> None:
     """
     if _before_forward not in model._forward_pre_hooks.values():
         model.register_forward_pre_hook(_before_forward)
-        model.register_forward_hook(_after_forward, always_call=True)
 
 
 def restore_checkpointing(model: nn.Module) -> None:
@@ -88,6 +87,8 @@ def _before_forward(model: nn.Module, args: Any) -> None:
     _let_inputs_be(model)
     roused: list[nn.Module] = []
     model.__dict__[_ROUSED] = roused
+    if _after_forward not in model._forward_hooks.values():  # a hook costs time at every call: only where it is needed
+        model.register_forward_hook(_after_forward, always_call=True)
     for module in modules:
         function = module.__dict__["_gradient_checkpointing_func"]
         if not isinstance(function, CheckpointWhereNeeded):

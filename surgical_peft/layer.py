@@ -104,7 +104,9 @@ class SurgicalLayer(KeepsOriginal, BaseTunerLayer, AuxiliaryTrainingWrapper):
             raise SurgicalError(
                 f"adapters {active} tune the same block; a full copy cannot be added to another: use one."
             )
-        return self.surgical_copies[active[0]] if active else self.original_on(self.device_in_use())
+        if active:
+            return self._modules["surgical_copies"]._modules[active[0]]  # type: ignore[union-attr,return-value]
+        return self.original_on(self.device_in_use())
 
     def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         if adapter_names is None:

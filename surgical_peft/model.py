@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -26,6 +26,8 @@ from .mixed_batches import check_rows, rows_by_adapter
 from .original import NO_BASE, note_trainable
 from .targets import check_adapter_names, modules_to_tune
 from .wrappers import seen_through
+
+_NO_HOOKS = nullcontext()  # entered at every call of the model
 
 
 class SurgicalModel(BaseTuner):
@@ -163,23 +165,20 @@ class SurgicalModel(BaseTuner):
         if any(isinstance(module, SurgicalLayer) and not module.keeps_base for module in self.model.modules()):
             raise SurgicalError(NO_BASE)
 
-    @contextmanager
     def _enable_peft_forward_hooks(
         self, *args: Any, adapter_names: list[str] | None = None, num_beams: int = 1, **kwargs: Any
-    ) -> Iterator[None]:
+    ) -> AbstractContextManager[None]:
         """Hands `adapter_names` of a mixed batch to every layer, as PEFT does for LoRA.
 
         Raises:
             SurgicalError: an unknown name, not one for each row, or a model in train mode or merged.
         """
         if adapter_names is None:
-            yield
-            return
+            return _NO_HOOKS
         if "__base__" in adapter_names:
             self._needs_base()
         check_rows(self.model, list(self.peft_config), adapter_names, [*args, *kwargs.values()])
-        with rows_by_adapter(self.model, adapter_names, num_beams or 1):
-            yield
+        return rows_by_adapter(self.model, adapter_names, num_beams or 1)
 
     def _unload_and_optionally_merge(
         self,

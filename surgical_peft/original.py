@@ -28,7 +28,7 @@ class KeepsOriginal(nn.Module):
     original_module: nn.Module
     keep_base: str
     surgical_copies: nn.ModuleDict
-    active_adapters: list[str]
+    _active_adapter: str | list[str]
     merged_adapters: list[str]
     _disable_adapters: bool
     _lent: list[nn.Module]  # in a list, so that it is no submodule
@@ -40,8 +40,11 @@ class KeepsOriginal(nn.Module):
         return "original_module" in self._modules
 
     def _names_in_use(self) -> list[str]:
-        names = [] if self._disable_adapters else self.merged_adapters or self.active_adapters
-        return [name for name in names if name in self.surgical_copies]
+        if self._disable_adapters:
+            return []
+        names = self.merged_adapters or self._active_adapter
+        copies = self._modules["surgical_copies"]._modules  # type: ignore[union-attr]  # at every call of the layer
+        return [name for name in ([names] if isinstance(names, str) else names) if name in copies]
 
     @property
     def stands_aside(self) -> bool:

@@ -475,15 +475,26 @@ def test_a_function_that_is_no_layer_is_checkpointed_as_before() -> None:
 
 
 def test_mending_twice_and_restoring_once() -> None:
+    """The hook after the forward pass, which makes every call slower, comes with the first one that checkpoints."""
     model = LLAMA.model()
-    before = len(model._forward_pre_hooks), len(model._forward_hooks)
+
+    def hooks() -> tuple[int, int]:
+        return len(model._forward_pre_hooks), len(model._forward_hooks)
+
+    before = hooks()
     mend_checkpointing(model)
     mend_checkpointing(model)
-    assert (len(model._forward_pre_hooks), len(model._forward_hooks)) == (before[0] + 1, before[1] + 1)
+    gradients(model.train(), LLAMA)
+    assert hooks() == (before[0] + 1, before[1])
+
+    model.gradient_checkpointing_enable()
+    for _ in range(2):
+        gradients(model, LLAMA)
+        assert hooks() == (before[0] + 1, before[1] + 1)
 
     restore_checkpointing(model)
 
-    assert (len(model._forward_pre_hooks), len(model._forward_hooks)) == before
+    assert hooks() == before
 
 
 def test_compiled_it_gives_the_same_gradients() -> None:
