@@ -71,7 +71,7 @@ def main() -> None:
     lines.append(f"| **the sweep** | {totals[0]:.1f} | {totals[1]:.1f} | **{totals[1] / totals[0]:.2f}** | | |")
     text = "\n".join(lines) + (
         "\n\nThe first shared training also fills the prefix cache. "
-        f"{recipe.given['num_train_epochs']} epochs of 500 images, {options.threads} thread, "
+        f"{recipe.training['num_train_epochs']} epochs of 500 images, {options.threads} thread, "
         f"torch {torch.__version__}.\n"
     )
     (ROOT / "sharing.md").write_text(text, encoding="utf-8")

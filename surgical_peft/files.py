@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 import hashlib
 import os
 import shutil
@@ -9,6 +10,9 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
 
 from .errors import SurgicalError
 
@@ -49,20 +53,37 @@ def whole_folder(path: str | Path, marker: str) -> Iterator[Path]:
     Raises:
         SurgicalError: what is there is not an earlier result, see `check_replaceable`.
     """
-    check_replaceable(path, marker)
     target = Path(path)
+    with _lock(target):
+        check_replaceable(target, marker)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     temporary.chmod(0o755)
     try:
         yield temporary
-        old = temporary.with_name(f"{temporary.name}.old")
-        if target.is_dir():
-            target.replace(old)
-        temporary.replace(target)
-        shutil.rmtree(old, ignore_errors=True)
+        with _lock(target):
+            _take_the_place_of(target, temporary)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _take_the_place_of(target: Path, new: Path) -> None:
+    old = new.with_name(f"{new.name}.old")
+    if target.is_dir():
+        target.replace(old)
+    try:
+        new.replace(target)
+    except OSError:
+        if old.exists():
+            old.replace(target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _lock(target: Path) -> FileLock:
+    """Held while `target` is looked at or replaced, since the workers of a search end together; not kept beside it."""
+    known = hashlib.sha256(str(target.resolve()).encode()).hexdigest()[:32]
+    return FileLock(Path(tempfile.gettempdir()) / f"surgical_peft-{getpass.getuser()}-{known}.lock")
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -82,3 +103,16 @@ def digest_of(path: str | Path) -> str:
             while chunk := content.read(2**20):
                 digest.update(chunk)
     return f"sha256:{digest.hexdigest()[:32]}"
+
+
+def beside(path: Path, name: Any) -> Any:
+    """The path of what lies beside the file `path` under that name, or the name: it may be one of the Hub.
+
+    Of a list each entry; of a mapping its entry `data`.
+    """
+    if isinstance(name, list):
+        return [beside(path, each) for each in name]
+    if isinstance(name, dict):
+        return {key: beside(path, each) if key == "data" else each for key, each in name.items()}
+    found = path.parent / str(name)
+    return str(found.resolve()) if isinstance(name, str) and found.exists() else name

@@ -14,7 +14,9 @@ _EVERY = 0.02  # seconds between two looks at the process
 class PeakMemory:
     """Measures the highest memory, in bytes, while it is entered.
 
-    On an accelerator what its allocator gave out; else the resident size of this process, looked at every 20 ms.
+    On an accelerator all that its allocator gave out. On the CPU the resident size of the whole process, looked at
+    every 20 ms: its libraries and data count too, and freed memory that it has not given back, so trainings that
+    follow each other in one process differ by little there.
 
     Attributes:
         bytes: what was found, once it is left.

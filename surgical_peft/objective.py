@@ -6,6 +6,7 @@ import copy
 import math
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,10 @@ from transformers import TrainerCallback
 from .blocks import BlockMap
 from .config import SurgicalConfig
 from .errors import SurgicalError
+from .fingerprint import fingerprint
 from .model import get_surgical_model
 from .recipe import Recipe
+from .run_report import identity
 from .selection import Selection
 from .tasks.models import modules_to_save
 from .workbench import Part, Workbench
@@ -55,12 +58,16 @@ class RecipeObjective:
         self.blocks = BlockMap.find(self._bench.model)
         if recipe.divide:
             self.blocks = self.blocks.divided(recipe.divide)
-            every = Selection(self.blocks.names)
-            get_surgical_model(copy.deepcopy(self._bench.model), self._config(every))  # they exist
+            get_surgical_model(copy.deepcopy(self._bench.model), self._config(self._layers()))  # the parts exist
         self.rates = tuple(recipe.rates or [args.learning_rate])
         self.seeds = tuple(range(recipe.folds) if recipe.folds else recipe.seeds or [args.seed])
         self.metric = self._bench.task.metric
-        self.settings = recipe.settings()
+        data = identity(recipe.data)
+        self.settings = {
+            **recipe.settings(),
+            "model": f"{Path(recipe.model).name} {fingerprint(self._bench.model.state_dict().values())}",
+            "data": f"{Path(recipe.data).name} {data['commit'] or data['fingerprint']}",
+        }
         count = len(self._bench.examples["train"])
         self._folds = folds_of(count, recipe.folds, args.seed) if recipe.folds else []
 
@@ -96,7 +103,10 @@ class RecipeObjective:
         return SurgicalConfig.from_selection(selection, **given, modules_to_save=saved)
 
     def seconds(self) -> float:
-        """What one training of all blocks takes, from a few timed steps: more than that of any other selection."""
+        """What one training of all layers takes, from a few timed steps: few selections take longer.
+
+        Neither what a policy's probes cost nor pruning is in it.
+        """
         seed = self.seeds[0]
         measure, validation = self._bench.task.measure, self._validation(seed)
         measure(self._bench.model, validation)  # what is made once is made now
@@ -104,8 +114,12 @@ class RecipeObjective:
         measure(self._bench.model, validation)
         measuring = time.perf_counter() - began
         reports = math.ceil(self._bench.args.num_train_epochs) - 1 if self.recipe.pruner else 0
-        training = self._bench.seconds(self._wrap(Selection(self.blocks.names)), self._places(seed))
+        training = self._bench.seconds(self._wrap(self._layers()), self._places(seed))
         return training + (1 + reports) * measuring
+
+    def _layers(self) -> Selection:
+        """All repeated layers: they can always be tuned, which tied embeddings cannot."""
+        return Selection(tuple(name for stack in self.blocks.stacks.values() for name in stack))
 
     def _places(self, seed: int) -> list[int] | None:
         """The training examples of a training; None for all."""

@@ -13,6 +13,7 @@ from .blocks import BlockMap
 from .criteria.prefix import Prefix, answering
 
 ROOM = 2 * 2**30  # bytes; a search keeps no more activations than that
+_FEW = 4  # examples on which skipping is tried out
 AT = "at"  # the key of a batch that says which examples it holds
 
 
@@ -23,7 +24,9 @@ class PrefixCache:
     in training can change what they return. What it gets instead is equal up to the rounding of another batch size.
 
     Left out are modules that return other things than tensors with one entry an example, or different ones in other
-    company (batch statistics, routing with a capacity).
+    company (batch statistics, routing with a capacity). Before a training skips anything, loss and gradients of a few
+    examples are compared with those of the whole forward pass, in train mode: where they differ, because something
+    between the blocks draws dropout, say, or reads what a block does besides returning, nothing is skipped.
 
     Memory: the outputs of all blocks for all examples, at most `ROOM` bytes.
 
@@ -42,6 +45,7 @@ class PrefixCache:
         again = Prefix(model, list(modules.values()))
         whole = {key: torch.cat([batch[key] for batch in batches]) for key in batches[0]}
         mixed = torch.arange(0, len(next(iter(whole.values()))), max(2, len(batches)))  # in other company
+        self._few = mixed[:_FEW], {key: value[mixed[:_FEW]] for key, value in whole.items()}
         with torch.no_grad(), again.of(0):
             model(**{key: value[mixed] for key, value in whole.items()})
         for module, output in again.outputs[0].items():
@@ -96,11 +100,38 @@ class PrefixCache:
             wrapped.register_forward_hook(lambda *_: answers.close(), always_call=True),
         ]
         try:
+            if skipped and not self._agrees(wrapped):
+                skipped.clear()
             yield
         finally:
             answers.close()
             for hook in hooks:
                 hook.remove()
+
+    def _agrees(self, wrapped: nn.Module) -> bool:
+        """Whether a few examples give the same loss and gradients with and without what is skipped."""
+        at, batch = self._few
+        weights = [weight for weight in wrapped.parameters() if weight.requires_grad]
+        buffers = [(buffer, buffer.clone()) for buffer in wrapped.buffers()]  # running statistics, for one
+        modes, results = [(module, module.training) for module in wrapped.modules()], list[list[Tensor]]()
+        wrapped.train()
+        try:
+            for extra in ({}, {AT: at}):
+                with torch.random.fork_rng():
+                    torch.manual_seed(0)
+                    loss = wrapped(**batch, **extra).loss
+                    results.append([loss.detach(), *torch.autograd.grad(loss, weights, materialize_grads=True)])
+        except Exception:  # whatever a model does with what it does not find; if it is not that, training says it
+            return False
+        finally:
+            for module, mode in modes:
+                module.training = mode
+            with torch.no_grad():
+                for buffer, value in buffers:
+                    buffer.copy_(value)
+        losses, *gradients = zip(*results, strict=True)
+        scale = max((float(each.abs().max()) for _, each in gradients if each.numel()), default=0.0)
+        return _all_close(*losses) and all(_all_close(one, other, scale) for one, other in gradients)
 
     @staticmethod
     def fits(model: nn.Module, batch: dict[str, Tensor], count: int) -> bool:
@@ -137,9 +168,13 @@ def _is_alike(parts: Sequence[Any]) -> bool:
     return len(shapes) == 1
 
 
-def _all_close(one: Any, other: Any) -> bool:
+def _all_close(one: Any, other: Any, scale: float | None = None) -> bool:
+    """Whether they differ by rounding only, relative to their own values and to `scale`; default their largest."""
     pairs = zip(_tensors(one), _tensors(other), strict=True)
-    return all(torch.allclose(a, b, rtol=1e-3, atol=1e-4 * float(b.abs().max())) for a, b in pairs)
+    return all(
+        torch.allclose(a, b, rtol=1e-3, atol=1e-4 * (float(b.abs().max()) if scale is None else scale))
+        for a, b in pairs
+    )
 
 
 def _zip_map(function: Callable[[list[Tensor]], Any], parts: Sequence[Any]) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, Field, dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from types import NoneType
@@ -18,6 +18,7 @@ from . import criteria, policies
 from .config import SurgicalConfig
 from .criteria.criterion import Criterion
 from .errors import SurgicalError
+from .files import beside
 from .names import nearest, resolve
 from .policies.policy import Policy
 from .procedures.procedure import Procedure, as_procedure
@@ -69,7 +70,7 @@ class Recipe:
         source_data: for a comparison: data of the task that the source models were trained for, whose test split
             tells what they forget: a folder or Hub id, or keys for the data, e.g. `{data: folder, label_map: [...]}`.
         training: keys for `TrainingArguments`.
-        given: all keys as the file has them.
+        given: for each key of the file its value as written there, and as read: folders are found beside the file.
     """
 
     model: str
@@ -111,7 +112,7 @@ class Recipe:
     test_data: list[str] | None = None
     source_data: Any = None
     training: dict[str, Any] = field(default_factory=dict)
-    given: dict[str, Any] = field(default_factory=dict, compare=False)
+    given: dict[str, tuple[Any, Any]] = field(default_factory=dict, compare=False)
 
     def config(self) -> SurgicalConfig:
         """The adapter's config, as the recipe says it."""
@@ -172,8 +173,20 @@ class Recipe:
         """What a training by this recipe is, in plain data: not what is searched for, nor where the results go."""
         others = ("output_dir", "blocks", "criterion", "criterion_options", "num_blocks", "num_batches")
         searched = ("procedure", "procedure_options", "rates", "seeds", *_COMPARED)
-        own = self.given or {f.name: getattr(self, f.name) for f in fields(self) if f.name != "given"}
-        return {key: value for key, value in own.items() if key not in others + searched and value not in (None, {})}
+        return {key: value for key, value in self.keys().items() if key not in others + searched}
+
+    def keys(self) -> dict[str, Any]:
+        """The recipe as a file has it: folders as they are written there, and all else as it is now."""
+        own = {f.name: f for f in fields(self) if f.name not in ("training", "given")}
+        changed = [name for name, each in own.items() if getattr(self, name) != _default(each)]
+        found: dict[str, Any] = {}
+        for key in dict.fromkeys([*self.given, *changed, *self.training]):
+            if key not in own and key not in self.training:
+                continue
+            value = getattr(self, key) if key in own else self.training[key]
+            written, read = self.given.get(key, (value, value))
+            found[key] = written if value == read else value
+        return found
 
     def arguments(self, **overrides: Any) -> TrainingArguments:
         """The training arguments: the recipe's, over quiet defaults, under `overrides`."""
@@ -183,6 +196,10 @@ class Recipe:
             return TrainingArguments(**{"output_dir": "runs", **quiet, **self.training, **overrides})
         except (ValueError, TypeError) as error:
             raise SurgicalError(f"transformers.TrainingArguments does not take {self.training}: {error}") from error
+
+
+def _default(each: Field[Any]) -> Any:
+    return each.default_factory() if each.default_factory is not MISSING else each.default
 
 
 _OWN = {f.name: get_type_hints(Recipe)[f.name] for f in fields(Recipe) if f.name not in ("training", "given")}
@@ -236,29 +253,17 @@ def load_recipe(path: str | Path) -> Recipe:
         raise SurgicalError(f"{path}: the key {' and '.join(sorted(missing))} is missing.")
     given = dict(data)
     training = {key: data.pop(key) for key in list(data) if key not in _OWN}
-    for key in ("model", "data"):
-        data[key] = _beside(path, data[key])
-    for key in ("sources", "draws", "test_data"):
-        if isinstance(data.get(key), list):
-            data[key] = [_beside(path, each) for each in data[key]]
-    source_data = data.get("source_data")
-    if isinstance(source_data, dict) and "data" in source_data:
-        data["source_data"] = {**source_data, "data": _beside(path, source_data["data"])}
-    elif isinstance(source_data, str):
-        data["source_data"] = _beside(path, source_data)
-    recipe = Recipe(**data, training=training, given=given)
+    for key in ("model", "data", "sources", "draws", "test_data", "source_data"):
+        if key in data:
+            data[key] = beside(path, data[key])
+    read = {**data, **training}
+    recipe = Recipe(**data, training=training, given={key: (value, read[key]) for key, value in given.items()})
     # What is wrong with blocks, policy or arguments is said now, not after the data are loaded.
     recipe.config()
     recipe.make_policy()
     recipe.arguments()
     _check_search(recipe)
     return recipe
-
-
-def _beside(path: Path, name: Any) -> Any:
-    """The path of what lies beside the recipe under that name, or the name: it may be one of the Hub."""
-    beside = path.parent / str(name)
-    return str(beside.resolve()) if isinstance(name, str) and beside.exists() else name
 
 
 def _check_search(recipe: Recipe) -> None:
@@ -270,8 +275,11 @@ def _check_search(recipe: Recipe) -> None:
         if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate < math.inf:
             raise SurgicalError(f"rates: {rate!r} is not a learning rate: a number above 0, such as 1e-3.")
     for seed in recipe.seeds or ():
-        if isinstance(seed, bool) or not isinstance(seed, int):
-            raise SurgicalError(f"seeds: {seed!r} is not a whole number.")
+        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
+            raise SurgicalError(f"seeds: {seed!r} is not a whole number from 0 to 2**32 - 1.")
+    for key in ("rates", "seeds"):
+        if len(set(getattr(recipe, key) or ())) != len(getattr(recipe, key) or ()):
+            raise SurgicalError(f"{key}: {getattr(recipe, key)} has an entry twice: name it once.")
     if recipe.folds is not None and recipe.folds < 2:
         raise SurgicalError(f"folds: {recipe.folds} is too few: 2 or more.")
     if recipe.folds is not None and recipe.seeds is not None:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import inspect
 import math
 import multiprocessing
+import multiprocessing.connection
 import os
+import signal
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -41,15 +44,15 @@ class Plan:
 
     Attributes:
         procedure: in words.
-        trainings: at most so many, see `count_trainings`.
-        seconds_each: of one training of all blocks, which takes longest; estimated from a few steps.
-        seconds: of the whole search with its jobs, at most about.
+        trainings: at most so many, see `count_trainings`; None if that is not known.
+        seconds_each: of one training of all layers; few take longer. Estimated from a few steps.
+        seconds: of the whole search with its jobs, at most about; None if that is not known.
     """
 
     procedure: str
-    trainings: int
+    trainings: int | None
     seconds_each: float
-    seconds: float
+    seconds: float | None
 
 
 def plan(recipe: Recipe, jobs: int = 1) -> Plan:
@@ -62,14 +65,14 @@ def plan(recipe: Recipe, jobs: int = 1) -> Plan:
         >>> plan(load_recipe("recipes/sweep_noise.yaml"), jobs=2).trainings
         90
     """
-    torch.set_num_threads(_threads(jobs))
-    recipe = _with_scores(recipe)
-    objective = RecipeObjective(recipe)
-    procedure = recipe.make_procedure()
-    trainings = count_trainings(procedure, objective.blocks, rates=objective.rates, seeds=objective.seeds)
-    each = objective.seconds()
+    with _threads(jobs):
+        recipe = _with_scores(recipe)
+        objective = RecipeObjective(recipe)
+        procedure = recipe.make_procedure()
+        trainings = count_trainings(procedure, objective.blocks, rates=objective.rates, seeds=objective.seeds)
+        each = objective.seconds()
     at_once = min(jobs, os.cpu_count() or 1)
-    return Plan(repr(procedure), trainings, each, math.ceil(trainings / at_once) * each)
+    return Plan(repr(procedure), trainings, each, trainings and math.ceil(trainings / at_once) * each)
 
 
 def search(
@@ -104,14 +107,19 @@ def search(
     folder = Path(str(output or recipe.arguments().output_dir))
     check_replaceable(folder / "search", _RESULT)
     _quieten_optuna()
-    torch.set_num_threads(_threads(jobs))
-    recipe = _with_scores(recipe)
+    with _threads(jobs):
+        return _search(_with_scores(recipe), folder, jobs, storage, name, console or Console())
+
+
+def _search(
+    recipe: Recipe, folder: Path, jobs: int, storage: str | None, name: str | None, console: Console
+) -> SearchResult:
     objective = RecipeObjective(recipe)
     kept: dict[str, Any] = {"storage": storage or f"sqlite:///{folder / 'study.db'}", "name": name or recipe.procedure}
     most = count_trainings(recipe.make_procedure(), objective.blocks, rates=objective.rates, seeds=objective.seeds)
     with (
-        _Progress(console or Console(), most, len(objective.rates) * len(objective.seeds), jobs) as progress,
-        _helpers(jobs - 1, recipe, kept, _threads(jobs)),
+        _Progress(console, most, len(objective.rates) * len(objective.seeds), jobs) as progress,
+        _helpers(jobs - 1, recipe, kept, torch.get_num_threads()),
     ):
         result = _run(recipe, objective, kept, progress)
     with whole_folder(folder / "search", _RESULT) as temporary:
@@ -136,6 +144,8 @@ def _run(recipe: Recipe, objective: RecipeObjective, kept: dict[str, Any], progr
 
 def _work(recipe: Recipe, kept: dict[str, Any], threads: int) -> None:
     """What another process does: the same search, silently."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches it too, but the one who started it ends it
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     quieten()
     _quieten_optuna()
@@ -170,8 +180,22 @@ def _quieten_optuna() -> None:
     logging.set_verbosity(logging.WARNING)  # else a line for each study and trial, between those of the bar
 
 
-def _threads(jobs: int) -> int:
-    return max(1, (os.cpu_count() or 1) // jobs)
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
+
+
+@contextmanager
+def _threads(jobs: int) -> Iterator[None]:
+    """Each of several processes gets its share of the threads inside; one alone keeps what it has."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(max(1, before // jobs))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _with_scores(recipe: Recipe) -> Recipe:
@@ -179,6 +203,11 @@ def _with_scores(recipe: Recipe) -> Recipe:
     wanted = inspect.signature(resolve(recipe.procedure, procedures)).parameters
     if "scores" not in wanted or "scores" in recipe.procedure_options:
         return recipe
+    if recipe.divide:
+        raise SurgicalError(
+            f"{recipe.procedure} scores whole layers, and divide={recipe.divide} searches parts of them: leave one of "
+            "the two out, or give procedure_options the scores of the parts."
+        )
     scores = {block: float(f"{value:.6g}") for block, value in score(recipe).values.items()}
     return replace(recipe, procedure_options={**recipe.procedure_options, "scores": scores})
 
@@ -186,7 +215,7 @@ def _with_scores(recipe: Recipe) -> Recipe:
 class _Progress:
     """A bar with the best candidate so far and the time left; called with the finished trials."""
 
-    def __init__(self, console: Console, most: int, trainings_each: int, jobs: int) -> None:
+    def __init__(self, console: Console, most: int | None, trainings_each: int, jobs: int) -> None:
         columns = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn())
         self._bar = Progress(*columns, TextColumn("{task.fields[left]}"), console=console)
         self._task = self._bar.add_task("search", total=most, left="")
@@ -207,9 +236,9 @@ class _Progress:
         best = max((each for each in whole if math.isfinite(each.metric)), key=lambda each: each.metric, default=None)
         said = "search" if best is None else f"best so far {best.metric:.4g}: {_short(best.blocks)}"
         left = ""
-        if finished:
+        if finished and self._most:
             seconds = sum(trial.seconds for trial in finished) / len(finished) / self._jobs
-            left = f"at most about {timedelta(seconds=round(seconds * (self._most - len(finished))))} left"
+            left = f"at most about {timedelta(seconds=round(seconds * max(0, self._most - len(finished))))} left"
         self._bar.update(self._task, completed=len(finished), description=said, left=left)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import time
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ class Beginning:
 
 def begin(recipe: Recipe) -> Beginning:
     """To be called before the training: a data set of the Hub needs the network, which may be gone after it."""
-    return Beginning(time.monotonic(), _identity(recipe.data))
+    return Beginning(time.monotonic(), identity(recipe.data))
 
 
 def make_report(
@@ -70,7 +70,7 @@ def make_report(
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         "seconds": round(time.monotonic() - beginning.clock, 1),
         "task": recipe.task,
-        "recipe": as_given(recipe),
+        "recipe": recipe.keys(),
         "blocks": config.blocks,
         "target_modules": config.target_modules,
         "modules_to_save": config.modules_to_save,
@@ -111,19 +111,6 @@ def make_report(
     }
 
 
-def as_given(recipe: Recipe) -> dict[str, Any]:
-    """The keys as the file has them; of a recipe made in Python, those that differ from their defaults."""
-    if recipe.given:
-        return recipe.given
-    defaults = {
-        each.name: each.default_factory() if each.default_factory is not MISSING else each.default
-        for each in fields(recipe)
-    }
-    given = {name: value for name, value in asdict(recipe).items() if value != defaults[name]}
-    training = given.pop("training", {})
-    return {**given, **training}
-
-
 def _shift(recipe: Recipe) -> dict[str, Any]:
     """The keys by which the recipe changes its data on purpose."""
     keys = [key for key in (*RANDOM_SHIFTS, "label_map") if getattr(recipe, key)]
@@ -132,7 +119,7 @@ def _shift(recipe: Recipe) -> dict[str, Any]:
     return {key: getattr(recipe, key) for key in keys}
 
 
-def _identity(data: str) -> dict[str, Any]:
+def identity(data: str) -> dict[str, Any]:
     """Where a data set is from: the commit of one on the Hub, or a digest of the files of a local one."""
     path = Path(data)
     if not path.exists():

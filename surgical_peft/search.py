@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from . import procedures
 from .blocks import BlockMap
 from .errors import SurgicalError
 from .procedures.procedure import Procedure, as_procedure
@@ -120,10 +121,11 @@ def count_trainings(
     rates: Sequence[float] = (),
     seeds: Sequence[int] = (),
     max_trials: int = 10_000,
-) -> int:
+) -> int | None:
     """How many trainings `run_search` would do, at most: if each candidate were better than all before it.
 
-    Nothing is trained. Searches such as `greedy_forward` end sooner once nothing gains any more.
+    Nothing is trained. Searches such as `greedy_forward` end sooner once nothing gains any more. How many a procedure
+    of the user's own would do is not known: it may go by the metrics in any way.
 
     Raises:
         SurgicalError: as `run_search` for the procedure's proposals.
@@ -133,6 +135,8 @@ def count_trainings(
         42
     """
     procedure = as_procedure(procedure)
+    if procedure.name not in procedures.__all__:
+        return None
     said = _in_words(procedure)
     proposals, answer = procedure(blocks), None
     metrics: dict[tuple[str, ...], float] = {}
@@ -276,7 +280,7 @@ def _result(
 def _check(rates: Sequence[float], seeds: Sequence[int], dead_after: float) -> None:
     for key, given in (("rates", rates), ("seeds", seeds)):
         if len(set(given)) != len(given):
-            raise SurgicalError(f"{key}={list(given)} has a value twice: name it once.")
+            raise SurgicalError(f"{key}={list(given)} has an entry twice: name it once.")
     if not dead_after > 0:
         raise SurgicalError(f"dead_after={dead_after} is not a number of seconds above 0.")
 

@@ -95,7 +95,7 @@ class Workbench:
         callbacks: list[TrainerCallback] = [SurgicalCallback()] if policy else []
         if watch:
             callbacks.append(watch(wrapped))
-        changed |= {"disable_tqdm": True, "save_strategy": "no"}
+        changed |= {"disable_tqdm": True, "save_strategy": "no", "push_to_hub": False}
         with (
             tempfile.TemporaryDirectory() as unused,  # the trainings of all workers have one output folder
             PeakMemory() as peak,
@@ -129,6 +129,7 @@ class Workbench:
         """What the frozen start computes, where every training computes just that, and it can be kept."""
         args, recipe = self.args, self.recipe
         is_plain = recipe.frozen_eval and args.n_gpu <= 1 and args.world_size == 1
+        is_plain &= args.train_sampling_strategy != "group_by_length"  # it looks into the examples
         if not is_plain or args.bf16 or args.fp16 or args.torch_compile:
             return None
         train = self.examples["train"]

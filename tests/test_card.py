@@ -24,7 +24,7 @@ from surgical_peft.adapter_card import BEGIN, END, HERE, keep_cards, origin
 from surgical_peft.cli import main
 from surgical_peft.recipe import Recipe, load_recipe
 from surgical_peft.report.card import make_card, write_card
-from surgical_peft.run_report import _identity, as_given
+from surgical_peft.run_report import identity
 from surgical_peft.tasks import load_task
 from surgical_peft.train import train
 
@@ -34,12 +34,16 @@ from .toys import Toy
 RECIPES = Path(__file__).parents[1] / "recipes"
 
 
+def short_recipe() -> Recipe:
+    recipe = load_recipe(RECIPES / "auto.yaml")
+    return replace(recipe, num_blocks=1, num_batches=2, training={**recipe.training, "max_steps": 2})
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a short training by the recipe that chooses its blocks itself."""
     folder = tmp_path_factory.mktemp("runs") / "auto"
-    recipe = load_recipe(RECIPES / "auto.yaml")
-    recipe = replace(recipe, num_blocks=1, num_batches=2, training={**recipe.training, "max_steps": 2})
+    recipe = short_recipe()
 
     def small(recipe: Recipe) -> Any:
         task = load_task(recipe)
@@ -98,8 +102,7 @@ def test_the_recipe_in_the_card_is_the_recipe(report: dict[str, Any], tmp_path: 
     shown = re.search(r"```yaml\n(.*?)```", str(make_card(report)), re.DOTALL)
     assert shown is not None
     (tmp_path / "again.yaml").write_text(shown.group(1).replace("fashion_mnist", str(RECIPES / "fashion_mnist")))
-    again, recipe = load_recipe(tmp_path / "again.yaml"), load_recipe(RECIPES / "auto.yaml")
-    assert again == recipe
+    assert load_recipe(tmp_path / "again.yaml") == short_recipe()
 
 
 def test_metadata_reads_back(run: Path, report: dict[str, Any]) -> None:
@@ -149,7 +152,7 @@ COMMITTED = sorted((RECIPES.parent / "model_cards").glob("*/README.md"))
 def test_a_committed_card_is_that_of_its_report(card: Path) -> None:
     report = json.loads((card.parent / "report.json").read_text())
     assert card.read_text() == f"{make_card(report)}\n"
-    assert report["recipe"] == load_recipe(RECIPES / f"{card.parent.name}.yaml").given
+    assert report["recipe"] == load_recipe(RECIPES / f"{card.parent.name}.yaml").keys()
     assert (card.parent / "scores.png").exists() == bool(report["plot"])
 
 
@@ -273,16 +276,16 @@ def test_identity_of_data_is_its_content(tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / name / "sub").mkdir(parents=True)
         (tmp_path / name / "sub" / "x.csv").write_text("text,label\n")
-    one, same = _identity(str(tmp_path / "a")), _identity(str(tmp_path / "b"))
+    one, same = identity(str(tmp_path / "a")), identity(str(tmp_path / "b"))
     assert one == same and one["fingerprint"].startswith("sha256:") and not one["on_hub"]
     (tmp_path / "b" / "sub" / "x.csv").write_text("text,label,\n")
-    assert _identity(str(tmp_path / "b")) != one
-    assert _identity(str(tmp_path / "a" / "sub" / "x.csv"))["fingerprint"] != one["fingerprint"]
+    assert identity(str(tmp_path / "b")) != one
+    assert identity(str(tmp_path / "a" / "sub" / "x.csv"))["fingerprint"] != one["fingerprint"]
 
 
 def test_keys_of_a_recipe_made_in_python() -> None:
     recipe = Recipe(model="m", data="d", blocks=[0], training={"seed": 1})
-    assert as_given(recipe) == {"model": "m", "data": "d", "blocks": [0], "seed": 1}
+    assert recipe.keys() == {"model": "m", "data": "d", "blocks": [0], "seed": 1}
 
 
 # Of an adapter that was trained in Python.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -90,3 +91,15 @@ def test_the_current_folder_is_never_replaced(tmp_path: Path, monkeypatch: pytes
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SurgicalError, match="cannot be replaced"):
         check_replaceable(".", "x.txt")
+
+
+def test_a_folder_that_several_put_into_place_at_once_is_that_of_one_of_them(tmp_path: Path) -> None:
+    def put(number: int) -> None:
+        with whole_folder(tmp_path / "result", "marker") as folder:
+            (folder / "marker").write_text(str(number))
+
+    for _ in range(30):
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(put, range(4)))
+        assert [each.name for each in tmp_path.iterdir()] == ["result"]
+        assert (tmp_path / "result" / "marker").read_text() in "0123"

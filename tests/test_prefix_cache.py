@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    BertConfig,
+    BertForSequenceClassification,
+    CTRLConfig,
+    CTRLLMHeadModel,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 from surgical_peft import BlockMap, SurgicalConfig, get_surgical_model, prefix_cache
 from surgical_peft.prefix_cache import AT, PrefixCache
 
-from .toys import Batch, Toy
+from .toys import VOCABULARY, Batch, Toy
 
 COUNT, SIZE = 12, 5
 
@@ -40,6 +52,7 @@ def gradients(toy: Toy, blocks: Any, cache: PrefixCache | None, ran: list[str], 
         wrapped(**batch).loss.backward()
     else:
         with cache.skipping(wrapped, base, originals):
+            ran.clear()  # it has been tried out
             wrapped(**batch, **{AT: at}).loss.backward()
     return {name: weight.grad for name, weight in wrapped.named_parameters() if weight.grad is not None}
 
@@ -149,3 +162,73 @@ def _outputs(model: nn.Module, batch: Batch) -> list[torch.Tensor]:
                 module.register_forward_hook(lambda *each: found.append(each[2]))
     model(**batch)
     return found
+
+
+SIZES = {"d_model": 16, "vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+
+
+def bart() -> nn.Module:
+    """Its decoder draws dropout between the layers itself."""
+    layers = {"encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "decoder_start_token_id": 2}
+    return BartForConditionalGeneration(BartConfig(**SIZES, **layers, **heads, dropout=0.3, forced_eos_token_id=None))
+
+
+def mixtral() -> nn.Module:
+    """Its loss reads what hooks note while the layers run."""
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
+    experts = {"num_key_value_heads": 2, "num_local_experts": 2, "output_router_logits": True}
+    return MixtralForCausalLM(MixtralConfig(**sizes, **experts, vocab_size=VOCABULARY, router_aux_loss_coef=1.0))
+
+
+def ctrl() -> nn.Module:
+    """It goes on in place with what its embeddings return."""
+    return CTRLLMHeadModel(CTRLConfig(n_embd=16, dff=32, n_layer=2, n_head=2, vocab_size=VOCABULARY, n_positions=8))
+
+
+CASES = [(bart, "decoder.1"), (bart, "encoder.1"), (mixtral, "1"), (mixtral, "2"), (ctrl, "0"), (ctrl, "1")]
+
+
+@pytest.mark.parametrize(("build", "blocks"), CASES)
+def test_what_cannot_be_skipped_without_a_difference_is_run(build: Callable[[], nn.Module], blocks: str) -> None:
+    torch.manual_seed(0)
+    source = build().eval()
+    tokens = torch.randint(3, VOCABULARY, (COUNT, 6))
+    batches = [{"input_ids": part, "labels": part} for part in tokens.split(SIZE)]
+    cache = PrefixCache(source, batches)
+    results = []
+    for is_cached in (False, True):
+        base = copy.deepcopy(source)
+        originals = dict(base.named_modules())
+        wrapped = get_surgical_model(base, SurgicalConfig(blocks=[blocks])).train()
+        at = torch.tensor([7, 0, 11, 4])
+        with cache.skipping(wrapped, base, originals) if is_cached else nullcontext():
+            torch.manual_seed(3)
+            loss = wrapped(input_ids=tokens[at], labels=tokens[at], **({AT: at} if is_cached else {})).loss
+            loss.backward()
+        results.append([loss, *(weight.grad for weight in wrapped.parameters() if weight.grad is not None)])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_dropout_in_the_block_that_is_trained_is_drawn_as_without() -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32, "num_hidden_layers": 3}
+    source = BertForSequenceClassification(BertConfig(**sizes, vocab_size=VOCABULARY, hidden_dropout_prob=0.3)).eval()
+    tokens, labels = torch.randint(3, VOCABULARY, (COUNT, 6)), torch.arange(COUNT) % 2
+    cache = PrefixCache(source, [{"input_ids": tokens, "labels": labels}])
+    results, ran = [], list[str]()
+    for is_cached in (False, True):
+        base = copy.deepcopy(source)
+        originals = dict(base.named_modules())
+        wrapped = get_surgical_model(base, SurgicalConfig(blocks=["2"])).train()
+        at = torch.tensor([7, 0, 11, 4])
+        with cache.skipping(wrapped, base, originals) if is_cached else nullcontext():
+            hook = originals["bert.encoder.layer.0.attention"].register_forward_hook(lambda *_: ran.append("ran"))
+            torch.manual_seed(3)
+            wrapped(input_ids=tokens[at], labels=labels[at], **({AT: at} if is_cached else {})).loss.backward()
+            hook.remove()
+        results.append([weight.grad for weight in wrapped.parameters() if weight.grad is not None])
+    assert ran == ["ran"]  # without the cache only
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from surgical_peft.search import count_trainings
 from surgical_peft.search_result import SearchResult, SearchTrial
 
 from .test_search import BLOCKS as MAP
-from .tiny import write_recipe
+from .tiny import write_data, write_recipe
 
 QUIET = Console(file=io.StringIO())
 BLOCKS = ("embeddings", "0", "1", "final_norm", "head")
@@ -107,6 +108,12 @@ def test_another_recipe_under_the_same_name_is_refused_with_both(tmp_path: Path)
     other = load_recipe(write_recipe(tmp_path, num_train_epochs=2))
     with pytest.raises(SurgicalError, match=r"training \{'num_train_epochs': 1\}.*training \{'num_train_epochs': 2\}"):
         search(other, console=QUIET)
+    write_data(tmp_path / "data", count=24)  # the same words, other images
+    same = load_recipe(write_recipe(tmp_path, num_train_epochs=1))
+    with pytest.raises(SurgicalError, match=r"training \{'data': 'data sha256:.*training \{'data': 'data sha256:"):
+        search(same, console=QUIET)
+    with pytest.raises(SurgicalError, match="'corruption': 'contrast'"):
+        search(replace(same, corruption="contrast"), console=QUIET)
     assert len(trials_of(tmp_path / "run")) == 4
 
 
@@ -169,15 +176,18 @@ def test_trainings_are_counted_without_training(procedure: procedures.Procedure,
     assert count_trainings(procedure, MAP, rates=[1e-3, 1e-2], seeds=[0, 1, 2]) == 6 * count
 
 
-def test_counting_an_endless_procedure_ends() -> None:
-    def endless(blocks: BlockMap) -> Any:
-        number = 0
+def test_how_many_trainings_the_users_own_procedure_does_is_not_known(tmp_path: Path) -> None:
+    def same_forever(blocks: BlockMap) -> Any:
         while True:
-            yield [blocks.parse([name for bit, name in enumerate(blocks.names) if (number + 1) >> bit & 1])]
-            number += 1
+            yield blocks.parse([0])
 
+    assert count_trainings(same_forever, MAP) is None
     with pytest.raises(SurgicalError, match="more than 100 trainings"):
-        count_trainings(endless, MAP, max_trials=100)
+        count_trainings(procedures.random_subsets(num_blocks=2, num_trials=60), MAP, rates=[1, 2], max_trials=100)
+    text = io.StringIO()
+    with recipe_search._Progress(Console(file=text, force_terminal=True, width=120), None, 1, 1) as bar:
+        bar([SearchTrial(("0",), 0.5, seconds=30.0)])
+    assert "best so far 0.5: 0" in text.getvalue() and "left" not in text.getvalue()
 
 
 def test_a_plan_trains_next_to_nothing_and_keeps_nothing(tmp_path: Path) -> None:
@@ -227,6 +237,8 @@ def test_what_is_wrong_is_one_line(tmp_path: Path) -> None:
         ({"rates": []}, r"rates: \[\] is not a list with at least one"),
         ({"rates": [0]}, "rates: 0 is not a learning rate"),
         ({"rates": ["fast"]}, "'fast' is not a learning rate"),
+        ({"seeds": [-1]}, "-1 is not a whole number"),
+        ({"seeds": [1, 1]}, "has an entry twice"),
         ({"seeds": 3}, "seeds: 3 is not a list"),
         ({"seeds": [0.5]}, "0.5 is not a whole number"),
         ({"divide": "attention"}, "divide: 'attention' is not a list"),

@@ -569,7 +569,7 @@ def test_what_cannot_be_searched_is_refused(tmp_path: Path) -> None:
         run_search(SWEEP, metric_of)
     with pytest.raises(SurgicalError, match="with its brackets"):
         run_search(procedures.sweep, objective)
-    with pytest.raises(SurgicalError, match=r"rates=\[0.1, 0.1\] has a value twice"):
+    with pytest.raises(SurgicalError, match=r"rates=\[0.1, 0.1\] has an entry twice"):
         run_search(SWEEP, objective, rates=[0.1, 0.1])
     with pytest.raises(SurgicalError, match="dead_after=0 "):
         run_search(SWEEP, objective, dead_after=0)

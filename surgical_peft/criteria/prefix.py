@@ -40,7 +40,7 @@ class Prefix:
         """The forward pass of batch `at` is inside: its layers are skipped, or run and remembered."""
         if self._training:
             skipped = self._skipped if at in self.outputs else ()
-            with answering({layer: self.outputs[at][layer] for layer in skipped}):
+            with answering({layer: _kept(self.outputs[at][layer]) for layer in skipped}):
                 yield
         elif at in self.outputs:
             yield
@@ -76,7 +76,7 @@ class Prefix:
     def _return(self, found: dict[nn.Module, Any], layer: nn.Module, args: Any, output: Any) -> None:
         if layer in found or not _is_plain(output):
             self.unfit.add(layer)
-        found[layer] = _detached(output)
+        found[layer] = _kept(output)
         self.returned.setdefault(layer, len(self.called) + len(self.returned))
 
 
@@ -106,7 +106,7 @@ def _is_plain(output: Any) -> bool:
     return output is None or isinstance(output, Tensor)
 
 
-def _detached(output: Any) -> Any:
+def _kept(output: Any) -> Any:
     if type(output) in (tuple, list):
-        return type(output)(_detached(each) for each in output)
-    return output.detach() if isinstance(output, Tensor) else output
+        return type(output)(_kept(each) for each in output)
+    return output.detach().clone() if isinstance(output, Tensor) else output  # some models go on in place

@@ -45,7 +45,9 @@ class Measure:
         references: list[Any] = []
         model.eval()
         try:
-            for batch in DataLoader(examples, self.batch_size, collate_fn=self.collate):  # type: ignore[arg-type]
+            own = torch.Generator()  # a loader draws from one: not from that of a training which this may interrupt
+            loader: DataLoader[Any] = DataLoader(examples, self.batch_size, collate_fn=self.collate, generator=own)  # type: ignore[arg-type]
+            for batch in loader:
                 predicted, wanted = self.read(model, {name: value.to(device) for name, value in batch.items()})
                 predictions += predicted
                 references += wanted
