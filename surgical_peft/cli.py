@@ -1,14 +1,12 @@
-"""The command line: `surgical-peft blocks | score | search | train | export | card | push | quickstart`."""
+"""The command line: `surgical-peft blocks | score | search | compare | train | export | card | push | quickstart`."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import sys
 from dataclasses import asdict, replace
-from datetime import timedelta
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -16,10 +14,11 @@ from rich.table import Table
 
 from . import criteria
 from .blocks import BlockMap
-from .config import SurgicalConfig
+from .cli_many import compare, search
 from .errors import SurgicalError
 from .names import resolve
 from .quiet import quieten
+from .terminal import AsJson, RecipeFile, console, print_json
 
 app = typer.Typer(
     help="Fully fine-tune only the blocks of a transformer that new data need.",
@@ -27,11 +26,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-console = Console()
 
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
 RunFolder = Annotated[Path, typer.Argument(help="The folder that `surgical-peft train` wrote.")]
-RecipeFile = Annotated[Path, typer.Argument(help="A recipe: a flat YAML file, see recipes/.")]
 
 
 @app.callback()
@@ -53,7 +49,7 @@ def blocks(
     total = sum(sizes.values())
     if as_json:
         rows = [(name, found.modules[name], size, size / total) for name, size in sizes.items()]
-        _print_json([dict(zip(("block", "modules", "parameters", "share"), row, strict=True)) for row in rows])
+        print_json([dict(zip(("block", "modules", "parameters", "share"), row, strict=True)) for row in rows])
         return
     table = Table(title=f"{found.model_name}: {len(sizes)} blocks, {total:,} parameters")
     for name, justify in (("block", "left"), ("modules", "left"), ("parameters", "right"), ("share", "right")):
@@ -91,73 +87,8 @@ def score(
         console.print(scores.table())
 
 
-@app.command()
-def search(
-    recipe: RecipeFile,
-    procedure: Annotated[
-        str | None,
-        typer.Option(help="What to try, instead of the recipe's procedure: a name, or package.module:name."),
-    ] = None,
-    jobs: Annotated[int, typer.Option(min=1, help="Processes that share the trainings.")] = 1,
-    storage: Annotated[
-        str | None,
-        typer.Option(
-            metavar="URL",
-            help="Where the study is kept; run the same command elsewhere with the same URL to help. sqlite:///, "
-            "journal:/// or postgresql+psycopg://; default is study.db in the output folder.",
-        ),
-    ] = None,
-    name: Annotated[
-        str | None, typer.Option(help="Name of the study; default is that of the recipe and the procedure.")
-    ] = None,
-    output: Annotated[Path | None, typer.Option(help="Folder for the results; default is the recipe's.")] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only say how many trainings it takes, and how long about.")
-    ] = False,
-    as_json: AsJson = False,
-) -> None:
-    """Find the blocks to tune by trying them; the same command again resumes."""
-    from .recipe import load_recipe
-    from .recipe_search import plan
-    from .recipe_search import search as search_recipe
-
-    found = load_recipe(recipe)
-    if procedure and procedure != found.procedure:
-        found = replace(found, procedure=procedure, procedure_options={})
-    if dry_run:
-        costs = plan(found, jobs)
-        if as_json:
-            _print_json(asdict(costs))
-            return
-        console.print(f"{costs.procedure}: at most {costs.trainings} trainings.")
-        console.print(f"One training of all blocks, which takes longest: about {_time(costs.seconds_each)}.")
-        console.print(f"With {jobs} job{'s' * (jobs > 1)}: at most about {_time(costs.seconds)}.")
-        return
-    result = search_recipe(
-        found,
-        output,
-        jobs=jobs,
-        storage=storage,
-        name=name or f"{recipe.stem} {found.procedure}",
-        console=Console(stderr=True, quiet=True) if as_json else console,
-    )
-    if as_json:
-        print(result.to_json())
-        return
-    console.print(result.table())
-    folder = Path(str(output or found.arguments().output_dir)) / "search"
-    console.print(f"Result: {folder}")
-    rate = result.best.record.get("rate")
-    config = SurgicalConfig.from_selection(result.best)
-    said = {"target_modules": config.target_modules} if config.target_modules else {"blocks": config.blocks}
-    said |= {"learning_rate": rate} if rate else {}
-    console.print("To train it, write into the recipe:")
-    for key, value in said.items():
-        console.print(f"  {key}: {json.dumps(value)}", markup=False, highlight=False, soft_wrap=True)
-
-
-def _time(seconds: float) -> str:
-    return f"{seconds:.1f} s" if seconds < 60 else str(timedelta(seconds=round(seconds)))
+app.command()(search)
+app.command()(compare)
 
 
 @app.command()
@@ -173,7 +104,7 @@ def train(
     with contextlib.redirect_stdout(sys.stderr):  # what Trainer prints must not come between the JSON
         report = train_recipe(load_recipe(recipe), output)
     if as_json:
-        _print_json(report)
+        print_json(report)
         return
     before, after = report["before"], report["after"]
     table = Table(title=f"Tuned: {', '.join(report['blocks'] or report['target_modules'])}")
@@ -211,7 +142,7 @@ def export(
 
     report = export_adapter(adapter, output, format, base_model=base, rank=rank)
     if as_json:
-        _print_json(report)
+        print_json(report)
         return
     if format == "lora":
         table = Table(title=f"Rank {rank}: what is lost, of what tuning changed in Linear weights (Frobenius norm)")
@@ -236,7 +167,7 @@ def card(run: RunFolder, as_json: AsJson = False) -> None:
 
     path = write_card(run)
     if as_json:
-        _print_json({"card": str(path)})
+        print_json({"card": str(path)})
     else:
         console.print(f"Card: {path}", soft_wrap=True)
 
@@ -258,7 +189,7 @@ def push(
 
     pushed = push_run(run, repository, public=public)
     if as_json:
-        _print_json(asdict(pushed))
+        print_json(asdict(pushed))
     else:
         who = "private" if pushed.private else "public"
         console.print(f"{pushed.repository} ({who}): {pushed.commit}", soft_wrap=True)
@@ -276,7 +207,7 @@ def quickstart(
 
     report = run_quickstart(output, Console(stderr=True, quiet=True) if as_json else console, epochs or EPOCHS)
     if as_json:
-        _print_json(report)
+        print_json(report)
 
 
 def main() -> None:
@@ -293,7 +224,3 @@ def main() -> None:
         errors.print("error:", style="bold red", end=" ")
         errors.print(str(error), markup=False, highlight=False)
         sys.exit(2)
-
-
-def _print_json(data: Any) -> None:
-    print(json.dumps(data, indent=2))

@@ -10,13 +10,14 @@ from types import ModuleType
 import pytest
 
 import surgical_peft
+from surgical_peft import methods
 
 PACKAGE = Path(surgical_peft.__file__).parent
 
 # A module may import from tiers above its own, and a package (criteria, policies, report) within itself.
 TIERS = [
-    ["errors"],
-    ["files", "names", "fingerprint", "keys", "patterns"],
+    ["errors", "memory", "quiet", "strict_yaml", "rate_grid", "terminal"],
+    ["files", "names", "fingerprint", "keys", "patterns", "paired", "step_costs"],
     ["wrappers", "checkpointing"],
     ["lists"],
     ["stacks"],
@@ -25,10 +26,10 @@ TIERS = [
     ["criteria"],
     ["scores", "processes"],
     ["reading"],
-    ["scoring", "selection"],
+    ["scoring", "selection", "prefix_cache"],
     ["config"],
     ["original"],
-    ["layer", "saved", "loading"],
+    ["layer", "saved", "loading", "adapter_card"],
     ["fit"],
     ["stock", "delta"],
     ["lowrank"],
@@ -45,11 +46,20 @@ TIERS = [
     ["procedures", "storages"],
     ["studies"],
     ["search"],
-    ["shifts", "recipe"],
+    ["shifts", "metrics", "recipe"],
     ["tasks"],
+    ["run_report", "push"],
     ["train"],
+    ["workbench"],
+    ["objective"],
+    ["recipe_search", "methods"],
+    ["compare_settings"],
+    ["compare_runs"],
+    ["compare_crew"],
+    ["compare"],
     ["trials"],
     ["quickstart"],
+    ["cli_many"],
     ["cli"],
     ["__init__"],
     ["__main__"],
@@ -57,7 +67,7 @@ TIERS = [
 TIER_OF = {name: number for number, tier in enumerate(TIERS) for name in tier}
 TORCH_ONLY = ["wrappers", "lists", "stacks", "partition", "blocks", "criteria"]  # no transformers, no PEFT
 
-PACKAGES = [surgical_peft, surgical_peft.criteria, surgical_peft.policies, surgical_peft.procedures]
+PACKAGES = [surgical_peft, surgical_peft.criteria, surgical_peft.policies, surgical_peft.procedures, methods]
 MODULES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in sorted(PACKAGE.rglob("*.py"))}
 
 

@@ -1,11 +1,12 @@
-"""Write the three target draws of the Fashion-MNIST recipes.
+"""Write the five target draws of the Fashion-MNIST recipes.
 
 Run from the root of the repository:
 
     python recipes/fashion_mnist/make_data.py
 
 The source model sees train[:50000] only. Training and validation images of the draws come from
-train[50000:60000], test images from the 10,000 test images, and no image is used twice.
+train[50000:60000], test images from the 10,000 test images, and no image is used twice. The test splits of all draws
+together are all test images: 3,000 in each of the first three, 500 in each of the other two.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from PIL import Image
 
 NAMES = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"]
 SOURCE_SIZE = 50_000  # train[:50000] belongs to the source model
+TEST_ENDS = (0, 3_000, 6_000, 9_000, 9_500, 10_000)  # where the test images of each draw end
 HERE = Path(__file__).parent
 # WebP decodes as RGB; mode="L" is stored with the file and gives one channel again, pixel for pixel.
 FEATURES = datasets.Features({"image": datasets.Image(mode="L"), "label": datasets.ClassLabel(names=NAMES)})
@@ -55,7 +57,7 @@ def write(images: np.ndarray, labels: np.ndarray, path: Path) -> None:
 
 
 def main() -> None:
-    """Write the nine files."""
+    """Write the fifteen files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--source",
@@ -68,9 +70,9 @@ def main() -> None:
     # One permutation a pool, cut in pieces: that is what keeps the draws and splits apart.
     train_order = SOURCE_SIZE + rng.permutation(10_000)
     test_order = rng.permutation(10_000)
-    for draw in range(3):
+    for draw in range(len(TEST_ENDS) - 1):
         train_part, validation_part = np.split(train_order[1000 * draw : 1000 * (draw + 1)], 2)
-        test_part = test_order[3000 * draw : 3000 * (draw + 1)]
+        test_part = test_order[TEST_ENDS[draw] : TEST_ENDS[draw + 1]]
         parts = {"train": (train, train_part), "validation": (train, validation_part), "test": (test, test_part)}
         for split, ((images, labels), rows) in parts.items():
             write(images[rows], labels[rows], HERE / f"target-{draw}" / f"{split}.parquet")

@@ -1,0 +1,97 @@
+"""Who does the jobs of a comparison: this process, or several that share them."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from .compare_runs import Workshop
+from .compare_settings import Comparison, Job
+from .errors import SurgicalError
+from .quiet import quieten
+from .recipe import Recipe
+
+
+def threads(jobs: int) -> int:
+    """How many threads each of so many processes gets."""
+    return max(1, (os.cpu_count() or 1) // jobs)
+
+
+_OWN: list[Workshop] = []  # of a worker process
+
+
+def _start(recipe: Recipe, folder: Path, threads: int) -> None:
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
+    torch.set_num_threads(threads)
+    quieten()
+    _OWN[:] = [Workshop(Comparison(recipe), folder)]
+
+
+def _leave_with_parent() -> None:
+    """A worker whose parent was killed would wait for jobs for ever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _do(job: Job) -> None:
+    _OWN[0].do(job)
+
+
+class Crew:
+    """Does jobs, in this process or shared among several, and shows how far it is."""
+
+    def __init__(self, workshop: Workshop, jobs: int, console: Console) -> None:
+        self._workshop, self._console = workshop, console
+        start = (workshop.comparison.recipe, workshop.folder, threads(jobs))
+        context = multiprocessing.get_context("spawn")
+        self._pool = ProcessPoolExecutor(jobs, context, initializer=_start, initargs=start) if jobs > 1 else None
+
+    def __enter__(self) -> Crew:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._pool:
+            self._pool.shutdown(cancel_futures=True)
+
+    def do(self, what: str, jobs: Sequence[Job]) -> None:
+        """Do the jobs that are not done; those with one source model and seed together, for they share much."""
+        left = [job for job in jobs if not self._workshop.is_done(job)]
+        if not left:
+            return
+        left.sort(key=lambda job: (job.source, job.seed))
+        columns = (TextColumn("{task.description:14}"), BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn())
+        with Progress(*columns, console=self._console) as bar:
+            task = bar.add_task(what, total=len(left))
+            for _ in self._done(left):
+                bar.advance(task)
+
+    def _done(self, jobs: Sequence[Job]) -> Iterator[None]:
+        if self._pool is None:
+            for job in jobs:
+                self._workshop.do(job)
+                yield
+            return
+        futures = [self._pool.submit(_do, job) for job in jobs]
+        try:
+            for future in as_completed(futures):
+                future.result()
+                yield
+        except BrokenProcessPool as error:
+            raise SurgicalError(
+                "a worker was killed, perhaps for want of memory; what is finished is kept: run the same again, with "
+                "fewer --jobs."
+            ) from error
+        finally:
+            for future in futures:
+                future.cancel()

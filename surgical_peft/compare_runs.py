@@ -1,0 +1,203 @@
+"""The work of a comparison, in jobs: each is done once, by any process, and its finding kept in a small file."""
+
+from __future__ import annotations
+
+import copy
+import json
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from torch import nn
+from torch.utils.data import ConcatDataset
+
+from .blocks import BlockMap
+from .compare_settings import Comparison, Job
+from .errors import SurgicalError
+from .files import whole_folder, write_text
+from .methods import Setting
+from .recipe import Recipe
+from .selection import Selection
+from .step_costs import Watch, step_costs
+from .tasks import load_task
+from .train import loader
+from .workbench import Remembered, Workbench
+
+_TIMED = 3  # batches of an epoch whose steps are timed
+_AT_MOST = 12  # steps, where a recipe counts them
+_MARKER = "finding.txt"  # by which the weights of a training are known
+
+
+class Workshop:
+    """Does the jobs of a comparison, one after the other, and keeps what they share.
+
+    Attributes:
+        comparison: what to compare.
+        folder: where findings are kept, in `runs/`, and weights until they are measured, in `weights/`.
+    """
+
+    def __init__(self, comparison: Comparison, folder: Path) -> None:
+        self.comparison, self.folder = comparison, folder
+        self._bench: tuple[Any, Workbench] | None = None
+        self._measured: dict[str, tuple[Any, ConcatDataset[Any]]] = {}
+
+    def check(self) -> None:
+        """Open all data, so that what is missing is said before any training.
+
+        Raises:
+            SurgicalError: data or splits that are missing, or do not fit the task or a source model.
+        """
+        for number in range(len(self.comparison.sources)):
+            for seed in self.comparison.seeds:
+                load_task(self.comparison.recipe_of(number, seed), ("train", "validation"))
+                self._test_examples(number, seed)
+            if self.comparison.recipe.source_data is not None:
+                load_task(self.comparison.source_recipe(number), ("test",))
+        for method in self.comparison.methods.values():
+            method.policy(self.comparison.arguments(method))
+
+    def finding(self, job: Job) -> dict[str, Any]:
+        """What a job found that was done."""
+        return json.loads(self._path(job).read_text(encoding="utf-8"))["found"]
+
+    def is_done(self, job: Job) -> bool:
+        """Whether a job need not be done: its finding is there."""
+        return self._path(job).exists()
+
+    def weights(self, job: Job) -> Path:
+        """Where the weights of a training lie until they are measured."""
+        return self.folder / "weights" / self._path(replace(job, kind="training")).stem
+
+    def do(self, job: Job) -> None:
+        """Do a job and keep what it finds.
+
+        Raises:
+            SurgicalError: the method does not fit the model.
+        """
+        try:
+            found = getattr(self, f"_{job.kind}")(job)
+        except SurgicalError as error:
+            said = str(error)
+            raise SurgicalError(said if said.startswith(job.method) else f"{job.method}: {said}") from error
+        path = self._path(job)
+        write_text(path, json.dumps({"asked": self.comparison.asked(job), "found": found}, indent=1) + "\n")
+
+    def _choice(self, job: Job) -> dict[str, Any]:
+        method, bench = self.comparison.methods[job.method], self._bench_of(job)
+        assert method.choose is not None
+        own = self.folder / "choices" / self._path(job).stem
+        own.mkdir(parents=True, exist_ok=True)
+        recipe = self.comparison.recipe_of(job.source, job.seed)
+        args = recipe.arguments()
+        setting = Setting(
+            recipe=recipe,
+            model=bench.model,
+            blocks=BlockMap.find(bench.model),
+            batches=partial(loader, bench.task, args),
+            seed=job.seed,
+            folder=own,
+        )
+        began = time.perf_counter()
+        blocks = list(method.choose(setting).blocks)
+        return {"blocks": blocks, "seconds": time.perf_counter() - began}
+
+    def _training(self, job: Job) -> dict[str, Any]:
+        method, bench = self.comparison.methods[job.method], self._bench_of(job)
+        validation = bench.part("validation")
+        found: dict[str, Any] = {"blocks": list(self._selection(job).blocks)}
+        if not method.is_trained:
+            metric = bench.task.measure(bench.model, validation)
+            return {**found, "validation": metric, "tuned_parameters": 0, "bytes": None, "seconds": 0.0}
+        began = time.perf_counter()
+        wrapped = self._train(bench, job)
+        found["seconds"] = time.perf_counter() - began
+        with whole_folder(self.weights(job), _MARKER) as temporary:
+            wrapped.save_pretrained(temporary)  # type: ignore[operator]
+            (temporary / _MARKER).write_text(f"{job}\n", encoding="utf-8")
+            found["bytes"] = sum(each.stat().st_size for each in temporary.rglob("*.safetensors"))
+        found["tuned_parameters"] = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
+        return {**found, "validation": bench.task.measure(wrapped, validation)}
+
+    def _test(self, job: Job) -> dict[str, Any]:
+        bench = self._bench_of(job)
+        model = copy.deepcopy(bench.model)
+        if self.comparison.methods[job.method].is_trained:
+            folder = self.weights(job)
+            if not folder.exists():  # the training was done when another rate was the best
+                self._training(job)
+            adapted = (folder / "adapter_config.json").exists()
+            model = PeftModel.from_pretrained(model, folder) if adapted else type(model).from_pretrained(folder)  # type: ignore[attr-defined]
+            model = model.to(bench.args.device)
+        found = {"test": bench.task.measure(model, self._test_examples(job.source, job.seed))}
+        if self.comparison.recipe.source_data is not None:
+            found["on_source"] = bench.task.measure(model, self._source_examples(job.source))
+        return found
+
+    def _source(self, job: Job) -> dict[str, Any]:
+        bench = self._bench_of(job)
+        return {"on_source": bench.task.measure(bench.model, self._source_examples(job.source))}
+
+    def _costs(self, job: Job) -> dict[str, Any]:
+        bench, what = self._bench_of(job), self.comparison
+        count = min(len(bench.examples["train"]), _TIMED * bench.args.train_batch_size)
+        own: dict[str, Any] = {"places": range(count), "skips": False}
+        if bench.args.max_steps > 0:
+            own["max_steps"] = min(bench.args.max_steps, _AT_MOST)
+        trained = [title for title, method in what.methods.items() if method.is_trained]
+        jobs = {title: replace(job, method=title, rate=what.grid(title)[0]) for title in trained}
+        for each in jobs.values():
+            self._wrap(each, copy.deepcopy(bench.model))  # a method that does not fit is told before any trains
+
+        def training(each: Job) -> Callable[[Watch], nn.Module]:
+            return lambda watch: self._train(bench, each, watch=watch, **own)
+
+        return step_costs({title: training(each) for title, each in jobs.items()})
+
+    def _train(self, bench: Workbench, job: Job, **given: Any) -> nn.Module:
+        method = self.comparison.methods[job.method]
+        policy = method.policy(self.comparison.arguments(method))
+        settings = {**method.training, "learning_rate": job.rate, "seed": job.seed, **given}
+        return bench.train(partial(self._wrap, job), policy=policy, **settings)[0]
+
+    def _wrap(self, job: Job, model: nn.Module) -> nn.Module:
+        recipe, selection = self.comparison.recipe_of(job.source, job.seed), self._selection(job)
+        try:
+            return self.comparison.methods[job.method].wrap(model, selection, recipe)
+        except ValueError as error:  # ours, or PEFT's
+            raise SurgicalError(f"{job.method} does not fit {type(model).__name__}: {error}") from error
+
+    def _selection(self, job: Job) -> Selection:
+        if self.comparison.methods[job.method].choose is None:
+            return Selection(())
+        return Selection(tuple(self.finding(replace(job, kind="choice", rate=None))["blocks"]))
+
+    def _bench_of(self, job: Job) -> Workbench:
+        recipe = self.comparison.recipe_of(job.source, job.seed)
+        key = (recipe.model, recipe.data, job.seed if recipe.new_head else None)
+        if self._bench is None or self._bench[0] != key:
+            self._bench = None  # first let go of the other one
+            self._bench = key, Workbench(recipe)
+        return self._bench[1]
+
+    def _test_examples(self, source: int, seed: int) -> ConcatDataset[Any]:
+        recipe = self.comparison.recipe_of(source, seed)
+        recipes = [replace(recipe, data=each) for each in self.comparison.recipe.test_data or [recipe.data]]
+        return self._examples("test", recipes)
+
+    def _source_examples(self, source: int) -> ConcatDataset[Any]:
+        return self._examples("source", [self.comparison.source_recipe(source)])
+
+    def _examples(self, what: str, recipes: list[Recipe]) -> ConcatDataset[Any]:
+        """The test splits of recipes as one; the last ones are kept."""
+        key = [(each.model, each.data) for each in recipes]
+        if what not in self._measured or self._measured[what][0] != key:
+            parts = [Remembered(load_task(each, ("test",)).splits["test"]) for each in recipes]
+            self._measured[what] = key, ConcatDataset(parts)
+        return self._measured[what][1]
+
+    def _path(self, job: Job) -> Path:
+        return self.folder / "runs" / f"{self.comparison.name_of(job)}.json"

@@ -1,0 +1,184 @@
+"""What a recipe says to compare, and what each piece of the work is known by."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainingArguments
+
+from .errors import SurgicalError
+from .files import digest_of
+from .methods import Method, make_method
+from .names import nearest
+from .recipe import Recipe
+from .tasks import load_task
+
+FULL = "full fine-tuning"  # what all others are compared with
+SHIFTS = ("corruption", "severity", "character_noise", "casing", "label_map", "shift_seed", "columns")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One piece of work.
+
+    Attributes:
+        kind: `choice` of the blocks, `training`, `test` of a training, `source` (the source model on its own data) or
+            `costs` (of a step of each method).
+        source: number of the source model.
+        seed: of the training.
+        method: its title.
+        rate: of a training, and of the one that is tested.
+    """
+
+    kind: str
+    source: int = 0
+    seed: int = 0
+    method: str = ""
+    rate: float | None = None
+
+
+class Comparison:
+    """What a recipe says to compare.
+
+    Attributes:
+        recipe: as given.
+        methods: by title.
+        sources: the source models.
+        seeds: of the trainings.
+        rates: the grid of the recipe.
+
+    Raises:
+        SurgicalError: what is wrong with the recipe's methods, rates, draws or data.
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
+        if not recipe.methods:
+            raise SurgicalError("there is nothing to compare: write methods into the recipe, such as [full, head].")
+        self.recipe = recipe
+        made = [make_method(each) for each in recipe.methods]
+        self.methods: dict[str, Method] = {each.title: each for each in made}
+        self._given = dict(zip(self.methods, recipe.methods, strict=False))
+        titles = [each.title for each in made]
+        if twice := next((title for title in titles if titles.count(title) > 1), None):
+            raise SurgicalError(f"methods: {twice} is there twice: name it once.")
+        if FULL not in titles:
+            raise SurgicalError("methods: full is not among them: all others are compared with it.")
+        args = recipe.arguments(disable_tqdm=True)
+        self.sources = [recipe.model, *(recipe.sources or [])]
+        self.seeds = recipe.seeds or [args.seed]
+        self.rates = sorted(map(float, recipe.rates or [args.learning_rate]))
+        for key, values in (("sources", self.sources), ("seeds", self.seeds), ("rates", self.rates)):
+            if len(set(values)) != len(values):
+                raise SurgicalError(f"{key}: {values} has an entry twice: name it once.")
+        if recipe.draws is not None and len(recipe.draws) != len(self.seeds):
+            raise SurgicalError(
+                f"draws: there are {len(recipe.draws)} for {len(self.seeds)} seeds: name one for each of {self.seeds}."
+            )
+        if recipe.source_data is not None and recipe.new_head:
+            raise SurgicalError("source_data: a model with new_head cannot do what the source model did: drop one.")
+
+    def grid(self, title: str) -> list[float]:
+        """The rates that a method begins with; none for one that trains nothing."""
+        method = self.methods[title]
+        return self.rates if method.rates is None else list(method.rates)
+
+    def trainings(self, title: str, rate: float | None = None) -> list[Job]:
+        """The trainings of a method at a rate: every seed with every source model."""
+        pairs = [(source, seed) for source in range(len(self.sources)) for seed in self.seeds]
+        return [Job("training", source, seed, title, rate) for source, seed in pairs]
+
+    @property
+    def costs(self) -> Job:
+        """Times the steps of all methods."""
+        return Job("costs", seed=self.seeds[0])
+
+    def source(self, number: int) -> Job:
+        """Measures a source model on its own data."""
+        return Job("source", number, self.seeds[0])
+
+    @cached_property
+    def metric(self) -> str:
+        """The name of what is measured."""
+        return load_task(self.recipe_of(0, self.seeds[0]), ("validation",)).metric
+
+    def arguments(self, method: Method) -> TrainingArguments:
+        """The training arguments of a method."""
+        return self.recipe.arguments(disable_tqdm=True, **method.training)
+
+    def recipe_of(self, source: int, seed: int) -> Recipe:
+        """The recipe with the source model, the data and the seed of one training."""
+        recipe = self.recipe
+        data = recipe.data if recipe.draws is None else recipe.draws[self.seeds.index(seed)]
+        return replace(recipe, model=self.sources[source], data=data, training={**recipe.training, "seed": seed})
+
+    def source_recipe(self, source: int) -> Recipe:
+        """The recipe with a source model and its own data, unshifted."""
+        given = self.recipe.source_data
+        keys = {"data": given} if isinstance(given, str) else given
+        known = ("data", *SHIFTS)
+        if not isinstance(keys, dict) or "data" not in keys or not set(keys) <= set(known):
+            wrong = next((nearest(str(key), known) for key in keys if key not in known), "") if keys else ""
+            raise SurgicalError(
+                f"source_data: {given!r} is neither data nor a mapping with the key data: {wrong}Keys: "
+                f"{', '.join(known)}."
+            )
+        plain = Recipe(model="", data="")
+        unshifted = {key: getattr(plain, key) for key in SHIFTS if key != "columns"}
+        return replace(self.recipe, model=self.sources[source], imbalance={}, **{**unshifted, **keys})
+
+    def asked(self, job: Job) -> dict[str, Any]:
+        """All that a finding depends on, in plain data; the same wherever the recipe and its data lie."""
+        own = ("model", "data", "seed", "learning_rate")
+        recipe = self.recipe_of(job.source, job.seed)
+        asked: dict[str, Any] = {
+            "kind": job.kind,
+            "settings": {key: value for key, value in self.recipe.settings().items() if key not in own},
+            "source": self._identities[recipe.model],
+        }
+        if job.kind in ("test", "source") and self.recipe.source_data is not None:
+            kept = self.source_recipe(job.source)
+            shift = {key: getattr(kept, key) for key in SHIFTS}
+            asked["source_data"] = {**shift, "data": self._identities[kept.data]}
+        if job.kind == "source":
+            return asked
+        asked |= {"data": self._identities[recipe.data], "seed": job.seed}
+        if job.kind == "costs":
+            return {**asked, "methods": {title: [self._spec(title), self.grid(title)[:1]] for title in self.methods}}
+        asked["method"] = self._spec(job.method)
+        if "searched" in asked["method"]:
+            asked["rates"] = self.rates
+        if job.kind != "choice":
+            asked["rate"] = job.rate
+        if job.kind == "test":
+            asked["test_data"] = [self._identities[each] for each in self.recipe.test_data or [recipe.data]]
+        return asked
+
+    def _spec(self, title: str) -> dict[str, Any]:
+        """A method's name and arguments as the recipe has them; files by what they hold."""
+        given = self._given[title]
+        if isinstance(given, str):
+            return {given: {}}
+        options = {key: value for name in given for key, value in (given[name] or {}).items() if key != "rates"}
+        paths = [value for value in options.values() if isinstance(value, str) and Path(value).is_file()]
+        return {next(iter(given)): options, **({"files": [digest_of(each) for each in paths]} if paths else {})}
+
+    @cached_property
+    def _identities(self) -> dict[str, str]:
+        """A digest of each model and data set that is here; the name of one of the Hub."""
+        recipe = self.recipe
+        data = [recipe.data, *(recipe.draws or []), *(recipe.test_data or [])]
+        if recipe.source_data is not None:
+            data.append(self.source_recipe(0).data)
+        every: Iterable[str] = dict.fromkeys([*self.sources, *data])
+        return {each: digest_of(each) if Path(each).exists() else each for each in every}
+
+    def name_of(self, job: Job) -> str:
+        """What the findings of a job are called: its kind and a digest of all that they depend on."""
+        text = json.dumps(self.asked(job), sort_keys=True, default=str)
+        return f"{job.kind}-{hashlib.sha256(text.encode()).hexdigest()[:24]}"

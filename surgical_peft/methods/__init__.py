@@ -1,0 +1,36 @@
+"""The rows of a comparison: one function a method, each returns a `Method`.
+
+What a method is, and what one of the user's own has to give, is in `methods.method`.
+"""
+
+from __future__ import annotations
+
+from .chosen import auto, searched, top_k
+from .depth import blocks, first, head, last, middle, random_k
+from .method import Method as Method
+from .method import Setting as Setting
+from .method import make_method as make_method
+from .parts import lora, modules_to_save, norms
+from .whole import auto_rgn, auto_rgn_paper, bvg_ls, full, layer_decay, lp_ft, nothing
+
+__all__ = [
+    "auto",
+    "auto_rgn",
+    "auto_rgn_paper",
+    "blocks",
+    "bvg_ls",
+    "first",
+    "full",
+    "head",
+    "last",
+    "layer_decay",
+    "lora",
+    "lp_ft",
+    "middle",
+    "modules_to_save",
+    "norms",
+    "nothing",
+    "random_k",
+    "searched",
+    "top_k",
+]

@@ -1,0 +1,100 @@
+"""Blocks that the training data choose: by a score, by the library's default, or by a search."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from .. import criteria
+from ..choosing import choose_blocks
+from ..config import SurgicalConfig
+from ..errors import SurgicalError
+from ..names import resolve
+from ..objective import RecipeObjective
+from ..procedures.procedure import as_procedure
+from ..scoring import score_blocks
+from ..search import run_search
+from ..search_result import SearchResult
+from ..selection import Selection
+from ..selection import top_k as take_top_k
+from ..tasks.models import modules_to_save
+from .method import Method, Setting
+
+
+def top_k(criterion: str, k: int = 2, num_batches: int | None = None) -> Method:
+    """The `k` blocks with the highest score, embeddings and head among the candidates.
+
+    Costs: what the criterion needs: 5 batches, forward and backward, for most; `probe` half a training.
+
+    Example:
+        methods: [full, {top_k: {criterion: rgn, k: 2}}]
+    """
+    resolve(criterion, criteria)
+    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
+        raise SurgicalError(f"top_k: k={k!r} is no number of blocks: 1 or more.")
+    return Method(f"top {k} by {criterion}", choose=partial(_top_k, criterion, k, num_batches))
+
+
+def _top_k(criterion: str, k: int, num_batches: int | None, setting: Setting) -> Selection:
+    return take_top_k(score_blocks(setting.model, setting.batches(), criterion, num_batches=num_batches), k)
+
+
+def auto(criterion: str | None = None, num_blocks: int | None = None, num_batches: int | None = None) -> Method:
+    """What `blocks="auto"` takes: blocks and their number by short trainings of each.
+
+    Costs: about half a training, with the default criterion.
+
+    Example:
+        methods: [full, auto]
+    """
+    config = SurgicalConfig(blocks="auto", criterion=criterion, num_blocks=num_blocks)
+    said = [each for each in (criterion, num_blocks and f"{num_blocks} blocks") if each]
+    return Method(", ".join(["auto", *said]), choose=partial(_auto, config, num_batches))
+
+
+def _auto(config: SurgicalConfig, num_batches: int | None, setting: Setting) -> Selection:
+    saved = modules_to_save(setting.recipe, setting.model)
+    config = replace(config, modules_to_save=saved, frozen_eval=setting.recipe.frozen_eval)
+    found, _ = choose_blocks(setting.model, config, setting.batches(), num_batches)
+    return Selection(setting.blocks.parse(found.blocks or []), found.selection or {})
+
+
+def searched(
+    procedure: str = "greedy_forward", options: Mapping[str, Any] | None = None, result: str | None = None
+) -> Method:
+    """What a search finds on the recipe's validation split, at the recipe's rates; or the winner in a file.
+
+    Args:
+        procedure: a name from `procedures`.
+        options: its arguments.
+        result: instead of searching: a `search.json` that `surgical-peft search` wrote.
+
+    Costs: the trainings of the search, for each source model and seed; a file costs nothing here. Its winner was found
+    on one draw, which may be among those that are compared.
+
+    Example:
+        methods: [full, {searched: {procedure: sweep}}, {searched: {result: runs/sweep_noise/search/search.json}}]
+    """
+    if result is not None:
+        if options:
+            raise SurgicalError(f"searched: options={options} are for a search, and result={result!r} is of one.")
+        best = SearchResult.load(result).best
+        shown = Path(result).parent.parent.name or Path(result).name
+        return Method(f"winner of {shown}", choose=lambda setting: Selection(setting.blocks.parse(list(best.blocks))))
+    made = as_procedure(procedure, options)
+    return Method(f"search by {made}", choose=partial(_searched, made))
+
+
+def _searched(procedure: Any, setting: Setting) -> Selection:
+    objective = RecipeObjective(replace(setting.recipe, seeds=[setting.seed], folds=None, policy=None, divide=None))
+    found = run_search(
+        procedure,
+        objective,
+        rates=objective.rates,
+        seeds=objective.seeds,
+        storage=f"sqlite:///{setting.folder / 'study.db'}",
+    )
+    return found.best

@@ -1,0 +1,122 @@
+"""Blocks by where they are in the model, whatever the data; and at random, to see what choosing is worth."""
+
+from __future__ import annotations
+
+import random
+from functools import partial
+from typing import Any
+
+from ..blocks import BlockMap
+from ..errors import SurgicalError
+from ..procedures.procedure import layers
+from ..selection import Selection
+from .method import Method, Setting, known_blocks
+
+
+def head() -> Method:
+    """The head alone.
+
+    Costs: nothing to choose.
+
+    Example:
+        methods: [full, head]
+    """
+    return Method("head", choose=known_blocks("head"))
+
+
+def blocks(names: Any) -> Method:
+    """The blocks that you name, as `BlockMap.parse` takes them.
+
+    Costs: nothing to choose.
+
+    Example:
+        methods: [full, {blocks: {names: [embeddings, 0]}}, {blocks: {names: ["-2:", head]}}]
+    """
+    shown = ", ".join(map(str, names)) if isinstance(names, list) else str(names)
+    return Method(f"blocks {shown}", choose=known_blocks(names))
+
+
+def first(k: int | None = None) -> Method:
+    """The embeddings and the first `k` layers; default a third of them.
+
+    Costs: nothing to choose.
+
+    Example:
+        methods: [full, first, {first: {k: 1}}]
+    """
+    return Method(_title("first", k), choose=partial(_first, _checked("first", k)))
+
+
+def middle(k: int | None = None) -> Method:
+    """`k` layers in the middle; default a third of them. Of two middles the one nearer the input.
+
+    Costs: nothing to choose.
+
+    Example:
+        methods: [full, middle]
+    """
+    return Method(_title("middle", k), choose=partial(_middle, _checked("middle", k)))
+
+
+def last(k: int | None = None) -> Method:
+    """The last `k` layers; default a third of them. The head stays as it is.
+
+    Costs: nothing to choose.
+
+    Example:
+        methods: [full, last]
+    """
+    return Method(_title("last", k), choose=partial(_last, _checked("last", k)))
+
+
+def random_k(k: int | None = None) -> Method:
+    """`k` layers at random, drawn by the seed of the training; default a third of them.
+
+    The layers of a stack are of one size, so it tunes as many parameters as other methods with `k` layers.
+
+    Costs: nothing to choose.
+
+    Example:
+        methods: [full, {random_k: {k: 2}}, {last: {k: 2}}]
+    """
+    return Method(_title("random", k), choose=partial(_random, _checked("random_k", k)))
+
+
+def _title(name: str, k: int | None) -> str:
+    return f"{name} third" if k is None else f"{name} {k}"
+
+
+def _checked(name: str, k: int | None) -> int | None:
+    if k is not None and (isinstance(k, bool) or not isinstance(k, int) or k < 1):
+        raise SurgicalError(f"{name}: k={k!r} is no number of layers: 1 or more.")
+    return k
+
+
+def _layers(blocks: BlockMap, k: int | None) -> tuple[tuple[str, ...], int]:
+    names = layers(blocks)
+    if k is not None and k > len(names):
+        raise SurgicalError(f"k={k} is more than the layers of {blocks.model_name}: {len(names)}.")
+    return names, max(1, len(names) // 3) if k is None else k
+
+
+def _first(k: int | None, setting: Setting) -> Selection:
+    names, count = _layers(setting.blocks, k)
+    before = setting.blocks.names[: setting.blocks.names.index(names[0])]
+    return Selection((*(name for name in before if name.endswith("embeddings")), *names[:count]))
+
+
+def _middle(k: int | None, setting: Setting) -> Selection:
+    names, count = _layers(setting.blocks, k)
+    start = (len(names) - count) // 2
+    return Selection(names[start : start + count])
+
+
+def _last(k: int | None, setting: Setting) -> Selection:
+    names, count = _layers(setting.blocks, k)
+    return Selection(names[-count:])
+
+
+def _random(k: int | None, setting: Setting) -> Selection:
+    names, count = _layers(setting.blocks, k)
+    drawn = random.Random(f"random_k {setting.seed}").sample(names, count)
+    return Selection(setting.blocks.parse(drawn))

@@ -1,0 +1,150 @@
+"""What a method of a comparison is: how a source model is made ready to be trained on new data, and trained."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import TrainingArguments
+
+from ..blocks import BlockMap
+from ..config import SurgicalConfig
+from ..errors import SurgicalError
+from ..model import get_surgical_model
+from ..names import nearest, resolve
+from ..policies.policy import Policy
+from ..recipe import Recipe
+from ..selection import Selection
+from ..tasks.models import modules_to_save
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a method may look at to choose its blocks. It leaves all of it as it is.
+
+    Attributes:
+        recipe: of the comparison, with the source model and the data at hand.
+        model: the source model, on its device.
+        blocks: its map.
+        batches: makes a loader of shuffled training batches, the same at every call.
+        seed: of the training.
+        folder: for files of its own, such as a study; there as long as the comparison.
+    """
+
+    recipe: Recipe
+    model: nn.Module
+    blocks: BlockMap
+    batches: Callable[[], Iterable[Any]]
+    seed: int
+    folder: Path
+
+
+def tune_blocks(model: nn.Module, selection: Selection, recipe: Recipe) -> nn.Module:
+    """The model with the chosen blocks wrapped by our tuner, and with what the recipe says of new heads."""
+    saved = modules_to_save(recipe, model)
+    config = SurgicalConfig.from_selection(selection, modules_to_save=saved, frozen_eval=recipe.frozen_eval)
+    return get_surgical_model(model, config)
+
+
+def no_policy(args: TrainingArguments) -> Policy | None:
+    """The same rate for all that is trained."""
+    return None
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the table; plain settings, no state.
+
+    One of your own is a function that returns this, named in the recipe as `package.module:name`.
+
+    Attributes:
+        title: in the table.
+        choose: gives the blocks to tune; called once for each source model and seed, before all trainings. None: there
+            is nothing to choose.
+        wrap: `(model, selection, recipe)` -> what is trained: all that has `requires_grad`. The model is a copy.
+        policy: of the learning rates, by the training arguments.
+        training: training arguments of its own, instead of the recipe's.
+        rates: its own grid; None: the recipe's.
+        is_trained: whether there is anything to train.
+
+    Example:
+        >>> def mine():
+        ...     return Method("first block", choose=lambda setting: Selection(setting.blocks.parse([0])))
+    """
+
+    title: str
+    choose: Callable[[Setting], Selection] | None = None
+    wrap: Callable[[nn.Module, Selection, Recipe], nn.Module] = tune_blocks
+    policy: Callable[[TrainingArguments], Policy | None] = no_policy
+    training: Mapping[str, Any] = field(default_factory=dict)
+    rates: tuple[float, ...] | None = None
+    is_trained: bool = True
+
+
+def make_method(given: Any) -> Method:
+    """The method that an entry of a recipe's `methods` stands for.
+
+    Args:
+        given: a name, or a mapping of one name to its arguments. `rates` among them is a grid of its own.
+
+    Raises:
+        SurgicalError: not of these forms, an unknown name, arguments that do not fit, or something else than a method.
+
+    Example:
+        >>> make_method({"lora": {"rank": 16, "rates": [1e-3, 3e-3]}}).rates
+        (0.001, 0.003)
+    """
+    package = sys.modules[__package__ or ""]
+    name, options = next(iter(given.items())) if isinstance(given, dict) and len(given) == 1 else (given, None)
+    options = {} if options is None else options
+    if not isinstance(name, str) or not isinstance(options, dict):
+        raise SurgicalError(
+            f"methods: {given!r} is no method: write a name, such as full, or a name with its arguments, such as "
+            "{lora: {rank: 8}}."
+        )
+    function = resolve(name, package)
+    options = dict(options)
+    rates = options.pop("rates", None)
+    signature = inspect.signature(function)
+    try:
+        signature.bind(**options)
+    except TypeError as error:
+        known = list(signature.parameters)
+        wrong = next((nearest(each, known) for each in options if each not in known), "")
+        raise SurgicalError(
+            f"methods: {given!r} does not fit: {error}; {wrong}{name} has: {', '.join([*known, 'rates'])}."
+        ) from error
+    made = function(**options)
+    if not isinstance(made, Method):
+        raise SurgicalError(f"methods: {name!r} makes a {type(made).__name__}, not a Method.")
+    return made if rates is None else replace(made, rates=check_rates(f"methods: {name}", rates))
+
+
+def check_rates(owner: str, rates: Any) -> tuple[float, ...]:
+    """The rates as a grid, from the lowest to the highest.
+
+    Raises:
+        SurgicalError: an empty list, something else than positive numbers, or one of them twice.
+    """
+    is_list = isinstance(rates, list | tuple) and bool(rates)
+    if not is_list or any(isinstance(r, bool) or not isinstance(r, int | float) for r in rates):
+        raise SurgicalError(f"{owner}: rates: {rates!r} is no grid of learning rates, such as [1e-3, 3e-3].")
+    if not all(0 < rate < math.inf for rate in rates) or len(set(rates)) != len(rates):
+        raise SurgicalError(f"{owner}: rates: {rates!r}: each is a number above 0, and there once.")
+    return tuple(sorted(map(float, rates)))
+
+
+def known_blocks(spec: Any) -> Callable[[Setting], Selection]:
+    """Chooses the blocks that `BlockMap.parse` finds."""
+    return partial(_parsed, spec)
+
+
+def _parsed(spec: Any, setting: Setting) -> Selection:
+    return Selection(setting.blocks.parse(spec))

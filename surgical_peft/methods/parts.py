@@ -1,0 +1,95 @@
+"""A few weights everywhere, and PEFT's own way of tuning whole modules."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from peft import LoraConfig, get_peft_model
+from peft.utils.constants import DUMMY_TARGET_MODULES
+from torch import nn
+
+from ..blocks import BlockMap
+from ..config import SurgicalConfig
+from ..errors import SurgicalError
+from ..model import get_surgical_model
+from ..recipe import Recipe
+from ..scores import is_head
+from ..selection import Selection
+from ..tasks.models import modules_to_save as always_saved
+from .method import Method, known_blocks
+
+
+def norms() -> Method:
+    """All normalisation layers and the head: LN tuning.
+
+    Costs: nothing to choose.
+
+    Example:
+        methods: [full, norms]
+    """
+    return Method("norms and head", wrap=_tune_norms)
+
+
+def lora(rank: int = 8, alpha: float | None = None, head: bool = True) -> Method:
+    """LoRA by PEFT on all linear layers, and with `head` a fully tuned head.
+
+    Args:
+        rank: of the updates.
+        alpha: their scale; default twice the rank.
+        head: tune the head in full, as PEFT does for classifiers; False: it is left as LoRA's other targets are.
+
+    Costs: nothing to choose.
+
+    Example:
+        methods: [full, {lora: {rank: 4}}, {lora: {rank: 16}}]
+    """
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+        raise SurgicalError(f"lora: rank={rank!r} is no rank: 1 or more.")
+    settings = {"r": rank, "lora_alpha": 2 * rank if alpha is None else alpha}
+    said = [f"LoRA r={rank}", *([f"alpha={alpha:g}"] if alpha is not None else []), *([] if head else ["no head"])]
+    return Method(", ".join(said), wrap=partial(_add_lora, settings, head))
+
+
+def modules_to_save(names: Any) -> Method:
+    """The blocks that you name, tuned by stock PEFT alone: `LoraConfig(modules_to_save=[...])` that adds no LoRA.
+
+    Costs: nothing to choose.
+
+    Example:
+        methods: [full, {blocks: {names: ["-2:"]}}, {modules_to_save: {names: ["-2:"]}}]
+    """
+    shown = ", ".join(map(str, names)) if isinstance(names, list) else str(names)
+    return Method(f"stock PEFT, {shown}", choose=known_blocks(names), wrap=_save_modules)
+
+
+def _tune_norms(model: nn.Module, selection: Selection, recipe: Recipe) -> nn.Module:
+    config = SurgicalConfig(blocks="all", target_modules="all-norm", modules_to_save=_with_heads(model, recipe))
+    return get_surgical_model(model, replace(config, frozen_eval=recipe.frozen_eval))
+
+
+def _with_heads(model: nn.Module, recipe: Recipe) -> list[str] | None:
+    """The modules of the model's heads, and those that the recipe wants trained with every method."""
+    every = dict(model.named_modules())
+    own = [path for name, paths in BlockMap.find(model).modules.items() if is_head(name) for path in paths]
+    whole = [path for path in own if path in every and next(every[path].parameters(), None) is not None]
+    return list(dict.fromkeys([*whole, *(always_saved(recipe, model) or [])])) or None
+
+
+def _add_lora(
+    settings: dict[str, Any], head: bool, model: nn.Module, selection: Selection, recipe: Recipe
+) -> nn.Module:
+    whole = _with_heads(model, recipe) if head else always_saved(recipe, model)
+    return get_peft_model(model, LoraConfig(**settings, target_modules="all-linear", modules_to_save=whole))
+
+
+def _save_modules(model: nn.Module, selection: Selection, recipe: Recipe) -> nn.Module:
+    every = dict(model.named_modules())
+    found = BlockMap.find(model).modules
+    paths = [path for name in selection.blocks for path in found[name]]
+    loose = [path for path in paths if path not in every]
+    if loose:
+        raise SurgicalError(f"modules_to_save: PEFT saves modules, and {', '.join(loose)} is a parameter by itself.")
+    whole = sorted({*paths, *(always_saved(recipe, model) or [])})
+    return get_peft_model(model, LoraConfig(target_modules=DUMMY_TARGET_MODULES, modules_to_save=whole))

@@ -1,0 +1,84 @@
+"""A comparison's report as a picture."""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from ..files import whole_file
+from .comparison import scale_of, trainings_of
+
+_FULL, _OTHER = "#222222", "#4477aa"
+
+
+def plot(report: dict[str, Any], path: str | Path) -> None:
+    """Every test result of each method, and the paired difference to full fine-tuning with its interval.
+
+    Both axes are for what was trained; the model as it was may lie far outside, and is then written at the edge.
+    """
+    rows = sorted(report["methods"], key=lambda row: statistics.fmean(row["test"]))
+    is_share, unit = scale_of(report)
+    longest = max(len(row["method"]) for row in rows)
+    figure = Figure(figsize=(7.2 + 0.07 * longest, 1.5 + 0.3 * len(rows)), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2, sharey=True)
+    scale = 100 if is_share else 1
+    _draw_results(left, rows, scale)
+    _draw_differences(right, rows, scale)
+    left.set_yticks(range(len(rows)), [row["method"] for row in rows])
+    left.set_ylim(-0.6, len(rows) - 0.4)
+    left.set_xlabel(f"test {report['metric']}{', %' * is_share}")
+    right.set_xlabel(f"to full fine-tuning{f',{unit}' if unit else ''}")
+    left.set_title(f"{trainings_of(report)}; line: mean", fontsize=9)
+    right.set_title("paired, 95 % interval; filled: clear of zero", fontsize=9)
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="x", color="#dddddd", linewidth=0.6)
+        axes.set_axisbelow(True)
+    with whole_file(path) as temporary:
+        figure.savefig(temporary)
+
+
+def _draw_results(axes: Axes, rows: list[dict[str, Any]], scale: int) -> None:
+    trained = [scale * value for row in rows if row["rate"] is not None for value in row["test"]]
+    margin = 0.08 * (max(trained) - min(trained)) or 1.0
+    axes.set_xlim(min(trained) - margin, max(trained) + margin)
+    for place, row in enumerate(rows):
+        colour = _FULL if row["to_full"] is None else _OTHER
+        values = [scale * value for value in row["test"]]
+        mean = statistics.fmean(values)
+        axes.plot(values, [place] * len(values), "o", color=colour, alpha=0.45, markersize=4, markeredgewidth=0)
+        axes.plot([mean], [place], "|", color=colour, markersize=13, markeredgewidth=2)
+        _write_if_outside(axes, mean, place)
+
+
+def _draw_differences(axes: Axes, rows: list[dict[str, Any]], scale: int) -> None:
+    others = [row["to_full"] for row in rows if row["to_full"] is not None and row["rate"] is not None]
+    means = [0.0, *(scale * each["mean"] for each in others)]
+    halves = [scale * (each["interval"][1] - each["mean"]) for each in others if each["interval"][1] is not None]
+    widest = min(max(halves), 3 * statistics.median(halves)) if halves else 0.0  # one wild method is cut
+    margin = 1.1 * max(widest, 0.1 * (max(means) - min(means))) or 1.0
+    axes.set_xlim(min(means) - margin, max(means) + margin)
+    axes.axvline(0, color=_FULL, linewidth=1, linestyle="--")
+    for place, row in enumerate(rows):
+        if row["to_full"] is None:
+            continue
+        mean, (low, high) = scale * row["to_full"]["mean"], row["to_full"]["interval"]
+        fill = _OTHER if low is not None and not low <= 0 <= high else "white"
+        if low is not None:
+            axes.plot([scale * low, scale * high], [place, place], "-", color=_OTHER, linewidth=1.5)
+        axes.plot([mean], [place], "o", color=_OTHER, markersize=5, markerfacecolor=fill)
+        _write_if_outside(axes, mean, place)
+
+
+def _write_if_outside(axes: Axes, value: float, place: int) -> None:
+    low, high = axes.get_xlim()
+    if not low <= value <= high:
+        side, at = ("left", 0.01) if value < low else ("right", 0.99)
+        how: dict[str, Any] = {"transform": axes.get_yaxis_transform(), "ha": side, "va": "center", "fontsize": 8}
+        axes.text(at, place, f"{'◂ ' if value < low else ''}{value:.3g}{' ▸' if value > high else ''}", **how)

@@ -1,0 +1,149 @@
+"""What a training step of each method costs: its time, the methods in turns, and its memory."""
+
+from __future__ import annotations
+
+import statistics
+import time
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from .memory import PeakMemory
+
+ROUNDS = 3  # the first warms up
+Watch = Callable[[nn.Module], TrainerCallback]
+Train = Callable[[Watch], Any]
+
+
+def step_costs(trainings: Mapping[str, Train]) -> dict[str, dict[str, float]]:
+    """Milliseconds and peak bytes of a training step, by name.
+
+    Args:
+        trainings: each trains a few steps of every epoch with the callback that it makes of what is trained. They
+            take turns, so that all of them see the same changes of the machine.
+
+    Returns:
+        `ms`: of the fastest step of an epoch, which other work on the machine has held up least, and the mean over
+        the epochs, since a policy may train other parts in others. `peak_bytes`: of an accelerator what its
+        allocator gave out; else of all tensors together.
+
+    Example:
+        >>> step_costs({"full": lambda watch: bench.train(wrap, range(96), watch=watch)})["full"]["ms"]
+        33.1
+    """
+    steps: dict[str, list[list[list[float]]]] = {name: [] for name in trainings}
+    for _ in range(ROUNDS):
+        for name, train in trainings.items():
+            clock = _Clock()
+            train(lambda wrapped, clock=clock: clock)  # type: ignore[misc]
+            steps[name].append(clock.epochs)
+    found = {}
+    for name, train in trainings.items():
+        epochs = zip(*steps[name][1:], strict=True)
+        ms = 1000 * statistics.fmean(min(each for part in epoch for each in part) for epoch in epochs)
+        found[name] = {"ms": ms, "peak_bytes": float(_peak(train))}
+    return found
+
+
+def _peak(train: Train) -> int:
+    if torch.accelerator.is_available():
+        with PeakMemory() as peak:
+            train(lambda wrapped: TrainerCallback())
+        return peak.bytes
+    tensors = LiveTensors()
+    train(lambda wrapped: _Counting(tensors, wrapped))
+    return tensors.peak
+
+
+class _Clock(TrainerCallback):
+    """Notes the seconds of each step, by epoch."""
+
+    def __init__(self) -> None:
+        self.epochs: list[list[float]] = []
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.epochs.append([])
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        _wait()
+        self._began = time.perf_counter()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        _wait()
+        self.epochs[-1].append(time.perf_counter() - self._began)
+
+
+def _wait() -> None:
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+
+
+class _Counting(TrainerCallback):
+    """Counts the tensors that live while a model is trained."""
+
+    def __init__(self, tensors: LiveTensors, model: nn.Module) -> None:
+        self._tensors, self._model = tensors, model
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        for tensor in (*self._model.parameters(), *self._model.buffers()):
+            self._tensors.count(tensor)
+        self._tensors.__enter__()
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._tensors.__exit__(None, None, None)
+
+
+class LiveTensors(TorchDispatchMode):
+    """Counts the bytes of the tensors made inside, as long as they live; those from before are told by `count`.
+
+    Attributes:
+        bytes: alive now.
+        peak: the most there were.
+
+    Example:
+        >>> with LiveTensors() as tensors:
+        ...     loss.backward()
+        >>> tensors.peak
+        3145728
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = self.peak = 0
+        self._known: dict[int, Any] = {}
+
+    def count(self, tensor: Tensor) -> None:
+        """Count the storage of `tensor`, once, until it is freed."""
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self._known:
+            self._known[key] = weakref.ref(storage, lambda _: self._free(key, size))
+            self.bytes += size
+            self.peak = max(self.peak, self.bytes)
+
+    def _free(self, key: int, size: int) -> None:
+        del self._known[key]
+        self.bytes -= size
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for each in tree_leaves(result):
+            if isinstance(each, Tensor):
+                self.count(each)
+        return result

@@ -1,0 +1,221 @@
+"""What every method of a comparison must do; a new function in `methods/` is picked up by itself."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from surgical_peft import BlockMap, Selection, SurgicalError, methods
+from surgical_peft.compare_runs import Workshop
+from surgical_peft.compare_settings import Comparison, Job
+from surgical_peft.methods import Method, make_method
+from surgical_peft.recipe import load_recipe
+from surgical_peft.search_result import SearchResult, SearchTrial
+
+from ..tiny import write_recipe
+
+COUNT = 19
+LAYERS = {"0", "1"}
+# What a method cannot be called without, or should not be here.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "blocks": {"names": ["embeddings", "-1"]},
+    "modules_to_save": {"names": ["0", "head"]},
+    "top_k": {"criterion": "weight_snr", "k": 2},
+    "auto": {"criterion": "rgn", "num_blocks": 1},
+    "searched": {"procedure": "random_subsets", "options": {"num_blocks": 1, "num_trials": 1}},
+    "lp_ft": {"epochs": 1},
+}
+# The blocks that a method says it trains; None: a choice of the data, told by its own record.
+CLAIMED: dict[str, set[str] | None] = {
+    "nothing": set(),
+    "head": {"head"},
+    "blocks": {"embeddings", "1"},
+    "modules_to_save": {"0", "head"},
+    "first": {"embeddings", "0"},
+    "middle": {"0"},
+    "last": {"1"},
+    "random_k": None,
+    "top_k": None,
+    "auto": None,
+    "searched": None,
+    **{
+        name: {"embeddings", "0", "1", "final_norm", "head"}
+        for name in ("full", "lp_ft", "layer_decay", "auto_rgn", "auto_rgn_paper", "bvg_ls")
+    },
+}
+OWN = ("lora", "norms")  # train parts of blocks; they have tests of their own below
+
+
+def entry(name: str) -> Any:
+    return {name: OPTIONS[name]} if name in OPTIONS else name
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+    folder = tmp_path_factory.mktemp("methods")
+    keys = {"methods": [entry(name) for name in methods.__all__], "rates": [1e-2], "num_train_epochs": 2}
+    return Workshop(Comparison(load_recipe(write_recipe(folder, **keys))), folder / "run")
+
+
+def job_of(workshop: Workshop, name: str) -> Job:
+    title = make_method(entry(name)).title
+    grid = workshop.comparison.grid(title)
+    job = Job("training", 0, 0, title, grid[0] if grid else None)
+    choice = Job("choice", 0, 0, title)
+    if workshop.comparison.methods[title].choose and not workshop.is_done(choice):
+        workshop.do(choice)
+    return job
+
+
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    return {name: weight.detach().clone() for name, weight in model.state_dict().items()}
+
+
+def trained(workshop: Workshop, name: str, steps: int = 2) -> tuple[nn.Module, set[str]]:
+    """A model after so many steps, without any wrapper, and the names of the weights that are other than before."""
+    job = job_of(workshop, name)
+    bench = workshop._bench_of(job)
+    before = weights_of(bench.model)
+    wrapped = bench.model
+    if workshop.comparison.methods[job.method].is_trained:
+        wrapped = workshop._train(bench, job, max_steps=steps)
+    after = weights_of(bench.model)
+    assert all(torch.equal(after[key], before[key]) for key in before), "the source model was changed"
+    merged = wrapped.merge_and_unload() if isinstance(wrapped, PeftModel) else wrapped
+    found = weights_of(merged)
+    assert found.keys() == before.keys()
+    return merged, {key for key in before if not torch.equal(found[key], before[key])}
+
+
+def test_every_public_function_is_a_method_and_is_tried_here() -> None:
+    package = Path(inspect.getfile(methods)).parent
+    made = {
+        name
+        for path in package.glob("*.py")
+        for name, each in vars(__import__(f"surgical_peft.methods.{path.stem}", fromlist=["x"])).items()
+        if inspect.isfunction(each)
+        and each.__module__.startswith("surgical_peft.methods.")
+        and inspect.signature(each).return_annotation in (Method, "Method")
+    } - {"make_method"}
+    assert made == set(methods.__all__) and len(made) == COUNT
+    assert set(CLAIMED) | set(OWN) == made
+
+
+@pytest.mark.parametrize("name", methods.__all__)
+def test_it_documents_what_one_has_to_know(name: str) -> None:
+    text = inspect.getdoc(getattr(methods, name)) or ""
+    assert "Costs: " in text and "Example:\n    methods: [" in text
+
+
+def test_titles_tell_methods_apart(workshop: Workshop) -> None:
+    assert len(workshop.comparison.methods) == COUNT
+
+
+@pytest.mark.parametrize("name", [name for name in methods.__all__ if name not in OWN])
+def test_it_trains_what_it_says_and_nothing_else(name: str, workshop: Workshop) -> None:
+    steps = 8 if name in ("lp_ft", "bvg_ls") else 2  # the whole model has its turn later, or one block at a time
+    model, changed = trained(workshop, name, steps)
+    claimed = CLAIMED[name]
+    if claimed is None:
+        chosen = workshop.finding(Job("choice", 0, 0, make_method(entry(name)).title))
+        claimed = set(chosen["blocks"])
+        assert claimed and chosen["seconds"] >= 0
+    blocks = BlockMap.find(model)
+    found = {blocks.block_of(weight) for weight in changed}
+    assert found == claimed if name != "bvg_ls" else found <= claimed and found
+    if name != "bvg_ls":
+        named = blocks.named_parameters(model)
+        wanted = {weight for block in claimed for weight in named[block]}
+        assert {weight for weight in wanted - changed if not weight.endswith("key.bias")} == set()  # has no gradient
+
+
+def test_norms_are_trained_and_the_head(workshop: Workshop) -> None:
+    model, changed = trained(workshop, "norms")
+    wanted = {
+        f"{name}.{weight}"
+        for name, module in model.named_modules()
+        if isinstance(module, nn.LayerNorm) or name == "classifier"
+        for weight in ("weight", "bias")
+    }
+    assert changed == wanted
+
+
+def test_lora_reaches_every_linear_layer(workshop: Workshop) -> None:
+    model, changed = trained(workshop, "lora")
+    linear = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    assert changed == linear | {"classifier.bias"}
+
+
+@pytest.mark.parametrize("name", methods.__all__)
+def test_what_is_saved_is_what_was_trained(name: str, workshop: Workshop) -> None:
+    job = job_of(workshop, name)
+    found = workshop._training(job)
+    bench = workshop._bench_of(job)
+    if found["bytes"] is None:
+        assert name == "nothing" and found["tuned_parameters"] == 0
+        return
+    weights = sum(p.numel() for p in bench.model.parameters())
+    assert 0 < found["tuned_parameters"] <= weights
+    assert 4 * found["tuned_parameters"] <= found["bytes"] <= 4 * found["tuned_parameters"] + 8000
+    loaded = workshop._test(Job("test", job.source, job.seed, job.method, job.rate))
+    assert 0 <= loaded["test"] <= 1
+    # Measured again on validation data from the files, it is what the trained model had.
+    folder = workshop.weights(job)
+    model = copy.deepcopy(bench.model)
+    if (folder / "adapter_config.json").exists():
+        again: nn.Module = PeftModel.from_pretrained(model, folder)
+    else:
+        again = type(model).from_pretrained(folder)  # type: ignore[attr-defined]
+    assert bench.task.measure(again, bench.part("validation")) == found["validation"]
+
+
+def test_random_layers_depend_on_the_seed_alone(workshop: Workshop) -> None:
+    model = workshop._bench_of(job_of(workshop, "random_k")).model
+    choose = make_method({"random_k": {"k": 1}}).choose
+    assert choose is not None
+    blocks = BlockMap.find(model)
+
+    def drawn(seed: int) -> tuple[str, ...]:
+        setting = methods.Setting(workshop.comparison.recipe, model, blocks, list, seed, Path())
+        return choose(setting).blocks
+
+    assert drawn(0) == drawn(0)
+    assert {drawn(seed)[0] for seed in range(20)} == LAYERS
+
+
+def test_bvg_ls_has_its_own_recipe() -> None:
+    made = make_method("bvg_ls")
+    assert made.training["optim"] == "sgd" and made.training["weight_decay"] == 5e-4
+    assert made.rates == (3e-3, 1e-2, 3e-2)
+
+
+def test_a_searchs_file_is_a_method(tmp_path: Path, workshop: Workshop) -> None:
+    trial = SearchTrial(("1", "head"), 0.9, 1.0)
+    result = SearchResult(Selection(("1", "head")), 0.9, (trial,), ("0", "1", "head"), "sweep()")
+    path = tmp_path / "run" / "search" / "search.json"
+    path.parent.mkdir(parents=True)
+    result.save(path)
+    made = make_method({"searched": {"result": str(path)}})
+    assert made.title == "winner of run" and made.choose is not None
+    model = workshop._bench_of(job_of(workshop, "full")).model
+    setting = methods.Setting(workshop.comparison.recipe, model, BlockMap.find(model), list, 0, tmp_path)
+    assert made.choose(setting).blocks == ("1", "head")
+    with pytest.raises(SurgicalError, match="are for a search"):
+        make_method({"searched": {"result": str(path), "options": {"candidates": "all"}}})
+
+
+def test_a_users_own_method() -> None:
+    assert make_method("tests.test_compare:broken").title == "broken"
+    with pytest.raises(SurgicalError, match="makes a str, not a Method"):
+        make_method("tests.contract.test_methods_contract:no_method")
+
+
+def no_method() -> str:
+    return "full"
