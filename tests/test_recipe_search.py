@@ -25,6 +25,7 @@ from surgical_peft.recipe_search import plan, search
 from surgical_peft.search import count_trainings
 from surgical_peft.search_result import SearchResult, SearchTrial
 
+from .test_cli import run
 from .test_search import BLOCKS as MAP
 from .tiny import write_data, write_recipe
 
@@ -213,22 +214,25 @@ def test_the_bar_shows_the_best_whole_candidate_and_the_time_left() -> None:
     assert "at most about 0:01:15 left" in shown  # five of half a minute, by two
 
 
-def test_dry_run_and_json_on_the_command_line(tmp_path: Path) -> None:
-    path = write_recipe(tmp_path)
-    done = subprocess.run(command(path, "--procedure", "prefix", "--dry-run"), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "prefix(): at most 3 trainings." in done.stdout and "With 1 job: at most about" in done.stdout
-    done = subprocess.run(command(path, "--json", "--output", tmp_path / "there"), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["cost"]["trainings"] == 4
+def test_dry_run_and_json_on_the_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = str(write_recipe(tmp_path))
+    capsys.readouterr()
+    assert run(monkeypatch, "search", path, "--procedure", "prefix", "--dry-run") == 0
+    said = capsys.readouterr().out
+    assert "prefix(): at most 3 trainings." in said and "With 1 job: at most about" in said
+    assert run(monkeypatch, "search", path, "--json", "--output", str(tmp_path / "there")) == 0
+    assert json.loads(capsys.readouterr().out)["cost"]["trainings"] == 4
     assert (tmp_path / "there" / "search" / "table.md").exists()
 
 
-def test_what_is_wrong_is_one_line(tmp_path: Path) -> None:
-    path = write_recipe(tmp_path, pruner="MedienPruner")
-    done = subprocess.run(command(path), capture_output=True, text=True)
-    assert done.returncode == 2
-    assert "did you mean 'MedianPruner'" in done.stderr and "Traceback" not in done.stderr
+def test_what_is_wrong_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, "search", str(write_recipe(tmp_path, pruner="MedienPruner"))) == 2
+    said = capsys.readouterr().err
+    assert "did you mean 'MedianPruner'" in said and "Traceback" not in said
 
 
 @pytest.mark.parametrize(
