@@ -48,7 +48,7 @@ TIERS = [
     ["search"],
     ["shifts", "metrics", "recipe"],
     ["tasks"],
-    ["run_report", "push"],
+    ["run_report", "push", "tiny"],
     ["train"],
     ["workbench"],
     ["objective"],

@@ -122,22 +122,39 @@ for rank in (0, 1, None):
             (folder / f"{'alone' if rank is None else rank}.json").write_text(json.dumps(found))
             code = 0
         except Exception:
-            traceback.print_exc()
-        sys.stderr.flush()
+            (folder / f"{rank}.error").write_text(traceback.format_exc())
         os._exit(code)
     children.append(child)
-sys.exit(any(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children))
+codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+for child, code in zip(children, codes):
+    print(child, code, file=sys.stderr)
+sys.exit(any(codes))
 """
+
+
+def run(folder: Path) -> subprocess.CompletedProcess[str]:
+    """All three processes."""
+    for old in folder.iterdir():
+        old.unlink()
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", SCRIPT, str(folder), json.dumps(WAYS)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def errors_in(folder: Path) -> list[str]:
+    """What the processes raised."""
+    return [each.read_text() for each in folder.glob("*.error")]
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What each of the two processes found, and one alone: for each way and criterion values, sizes and batches."""
     folder = tmp_path_factory.mktemp("processes")
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", SCRIPT, str(folder), json.dumps(WAYS)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = run(folder)
+    if done.returncode and all("reset by peer" in error for error in errors_in(folder)):
+        # Gloo lost a connection, and no process raised anything else: seen once in some 40 runs, on a loaded machine.
+        done = run(folder)
+    assert done.returncode == 0, (errors_in(folder), done.stderr[-3000:])
     return {who: json.loads((folder / f"{who}.json").read_text()) for who in ("0", "1", "alone")}
 
 

@@ -44,6 +44,7 @@ VARIANTS = {
     "progressive_freezing": ("progressive_freezing(interval=4)", 10, False),
     "sample_by_score": ("sample_by_score(num_blocks=1, every=2)", 10, False),
 }
+DRAWN = "step-block"
 CONSTANT = ("static", "layer_decay", "discriminative")
 
 # Imports once, then a process of its own for every variant; nothing but the imports is shared.
@@ -56,9 +57,11 @@ from peft import get_peft_model
 from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator, set_seed
 
 from surgical_peft import SurgicalCallback, SurgicalConfig, policies, surgical_optimizer
+from surgical_peft.report.history import History
 from tests.toys import TOYS
 
 torch.set_num_threads(1)
+draw = History.plot
 
 
 class Record(TrainerCallback):
@@ -84,6 +87,7 @@ def noisy(features):
 
 
 def train(how, folder, policy, steps_an_epoch, noise):
+    History.plot = draw if folder.name == "{DRAWN}" else lambda *_: None  # a picture takes as long as 15 steps
     set_seed(0 if how != "resumed" else 99)  # a resumed run has its random state from the checkpoint
     toy = TOYS["vit"]
     model = get_peft_model(toy.model(), SurgicalConfig(blocks=[0, 5, 9, "head"]))
@@ -175,7 +179,8 @@ def test_resumed_history_is_that_of_the_uninterrupted_run(variant: str, runs: Pa
     steps = [json.loads(line)["step"] for line in straight.read_text().splitlines()]
     assert steps[0] == 1
     assert (len(steps) > 1) == (variant not in CONSTANT)
-    assert (runs / variant / "broken" / "surgical_history.png").stat().st_size > 10_000
+    picture = runs / variant / "broken" / "surgical_history.png"
+    assert picture.stat().st_size > 10_000 if variant == DRAWN else not picture.exists()
 
 
 def test_every_policy_is_here() -> None:
