@@ -16,10 +16,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 
-from .compare_crew import Crew, threads
+from .compare_crew import Crew
 from .compare_runs import Workshop
 from .compare_settings import FULL, Comparison, Job
 from .errors import SurgicalError
@@ -31,6 +30,7 @@ from .report.comparison import markdown, sentences
 from .report.comparison_plot import plot
 from .run_report import PACKAGES
 from .selection import Selection
+from .threads import shared_threads
 from .workbench import Workbench
 
 _TABLE = "table.md"  # by which an earlier comparison is known
@@ -72,7 +72,8 @@ def plan(recipe: Recipe, output: str | Path | None = None, jobs: int = 1) -> Pla
     done = sum(workshop.is_done(job) for job in begun)
     more = sum(MOST * len(what.trainings(title)) for title, grid in grids.items() if len(grid) > 1)
     full = what.methods[FULL]
-    each = Workbench(recipe).seconds(lambda model: full.wrap(model, Selection(()), recipe))
+    with shared_threads(jobs):
+        each = Workbench(recipe).seconds(lambda model: full.wrap(model, Selection(()), recipe))
     at_once = min(jobs, os.cpu_count() or 1)
     return Plan(len(begun), done, more, each, math.ceil((len(begun) - done) / at_once) * each)
 
@@ -110,7 +111,7 @@ def compare(
     what, folder = workshop.comparison, workshop.folder
     check_replaceable(folder / "comparison", _TABLE)
     workshop.check()
-    with Crew(workshop, jobs, console or Console()) as crew:
+    with shared_threads(jobs), Crew(workshop, jobs, console or Console()) as crew:
         chosen = [title for title, method in what.methods.items() if method.choose]
         crew.do("choose blocks", [replace(job, kind="choice") for title in chosen for job in what.trainings(title)])
         crew.do("time steps", [what.costs])
@@ -132,7 +133,6 @@ def compare(
 def _workshop(recipe: Recipe, output: str | Path | None, jobs: int) -> Workshop:
     if jobs < 1:
         raise SurgicalError(f"jobs={jobs} is too few: 1 or more.")
-    torch.set_num_threads(threads(jobs))
     return Workshop(Comparison(recipe), Path(str(output or recipe.arguments().output_dir)))
 
 

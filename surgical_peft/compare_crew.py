@@ -20,12 +20,6 @@ from .errors import SurgicalError
 from .quiet import quieten
 from .recipe import Recipe
 
-
-def threads(jobs: int) -> int:
-    """How many threads each of so many processes gets."""
-    return max(1, (os.cpu_count() or 1) // jobs)
-
-
 _OWN: list[Workshop] = []  # of a worker process
 
 
@@ -53,7 +47,7 @@ class Crew:
 
     def __init__(self, workshop: Workshop, jobs: int, console: Console) -> None:
         self._workshop, self._console = workshop, console
-        start = (workshop.comparison.recipe, workshop.folder, threads(jobs))
+        start = (workshop.comparison.recipe, workshop.folder, torch.get_num_threads())
         context = multiprocessing.get_context("spawn")
         self._pool = ProcessPoolExecutor(jobs, context, initializer=_start, initargs=start) if jobs > 1 else None
 

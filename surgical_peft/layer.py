@@ -234,3 +234,16 @@ class SurgicalLayer(KeepsOriginal, BaseTunerLayer, AuxiliaryTrainingWrapper):
 
     def __repr__(self) -> str:
         return "surgical." + nn.Module.__repr__(self)
+
+
+def forget_shared(tuner: nn.Module, incompatible: Any) -> None:
+    """Strike what copies share with the original from the keys that a loaded adapter lacks: it is in no file."""
+    shared = tuple(
+        f"{path}.surgical_copies.{adapter}.{name}"
+        for path, layer in tuner.named_modules()
+        if isinstance(layer, SurgicalLayer)
+        for adapter, module in layer.surgical_copies.items()
+        for name, _ in module.named_parameters()
+        if name not in layer._tuned_names[adapter]
+    )
+    incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if not key.endswith(shared)]

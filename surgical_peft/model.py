@@ -20,7 +20,7 @@ from .choosing import choose_blocks
 from .config import SurgicalConfig
 from .errors import SurgicalError
 from .fit import check_base, check_fit, prepare_loading, remap
-from .layer import SurgicalLayer
+from .layer import SurgicalLayer, forget_shared
 from .lora import check_lora, inject_lora
 from .mixed_batches import check_rows, rows_by_adapter
 from .original import NO_BASE, note_trainable
@@ -39,6 +39,10 @@ class SurgicalModel(BaseTuner):
     prefix = "surgical_"
     tuner_layer_cls = SurgicalLayer
     target_module_mapping: ClassVar[dict[str, list[str]]] = {}
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.register_load_state_dict_post_hook(forget_shared)
 
     def _prepare_adapter_config(self, peft_config: SurgicalConfig, model_config: dict[str, Any]) -> SurgicalConfig:
         return peft_config  # PEFT would look up default target modules by model type; ours are said in blocks

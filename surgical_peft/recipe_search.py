@@ -32,6 +32,7 @@ from .report.tables import search_markdown
 from .scores import is_head
 from .search import count_trainings, optuna_classes, run_search
 from .search_result import SearchResult, SearchTrial, candidate_of
+from .threads import shared_threads
 from .train import score
 
 _RESULT = "search.json"  # by which the result of an earlier search is known
@@ -65,7 +66,7 @@ def plan(recipe: Recipe, jobs: int = 1) -> Plan:
         >>> plan(load_recipe("recipes/sweep_noise.yaml"), jobs=2).trainings
         90
     """
-    with _threads(jobs):
+    with shared_threads(jobs):
         recipe = _with_scores(recipe)
         objective = RecipeObjective(recipe)
         procedure = recipe.make_procedure()
@@ -107,7 +108,7 @@ def search(
     folder = Path(str(output or recipe.arguments().output_dir))
     check_replaceable(folder / "search", _RESULT)
     _quieten_optuna()
-    with _threads(jobs):
+    with shared_threads(jobs):
         return _search(_with_scores(recipe), folder, jobs, storage, name, console or Console())
 
 
@@ -185,17 +186,6 @@ def _end_with_parent() -> None:
     if parent is not None:
         multiprocessing.connection.wait([parent.sentinel])
         os._exit(1)
-
-
-@contextmanager
-def _threads(jobs: int) -> Iterator[None]:
-    """Each of several processes gets its share of the threads inside; one alone keeps what it has."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(max(1, before // jobs))
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _with_scores(recipe: Recipe) -> Recipe:

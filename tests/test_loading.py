@@ -611,3 +611,18 @@ def test_names_that_a_models_author_has_changed_are_followed(tmp_path: Path) -> 
     loaded = PeftModel.from_pretrained(base, tmp_path)
     wanted = dict(model.named_parameters())
     assert all(torch.equal(p, wanted[n]) for n, p in loaded.named_parameters() if ".surgical_copies." in n)
+
+
+def test_what_a_copy_shares_with_the_original_is_not_reported_missing(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    """Loading an adapter of all norms made PEFT warn of every other weight in its blocks."""
+    toy = TOYS["vit"]
+    config = SurgicalConfig(blocks=[0, 10], target_modules={"0": "all-norm", "10": "all"})
+    get_peft_model(toy.model(), config).save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(toy.model(), tmp_path)
+    assert not [each for each in recwarn if "missing" in str(each.message)]
+    own = dict.fromkeys(loaded.state_dict())
+    found = loaded.load_state_dict({}, strict=False).missing_keys
+    gone = {key for key in own if ".0.surgical_copies" in key and "norm" not in key}
+    assert gone and set(own) - set(found) == gone  # of all else it is still said

@@ -1,0 +1,19 @@
+"""How many threads each of several processes on one machine uses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+@contextmanager
+def shared_threads(jobs: int) -> Iterator[int]:
+    """Each of several processes gets its share of the threads inside, one alone keeps what it has; says how many."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(max(1, before // jobs))
+    try:
+        yield torch.get_num_threads()
+    finally:
+        torch.set_num_threads(before)
