@@ -1,4 +1,4 @@
-"""The command line: `surgical-peft blocks | score | search | compare | train | export | card | push | quickstart`."""
+"""The command line: `surgical-peft blocks | score | search | compare | advise | train | export | card | ...`."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from rich.table import Table
 
 from . import criteria
 from .blocks import BlockMap
-from .cli_many import compare, search
+from .cli_many import advise, compare, open_recipe, search
 from .errors import SurgicalError
 from .names import resolve
 from .quiet import quieten
-from .terminal import AsJson, RecipeFile, console, print_json
+from .terminal import AsJson, RecipeFile, Tiny, console, print_json
 
 app = typer.Typer(
     help="Fully fine-tune only the blocks of a transformer that new data need.",
@@ -89,20 +89,21 @@ def score(
 
 app.command()(search)
 app.command()(compare)
+app.command()(advise)
 
 
 @app.command()
 def train(
     recipe: RecipeFile,
     output: Annotated[Path | None, typer.Option(help="Folder for the results; default is the recipe's.")] = None,
+    tiny: Tiny = False,
     as_json: AsJson = False,
 ) -> None:
     """Choose the blocks, tune them, measure, and save the adapter."""
-    from .recipe import load_recipe
     from .train import train as train_recipe
 
     with contextlib.redirect_stdout(sys.stderr):  # what Trainer prints must not come between the JSON
-        report = train_recipe(load_recipe(recipe), output)
+        report = train_recipe(*open_recipe(recipe, tiny, output))
     if as_json:
         print_json(report)
         return

@@ -1,17 +1,33 @@
-"""The commands that train many times: `surgical-peft search` and `surgical-peft compare`."""
+"""The commands that train many times: `surgical-peft search | compare | advise`."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
 from .config import SurgicalConfig
-from .terminal import AsJson, RecipeFile, console, in_words, print_json
+from .terminal import AsJson, RecipeFile, Tiny, console, in_words, print_json
+
+if TYPE_CHECKING:
+    from .recipe import Recipe
+
+
+def open_recipe(path: Path, tiny: bool, output: Path | None) -> tuple[Recipe, Path | None]:
+    """The recipe in a file and the folder for its results; with `tiny` one that needs no network, said plainly."""
+    from .recipe import load_recipe
+
+    recipe = load_recipe(path)
+    if not tiny:
+        return recipe, output
+    from .tiny import NOTICE, make_tiny
+
+    Console(stderr=True).print(NOTICE, style="bold yellow")
+    return make_tiny(recipe, output), None
 
 
 def search(
@@ -36,14 +52,14 @@ def search(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only say how many trainings it takes, and how long about.")
     ] = False,
+    tiny: Tiny = False,
     as_json: AsJson = False,
 ) -> None:
     """Find the blocks to tune by trying them; the same command again resumes."""
-    from .recipe import load_recipe
     from .recipe_search import plan
     from .recipe_search import search as search_recipe
 
-    found = load_recipe(recipe)
+    found, output = open_recipe(recipe, tiny, output)
     if procedure and procedure != found.procedure:
         found = replace(found, procedure=procedure, procedure_options={})
     if dry_run:
@@ -87,15 +103,15 @@ def compare(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only say how many trainings it takes, and how long about.")
     ] = False,
+    tiny: Tiny = False,
     as_json: AsJson = False,
 ) -> None:
     """Compare a recipe's methods, each at its best rate, with full fine-tuning; the same command again resumes."""
     from .compare import compare as compare_recipe
     from .compare import plan
-    from .recipe import load_recipe
     from .report.comparison import table
 
-    found = load_recipe(recipe)
+    found, output = open_recipe(recipe, tiny, output)
     if dry_run:
         costs = plan(found, output, jobs)
         if as_json:
@@ -114,3 +130,41 @@ def compare(
     for sentence in report["sentences"]:
         console.print(sentence, highlight=False)
     console.print(f"Result: {Path(str(output or found.arguments().output_dir)) / 'comparison'}", soft_wrap=True)
+
+
+def advise(
+    recipe: RecipeFile,
+    output: Annotated[Path | None, typer.Option(help="Folder for the results; default is the recipe's.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say how many short trainings it takes, and how long about.")
+    ] = False,
+    tiny: Tiny = False,
+    as_json: AsJson = False,
+) -> None:
+    """Say which blocks to tune on a recipe's data, or that surgery is not for it, after a few short trainings."""
+    from .advise import advise as advise_on
+    from .advise import plan
+    from .report.advice import recipe_lines, table
+
+    found, output = open_recipe(recipe, tiny, output)
+    if dry_run:
+        costs = plan(found)
+        if as_json:
+            print_json(asdict(costs))
+            return
+        console.print(f"{costs.trainings} short trainings.")
+        console.print(f"One full fine-tuning: about {in_words(costs.seconds_each)}.")
+        console.print(f"All: at most as {costs.full_trainings:.1f} of them, about {in_words(costs.seconds)}.")
+        return
+    advice = advise_on(found, output, console=Console(stderr=True, quiet=True) if as_json else console)
+    if as_json:
+        print_json(advice)
+        return
+    console.print(table(advice))
+    for sentence in advice["sentences"]:
+        console.print(sentence, highlight=False)
+    if lines := recipe_lines(advice):
+        console.print("To train it, write into the recipe:")
+        for line in lines:
+            console.print(f"  {line}", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"Result: {Path(str(output or found.arguments().output_dir)) / 'advice'}", soft_wrap=True)

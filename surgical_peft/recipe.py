@@ -69,6 +69,7 @@ class Recipe:
             the training.
         source_data: for a comparison: data of the task that the source models were trained for, whose test split
             tells what they forget: a folder or Hub id, or keys for the data, e.g. `{data: folder, label_map: [...]}`.
+        tiny: for `--tiny`: the config of a small model, e.g. `{model_type: bert, hidden_size: 32}`, see `make_tiny`.
         training: keys for `TrainingArguments`.
         given: for each key of the file its value as written there, and as read: folders are found beside the file.
     """
@@ -111,6 +112,7 @@ class Recipe:
     draws: list[str] | None = None
     test_data: list[str] | None = None
     source_data: Any = None
+    tiny: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
     given: dict[str, tuple[Any, Any]] = field(default_factory=dict, compare=False)
 
@@ -171,7 +173,7 @@ class Recipe:
 
     def settings(self) -> dict[str, Any]:
         """What a training by this recipe is, in plain data: not what is searched for, nor where the results go."""
-        others = ("output_dir", "blocks", "criterion", "criterion_options", "num_blocks", "num_batches")
+        others = ("output_dir", "blocks", "criterion", "criterion_options", "num_blocks", "num_batches", "tiny")
         searched = ("procedure", "procedure_options", "rates", "seeds", *_COMPARED)
         return {key: value for key, value in self.keys().items() if key not in others + searched}
 

@@ -13,6 +13,10 @@ from rich.console import Console
 console = Console()
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
+Tiny = Annotated[
+    bool,
+    typer.Option("--tiny", help="Try the recipe without its model and data: random weights, generated data, 2 steps."),
+]
 RecipeFile = Annotated[Path, typer.Argument(help="A recipe: a flat YAML file, see recipes/.")]
 
 

@@ -322,6 +322,20 @@ def test_a_new_head_is_new_by_the_seed_and_the_rest_is_the_source(
     assert torch.equal(torch.random.get_rng_state(), drawn)
 
 
+def test_a_new_head_is_not_the_one_that_the_source_model_began_with(toy_images: Recipe) -> None:
+    """Both were drawn from the plain seed: a source model pre-trained from seed 0 got its own first head back."""
+    plain = load_task(toy_images, ("train",)).load_model()
+    torch.manual_seed(0)
+    source = type(plain)(plain.config)
+    task = load_task(replace(toy_images, new_head=True, training={"seed": 0}), ("train",))
+    assert (
+        torch.nn.functional.cosine_similarity(
+            task.load_model().classifier.weight.flatten(), source.classifier.weight.flatten(), dim=0
+        ).abs()
+        < 0.5
+    )
+
+
 def test_rows_without_image_or_label(tmp_path: Path, toy_images: Recipe) -> None:
     data = load_dataset(toy_images.data)["train"].to_list()
     for change, message in (

@@ -17,7 +17,7 @@ from transformers import AutoModelForTokenClassification, AutoTokenizer
 
 from surgical_peft import SurgicalError
 from surgical_peft.cli import main
-from surgical_peft.recipe import Recipe
+from surgical_peft.recipe import Recipe, load_recipe
 from surgical_peft.tasks import load_task
 from surgical_peft.tiny import BATCHES, MEASURED, NOTICE, make_tiny
 
@@ -108,6 +108,7 @@ def test_the_tokenizer_reads_everything_and_writes_it_back(tmp_path: Path) -> No
         ({"label_map": [1, 0]}, {0, 1}, 2),
         ({"label_map": {"coat": 0, "boot": 1}}, {0, 1}, 3),  # the class that it leaves out is there too
         ({"label_map": {0: 1, 4: 0}}, {0, 1}, 5),
+        ({"label_map": {"coat": 0, "boot": 7}}, {0, 7}, 3),
         ({"imbalance": {"coat": 0.5}}, {0, 1, 2}, 3),
         ({"label_map": [0, 0, 1, 1], "imbalance": {"coat": 0.5}, "new_head": True}, {0, 1}, 4),
     ],
@@ -135,6 +136,7 @@ BERT = MODELS["text_classification"]
         ({"tiny": {"hidden_size": 8}}, "the model_type None is unknown to transformers"),
         ({"tiny": {**BERT, "model_type": "bret"}}, "the model_type 'bret' is unknown to transformers: did you mean"),
         ({"tiny": {**BERT, "hiden_size": 8}}, "config of bert has no 'hiden_size': did you mean 'hidden_size'"),
+        ({"tiny": {**BERT, "vocab_size": 9}}, "vocab_size follows from the generated data: leave it out"),
         ({"tiny": {**BERT, "hidden_size": "big"}}, "(?s)transformers does not take it: .*expected int, got str"),
         ({"tiny": {**BERT, "num_attention_heads": 3}}, "no model for text_classification can be made of it: .*hidden"),
         ({"tiny": MODELS["image_classification"]}, "no model for text_classification can be made of it: Unrecognized"),
@@ -196,14 +198,20 @@ def test_train_tiny(file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     assert "the model 'nobody/model' cannot be loaded" in capsys.readouterr().err
 
 
-def test_search_and_compare_tiny(
-    file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    keys = {**yaml.safe_load(file.read_text()), "blocks": "auto", "rates": [1e-2], "seeds": [0]}
-    keys |= {"methods": ["full"], "sources": ["nobody/other"], "draws": ["nobody/draw"]}
+def test_compare_tiny(file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """As `search`, by the same way; and what a comparison draws on besides is left out."""
+    keys = {**yaml.safe_load(file.read_text()), "blocks": "auto", "rates": [1e-2], "seeds": [0], "methods": ["full"]}
+    keys |= {"sources": ["nobody/other"], "draws": ["nobody/draw"], "source_data": "nobody/source"}
     file.write_text(yaml.safe_dump(keys))
-    folder = file.parent / "run"
-    assert run(monkeypatch, "search", str(file), "--tiny", "--json") == 0
     assert run(monkeypatch, "compare", str(file), "--tiny", "--json") == 0
-    assert (folder / "tiny" / "search").is_dir() and (folder / "tiny" / "comparison" / "report.json").is_file()
-    assert not (folder / "search").exists() and not (folder / "comparison").exists()
+    said = capsys.readouterr()
+    assert NOTICE in " ".join(said.err.split()) and json.loads(said.out)["methods"]
+    assert (file.parent / "run" / "tiny" / "comparison" / "report.json").is_file()
+    assert not (file.parent / "run" / "comparison").exists()
+
+
+def test_tiny_is_no_setting_of_the_real_training(file: Path) -> None:
+    """So a study or comparison that has begun goes on when such a model is written into its recipe."""
+    recipe = load_recipe(file)
+    assert recipe.tiny == recipe.keys()["tiny"] == MODELS["token_classification"]
+    assert recipe.settings() == replace(recipe, tiny={}).settings()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -54,7 +55,9 @@ def _with_new_head(auto: Any, recipe: Recipe, count: int | None, names: list[str
     labels = {"num_labels": count} | ({"id2label": dict(enumerate(names))} if names else {})
     config = found(AutoConfig.from_pretrained, recipe.model, "model", **labels)
     with torch.random.fork_rng(devices=[]):  # what the caller draws does not depend on it
-        torch.manual_seed(recipe.training.get("seed", TrainingArguments.seed))
+        # A stream of its own: the source model may have begun with the very head that this seed gives.
+        seed = recipe.training.get("seed", TrainingArguments.seed)
+        torch.manual_seed(random.Random(f"new head {seed}").getrandbits(63))
         model = auto.from_config(config)
         source = found(auto.from_pretrained, recipe.model, "model", config=config, ignore_mismatched_sizes=True)
     if source.base_model is source:
