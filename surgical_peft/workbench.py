@@ -113,11 +113,14 @@ class Workbench:
             self.train(wrap, places, max_steps=steps)
             taken.append(time.perf_counter() - began)
         each = max(0.0, taken[1] - taken[0]) / (_MANY - _FEW)
+        return taken[0] + (self.steps(places) - _FEW) * each
+
+    def steps(self, places: Sequence[int] | None = None) -> int:
+        """How many steps one such training has."""
         args = self.args
         batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         count = len(self.examples["train"] if places is None else places)
-        steps = args.max_steps if args.max_steps > 0 else math.ceil(count / batch) * args.num_train_epochs
-        return taken[0] + (steps - _FEW) * each
+        return args.max_steps if args.max_steps > 0 else math.ceil(math.ceil(count / batch) * args.num_train_epochs)
 
     def _collate(self, items: list[Any]) -> dict[str, Tensor]:
         if isinstance(items[0], dict):

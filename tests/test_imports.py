@@ -16,7 +16,7 @@ PACKAGE = Path(surgical_peft.__file__).parent
 
 # A module may import from tiers above its own, and a package (criteria, policies, report) within itself.
 TIERS = [
-    ["errors", "memory", "quiet", "strict_yaml", "rate_grid", "terminal"],
+    ["errors", "memory", "quiet", "threads", "strict_yaml", "rate_grid", "terminal"],
     ["files", "names", "fingerprint", "keys", "patterns", "paired", "step_costs"],
     ["wrappers", "checkpointing"],
     ["lists"],
@@ -27,6 +27,7 @@ TIERS = [
     ["scores", "processes"],
     ["reading"],
     ["scoring", "selection", "prefix_cache"],
+    ["signature"],
     ["config"],
     ["original"],
     ["layer", "saved", "loading", "adapter_card"],
@@ -53,11 +54,10 @@ TIERS = [
     ["workbench"],
     ["objective"],
     ["recipe_search", "methods"],
-    ["compare_settings"],
-    ["compare_runs"],
+    ["compare_settings", "halving"],
+    ["compare_runs", "advise"],
     ["compare_crew"],
     ["compare"],
-    ["trials"],
     ["quickstart"],
     ["cli_many"],
     ["cli"],

@@ -1,0 +1,294 @@
+"""`surgical-peft advise`: which way of tuning suits a recipe's data, by short trainings, or that none of ours does."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+import platform
+import random
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from datetime import date
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from .blocks import BlockMap
+from .choosing import CRITERION
+from .compare_settings import Comparison
+from .config import SurgicalConfig
+from .files import check_replaceable, whole_folder
+from .halving import ROUNDS, Judge, Probe, Rival, decide, halve, ordered
+from .methods import Setting
+from .recipe import Recipe
+from .report.advice import markdown, plot, sentences
+from .run_report import PACKAGES
+from .selection import Selection
+from .signature import EXAMPLES, Batches, Signature, signature
+from .tasks import Examples, load_task
+from .train import loader
+from .workbench import Workbench
+
+CANDIDATES = ("nothing", "full", "layer_decay", "head", "first", "middle", "last", "auto")
+_LINES: dict[str, dict[str, Any]] = {  # what a recipe says for those that choose no blocks
+    "nothing": {},
+    "full": {"blocks": "all"},
+    "layer_decay": {"blocks": "all", "policy": "layer_decay", "policy_options": {"decay": 0.75}},
+}
+_MOST_RATES = 3
+_CHOOSING = 0.5  # of a full fine-tuning, for `auto`
+_TEXT = "advice.md"  # by which earlier advice is known
+_BATCH = 64  # of the signature
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What advice costs.
+
+    Attributes:
+        trainings: short ones, at most.
+        full_trainings: how many full fine-tunings take as long, at most about, choosing blocks included. About half
+            of that is usual: blocks near the output train faster, and some rates need not be tried.
+        seconds_each: of one full fine-tuning; estimated from a few steps.
+        seconds: of all, at most about; measuring comes on top.
+    """
+
+    trainings: int
+    full_trainings: float
+    seconds_each: float
+    seconds: float
+
+
+def plan(recipe: Recipe) -> Plan:
+    """What advice on a recipe would cost; trains a few steps to tell the time, and keeps nothing.
+
+    Raises:
+        SurgicalError: as `advise`.
+
+    Example:
+        >>> plan(load_recipe("recipes/compare_noise.yaml")).trainings
+        24
+    """
+    what = _comparison(recipe)
+    return _plan(what, Workbench(what.recipe))
+
+
+def advise(recipe: Recipe, output: str | Path | None = None, *, console: Console | None = None) -> dict[str, Any]:
+    """Try a few ways of tuning for a few steps each, and say which one to use, with the evidence.
+
+    Every candidate is trained for a quarter of the recipe's steps at several rates, the best three for a half, each at
+    its best rate (successive halving), all judged by the recipe's metric on validation data. Of those that are as
+    good as the best, up to one standard error of the difference, the one that tunes the fewest parameters is
+    recommended (the one-standard-error rule of Breiman et al. 1984, "Classification and Regression Trees"); that may
+    be full fine-tuning, or the model as it is. The scores of the blocks and the signature of the shift are evidence
+    beside it, and decide nothing.
+
+    Args:
+        recipe: its `rates`, or else a grid around its `learning_rate`, its training arguments and metric are used;
+            with `source_data` the signature says how far features move. `blocks`, `policy` and `methods` are not read.
+        output: folder to write to; default is the recipe's `output_dir`. It gets `advice/`, with `advice.json`,
+            `advice.md` and `signature.png`.
+        console: where to show progress; default is the terminal.
+
+    Returns:
+        The advice, as `advice.json` holds it.
+
+    Raises:
+        SurgicalError: data, splits or rates that are missing or do not fit, before any training.
+
+    Example:
+        >>> advise(load_recipe("recipes/compare_label_map.yaml"))["recommended"]["lines"]
+        {'blocks': ['head'], 'learning_rate': 0.01}
+    """
+    began = time.perf_counter()
+    what = _comparison(recipe)
+    folder = Path(str(output or recipe.arguments().output_dir)) / "advice"
+    check_replaceable(folder, _TEXT)
+    source = None
+    if recipe.source_data is not None:
+        source = load_task(what.source_recipe(0), ("test",)).splits["test"]
+    bench = Workbench(what.recipe)
+    cost = _plan(what, bench)
+    with _progress(console or Console(), cost) as advance:
+        found = _signature(bench, source)
+        rivals = _rivals(what, bench)
+        judge = Judge(bench)
+        nothing = _untouched(rivals["nothing"], bench, judge)
+        trained = [rival for rival in rivals.values() if rival.method.is_trained and not _twin(rival, rivals)]
+        halve(trained, lambda rival: what.grid(rival.method.title), bench, what.recipe, judge, done=advance)
+    finalists = [nothing, *(rival for rival in trained if rival.best.share == ROUNDS[-1].share)]
+    chosen, tied = decide(finalists, judge)
+    best = max(tied, key=lambda rival: ordered(rival.best.metric))
+    rows = [_row(rival, rivals, finalists, best, judge) for rival in rivals.values()]
+    scores = rivals["auto"].selection.record.get("scores", {})
+    advice: dict[str, Any] = {
+        "date": date.today().isoformat(),
+        "versions": {name: version(name) for name in PACKAGES},
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "recipe": recipe.keys(),
+        "metric": bench.task.metric,
+        "validation_examples": len(bench.examples["validation"]),
+        "share": ROUNDS[-1].share,
+        "surgery": chosen.method.choose is not None,
+        "recommended": {
+            "method": chosen.name,
+            "title": chosen.method.title,
+            "blocks": list(chosen.selection.blocks),
+            "tuned_parameters": chosen.tuned,
+            "all_parameters": sum(weight.numel() for weight in bench.model.parameters()),
+            "lines": _lines(chosen),
+        },
+        "tied": [rival.name for rival in tied],
+        "methods": rows,
+        "scores": {"criterion": CRITERION, "values": scores},
+        "signature": _plain(found),
+        "cost": {
+            "trainings": sum(len(rival.probes) for rival in trained),
+            "planned": cost.full_trainings,
+            "full_trainings": (time.perf_counter() - began) / cost.seconds_each,
+            "seconds_each": cost.seconds_each,
+            "seconds": round(time.perf_counter() - began, 1),
+        },
+    }
+    advice["sentences"] = sentences(advice)
+    with whole_folder(folder, _TEXT) as temporary:
+        (temporary / "advice.json").write_text(json.dumps(advice, indent=2) + "\n", encoding="utf-8")
+        (temporary / _TEXT).write_text(markdown(advice), encoding="utf-8")
+        plot(advice, temporary / "signature.png")
+    return advice
+
+
+def _comparison(recipe: Recipe) -> Comparison:
+    """The candidates, on the recipe's own model, data and seed."""
+    rates = sorted(map(float, recipe.rates or ()))
+    if not rates:
+        own = recipe.arguments().learning_rate
+        rates = [float(f"{own * factor:.3g}") for factor in (1 / 3, 1, 3)]
+    if len(rates) > _MOST_RATES:
+        rates = [rates[0], rates[len(rates) // 2], rates[-1]]
+    alone: dict[str, Any] = {"sources": None, "seeds": None, "draws": None, "test_data": None}
+    what = Comparison(replace(recipe, methods=list(CANDIDATES), rates=rates, **alone))
+    if recipe.source_data is not None:
+        what.source_recipe(0)  # that it does not fit is said now
+    return what
+
+
+def _plan(what: Comparison, bench: Workbench) -> Plan:
+    full = what.methods["full fine-tuning"]
+    each = bench.seconds(lambda model: full.wrap(model, Selection(()), what.recipe))
+    count, share = 0, _CHOOSING
+    for one in ROUNDS:
+        own = min(one.methods or math.inf, len(CANDIDATES) - 1) * min(one.rates or math.inf, len(what.rates))
+        count, share = count + int(own), share + own * one.share
+    return Plan(count, share, each, share * each)
+
+
+def _signature(bench: Workbench, source: Examples | None) -> Signature:
+    train = bench.examples["train"]
+    size = min(EXAMPLES, len(train), *([len(source) // 2] if source is not None else []))
+
+    def batches(examples: Any, places: Sequence[int]) -> Batches:
+        chunks = [places[start : start + _BATCH] for start in range(0, len(places), _BATCH)]
+        return [bench.task.collate([examples[place] for place in chunk]) for chunk in chunks]
+
+    halves: tuple[Batches, Batches] | None = None
+    if source is not None and size:
+        places = random.Random(0).sample(range(len(source)), 2 * size)
+        halves = batches(source, places[:size]), batches(source, places[size:])
+    target = batches(train, random.Random(0).sample(range(len(train)), size or min(EXAMPLES, len(train))))
+    return signature(bench.model, target, halves, loader(bench.task, bench.args))
+
+
+def _rivals(what: Comparison, bench: Workbench) -> dict[str, Rival]:
+    """All candidates by name, with their blocks chosen."""
+    found: dict[str, Rival] = {}
+    blocks = BlockMap.find(bench.model)
+    recipe, args = what.recipe, bench.args
+    with tempfile.TemporaryDirectory() as folder:
+        setting = Setting(recipe, bench.model, blocks, partial(loader, bench.task, args), args.seed, Path(folder))
+        for name, method in zip(CANDIDATES, what.methods.values(), strict=True):
+            selection = method.choose(setting) if method.choose else Selection(())
+            wrapped = method.wrap(copy.deepcopy(bench.model), selection, recipe)
+            tuned = sum(weight.numel() for weight in wrapped.parameters() if weight.requires_grad)
+            found[name] = Rival(name, method, selection, tuned)
+    return found
+
+
+def _twin(rival: Rival, rivals: dict[str, Rival]) -> str | None:
+    """The name of an earlier candidate that tunes the same blocks."""
+    if rival.method.choose is None:
+        return None
+    for name, other in rivals.items():
+        if other is rival:
+            return None
+        if other.selection.blocks == rival.selection.blocks:
+            return name
+    return None
+
+
+def _untouched(rival: Rival, bench: Workbench, judge: Judge) -> Rival:
+    began = time.perf_counter()
+    groups = judge.read(bench.model)
+    rival.probes.append(Probe(None, 0.0, judge.metric(groups), groups, time.perf_counter() - began))
+    return rival
+
+
+def _lines(rival: Rival) -> dict[str, Any]:
+    """What to write into a recipe to train it."""
+    if rival.name in _LINES:
+        own = dict(_LINES[rival.name])
+    else:
+        own = {"blocks": SurgicalConfig.from_selection(rival.selection).blocks}
+    rate = rival.best.rate
+    return own if rate is None else {**own, "learning_rate": rate}
+
+
+def _row(
+    rival: Rival, rivals: dict[str, Rival], finalists: Sequence[Rival], best: Rival, judge: Judge
+) -> dict[str, Any]:
+    probes = [{"rate": p.rate, "share": p.share, "metric": p.metric, "seconds": p.seconds} for p in rival.probes]
+    last = rival.best if rival in finalists else None
+    to_best = None
+    if last and rival is not best:
+        error = judge.standard_error(rival.best, best.best)
+        to_best = {"mean": last.metric - best.best.metric, "standard_error": error}
+    first = [each for each in rival.probes if each.share == ROUNDS[0].share]
+    return {
+        "method": rival.name,
+        "title": rival.method.title,
+        "surgery": rival.method.choose is not None,
+        "same_as": _twin(rival, rivals),
+        "blocks": list(rival.selection.blocks),
+        "tuned_parameters": rival.tuned,
+        "probes": probes,
+        "rate": rival.best.rate if rival.probes else None,
+        "at_edge": len(first) > 1
+        and rival.best.rate in (min(p.rate or 0 for p in first), max(p.rate or 0 for p in first)),
+        "validation": last.metric if last else None,
+        "to_best": to_best,
+    }
+
+
+def _plain(found: Signature) -> dict[str, Any]:
+    return {**asdict(found), "moving": list(found.moving), "kind": found.kind}
+
+
+@contextmanager
+def _progress(console: Console, cost: Plan) -> Iterator[Any]:
+    console.print(
+        f"{cost.trainings} short trainings, at most about as long as {cost.full_trainings:.1f} full fine-tunings of "
+        f"{cost.seconds_each:.1f} s; measuring comes on top."
+    )
+    columns = (TextColumn("{task.description:14}"), BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task("train", total=cost.trainings)
+        yield lambda: bar.advance(task)

@@ -1,0 +1,215 @@
+"""Short trainings of rival methods, the better ones longer; and how much of a difference may be chance."""
+
+from __future__ import annotations
+
+import math
+import random
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from .methods import Method
+from .recipe import Recipe
+from .selection import Selection
+from .tasks.measuring import Measure
+from .workbench import Workbench
+
+GROUPS = 25  # of validation examples, each left out once
+
+
+@dataclass(frozen=True)
+class Round:
+    """One round of trainings.
+
+    Attributes:
+        share: of the recipe's steps that each takes.
+        methods: how many of the best so far take part; None for all.
+        rates: how many of each one's best rates; None for all.
+    """
+
+    share: float
+    methods: int | None = None
+    rates: int | None = None
+
+
+# An eighth is too short: on the label map the head, which is the best in the end, has not begun to learn by then.
+ROUNDS = (Round(1 / 4), Round(1 / 2, methods=3, rates=1))
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One short training, or the model as it is, and how good it was on the validation examples.
+
+    Attributes:
+        rate: its learning rate; None where nothing was trained.
+        share: of the recipe's steps.
+        metric: of all validation examples.
+        groups: what `Judge` read of each group of them.
+        seconds: that it took, measuring included.
+    """
+
+    rate: float | None
+    share: float
+    metric: float
+    groups: tuple[Any, ...]
+    seconds: float
+
+
+@dataclass
+class Rival:
+    """A method on trial.
+
+    Attributes:
+        name: as a recipe has it.
+        method: what it is.
+        selection: the blocks that it tunes, empty where it chooses none.
+        tuned: number of parameters that it tunes.
+        probes: those done, in their order.
+    """
+
+    name: str
+    method: Method
+    selection: Selection
+    tuned: int
+    probes: list[Probe] = field(default_factory=list)
+
+    @property
+    def longest(self) -> list[Probe]:
+        """Its longest trainings, the best first; of equals the lower rate."""
+        share = max(each.share for each in self.probes)
+        tried = sorted((each for each in self.probes if each.share == share), key=lambda each: each.rate or 0)
+        return sorted(tried, key=lambda each: -ordered(each.metric))
+
+    @property
+    def best(self) -> Probe:
+        """The best of its longest trainings."""
+        return self.longest[0]
+
+
+def ordered(metric: float) -> float:
+    """A metric to rank by: NaN is below all."""
+    return -math.inf if math.isnan(metric) else metric
+
+
+class Judge:
+    """Measures models on the validation examples, and says how much of a difference may be chance.
+
+    Args:
+        bench: has the task, whose metric counts, and the examples.
+    """
+
+    def __init__(self, bench: Workbench) -> None:
+        self._measure = bench.task.measure
+        size = len(bench.examples["validation"])
+        places = random.Random(0).sample(range(size), size)  # they may be sorted by class
+        count = min(GROUPS, size)
+        self._groups = [bench.part("validation", sorted(places[start::count])) for start in range(count)]
+
+    def read(self, model: nn.Module) -> tuple[Any, ...]:
+        """What the metric is computed from, of each group: predictions and references, or the group's own metric."""
+        measure = self._measure
+        if isinstance(measure, Measure):
+            measure = replace(measure, compute=_both)
+        return tuple(measure(model, group) for group in self._groups)
+
+    def metric(self, groups: Sequence[Any]) -> float:
+        """The metric of all that was read in these groups."""
+        if not isinstance(self._measure, Measure):
+            return statistics.fmean(groups)
+        predictions, references = ([each for group in groups for each in group[side]] for side in (0, 1))
+        return self._measure.compute(predictions, references)
+
+    def standard_error(self, one: Probe, other: Probe) -> float:
+        """Of the difference between two metrics on the same examples, as it would be on other ones: the jackknife.
+
+        Source: Efron and Tibshirani 1993, "An Introduction to the Bootstrap", chapter 11; groups are left out, not
+            examples, since not every task has one prediction an example.
+        """
+        count = len(self._groups)
+        without = [self._without(one, at) - self._without(other, at) for at in range(count)]
+        mean = statistics.fmean(without)
+        return math.sqrt((count - 1) / count * sum((each - mean) ** 2 for each in without))
+
+    def _without(self, probe: Probe, at: int) -> float:
+        return self.metric([*probe.groups[:at], *probe.groups[at + 1 :]])
+
+
+def _both(predictions: list[Any], references: list[Any]) -> Any:
+    return predictions, references
+
+
+def halve(
+    rivals: Sequence[Rival],
+    rates: Callable[[Rival], Sequence[float]],
+    bench: Workbench,
+    recipe: Recipe,
+    judge: Judge,
+    rounds: Sequence[Round] = ROUNDS,
+    done: Callable[[], None] = lambda: None,
+) -> None:
+    """Train all rivals for a few steps, the better ones for more, and so on; fills their `probes`.
+
+    The first round goes through the rates from the highest down, and leaves the others out once one is worse than the
+    one before it.
+
+    Args:
+        rivals: those that train.
+        rates: of each one's first round.
+        bench: trains.
+        recipe: of the trainings.
+        judge: measures.
+        rounds: what each round trains.
+        done: called after each training, and for each that is left out.
+
+    Source: successive halving, Jamieson and Talwalkar 2016 (arXiv 1502.07943).
+    """
+    first, *others = rounds
+    for rival in rivals:
+        for rate in sorted(rates(rival), reverse=True):
+            last = [ordered(probe.metric) for probe in rival.probes[-2:]]
+            if len(last) < 2 or last[1] >= last[0]:
+                rival.probes.append(_probe(rival, rate, first, bench, recipe, judge))
+            done()
+    for each in others:
+        ranked = sorted(rivals, key=lambda rival: -ordered(rival.best.metric))
+        for rival in ranked[: each.methods]:
+            for longer in rival.longest[: each.rates]:
+                assert longer.rate is not None
+                rival.probes.append(_probe(rival, longer.rate, each, bench, recipe, judge))
+                done()
+
+
+def _probe(rival: Rival, rate: float, each: Round, bench: Workbench, recipe: Recipe, judge: Judge) -> Probe:
+    began = time.perf_counter()
+    steps = max(1, round(each.share * bench.steps()))
+    settings = {**rival.method.training, "learning_rate": rate, "max_steps": steps}
+    policy = rival.method.policy(recipe.arguments(**settings))
+    model, _ = bench.train(partial(_wrap, rival, recipe), policy=policy, **settings)
+    groups = judge.read(model)
+    return Probe(rate, each.share, judge.metric(groups), groups, time.perf_counter() - began)
+
+
+def decide(finalists: Sequence[Rival], judge: Judge) -> tuple[Rival, list[Rival]]:
+    """The rival to recommend, and all that are as good as the best up to one standard error, itself among them.
+
+    Args:
+        finalists: trained for the same number of steps, or not at all.
+        judge: of their differences.
+    """
+    best = max(finalists, key=lambda rival: (ordered(rival.best.metric), -rival.tuned))
+    behind = {rival.name: best.best.metric - rival.best.metric for rival in finalists}
+    tied = [
+        rival
+        for rival in finalists
+        if rival is best or behind[rival.name] <= judge.standard_error(best.best, rival.best)
+    ]
+    return min(tied, key=lambda rival: (rival.tuned, -ordered(rival.best.metric))), tied
+
+
+def _wrap(rival: Rival, recipe: Recipe, model: nn.Module) -> nn.Module:
+    return rival.method.wrap(model, rival.selection, recipe)
