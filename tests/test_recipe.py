@@ -1,16 +1,12 @@
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from surgical_peft import SurgicalError, criteria, policies
-from surgical_peft.compare_settings import Comparison
 from surgical_peft.recipe import Recipe, load_recipe
-from surgical_peft.tasks import load_task
 
-RECIPES = Path(__file__).parents[1] / "recipes"
 MINIMAL = "model: m\ndata: d\nblocks: [0]\n"
 
 
@@ -97,35 +93,6 @@ def test_no_such_recipe(tmp_path: Path) -> None:
 def test_a_wrong_policy_is_named_before_anything_is_loaded(recipe: Recipe, message: str) -> None:
     with pytest.raises(SurgicalError, match=message):
         recipe.make_policy()
-
-
-def test_every_shipped_recipe_loads_and_its_data_are_there() -> None:
-    paths = sorted(RECIPES.glob("*.yaml"))
-    assert len(paths) == 10
-    for path in paths:
-        recipe = load_recipe(path)
-        recipe.make_policy()
-        task = load_task(recipe)
-        sizes = [198, 181, 1203] if "subclass" in path.name else [500, 500, 3000]
-        assert [len(task.splits[split]) for split in ("train", "validation", "test")] == sizes
-        command = "search" if "procedure" in recipe.given else "compare" if recipe.methods else "train"
-        text = path.read_text(encoding="utf-8")
-        assert f"surgical-peft {command} recipes/{path.name}" in text
-        assert "Expected" in text or command == "search"
-
-
-def test_every_comparison_measures_all_test_images() -> None:
-    paths = sorted(RECIPES.glob("compare_*.yaml"))
-    assert len(paths) == 4
-    for path in paths:
-        comparison = Comparison(load_recipe(path))
-        assert len(comparison.methods) == 17 and comparison.seeds == [0, 1, 2]
-        unshifted = comparison.source_recipe(0)
-        shifts = [(each.corruption, each.label_map) for each in (unshifted, comparison.recipe)]
-        assert shifts[0] != shifts[1] and shifts[0][0] is None
-        recipes = [replace(comparison.recipe, data=each) for each in comparison.recipe.test_data or []]
-        tests = [load_task(each, ("test",)) for each in recipes]
-        assert sum(len(each.splits["test"]) for each in tests) == (4000 if "subclass" in path.name else 10_000)
 
 
 def test_criterion_options_reach_the_criterion(tmp_path: Path) -> None:

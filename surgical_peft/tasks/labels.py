@@ -45,10 +45,15 @@ def label_rows(recipe: Recipe, data: dict[str, Any], column: str, config: Any) -
         config: of the model, which knows its labels.
 
     Raises:
-        SurgicalError: a class that the training split lacks, a row without label, a label that the model has not, a
-            split left without rows, or only one class to train on.
+        SurgicalError: a column or class that the training split lacks, a row without label, a label that the model
+            has not, a split left without rows, or only one class to train on.
     """
     train = data["train"] if "train" in data else open_splits(recipe.data, ["train"])["train"]
+    if column not in train.features:
+        raise SurgicalError(
+            f"{recipe.data}: the split train has no column {column!r} for the label, as {next(iter(data))} has: "
+            f"{nearest(column, train.features)}It has: {', '.join(train.features)}."
+        )
     classes = class_names(train.features[column], list(train[column]), f"{recipe.data}, split train")
     label_map, count = fit_labels(recipe, classes, config)
     rows, labels = {}, {}
