@@ -32,7 +32,6 @@ PATHS = sorted((ROOT / "recipes").rglob("*.yaml"))
 NAMES = [path.relative_to(ROOT / "recipes").as_posix() for path in PATHS]
 MADE_BY = {"mail/source.yaml": "make mail"}  # what runs a recipe that nobody runs by itself
 NOT_MEASURED = [
-    "compare_contrast.yaml",
     "compare_mail_char_noise.yaml",
     "compare_mail_hard_ham.yaml",
     "compare_subclass.yaml",
