@@ -12,7 +12,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from datetime import date
 from functools import partial
 from importlib.metadata import version
@@ -22,10 +22,11 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from .advice_rows import lines_of, plain, row_of, twin_of
 from .blocks import BlockMap
 from .choosing import CRITERION
 from .compare_settings import Comparison
-from .config import SurgicalConfig
+from .errors import SurgicalError
 from .files import check_replaceable, whole_folder
 from .halving import ROUNDS, Judge, Probe, Rival, decide, halve, ordered
 from .methods import Setting
@@ -33,17 +34,12 @@ from .recipe import Recipe
 from .report.advice import markdown, plot, sentences
 from .run_report import PACKAGES
 from .selection import Selection
-from .signature import EXAMPLES, Batches, Signature, signature
+from .signature import EXAMPLES, FEWEST, Batches, Signature, signature
 from .tasks import Examples, load_task
 from .train import loader
 from .workbench import Workbench
 
 CANDIDATES = ("nothing", "full", "layer_decay", "head", "first", "middle", "last", "auto")
-_LINES: dict[str, dict[str, Any]] = {  # what a recipe says for those that choose no blocks
-    "nothing": {},
-    "full": {"blocks": "all"},
-    "layer_decay": {"blocks": "all", "policy": "layer_decay", "policy_options": {"decay": 0.75}},
-}
 _MOST_RATES = 3
 _CHOOSING = 0.5  # of a full fine-tuning, for `auto`
 _TEXT = "advice.md"  # by which earlier advice is known
@@ -56,10 +52,10 @@ class Plan:
 
     Attributes:
         trainings: short ones, at most.
-        full_trainings: how many full fine-tunings take as long, at most about, choosing blocks included. About half
-            of that is usual: blocks near the output train faster, and some rates need not be tried.
+        full_trainings: how many full fine-tunings have as many steps, at most, choosing blocks included. Blocks near
+            the output train faster.
         seconds_each: of one full fine-tuning; estimated from a few steps.
-        seconds: of all, at most about; measuring comes on top.
+        seconds: of all steps, at most about; starting and measuring come on top, the more so the shorter they are.
     """
 
     trainings: int
@@ -85,12 +81,12 @@ def plan(recipe: Recipe) -> Plan:
 def advise(recipe: Recipe, output: str | Path | None = None, *, console: Console | None = None) -> dict[str, Any]:
     """Try a few ways of tuning for a few steps each, and say which one to use, with the evidence.
 
-    Every candidate is trained for a quarter of the recipe's steps at several rates, the best three for a half, each at
-    its best rate (successive halving), all judged by the recipe's metric on validation data. Of those that are as
-    good as the best, up to one standard error of the difference, the one that tunes the fewest parameters is
-    recommended (the one-standard-error rule of Breiman et al. 1984, "Classification and Regression Trees"); that may
-    be full fine-tuning, or the model as it is. The scores of the blocks and the signature of the shift are evidence
-    beside it, and decide nothing.
+    Every candidate that fits the model is trained for a quarter of the recipe's steps at several rates, the best three
+    for a half, each at its best rate (successive halving), all judged by the recipe's metric on validation data. Of
+    those that are as good as the best, up to one standard error of the difference, the one that tunes the fewest
+    parameters is recommended (the one-standard-error rule of Breiman et al. 1984, "Classification and Regression
+    Trees"); that may be full fine-tuning, or the model as it is. The scores of the blocks and the signature of the
+    shift are evidence beside it, and decide nothing. Random states are left as trainings leave them.
 
     Args:
         recipe: its `rates`, or else a grid around its `learning_rate`, its training arguments and metric are used;
@@ -103,7 +99,8 @@ def advise(recipe: Recipe, output: str | Path | None = None, *, console: Console
         The advice, as `advice.json` holds it.
 
     Raises:
-        SurgicalError: data, splits or rates that are missing or do not fit, before any training.
+        SurgicalError: data, splits or rates that are missing or do not fit, before any training; no training gave a
+            number.
 
     Example:
         >>> advise(load_recipe("recipes/compare_label_map.yaml"))["recommended"]["lines"]
@@ -117,19 +114,22 @@ def advise(recipe: Recipe, output: str | Path | None = None, *, console: Console
     if recipe.source_data is not None:
         source = load_task(what.source_recipe(0), ("test",)).splits["test"]
     bench = Workbench(what.recipe)
-    cost = _plan(what, bench)
+    judge, cost = Judge(bench), _plan(what, bench)
     with _progress(console or Console(), cost) as advance:
         found = _signature(bench, source)
-        rivals = _rivals(what, bench)
-        judge = Judge(bench)
+        rivals, unfit = _rivals(what, bench)
         nothing = _untouched(rivals["nothing"], bench, judge)
-        trained = [rival for rival in rivals.values() if rival.method.is_trained and not _twin(rival, rivals)]
+        trained = [rival for rival in rivals.values() if rival.method.is_trained and not twin_of(rival, rivals)]
         halve(trained, lambda rival: what.grid(rival.method.title), bench, what.recipe, judge, done=advance)
-    finalists = [nothing, *(rival for rival in trained if rival.best.share == ROUNDS[-1].share)]
+    finalists = [rival for rival in trained if rival.best.share == ROUNDS[-1].share]
+    if not recipe.new_head:  # which nobody has trained
+        finalists.insert(0, nothing)
     chosen, tied = decide(finalists, judge)
+    if math.isnan(chosen.best.metric):
+        raise SurgicalError(f"no training gave a number for {bench.task.metric}: lower the rates, {what.rates}.")
     best = max(tied, key=lambda rival: ordered(rival.best.metric))
-    rows = [_row(rival, rivals, finalists, best, judge) for rival in rivals.values()]
-    scores = rivals["auto"].selection.record.get("scores", {})
+    rows = [row_of(rival, rivals, finalists, best, judge) for rival in rivals.values()]
+    scores = rivals["auto"].selection.record.get("scores", {}) if "auto" in rivals else {}
     advice: dict[str, Any] = {
         "date": date.today().isoformat(),
         "versions": {name: version(name) for name in PACKAGES},
@@ -145,12 +145,14 @@ def advise(recipe: Recipe, output: str | Path | None = None, *, console: Console
             "blocks": list(chosen.selection.blocks),
             "tuned_parameters": chosen.tuned,
             "all_parameters": sum(weight.numel() for weight in bench.model.parameters()),
-            "lines": _lines(chosen),
+            "lines": lines_of(chosen, recipe),
         },
         "tied": [rival.name for rival in tied],
+        "all_tied": len(tied) == len(finalists),
+        "unfit": unfit,
         "methods": rows,
         "scores": {"criterion": CRITERION, "values": scores},
-        "signature": _plain(found),
+        "signature": plain(found),
         "cost": {
             "trainings": sum(len(rival.probes) for rival in trained),
             "planned": cost.full_trainings,
@@ -201,38 +203,33 @@ def _signature(bench: Workbench, source: Examples | None) -> Signature:
         return [bench.task.collate([examples[place] for place in chunk]) for chunk in chunks]
 
     halves: tuple[Batches, Batches] | None = None
-    if source is not None and size:
+    if source is not None and size >= FEWEST:
         places = random.Random(0).sample(range(len(source)), 2 * size)
         halves = batches(source, places[:size]), batches(source, places[size:])
-    target = batches(train, random.Random(0).sample(range(len(train)), size or min(EXAMPLES, len(train))))
+    target = batches(train, random.Random(0).sample(range(len(train)), min(size, len(train)) or len(train)))
     return signature(bench.model, target, halves, loader(bench.task, bench.args))
 
 
-def _rivals(what: Comparison, bench: Workbench) -> dict[str, Rival]:
-    """All candidates by name, with their blocks chosen."""
+def _rivals(what: Comparison, bench: Workbench) -> tuple[dict[str, Rival], dict[str, str]]:
+    """All candidates by name, with their blocks chosen; and why some do not fit the model, such as a tied head."""
     found: dict[str, Rival] = {}
+    unfit: dict[str, str] = {}
     blocks = BlockMap.find(bench.model)
     recipe, args = what.recipe, bench.args
     with tempfile.TemporaryDirectory() as folder:
         setting = Setting(recipe, bench.model, blocks, partial(loader, bench.task, args), args.seed, Path(folder))
         for name, method in zip(CANDIDATES, what.methods.values(), strict=True):
-            selection = method.choose(setting) if method.choose else Selection(())
-            wrapped = method.wrap(copy.deepcopy(bench.model), selection, recipe)
+            try:
+                selection = method.choose(setting) if method.choose else Selection(())
+                wrapped = method.wrap(copy.deepcopy(bench.model), selection, recipe)
+            except SurgicalError as error:
+                if method.choose is None:
+                    raise
+                unfit[name] = str(error)
+                continue
             tuned = sum(weight.numel() for weight in wrapped.parameters() if weight.requires_grad)
             found[name] = Rival(name, method, selection, tuned)
-    return found
-
-
-def _twin(rival: Rival, rivals: dict[str, Rival]) -> str | None:
-    """The name of an earlier candidate that tunes the same blocks."""
-    if rival.method.choose is None:
-        return None
-    for name, other in rivals.items():
-        if other is rival:
-            return None
-        if other.selection.blocks == rival.selection.blocks:
-            return name
-    return None
+    return found, unfit
 
 
 def _untouched(rival: Rival, bench: Workbench, judge: Judge) -> Rival:
@@ -242,53 +239,14 @@ def _untouched(rival: Rival, bench: Workbench, judge: Judge) -> Rival:
     return rival
 
 
-def _lines(rival: Rival) -> dict[str, Any]:
-    """What to write into a recipe to train it."""
-    if rival.name in _LINES:
-        own = dict(_LINES[rival.name])
-    else:
-        own = {"blocks": SurgicalConfig.from_selection(rival.selection).blocks}
-    rate = rival.best.rate
-    return own if rate is None else {**own, "learning_rate": rate}
-
-
-def _row(
-    rival: Rival, rivals: dict[str, Rival], finalists: Sequence[Rival], best: Rival, judge: Judge
-) -> dict[str, Any]:
-    probes = [{"rate": p.rate, "share": p.share, "metric": p.metric, "seconds": p.seconds} for p in rival.probes]
-    last = rival.best if rival in finalists else None
-    to_best = None
-    if last and rival is not best:
-        error = judge.standard_error(rival.best, best.best)
-        to_best = {"mean": last.metric - best.best.metric, "standard_error": error}
-    first = [each for each in rival.probes if each.share == ROUNDS[0].share]
-    return {
-        "method": rival.name,
-        "title": rival.method.title,
-        "surgery": rival.method.choose is not None,
-        "same_as": _twin(rival, rivals),
-        "blocks": list(rival.selection.blocks),
-        "tuned_parameters": rival.tuned,
-        "probes": probes,
-        "rate": rival.best.rate if rival.probes else None,
-        "at_edge": len(first) > 1
-        and rival.best.rate in (min(p.rate or 0 for p in first), max(p.rate or 0 for p in first)),
-        "validation": last.metric if last else None,
-        "to_best": to_best,
-    }
-
-
-def _plain(found: Signature) -> dict[str, Any]:
-    return {**asdict(found), "moving": list(found.moving), "kind": found.kind}
-
-
 @contextmanager
 def _progress(console: Console, cost: Plan) -> Iterator[Any]:
     console.print(
-        f"{cost.trainings} short trainings, at most about as long as {cost.full_trainings:.1f} full fine-tunings of "
-        f"{cost.seconds_each:.1f} s; measuring comes on top."
+        f"{cost.trainings} short trainings, at most with the steps of {cost.full_trainings:.1f} full fine-tunings of "
+        f"{cost.seconds_each:.1f} s; starting and measuring come on top."
     )
     columns = (TextColumn("{task.description:14}"), BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as bar:
         task = bar.add_task("train", total=cost.trainings)
         yield lambda: bar.advance(task)
+        bar.update(task, completed=cost.trainings)  # also where two candidates are one

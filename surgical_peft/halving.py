@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from .errors import SurgicalError
 from .methods import Method
 from .recipe import Recipe
 from .selection import Selection
@@ -20,6 +21,7 @@ from .tasks.measuring import Measure
 from .workbench import Workbench
 
 GROUPS = 25  # of validation examples, each left out once
+FEWEST = 12  # of them
 
 
 @dataclass(frozen=True)
@@ -101,21 +103,33 @@ class Judge:
 
     Args:
         bench: has the task, whose metric counts, and the examples.
+
+    Raises:
+        SurgicalError: there are too few examples to tell chance by.
     """
 
     def __init__(self, bench: Workbench) -> None:
-        self._measure = bench.task.measure
+        self._measure, self._bench = bench.task.measure, bench
         size = len(bench.examples["validation"])
+        if size < FEWEST:
+            raise SurgicalError(
+                f"there are {size} validation examples, too few to tell a difference from chance: that takes "
+                f"{FEWEST} at least, and hundreds for a small one. Add some, or choose the blocks yourself."
+            )
         places = random.Random(0).sample(range(size), size)  # they may be sorted by class
         count = min(GROUPS, size)
-        self._groups = [bench.part("validation", sorted(places[start::count])) for start in range(count)]
+        self._groups = [sorted(places[start::count]) for start in range(count)]
 
     def read(self, model: nn.Module) -> tuple[Any, ...]:
         """What the metric is computed from, of each group: predictions and references, or the group's own metric."""
-        measure = self._measure
-        if isinstance(measure, Measure):
-            measure = replace(measure, compute=_both)
-        return tuple(measure(model, group) for group in self._groups)
+        measure, part = self._measure, partial(self._bench.part, "validation")
+        if not isinstance(measure, Measure):
+            return tuple(measure(model, part(group)) for group in self._groups)
+        measure = replace(measure, compute=_both)
+        every: Any = measure(model, part())  # at once: most of a small measurement is its start
+        if len(every[1]) == len(part()):  # one for each example
+            return tuple(tuple([side[place] for place in group] for side in every) for group in self._groups)
+        return tuple(measure(model, part(group)) for group in self._groups)
 
     def metric(self, groups: Sequence[Any]) -> float:
         """The metric of all that was read in these groups."""
@@ -154,9 +168,6 @@ def halve(
 ) -> None:
     """Train all rivals for a few steps, the better ones for more, and so on; fills their `probes`.
 
-    The first round goes through the rates from the highest down, and leaves the others out once one is worse than the
-    one before it.
-
     Args:
         rivals: those that train.
         rates: of each one's first round.
@@ -164,16 +175,14 @@ def halve(
         recipe: of the trainings.
         judge: measures.
         rounds: what each round trains.
-        done: called after each training, and for each that is left out.
+        done: called after each training.
 
     Source: successive halving, Jamieson and Talwalkar 2016 (arXiv 1502.07943).
     """
     first, *others = rounds
     for rival in rivals:
-        for rate in sorted(rates(rival), reverse=True):
-            last = [ordered(probe.metric) for probe in rival.probes[-2:]]
-            if len(last) < 2 or last[1] >= last[0]:
-                rival.probes.append(_probe(rival, rate, first, bench, recipe, judge))
+        for rate in rates(rival):
+            rival.probes.append(_probe(rival, rate, first, bench, recipe, judge))
             done()
     for each in others:
         ranked = sorted(rivals, key=lambda rival: -ordered(rival.best.metric))

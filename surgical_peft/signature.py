@@ -15,6 +15,7 @@ from .blocks import BlockMap
 from .scoring import score_blocks
 
 EXAMPLES = 256  # of each of the three groups that are compared, at most
+FEWEST = 32  # below, chance moves features as far as many a shift
 MOVED = 2.0  # times what two halves of the source differ
 HIGH = 1.5  # times the loss on the source
 Batches = Sequence[dict[str, Tensor]]
@@ -125,7 +126,8 @@ def _features(model: nn.Module, batches: Batches) -> tuple[dict[str, Tensor], fl
 
     def reads(name: str) -> Any:
         def read(module: nn.Module, inputs: Any, output: Any) -> None:
-            pooled = _pooled(output, batch)
+            # the mask is of the encoder's tokens
+            pooled = _pooled(output, {} if name.startswith("decoder") else batch, _size(batch))
             if pooled is not None:
                 latest[name] = pooled  # of several modules of a block the one that runs last
 
@@ -162,11 +164,11 @@ def _size(batch: Mapping[str, Tensor]) -> int:
     return len(next(iter(batch.values())))
 
 
-def _pooled(output: Any, batch: Mapping[str, Tensor]) -> Tensor | None:
+def _pooled(output: Any, batch: Mapping[str, Tensor], size: int) -> Tensor | None:
     """(examples, features) of what a module returned; None if it has not one entry an example."""
     while isinstance(output, tuple | list) and output:
         output = output[0]
-    if not isinstance(output, Tensor) or output.ndim < 2 or output.shape[0] != _size(batch):
+    if not isinstance(output, Tensor) or output.ndim < 2 or output.shape[0] != size:
         return None
     if output.ndim == 3:  # examples, tokens, features
         mask = batch.get("attention_mask")

@@ -177,12 +177,12 @@ def _tokenizer() -> PreTrainedTokenizerFast:
 
 
 def _write_data(folder: Path, kind: _Kind, recipe: Recipe, classes: list[str]) -> None:
-    features = Features({recipe.columns.get(role, role): make(classes) for role, make in kind.features.items()})
+    features = Features({str(recipe.columns.get(role, role)): make(classes) for role, make in kind.features.items()})
     sizes = [BATCHES * recipe.arguments().train_batch_size, MEASURED, MEASURED]
     for number, (split, size) in enumerate(zip(SPLITS, sizes, strict=True)):
         rng = np.random.default_rng(number)
         rows = [kind.row(place, rng, classes) for place in range(size)]
-        named = [{recipe.columns.get(role, role): value for role, value in row.items()} for row in rows]
+        named = [{str(recipe.columns.get(role, role)): value for role, value in row.items()} for row in rows]
         Dataset.from_list(named, features=features).to_parquet(folder / f"{split}.parquet")
 
 

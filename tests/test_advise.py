@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import random
@@ -17,8 +18,9 @@ import pytest
 import yaml
 from rich.console import Console
 
-from surgical_peft import SurgicalError, halving
+from surgical_peft import SurgicalConfig, SurgicalError, halving
 from surgical_peft import advise as advising
+from surgical_peft.advice_rows import lines_of, twin_of
 from surgical_peft.advise import CANDIDATES, advise, plan
 from surgical_peft.cli import main
 from surgical_peft.halving import Judge, Probe, Rival, Round, decide, halve
@@ -27,6 +29,7 @@ from surgical_peft.recipe import Recipe, load_recipe
 from surgical_peft.report.advice import markdown, recipe_lines, sentences, table
 from surgical_peft.selection import Selection
 from surgical_peft.tasks.measuring import Measure
+from surgical_peft.tiny import make_tiny
 from surgical_peft.workbench import Workbench
 
 from .tiny import write_data, write_recipe
@@ -137,7 +140,7 @@ def test_the_better_ones_train_longer() -> None:
     metrics = {
         "full": {1e-3: 0.1, 3e-3: 0.9, 1e-2: 0.2},
         "head": {1e-3: 0.8, 3e-3: 0.7, 1e-2: 0.6},
-        "last": {1e-3: 0.1, 3e-3: 0.1, 1e-2: 0.3},  # the lowest rate is left out: the middle one is worse already
+        "last": {1e-3: 0.1, 3e-3: 0.1, 1e-2: 0.3},
     }
     judge: Any = SimpleNamespace(read=lambda model: model, metric=lambda groups: metrics[groups[0]][groups[1]])
     rivals = [rival(name, 1) for name in metrics]
@@ -146,14 +149,13 @@ def test_the_better_ones_train_longer() -> None:
     told: list[None] = []
     rates = [1e-3, 3e-3, 1e-2]
     halve(rivals, lambda _: rates, bench, Recipe(model="", data=""), judge, rounds, done=lambda: told.append(None))
-    expected = [(name, rate, 10) for name in ("full", "head") for rate in (1e-2, 3e-3, 1e-3)]
-    expected += [("last", 1e-2, 10), ("last", 3e-3, 10)]
+    expected = [(name, rate, 10) for name in metrics for rate in rates]
     expected += [("full", 3e-3, 20), ("full", 1e-2, 20), ("head", 1e-3, 20), ("head", 3e-3, 20), ("full", 3e-3, 80)]
-    assert bench.asked == expected and len(told) == len(expected) + 1
+    assert bench.asked == expected and len(told) == len(expected)
     assert rivals[0].best.share == 1 and rivals[1].best.rate == 1e-3
 
 
-def test_a_rate_that_diverges_is_no_reason_to_stop() -> None:
+def test_rates_at_which_nothing_is_learnt_are_no_reason_to_stop() -> None:
     metrics = {1e-3: 0.9, 3e-3: float("nan"), 1e-2: float("nan")}
     judge: Any = SimpleNamespace(read=lambda model: model, metric=lambda groups: metrics[groups[1]])
     own, bench = rival("full", 1), PlayedBench()
@@ -162,7 +164,7 @@ def test_a_rate_that_diverges_is_no_reason_to_stop() -> None:
 
 
 def test_no_more_is_trained_than_was_planned() -> None:
-    """Of the rounds that ship, where no rate can be left out."""
+    """Of the rounds that ship."""
     judge: Any = SimpleNamespace(read=lambda model: model, metric=lambda groups: 0.5)
     rivals = [rival(name, 1) for name in CANDIDATES if name != "nothing"]
     bench: Any = PlayedBench()
@@ -211,6 +213,9 @@ def played(recommended: str, tied: list[str], kind: str | None = None) -> dict[s
         "surgery": recommended == "head",
         "recommended": {"method": recommended, "blocks": ["head"], "tuned_parameters": 5, "all_parameters": 100},
         "tied": tied,
+        "all_tied": len(tied) == 3,
+        "recipe": {},
+        "unfit": {},
         "methods": rows,
         "signature": signature,
     }
@@ -225,7 +230,11 @@ def played(recommended: str, tied: list[str], kind: str | None = None) -> dict[s
             ["full"],
             ["Do not use surgery here: tune all blocks", "The best choice of blocks, head, is 1 ± 0.8"],
         ),
-        ("nothing", ["full", "head", "nothing"], ["Do not use surgery here, nor tune at all", "None of the last"]),
+        (
+            "nothing",
+            ["full", "head", "nothing"],
+            ["cannot tell the last rivals apart", "here, nor tune at all", "longest none"],
+        ),
     ],
 )
 def test_surgery_is_recommended_only_where_it_is_as_good(recommended: str, tied: list[str], said: list[str]) -> None:
@@ -263,6 +272,7 @@ def advised(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, A
         patch.setattr(advising, "ROUNDS", SHORT)
         patch.setattr(advising, "halve", partial(halve, rounds=SHORT))
         patch.setattr(halving, "GROUPS", 6)
+        patch.setattr(advising, "FEWEST", 6)  # of the signature
         return path, advise(load_recipe(path), console=QUIET)
 
 
@@ -309,7 +319,7 @@ def test_what_to_write_into_the_recipe_is_taken_there(name: str, advised: tuple[
     own = rival(name, 1, probe([1], rate=None if name == "nothing" else 1e-2))
     row = next(row for row in advice["methods"] if row["method"] == name)
     own = replace(own, selection=Selection(tuple(row["blocks"])))
-    lines = advising._lines(own)
+    lines = lines_of(own, load_recipe(path))
     assert [yaml.safe_load(line) for line in recipe_lines({"recommended": {"lines": lines}})] == [
         {key: value} for key, value in lines.items()
     ]
@@ -323,12 +333,33 @@ def test_what_to_write_into_the_recipe_is_taken_there(name: str, advised: tuple[
     assert recipe.config().blocks == lines["blocks"] and (recipe.make_policy() is not None) == (name == "layer_decay")
 
 
+def test_what_the_recipe_says_of_choosing_is_taken_back(tmp_path: Path) -> None:
+    """The short trainings did without, so the lines alone have to give what was measured."""
+    keys = {
+        "blocks": "auto",
+        "criterion": "rgn",
+        "num_blocks": 1,
+        "policy": "auto_rgn",
+        "target_modules": ["attention"],
+    }
+    path = write_recipe(tmp_path, **keys)
+    own = replace(rival("head", 1, probe([1], rate=1e-2)), selection=Selection(("head",)))
+    lines = [yaml.safe_load(f"{key}: {json.dumps(value)}") for key, value in lines_of(own, load_recipe(path)).items()]
+    path.write_text(
+        yaml.safe_dump({**yaml.safe_load(path.read_text()), **{k: v for each in lines for k, v in each.items()}})
+    )
+    recipe = load_recipe(path)
+    config = recipe.config()
+    assert (config.blocks, config.target_modules, config.criterion, config.num_blocks) == (["head"], None, None, None)
+    assert recipe.make_policy() is None and recipe.arguments().learning_rate == 1e-2
+
+
 def test_two_that_tune_the_same_are_trained_once() -> None:
     head = Rival("head", make_method("head"), Selection(("head",)), 5)
     auto = Rival("auto", make_method("auto"), Selection(("head",)), 5)
     full, decay = rival("full", 9), rival("layer_decay", 9)
     every = {each.name: each for each in (full, decay, head, auto)}
-    assert [advising._twin(each, every) for each in every.values()] == [None, None, None, "head"]
+    assert [twin_of(each, every) for each in every.values()] == [None, None, None, "head"]
 
 
 # Rates
@@ -355,6 +386,47 @@ def test_other_draws_and_methods_are_not_read(tmp_path: Path) -> None:
 
 
 # The command, and bad input
+
+
+# Other models
+
+
+def played_advice(recipe: Recipe, metrics: float, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The advice on a recipe where no step is taken and every model measures the same."""
+    monkeypatch.setattr(Workbench, "seconds", lambda self, wrap: 1.0)
+    monkeypatch.setattr(Workbench, "train", lambda self, wrap, **_: (wrap(copy.deepcopy(self.model)), 0))
+    monkeypatch.setattr(Judge, "read", lambda self, model: ())
+    monkeypatch.setattr(Judge, "metric", lambda self, groups: metrics)
+    monkeypatch.setattr("surgical_peft.methods.chosen.choose_blocks", lambda model, config, *_: (_first(config), None))
+    return advise(recipe, console=QUIET)
+
+
+def _first(config: SurgicalConfig) -> SurgicalConfig:
+    return replace(config, blocks=["1"], criterion=None)
+
+
+def test_what_does_not_fit_the_model_is_left_out_and_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """GPT-2's head is tied to its embeddings: neither can be tuned alone."""
+    sizes = {"model_type": "gpt2", "n_embd": 8, "n_layer": 3, "n_head": 2, "n_positions": 64}
+    recipe = make_tiny(Recipe(model="hub/model", data="hub/data", task="causal_lm", tiny=sizes), tmp_path)
+    advice = played_advice(recipe, -1.0, monkeypatch)
+    assert [row["method"] for row in advice["methods"]] == [
+        name for name in CANDIDATES if name not in ("head", "first")
+    ]
+    assert "block 'head' does not exist" in advice["unfit"]["head"] and "tied" in advice["unfit"]["first"]
+    assert "Not tried: head." in markdown(advice)
+
+
+def test_a_new_head_is_never_to_be_left_untrained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    advice = played_advice(load_recipe(write_recipe(tmp_path, new_head=True)), 0.5, monkeypatch)
+    assert "nothing" not in advice["tied"] and advice["recommended"]["method"] != "nothing"
+    assert "head untrained" in markdown(advice)
+
+
+def test_nothing_that_gave_a_number_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SurgicalError, match=r"no training gave a number for accuracy: lower the rates, \[0\.01"):
+        played_advice(load_recipe(write_recipe(tmp_path)), float("nan"), monkeypatch)
+    assert not (tmp_path / "run" / "advice").exists()
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
@@ -394,6 +466,9 @@ def spoil(folder: Path, how: str) -> dict[str, Any]:
         (folder / "run" / "advice").mkdir(parents=True)
         (folder / "run" / "advice" / "thesis.txt").write_text("")
         return {}
+    if how == "too few to measure on":
+        write_data(folder / "few", count=8)
+        return {"data": "few"}
     return {"source_data": {"data": "data", "severty": 3}} if how == "a wrong key" else {"source_data": "nowhere"}
 
 
@@ -402,6 +477,7 @@ def spoil(folder: Path, how: str) -> dict[str, Any]:
     [
         ("no validation split", "validation"),
         ("something else in its place", "would be lost"),
+        ("too few to measure on", "there are 8 validation examples, too few to tell"),
         ("a wrong key", "severity"),
         ("no source", "nowhere"),
     ],

@@ -34,7 +34,6 @@ MADE_BY = {"mail/source.yaml": "make mail"}  # what runs a recipe that nobody ru
 NOT_MEASURED = [
     "compare_mail_char_noise.yaml",
     "compare_mail_hard_ham.yaml",
-    "compare_subclass.yaml",
     "headline_label_map.yaml",
     "headline_noise.yaml",
     "hub/bert_base_conll2003.yaml",
@@ -42,7 +41,6 @@ NOT_MEASURED = [
     "hub/t5_small_dialogsum.yaml",
     "hub/tinyllama_dialogsum.yaml",
     "hub/vit_base_beans.yaml",
-    "incremental_defrosting.yaml",
     "mail_char_noise.yaml",
     "mail_hard_ham.yaml",
     "subtuning.yaml",

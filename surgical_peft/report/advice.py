@@ -46,6 +46,8 @@ def markdown(advice: dict[str, Any]) -> str:
         f"long as {cost['full_trainings']:.1f}.",
         "",
     ]
+    lines += [f"Not tried: {name}. {why}" for name, why in advice["unfit"].items()]
+    lines += [""] if advice["unfit"] else []
     scores, moved, floor = advice["scores"]["values"], signature["moved"] or {}, signature["floor"] or {}
     header = ["block", f"score ({advice['scores']['criterion']})", "gradient (rgn)"]
     lines += [_line([*header, *(["features moved", "chance"] if moved else [])])]
@@ -86,6 +88,9 @@ def _recommendation(advice: dict[str, Any]) -> list[str]:
         )
     else:
         first = f"Do not use surgery here: tune all blocks{rate} ({own['title']})."
+    if advice["all_tied"]:
+        count = advice["validation_examples"]
+        first = f"The {count} validation examples cannot tell the last rivals apart; the smallest of them is: {first}"
     if own["at_edge"]:
         first += " That rate is at the edge of the grid: a wider one may do better."
     tied = [rows[each]["title"] for each in advice["tied"] if each != name]
@@ -96,9 +101,9 @@ def _recommendation(advice: dict[str, Any]) -> list[str]:
     elif tied:
         second = f"As good within noise, but no smaller: {', '.join(tied)}. "
     if rival is None:
-        return [first, second + "None of the last is clearly worse: more validation data would tell."]
+        return [first, second + "Of those trained longest none is clearly worse: more validation data would tell."]
     if whole and not rival["surgery"]:
-        return [first, second + "No choice of blocks was good enough to be trained on."]
+        return [first, second + "No choice of blocks was good enough to be trained longer."]
     gap = rival["to_best"]
     clear = -gap["mean"] > _CLEAR * gap["standard_error"]
     which = f"The best choice of blocks, {rival['title']}," if whole else f"The next, {rival['title']},"
@@ -117,7 +122,10 @@ def _signature(advice: dict[str, Any]) -> list[str]:
     steepest = max(found["gradients"], key=found["gradients"].get)
     gradients = f"the relative gradient is largest in {steepest}"
     if found["kind"] is None:
-        return [f"Signature: {gradients}; with source_data in the recipe it would say how far features move."]
+        why = "with source_data in the recipe it would say how far features move"
+        if advice["recipe"].get("source_data"):
+            why = "there are too few examples to say how far features move"
+        return [f"Signature: {gradients}; {why}."]
     losses = f"loss {found['loss']:.3g}, {found['source_loss']:.3g} on the source"
     if found["kind"] in ("input", "features"):
         most = max(found["moving"], key=lambda name: found["moved"][name])
@@ -161,7 +169,8 @@ def plot(advice: dict[str, Any], path: str | Path) -> None:
 
 
 def _is_share(advice: dict[str, Any]) -> bool:
-    return all(0 <= probe["metric"] <= 1 for row in advice["methods"] for probe in row["probes"])
+    metrics = [probe["metric"] for row in advice["methods"] for probe in row["probes"]]
+    return all(0 <= metric <= 1 for metric in metrics if metric is not None)
 
 
 def _title(advice: dict[str, Any]) -> str:
@@ -198,6 +207,8 @@ def _state(row: dict[str, Any], advice: dict[str, Any]) -> str:
         return "recommended"
     if row["validation"] is None:
         last = row["probes"][-1]
+        if last["rate"] is None:
+            return "head untrained"
         return f"out after {_part(last['share'])}"
     return "as good" if row["method"] in advice["tied"] else "worse"
 

@@ -1,0 +1,95 @@
+"""What advice says of each candidate, in plain data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, asdict, fields
+from typing import Any
+
+from .config import SurgicalConfig
+from .halving import ROUNDS, Judge, Rival
+from .recipe import Recipe
+from .signature import Signature
+
+_LINES: Mapping[str, dict[str, Any]] = {  # what a recipe says for those that choose no blocks
+    "full": {"blocks": "all"},
+    "layer_decay": {"blocks": "all", "policy": "layer_decay", "policy_options": {"decay": 0.75}},
+}
+_TAKEN_BACK = ("policy", "policy_options", "criterion", "criterion_options", "num_blocks", "target_modules")
+_TAKEN_BACK += ("exclude_modules",)
+
+
+def finite(value: float) -> float | None:
+    """The value, or None for what JSON has no word for."""
+    return value if math.isfinite(value) else None
+
+
+def twin_of(rival: Rival, rivals: dict[str, Rival]) -> str | None:
+    """The name of an earlier candidate that tunes the same blocks."""
+    if rival.method.choose is None:
+        return None
+    for name, other in rivals.items():
+        if other is rival:
+            return None
+        if other.selection.blocks == rival.selection.blocks:
+            return name
+    return None
+
+
+def lines_of(rival: Rival, recipe: Recipe) -> dict[str, Any]:
+    """What to write into the recipe to train it, and nothing for the model as it is.
+
+    What the recipe says of choosing blocks and of their rates is taken back: the short trainings did without.
+    """
+    if rival.best.rate is None:
+        return {}
+    if rival.name in _LINES:
+        own = dict(_LINES[rival.name])
+    else:
+        own = {"blocks": SurgicalConfig.from_selection(rival.selection).blocks}
+    taken_back = {field.name: _default(field) for field in fields(recipe) if field.name in _TAKEN_BACK}
+    given = {name: value for name, value in taken_back.items() if getattr(recipe, name) != value and name not in own}
+    return {**own, **given, "learning_rate": rival.best.rate}
+
+
+def _default(field: Any) -> Any:
+    return field.default_factory() if field.default is MISSING else field.default
+
+
+def row_of(
+    rival: Rival, rivals: dict[str, Rival], finalists: Sequence[Rival], best: Rival, judge: Judge
+) -> dict[str, Any]:
+    """A candidate's row: what was trained, and where it stands.
+
+    `to_best` is the paired difference to the best of the finalists, those trained longest or not at all; None for the
+    best one and for those that are none.
+    """
+    probes = [
+        {"rate": p.rate, "share": p.share, "metric": finite(p.metric), "seconds": p.seconds} for p in rival.probes
+    ]
+    last = rival.best if rival in finalists else None
+    to_best = None
+    if last and rival is not best and math.isfinite(last.metric):
+        error = judge.standard_error(rival.best, best.best)
+        to_best = {"mean": finite(last.metric - best.best.metric), "standard_error": finite(error)}
+    first = [each for each in rival.probes if each.share == ROUNDS[0].share]
+    return {
+        "method": rival.name,
+        "title": rival.method.title,
+        "surgery": rival.method.choose is not None,
+        "same_as": twin_of(rival, rivals),
+        "blocks": list(rival.selection.blocks),
+        "tuned_parameters": rival.tuned,
+        "probes": probes,
+        "rate": rival.best.rate if rival.probes else None,
+        "at_edge": len(first) > 1
+        and rival.best.rate in (min(p.rate or 0 for p in first), max(p.rate or 0 for p in first)),
+        "validation": finite(last.metric) if last else None,
+        "to_best": to_best,
+    }
+
+
+def plain(found: Signature) -> dict[str, Any]:
+    """A signature with what follows from it."""
+    return {**asdict(found), "moving": list(found.moving), "kind": found.kind}
