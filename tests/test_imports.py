@@ -59,6 +59,7 @@ TIERS = [
     ["advise"],
     ["compare_crew"],
     ["compare"],
+    ["trials"],
     ["quickstart"],
     ["cli_many"],
     ["cli"],

@@ -20,7 +20,7 @@ from transformers import (
 
 from surgical_peft import SurgicalCallback
 from surgical_peft.recipe import load_recipe
-from surgical_peft.report.tables import quickstart_markdown
+from surgical_peft.report.tables import comparison_markdown
 from surgical_peft.search_result import SearchResult
 from surgical_peft.tasks import load_task
 
@@ -111,7 +111,7 @@ def test_the_architectures_are_the_counted_ones() -> None:
 def test_the_tables_are_the_measured_ones(folder: str) -> None:
     """Every figure of the README's tables comes out of a committed report."""
     report = json.loads((ROOT / "benchmarks" / folder / "report.json").read_text(encoding="utf-8"))
-    table = quickstart_markdown(report)
+    table = comparison_markdown(report)
     assert (ROOT / "benchmarks" / folder / "table.md").read_text(encoding="utf-8") == table
     assert table.split("\n\n")[0] in README
 

@@ -1,4 +1,4 @@
-"""The quickstart's methods on its shifts, for the terminal and as Markdown, and a search's candidates."""
+"""Tables of methods compared on several shifts, for the terminal and as Markdown, and of a search's candidates."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from rich.table import Table
 from ..search_result import SearchResult, state_of
 
 
-def quickstart_table(report: dict[str, Any]) -> Table:
-    """The quickstart's report as a table of 80 columns; the best accuracy of each shift is bold.
+def comparison_table(report: dict[str, Any]) -> Table:
+    """The report of a comparison as a table of 80 columns; the best accuracy of each shift is bold.
 
-    The chosen rates are left out; `quickstart_markdown` has them.
+    The chosen rates are left out; `comparison_markdown` has them.
     """
     header, rows = _cells(report, bold="[bold]{}[/bold]")
     shifts = report["methods"][0]["shifts"]
@@ -33,7 +33,7 @@ def quickstart_table(report: dict[str, Any]) -> Table:
     return table
 
 
-def quickstart_markdown(report: dict[str, Any]) -> str:
+def comparison_markdown(report: dict[str, Any]) -> str:
     """The same table as Markdown, with a line on where it comes from."""
     header, rows = _cells(report, bold="**{}**")
     versions = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
