@@ -16,8 +16,8 @@ _LINES: Mapping[str, dict[str, Any]] = {  # what a recipe says for those that ch
     "full": {"blocks": "all"},
     "layer_decay": {"blocks": "all", "policy": "layer_decay", "policy_options": {"decay": 0.75}},
 }
-_TAKEN_BACK = ("policy", "policy_options", "criterion", "criterion_options", "num_blocks", "target_modules")
-_TAKEN_BACK += ("exclude_modules",)
+_CHOOSING = ("criterion", "criterion_options", "num_blocks", "target_modules", "exclude_modules")
+_TAKEN_BACK = ("policy", "policy_options", *_CHOOSING)
 
 
 def finite(value: float) -> float | None:
