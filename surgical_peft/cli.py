@@ -1,4 +1,4 @@
-"""The command line: `surgical-peft blocks | score | search | compare | advise | train | export | card | ...`."""
+"""The command line: `blocks | score | search | compare | advise | train | export | card | push | quickstart`."""
 
 from __future__ import annotations
 
