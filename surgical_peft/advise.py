@@ -75,7 +75,9 @@ def plan(recipe: Recipe) -> Plan:
         24
     """
     what = _comparison(recipe)
-    return _plan(what, Workbench(what.recipe))
+    bench = Workbench(what.recipe)
+    Judge(bench)  # says so if there is too little to judge by
+    return _plan(what, bench)
 
 
 def advise(recipe: Recipe, output: str | Path | None = None, *, console: Console | None = None) -> dict[str, Any]:
@@ -196,17 +198,19 @@ def _plan(what: Comparison, bench: Workbench) -> Plan:
 
 def _signature(bench: Workbench, source: Examples | None) -> Signature:
     train = bench.examples["train"]
-    size = min(EXAMPLES, len(train), *([len(source) // 2] if source is not None else []))
+    size = min(EXAMPLES, len(train), EXAMPLES if source is None else len(source) // 2)
+    if size < FEWEST:
+        size, source = min(EXAMPLES, len(train)), None
 
     def batches(examples: Any, places: Sequence[int]) -> Batches:
         chunks = [places[start : start + _BATCH] for start in range(0, len(places), _BATCH)]
         return [bench.task.collate([examples[place] for place in chunk]) for chunk in chunks]
 
     halves: tuple[Batches, Batches] | None = None
-    if source is not None and size >= FEWEST:
+    if source is not None:
         places = random.Random(0).sample(range(len(source)), 2 * size)
         halves = batches(source, places[:size]), batches(source, places[size:])
-    target = batches(train, random.Random(0).sample(range(len(train)), min(size, len(train)) or len(train)))
+    target = batches(train, random.Random(0).sample(range(len(train)), size))
     return signature(bench.model, target, halves, loader(bench.task, bench.args))
 
 

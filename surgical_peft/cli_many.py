@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 
 from .config import SurgicalConfig
-from .terminal import AsJson, RecipeFile, Tiny, console, in_words, print_json
+from .terminal import AsJson, DryRun, RecipeFile, Tiny, console, in_words, print_json
 
 if TYPE_CHECKING:
     from .recipe import Recipe
@@ -49,9 +49,7 @@ def search(
         str | None, typer.Option(help="Name of the study; default is that of the recipe and the procedure.")
     ] = None,
     output: Annotated[Path | None, typer.Option(help="Folder for the results; default is the recipe's.")] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only say how many trainings it takes, and how long about.")
-    ] = False,
+    dry_run: DryRun = False,
     tiny: Tiny = False,
     as_json: AsJson = False,
 ) -> None:
@@ -100,9 +98,7 @@ def compare(
     recipe: RecipeFile,
     jobs: Annotated[int, typer.Option(min=1, help="Processes that share the trainings.")] = 1,
     output: Annotated[Path | None, typer.Option(help="Folder for the results; default is the recipe's.")] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only say how many trainings it takes, and how long about.")
-    ] = False,
+    dry_run: DryRun = False,
     tiny: Tiny = False,
     as_json: AsJson = False,
 ) -> None:
@@ -135,9 +131,7 @@ def compare(
 def advise(
     recipe: RecipeFile,
     output: Annotated[Path | None, typer.Option(help="Folder for the results; default is the recipe's.")] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only say how many short trainings it takes, and how long about.")
-    ] = False,
+    dry_run: DryRun = False,
     tiny: Tiny = False,
     as_json: AsJson = False,
 ) -> None:

@@ -13,6 +13,7 @@ from rich.console import Console
 console = Console()
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Only say how many trainings it takes, and how long about.")]
 Tiny = Annotated[
     bool,
     typer.Option("--tiny", help="Try the recipe without its model and data: random weights, generated data, 2 steps."),

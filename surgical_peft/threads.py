@@ -9,11 +9,11 @@ import torch
 
 
 @contextmanager
-def shared_threads(jobs: int) -> Iterator[int]:
-    """Each of several processes gets its share of the threads inside, one alone keeps what it has; says how many."""
+def shared_threads(jobs: int) -> Iterator[None]:
+    """Each of several processes gets its share of the threads inside, one alone keeps what it has."""
     before = torch.get_num_threads()
     torch.set_num_threads(max(1, before // jobs))
     try:
-        yield torch.get_num_threads()
+        yield
     finally:
         torch.set_num_threads(before)

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from rich.console import Console
 
@@ -43,7 +44,9 @@ def accuracy(predictions: list[int], references: list[int]) -> float:
 
 
 def bench_of(count: int, measure: Any) -> Any:
-    part = lambda split, places: places  # noqa: E731
+    def part(split: str, places: Any = range(count)) -> Any:
+        return list(places)
+
     return SimpleNamespace(task=SimpleNamespace(measure=measure), examples={"validation": range(count)}, part=part)
 
 
@@ -90,6 +93,23 @@ def test_every_example_is_in_one_group_and_the_metric_is_that_of_all() -> None:
     assert judge.metric(groups) == pytest.approx(60 / 25)  # of a metric of one's own the mean over groups
     pairs = [([1, 1], [1, 1]), ([0], [1])]
     assert judge_of(25).metric(pairs) == pytest.approx(2 / 3)
+
+
+def test_one_pass_over_the_examples_gives_each_group_its_own() -> None:
+    passes: list[int] = []
+
+    def read(model: Any, batch: dict[str, torch.Tensor]) -> tuple[list[int], list[int]]:
+        passes.append(len(batch["at"]))
+        return batch["at"].tolist(), (batch["at"] % 7).tolist()
+
+    def collate(places: list[int]) -> dict[str, torch.Tensor]:
+        return {"at": torch.tensor(places)}
+
+    measure = Measure(compute=accuracy, read=read, collate=collate)
+    groups = Judge(bench_of(60, measure)).read(torch.nn.Linear(1, 1))
+    assert passes == [60] and len(groups) == halving.GROUPS
+    assert sorted(place for predicted, _ in groups for place in predicted) == list(range(60))
+    assert all(wanted == [place % 7 for place in predicted] for predicted, wanted in groups)
 
 
 # The decision

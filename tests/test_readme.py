@@ -145,3 +145,14 @@ def test_the_sweeps_are_those_of_the_files() -> None:
     ratio = re.search(r"\*\*the sweep\*\*.*\*\*(0\.\d\d)\*\*", (ROOT / "benchmarks" / "sharing.md").read_text())
     assert ratio is not None and f"takes {ratio[1]} of the time" in " ".join(README.split())
     assert float(ratio[1]) <= 0.6
+
+
+@pytest.mark.parametrize("shift", ["label_map", "noise", "contrast", "subclass"])
+def test_the_comparisons_are_those_of_the_tables(shift: str) -> None:
+    """Every share of a comparison that the README tells is a mean of its committed report."""
+    report = json.loads((ROOT / "benchmarks" / "compare" / shift / "report.json").read_text(encoding="utf-8"))
+    means = {f"{100 * sum(row['test']) / len(row['test']):.1f}" for row in report["methods"]}
+    start = README.index(f"- **{shift.replace('_', ' ').capitalize()}**:", README.index("## Compare"))
+    told = README[start : README.index(f"compare/{shift}/table.md", start)]
+    shares = re.findall(r"(?<![+\d.])\d\d\.\d", told)
+    assert len(shares) >= 6 and set(shares) <= means
