@@ -21,6 +21,8 @@ RECIPES = Path(__file__).parents[2] / "recipes" / "fashion_mnist"
 SEVERITY = 5  # of the noise
 CONTRAST = 0.1
 BLUR_RADIUS = 3.0  # pixels of 28
+COARSE = 7  # pixels of 28 that are left of each side
+HIDDEN = 14  # pixels of 28: the side of the black square
 LEFT_OUT = -1  # as the label of a class: its images are not used
 
 Pixels = NDArray[np.uint8]
@@ -35,6 +37,22 @@ def low_contrast(pixels: Pixels) -> Pixels:
 def blurred(pixels: Pixels) -> Pixels:
     """Gaussian blur."""
     return np.asarray(Image.fromarray(pixels).filter(ImageFilter.GaussianBlur(BLUR_RADIUS)))
+
+
+def pixelated(pixels: Pixels) -> Pixels:
+    """Coarse pixels, each the mean of those under it."""
+    image = Image.fromarray(pixels)
+    return np.asarray(
+        image.resize((COARSE, COARSE), Image.Resampling.BOX).resize(image.size, Image.Resampling.NEAREST)
+    )
+
+
+def occluded(pixels: Pixels, rng: Generator) -> Pixels:
+    """A black square at a random place."""
+    top, left = rng.integers(0, [side - HIDDEN + 1 for side in pixels.shape])
+    changed = pixels.copy()
+    changed[top : top + HIDDEN, left : left + HIDDEN] = 0
+    return changed
 
 
 @dataclass(frozen=True)
@@ -53,19 +71,27 @@ class ImageShift:
 
 
 REVERSED = tuple(range(9, -1, -1))
+CYCLIC = (*range(1, 10), 0)
+# Dress (3) is the unseen rest of the body, coat (4) and shirt (6) the unseen tops, ankle boot (9) the unseen shoe; the
+# labels are those of SUPERCLASSES in make_source.py.
+SUBCLASSES = (-1, -1, -1, 2, 0, -1, 0, -1, -1, 1)
 IMAGE_SHIFTS = {
     "noise": ImageShift(lambda pixels, rng: gaussian_noise(pixels, SEVERITY, rng)),
     "label map": ImageShift(labels=REVERSED),
-    # Dress (3) is the unseen rest of the body, coat (4) and shirt (6) the unseen tops, ankle boot (9) the unseen shoe;
-    # the labels are those of SUPERCLASSES in make_source.py.
-    "subclass": ImageShift(labels=(-1, -1, -1, 2, 0, -1, 0, -1, -1, 1), source="vit-superclass"),
+    "subclass": ImageShift(labels=SUBCLASSES, source="vit-superclass"),
     "contrast": ImageShift(lambda pixels, rng: low_contrast(pixels)),
-    "cyclic labels": ImageShift(labels=(*range(1, 10), 0)),
+    "cyclic labels": ImageShift(labels=CYCLIC),
     "inverted": ImageShift(lambda pixels, rng: 255 - pixels),
     "rotated": ImageShift(lambda pixels, rng: np.rot90(pixels)),
     "blur": ImageShift(lambda pixels, rng: blurred(pixels)),
     "swapped labels": ImageShift(labels=(0, 7, 9, 3, 4, 5, 6, 1, 8, 2)),  # trouser and sneaker, pullover and boot
     "noise and label map": ImageShift(lambda pixels, rng: gaussian_noise(pixels, SEVERITY, rng), REVERSED),
+    "pixelated": ImageShift(lambda pixels, rng: pixelated(pixels)),
+    "occluded": ImageShift(occluded),
+    "contrast and cyclic labels": ImageShift(lambda pixels, rng: low_contrast(pixels), CYCLIC),
+    "noise and subclass": ImageShift(
+        lambda pixels, rng: gaussian_noise(pixels, SEVERITY, rng), SUBCLASSES, "vit-superclass"
+    ),
 }
 
 

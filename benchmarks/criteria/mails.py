@@ -47,6 +47,10 @@ MAIL_SHIFTS = {
     "hard mail": MailShift(ham="hard-ham-1"),
     "spam label flip": MailShift(labels=(1, 0)),
     "typing noise": MailShift(change=lambda text, rng: character_noise(text, TYPING_NOISE, rng)),
+    "shuffled words": MailShift(change=lambda text, rng: " ".join(rng.permutation(text.split()))),
+    "typing noise and label flip": MailShift(
+        change=lambda text, rng: character_noise(text, TYPING_NOISE, rng), labels=(1, 0)
+    ),
     "no vowels": MailShift(change=lambda text, rng: re.sub("[aeiou]", "", text, flags=re.IGNORECASE)),
 }
 

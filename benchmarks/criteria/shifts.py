@@ -48,13 +48,21 @@ SHIFTS = {
     "cyclic labels": Shift("design", "image"),
     "hard mail": Shift("design", "mail"),
     "spam label flip": Shift("design", "mail"),
-    "inverted": Shift("design", "image"),  # was for confirmation until it showed that the probe needed more thrift
+    # These were for confirmation once. `inverted` showed that the first probe needed more thrift, `noise and label
+    # map` that it misses the head where inputs and labels change at once; its second form was developed on all.
+    "inverted": Shift("design", "image"),
+    "blur": Shift("design", "image"),
+    "noise and label map": Shift("design", "image"),
+    "typing noise": Shift("design", "mail"),
+    "no vowels": Shift("design", "mail"),
     "rotated": Shift("confirmation", "image"),
-    "blur": Shift("confirmation", "image"),
+    "pixelated": Shift("confirmation", "image"),
+    "occluded": Shift("confirmation", "image"),
     "swapped labels": Shift("confirmation", "image"),
-    "noise and label map": Shift("confirmation", "image"),
-    "typing noise": Shift("confirmation", "mail"),
-    "no vowels": Shift("confirmation", "mail"),
+    "contrast and cyclic labels": Shift("confirmation", "image"),
+    "noise and subclass": Shift("confirmation", "image"),
+    "shuffled words": Shift("confirmation", "mail"),
+    "typing noise and label flip": Shift("confirmation", "mail"),
 }
 
 
