@@ -162,7 +162,8 @@ def test_it_equals_a_plain_loop(name: str, toy_name: str, granularity: str, dtyp
     model = toy.model().to(dtype)
     scores = score_blocks(model, batches(toy, dtype), name, granularity)
     expected = {unit: REFERENCES[name](facts, names) for unit, names in units_of(model, granularity).items()}
-    assert scores.values == pytest.approx(expected, rel=1e-6, abs=1e-12)
+    # In float32 the gradients themselves differ by more where sums are taken in another order: it depends on the CPU.
+    assert scores.values == pytest.approx(expected, rel=1e-6 if dtype == torch.float64 else 3e-6, abs=1e-12)
 
 
 @cache
@@ -241,8 +242,8 @@ def test_sized_gain_puts_a_head_first_by_its_gain_for_its_size(name: str) -> Non
     batches = [toy.batch(seed) for seed in range(4)]
     gains = score_blocks(model, batches, "adam_gain").values
     sizes = {block: sum(p.numel() for p in each) for block, each in BlockMap.find(model).parameters(model).items()}
-    by_size = {block: gain / sizes[block] ** 0.6 for block, gain in gains.items()}
-    head_first = max(by_size, key=by_size.__getitem__) == "head"
+    by_size = {block: gain / sizes[block] ** 0.5 for block, gain in gains.items()}
+    head_first = by_size["head"] > max(value for block, value in by_size.items() if block.isdigit())
     expected = {block: gain / max(gains.values()) + (block == "head" and head_first) for block, gain in gains.items()}
     assert score_blocks(model, batches, "sized_gain").values == pytest.approx(expected, rel=1e-6)
 

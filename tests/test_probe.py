@@ -18,7 +18,7 @@ from surgical_peft.train import score
 from .toys import TOYS, Toy
 
 RECIPES = Path(__file__).parents[1] / "recipes"
-PACE, THRIFT = 0.5, 0.6
+PACE, THRIFT, SIZE, PASSES = 0.5, 0.2, 0.35, 2
 
 
 def loss_of(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
@@ -33,7 +33,7 @@ def mean_loss(model: nn.Module, batches: list[Any]) -> float:
 def plain_probe(model: nn.Module, batches: list[Any]) -> dict[str, float]:
     """Every unit trained on a copy of its own; all of them to the end, and the halving told afterwards."""
     train, held_out = batches[::2], batches[1::2]
-    few, half = held_out[: max(1, len(held_out) // 4)], math.ceil(len(train) / 2)
+    few = held_out[: max(1, len(held_out) // 4)]
     units = {name: list(named) for name, named in BlockMap.find(model).named_parameters(model).items()}
     parameters = dict(model.named_parameters())
     grads: list[dict[str, Tensor]] = []
@@ -51,28 +51,31 @@ def plain_probe(model: nn.Module, batches: list[Any]) -> dict[str, float]:
             gain += (mean**2 / square.sqrt()).nan_to_num(0.0).sum().item()
         gains[name] = gain
     level = sum(loss_of(model, batch).item() for batch in train) / len(train)
+    rates = {name: PACE * level / gain for name, gain in gains.items()}
     halfway, end = {}, {}
     for name, paths in units.items():
         own = copy.deepcopy(model)
         weights = [weight for path, weight in own.named_parameters() if path in paths]
         optimizer = torch.optim.Adam(weights)
-        for step, batch in enumerate(train):
-            if step == half:
+        for step, batch in enumerate(train * PASSES):
+            if step == len(train):
                 halfway[name] = mean_loss(own, few)
-            optimizer.param_groups[0]["lr"] = PACE * level / gains[name] * (1 - step / len(train))
+            optimizer.param_groups[0]["lr"] = rates[name] * (1 - step / (PASSES * len(train)))
             own.zero_grad()
             loss_of(own, batch).backward()
             optimizer.step()
         end[name] = mean_loss(own, held_out)
 
-    def score(name: str, before: float, after: float) -> float:
-        return math.log(before / after) + THRIFT * math.log(gains[name] / max(gains.values()))
-
-    early = {name: score(name, mean_loss(model, few), halfway[name]) for name in units}
-    late = {name: score(name, mean_loss(model, held_out), end[name]) for name in units}
-    kept = sorted(units, key=lambda name: -early[name])[: math.ceil(len(units) / 2)]
-    worst = min(late[name] for name in kept)
-    return {name: late[name] if name in kept else min(early[name], worst) for name in units}
+    sizes = {name: sum(parameters[path].numel() for path in paths) for name, paths in units.items()}
+    thrifty = {name: -THRIFT * math.log(rates[name] * sizes[name] ** SIZE) for name in units}
+    untrained = {name: value - max(thrifty.values()) for name, value in thrifty.items()}
+    early = {name: math.log(mean_loss(model, few) / halfway[name]) + untrained[name] for name in units}
+    late = {name: math.log(mean_loss(model, held_out) / end[name]) + untrained[name] for name in units}
+    half = sorted(units, key=lambda name: -untrained[name])[: len(units) // 2]
+    quarter = sorted(half, key=lambda name: -early[name])[: len(half) // 2]
+    found = {name: late[name] for name in quarter}
+    found |= {name: min(early[name], min(found.values())) for name in half if name not in found}
+    return found | {name: min(untrained[name], min(found.values())) for name in units if name not in found}
 
 
 @pytest.mark.parametrize("name", ["vit", "bert", "llama"])
@@ -86,10 +89,11 @@ def test_it_equals_plain_trainings_of_copies(name: str) -> None:
     assert scores.values == pytest.approx(plain_probe(toy.model().double(), batches), rel=1e-6, abs=1e-9)
 
 
-@pytest.mark.parametrize(("recipe", "best"), [("noise.yaml", "0"), ("label_map.yaml", "head")])
-def test_it_finds_the_right_block_of_the_shipped_model(recipe: str, best: str) -> None:
+@pytest.mark.parametrize(("recipe", "best"), [("noise.yaml", {"embeddings", "0"}), ("label_map.yaml", {"head"})])
+def test_it_finds_the_right_block_of_the_shipped_model(recipe: str, best: set[str]) -> None:
+    """On noise both are as good (benchmarks/criteria)."""
     scores = score(load_recipe(RECIPES / recipe)).values
-    assert max(scores, key=scores.__getitem__) == best
+    assert max(scores, key=scores.__getitem__) in best
 
 
 def test_a_unit_without_a_gradient_is_left_out(vit: Toy) -> None:
