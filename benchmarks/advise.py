@@ -8,7 +8,7 @@ For each recipe the advice is asked for once, on one draw; then `surgical-peft c
 on three draws. Advice is right if the recommended row's mean test metric is within one standard deviation (that of the
 best row over the draws) of the best row. What is done already is not done again; it lies in runs/advise/.
 
-Needs `pip install surgical-peft[shifts]`, and `make mail` for the mails.
+Needs the extra `shifts` (`make install` has it), and `make mail` for the mails.
 """
 
 from __future__ import annotations

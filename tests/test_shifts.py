@@ -126,7 +126,6 @@ def test_the_library_gets_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.parametrize("size", [28, 64])
 @pytest.mark.parametrize("name", THEIRS)
 def test_the_librarys_corruptions_are_deterministic(name: str, size: int) -> None:
-    pytest.importorskip("imagecorruptions", reason="the extra shifts is not installed")
     ramp = np.add.outer(np.arange(size), 2 * np.arange(size)) * 255 // (3 * size)
     grey = ramp.astype(np.uint8)
     for image in (grey, np.stack([grey, grey[::-1], 255 - grey], axis=-1)):
