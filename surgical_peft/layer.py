@@ -99,6 +99,11 @@ class SurgicalLayer(KeepsOriginal, BaseTunerLayer, AuxiliaryTrainingWrapper):
 
     def module_in_use(self) -> nn.Module:
         """The copy of the active (or merged) adapter, else the original module."""
+        names = self.merged_adapters or self._active_adapter
+        if len(names) == 1 and not self._disable_adapters:  # the usual case, at every call: no list is made
+            copy_in_use = self._modules["surgical_copies"]._modules.get(names[0])  # type: ignore[union-attr]
+            if copy_in_use is not None:
+                return copy_in_use
         active = self._names_in_use()
         if len(active) > 1:
             raise SurgicalError(

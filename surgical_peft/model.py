@@ -15,7 +15,7 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
 from .batches import LossFunction
-from .checkpointing import mend_checkpointing, restore_checkpointing
+from .checkpointing import mend_checkpointing, pause_mending, restore_checkpointing
 from .choosing import choose_blocks
 from .config import SurgicalConfig
 from .errors import SurgicalError
@@ -177,6 +177,8 @@ class SurgicalModel(BaseTuner):
         Raises:
             SurgicalError: an unknown name, not one for each row, or a model in train mode or merged.
         """
+        if self.training:  # again, for who puts `training` back without a call of `train`, as Lightning does
+            mend_checkpointing(seen_through(self.model))
         if adapter_names is None:
             return _NO_HOOKS
         if "__base__" in adapter_names:
@@ -227,6 +229,7 @@ class SurgicalModel(BaseTuner):
     def train(self, mode: bool = True) -> SurgicalModel:
         """Set train mode; unless the config says `frozen_eval=False`, all that is not tuned stays in eval mode."""
         super().train(mode)
+        (mend_checkpointing if mode else pause_mending)(seen_through(self.model))
         active = [self.peft_config[name] for name in self.active_adapters if name in self.peft_config]
         if mode and active and all(config.frozen_eval for config in active):
             _eval_frozen(self.model)

@@ -325,6 +325,60 @@ def test_evaluation_and_generation_are_as_before() -> None:
     assert torch.equal(*tokens)
 
 
+def hooks(model: nn.Module) -> tuple[int, int]:
+    assert len(model._forward_hooks_always_called) <= len(model._forward_hooks)
+    return len(model._forward_pre_hooks), len(model._forward_hooks)
+
+
+def test_no_hook_makes_a_pass_in_eval_mode_slower() -> None:
+    model = wrapped(BERT, ["1"], "after")
+    base, bare = model.get_base_model(), hooks(BERT.model())
+    gradients(model, BERT)
+    trained = hooks(base)
+
+    for _ in range(2):
+        model.eval()
+        assert hooks(base) == bare
+        model.train()
+        assert hooks(base) == (bare[0] + 1, bare[1])
+        assert_equal(gradients(model, BERT), plain_gradients("bert", "middle"))
+        assert hooks(base) == trained == (bare[0] + 1, bare[1] + 1)
+
+
+def attributes_back(model: nn.Module, modes: dict[str, bool]) -> None:
+    """As Lightning ends a validation: it calls no `train()`."""
+    for name, module in model.named_modules():
+        module.training = modes[name]
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("copied", [None, copy.deepcopy, through_pickle])
+@pytest.mark.parametrize("back", ["train", "attributes"])
+@pytest.mark.parametrize("when", ["before", "eval", "last"])
+def test_after_eval_mode_the_prefix_is_spared_again(
+    when: str, back: str, copied: Callable[[PeftModel], PeftModel] | None, reentrant: bool
+) -> None:
+    model = wrapped(BERT, ["1"], "before" if when == "before" else None, reentrant)
+    modes = {name: module.training for name, module in model.named_modules()}
+    model.eval()
+    if when == "eval":
+        switch_on(model, reentrant)
+    with torch.no_grad():
+        model(**BERT.batch())
+    if copied is not None and when == "last":
+        model = copied(model)
+    if back == "train":
+        model.train()
+    else:
+        attributes_back(model, modes)
+    if when == "last":
+        switch_on(model, reentrant)
+
+    with runs(model, BERT) as counted:
+        assert_equal(gradients(model, BERT), plain_gradients("bert", "middle"))
+    assert counted == spared(BERT, "1")
+
+
 @pytest.mark.parametrize("inject", ["peft", "transformers"])
 def test_without_a_peft_model_the_prefix_is_spared_too(inject: str) -> None:
     model = BERT.model()
@@ -477,24 +531,20 @@ def test_a_function_that_is_no_layer_is_checkpointed_as_before() -> None:
 def test_mending_twice_and_restoring_once() -> None:
     """The hook after the forward pass, which makes every call slower, comes with the first one that checkpoints."""
     model = LLAMA.model()
-
-    def hooks() -> tuple[int, int]:
-        return len(model._forward_pre_hooks), len(model._forward_hooks)
-
-    before = hooks()
+    before = hooks(model)
     mend_checkpointing(model)
     mend_checkpointing(model)
     gradients(model.train(), LLAMA)
-    assert hooks() == (before[0] + 1, before[1])
+    assert hooks(model) == (before[0] + 1, before[1])
 
     model.gradient_checkpointing_enable()
     for _ in range(2):
         gradients(model, LLAMA)
-        assert hooks() == (before[0] + 1, before[1] + 1)
+        assert hooks(model) == (before[0] + 1, before[1] + 1)
 
     restore_checkpointing(model)
 
-    assert hooks() == before
+    assert hooks(model) == before
 
 
 def test_compiled_it_gives_the_same_gradients() -> None:

@@ -2,12 +2,13 @@ from __future__ import annotations
 
 import copy
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -273,3 +274,37 @@ def test_auto_without_data_is_refused(vit: Toy) -> None:
         get_surgical_model(vit.model(), config)
     with pytest.raises(SurgicalError, match="call get_surgical_model"):
         get_peft_model(vit.model(), config)
+
+
+# the cost of a forward pass
+
+
+def calls(model: nn.Module, batch: Batch) -> int:
+    """Function calls of a forward pass: unlike time, the same at every run."""
+    count = 0
+
+    def note(frame: object, event: str, function: object) -> None:
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    logits(model, batch)  # what is made once is made now
+    before = sys.getprofile()
+    sys.setprofile(note)
+    try:
+        logits(model, batch)
+    finally:
+        sys.setprofile(before)
+    return count
+
+
+@pytest.mark.parametrize("name", TOYS)
+@pytest.mark.parametrize("number", ["one", "all"])
+def test_a_forward_pass_takes_fewer_calls_than_with_stock_peft(name: str, number: str) -> None:
+    toy = TOYS[name]
+    blocks = [toy.last] if number == "one" else [block for block in toy.blocks if block[-1].isdigit()]
+    ours = get_peft_model(toy.model(), SurgicalConfig(blocks=blocks)).eval()
+    paths = [path for path, module in ours.get_base_model().named_modules() if isinstance(module, SurgicalLayer)]
+    config = LoraConfig(target_modules="dummy-target-modules", modules_to_save=paths)
+    stock = get_peft_model(toy.model(), config).eval()
+
+    assert calls(toy.model(), toy.batch()) < calls(ours, toy.batch()) < calls(stock, toy.batch())
