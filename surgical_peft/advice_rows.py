@@ -8,6 +8,7 @@ from dataclasses import MISSING, asdict, fields
 from typing import Any
 
 from .config import SurgicalConfig
+from .files import finite
 from .halving import ROUNDS, Judge, Rival
 from .recipe import Recipe
 from .signature import Signature
@@ -18,11 +19,6 @@ _LINES: Mapping[str, dict[str, Any]] = {  # what a recipe says for those that ch
 }
 _CHOOSING = ("criterion", "criterion_options", "num_blocks", "target_modules", "exclude_modules")
 _TAKEN_BACK = ("policy", "policy_options", *_CHOOSING)
-
-
-def finite(value: float) -> float | None:
-    """The value, or None for what JSON has no word for."""
-    return value if math.isfinite(value) else None
 
 
 def twin_of(rival: Rival, rivals: dict[str, Rival]) -> str | None:

@@ -5,30 +5,25 @@ from __future__ import annotations
 import json
 import math
 import os
-import platform
 import shutil
 import statistics
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from .compare_crew import Crew
+from .compare_report import report_of, row_of
 from .compare_runs import Workshop
-from .compare_settings import FULL, Comparison, Job
+from .compare_settings import FULL, Comparison
 from .errors import SurgicalError
 from .files import check_replaceable, whole_folder
-from .paired import t_interval
-from .rate_grid import MOST, best_rate, is_at_edge, next_rate
+from .rate_grid import MOST, best_rate, is_diverged, next_rate
 from .recipe import Recipe
-from .report.comparison import markdown, sentences
+from .report.comparison import markdown
 from .report.comparison_plot import plot
-from .run_report import PACKAGES
 from .selection import Selection
 from .threads import shared_threads
 from .workbench import Workbench
@@ -85,7 +80,8 @@ def compare(
 
     The rate of a method is the one with the best mean of the validation metric over all seeds and source models; a
     grid whose best rate is at its edge is extended there, by its own factor, twice at most. Only the trainings at the
-    chosen rate are measured on test data. Whatever is finished is a file in `runs/`: run the same again to resume.
+    chosen rate are measured on test data. A method whose metric is no finite number at any of its rates has diverged:
+    it is said so, and compared with nothing. Whatever is finished is a file in `runs/`: run the same again to resume.
 
     Args:
         recipe: its `methods`, `rates`, `seeds`, `sources`, `draws`, `test_data` and `source_data` say what to compare.
@@ -98,8 +94,8 @@ def compare(
         The report.
 
     Raises:
-        SurgicalError: methods, rates, data or splits that are missing or do not fit, before any training; a worker
-            that was killed. What is finished is kept.
+        SurgicalError: methods, rates, data or splits that are missing or do not fit, before any training; full
+            fine-tuning that diverged at every rate; a worker that was killed. What is finished is kept.
 
     Example:
         >>> report = compare(load_recipe("recipes/compare_noise.yaml"), jobs=2)
@@ -119,9 +115,10 @@ def compare(
         final = {title: what.trainings(title, best_rate(means) if means else None) for title, means in rates.items()}
         if recipe.source_data is not None:
             crew.do("source", [what.source(number) for number in range(len(what.sources))])
-        crew.do("test", [replace(job, kind="test") for each in final.values() for job in each])
-    rows = [_row(workshop, title, rates[title], jobs) for title, jobs in final.items()]
-    report = _report(what, rows, jobs, time.perf_counter() - began)
+        measured = [each for title, each in final.items() if not is_diverged(rates[title])]
+        crew.do("test", [replace(job, kind="test") for each in measured for job in each])
+    rows = [row_of(workshop, title, rates[title], each) for title, each in final.items()]
+    report = report_of(what, rows, jobs, time.perf_counter() - began)
     with whole_folder(folder / "comparison", _TABLE) as temporary:
         (temporary / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
         (temporary / _TABLE).write_text(markdown(report), encoding="utf-8")
@@ -148,72 +145,18 @@ def _rates(workshop: Workshop, crew: Crew) -> dict[str, dict[float, float]]:
         crew.do("train", [job for each in jobs.values() for job in each])
         for (title, rate), each in jobs.items():
             if rate is not None:
-                means[title][rate] = statistics.fmean(workshop.finding(job)["validation"] for job in each)
+                found = [workshop.finding(job)["validation"] for job in each]
+                means[title][rate] = statistics.fmean(found) if all(map(math.isfinite, found)) else math.nan
         for title, tried in means.items():  # weights that will not be measured
             for rate in set(tried) - {best_rate(tried)} if tried else ():
                 for job in what.trainings(title, rate):
                     shutil.rmtree(workshop.weights(job), ignore_errors=True)
         following = {title: next_rate(what.grid(title), tried) for title, tried in means.items() if tried}
+        if is_diverged(means[FULL]) and following[FULL] is None:
+            raise SurgicalError(
+                f"{FULL} diverged: {what.metric} on validation data is no number at any of the rates "
+                f"{', '.join(f'{rate:g}' for rate in sorted(means[FULL]))}, so there is nothing to compare the others "
+                "with. Write lower rates into the recipe; what is finished is kept."
+            )
         wanted = [(title, rate) for title, rate in following.items() if rate is not None]
     return means
-
-
-def _row(workshop: Workshop, title: str, rates: dict[float, float], jobs: Sequence[Job]) -> dict[str, Any]:
-    what = workshop.comparison
-    trained = [workshop.finding(job) for job in jobs]
-    tested = [workshop.finding(replace(job, kind="test")) for job in jobs]
-    choosing = 0.0
-    if what.methods[title].choose:
-        choices = [workshop.finding(replace(job, kind="choice", rate=None)) for job in jobs]
-        choosing = statistics.fmean(each["seconds"] for each in choices)
-    forgotten = None
-    if what.recipe.source_data is not None:
-        before = [workshop.finding(what.source(job.source))["on_source"] for job in jobs]
-        forgotten = [own - each["on_source"] for own, each in zip(before, tested, strict=True)]
-    costs = workshop.finding(what.costs)
-    cost = costs.get(title)
-    return {
-        "method": title,
-        "rates": {f"{rate:g}": mean for rate, mean in sorted(rates.items())},
-        "rate": jobs[0].rate,
-        "at_edge": is_at_edge(rates),
-        "validation": [each["validation"] for each in trained],
-        "test": [each["test"] for each in tested],
-        "forgotten": forgotten,
-        "blocks": [each["blocks"] for each in trained],
-        "tuned_parameters": [each["tuned_parameters"] for each in trained],
-        "bytes": [each["bytes"] for each in trained],
-        "peak_bytes": cost and int(cost["peak_bytes"]),
-        "ms": cost and cost["ms"],
-        "ms_ratio": cost and cost["ms"] / costs[FULL]["ms"],
-        "seconds": statistics.fmean(each["seconds"] for each in trained),
-        "choosing_seconds": choosing,
-    }
-
-
-def _report(what: Comparison, rows: list[dict[str, Any]], jobs: int, seconds: float) -> dict[str, Any]:
-    full = next(row for row in rows if row["method"] == FULL)
-    others = sum(row["rate"] is not None for row in rows) - 1
-    for row in rows:
-        differences = [own - other for own, other in zip(row["test"], full["test"], strict=True)]
-        plain = t_interval(differences)
-        wide = t_interval(differences, 1 - (1 - plain.confidence) / max(1, others))
-        found = {
-            "mean": plain.mean,
-            "interval": [plain.low, plain.high],
-            "interval_of_all": [wide.low, wide.high],
-        }
-        row["to_full"] = None if row is full else found
-    report = {
-        "date": date.today().isoformat(),
-        "versions": {name: version(name) for name in PACKAGES},
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {jobs} at once",
-        "seconds": round(seconds, 1),
-        "recipe": what.recipe.keys(),
-        "metric": what.metric,
-        "sources": [Path(each).name for each in what.sources],
-        "seeds": list(what.seeds),
-        "compared": others,
-        "methods": rows,
-    }
-    return {**report, "sentences": sentences(report)}

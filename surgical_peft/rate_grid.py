@@ -9,7 +9,7 @@ MOST = 2  # rates that are added to a side
 
 
 def best_rate(means: Mapping[float, float]) -> float:
-    """The rate with the largest mean; of equals the lowest, and a NaN is below all.
+    """The rate with the largest mean; of equals the lowest, and what is no finite number is below all.
 
     Args:
         means: of the validation metric over all trainings at each rate.
@@ -18,7 +18,12 @@ def best_rate(means: Mapping[float, float]) -> float:
         >>> best_rate({1e-3: 0.7, 3e-3: 0.8})
         0.003
     """
-    return max(sorted(means), key=lambda rate: -math.inf if math.isnan(means[rate]) else means[rate])
+    return max(sorted(means), key=lambda rate: means[rate] if math.isfinite(means[rate]) else -math.inf)
+
+
+def is_diverged(means: Mapping[float, float]) -> bool:
+    """Whether no rate that was tried gave a finite mean."""
+    return bool(means) and not math.isfinite(means[best_rate(means)])
 
 
 def next_rate(grid: Sequence[float], means: Mapping[float, float]) -> float | None:

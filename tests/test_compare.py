@@ -113,6 +113,8 @@ def test_of_one_value_there_is_no_interval() -> None:
         ({1e-3: 0.5, 3e-3: 0.5, 1e-2: 0.5}, 1e-3, 3.33e-4),  # of equals the lowest
         ({1e-3: float("nan"), 3e-3: 0.2, 1e-2: float("nan")}, 3e-3, None),
         ({1e-3: float("nan"), 3e-3: float("nan"), 1e-2: -5.0}, 1e-2, 3.33e-2),
+        ({1e-3: 0.1, 3e-3: 0.2, 1e-2: float("inf")}, 3e-3, None),  # an overflow is no success
+        ({1e-3: float("nan"), 3e-3: float("nan"), 1e-2: float("nan")}, 1e-3, 3.33e-4),  # lower ones may do
     ],
 )
 def test_the_rate_and_what_the_grid_lacks(means: dict[float, float], best: float, then: float | None) -> None:
@@ -151,6 +153,71 @@ def test_rates_are_chosen_by_the_mean_over_seeds_and_grids_extended(
         statistics.fmean(a - b for a, b in zip(rows["head"]["test"], rows["full fine-tuning"]["test"], strict=True))
     )
     assert len(done) == len(set(done))
+
+
+# What diverges
+
+
+@pytest.mark.parametrize("lost", [float("nan"), float("inf"), -float("inf")])
+def test_a_method_that_diverges_is_told_so_and_compared_with_nothing(
+    lost: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It used to end the comparison, after all trainings."""
+    table_of = {
+        "full fine-tuning": lambda rate, seed: 0.6 + seed / 10,
+        "head": lambda rate, seed: lost if seed else 0.9,
+        "first third": lambda rate, seed: lost if rate > 1e-3 else 0.8 + rate + seed / 100,
+    }
+    path = write_recipe(tmp_path, methods=["full", "head", "first"], rates=[1e-3, 1e-2], seeds=[0, 1])
+    done = settle(path, table_of, monkeypatch)
+    report = compare(load_recipe(path), console=QUIET)
+    _, head, first = report["methods"]
+    assert first["rate"] == 1e-3 and first["to_full"] is not None and report["compared"] == 1
+    assert head["to_full"] is None and head["test"] == [None, None] and head["validation"] == [0.9, None]
+    assert set(head["rates"].values()) == {None} and len(head["rates"]) == 4  # lower ones were tried as well
+    assert not [job for job in done if job.kind == "test" and job.method == "head"]
+    assert report["sentences"][0].startswith("first third is best")
+    assert report["sentences"][-1] == "At every rate diverged: head."
+    folder = tmp_path / "run" / "comparison"
+    json.loads((folder / "report.json").read_text(), parse_constant=pytest.fail)
+    (row,) = [line for line in (folder / "table.md").read_text().splitlines() if line.startswith("| head")]
+    assert [cell.strip() for cell in row.split("|")[2:4]] == ["diverged", "-"]
+    assert (folder / "compare.png").read_bytes().startswith(b"\x89PNG")
+    Console(file=io.StringIO()).print(table(report))
+
+
+def test_full_fine_tuning_that_diverges_ends_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_recipe(tmp_path, methods=["full", "head"], rates=[1e-3, 1e-2], seeds=[0])
+    done = settle(path, {"full fine-tuning": lambda rate, seed: float("nan")}, monkeypatch)
+    with pytest.raises(SurgicalError, match=r"diverged: accuracy .* rates 1e-05, 0.0001, 0.001, 0.01, .* lower rates"):
+        compare(load_recipe(path), console=QUIET)
+    count = len(done)
+    with pytest.raises(SurgicalError, match="diverged"):
+        compare(load_recipe(path), console=QUIET)
+    assert len(done) == count  # what is finished is kept
+
+
+def test_a_test_metric_that_is_no_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_recipe(tmp_path, methods=["nothing", "full", "head"], rates=[1e-3], seeds=[0])
+    settle(path, {}, monkeypatch)
+    recipe = load_recipe(path)
+    play = Workshop.do
+
+    def lose(title: str) -> None:
+        def do(workshop: Workshop, job: Job) -> None:
+            play(workshop, job)
+            if job.kind == "test" and job.method == title:
+                path = workshop._path(job)
+                path.write_text(path.read_text().replace('{"test": 0.25}', '{"test": NaN}'))
+
+        monkeypatch.setattr(Workshop, "do", do)
+
+    lose("no adaptation")
+    report = compare(recipe, tmp_path / "one", console=QUIET)
+    assert report["methods"][0]["to_full"] is None and report["compared"] == 1
+    lose("full fine-tuning")
+    with pytest.raises(SurgicalError, match=r"full fine-tuning at its best rate, 0.001, gave no number for accuracy"):
+        compare(recipe, tmp_path / "other", console=QUIET)
 
 
 # What is said

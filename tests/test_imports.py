@@ -57,7 +57,7 @@ TIERS = [
     ["compare_settings", "halving"],
     ["compare_runs", "advice_rows"],
     ["advise"],
-    ["compare_crew"],
+    ["compare_crew", "compare_report"],
     ["compare"],
     ["trials"],
     ["quickstart"],

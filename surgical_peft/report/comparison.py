@@ -52,14 +52,19 @@ def sentences(report: dict[str, Any]) -> list[str]:
     Of several methods the best one owes something to luck. So its interval has to stay clear of zero also when it is
     widened for the number of methods compared (Bonferroni).
     """
-    rows = [row for row in report["methods"] if row["rate"] is not None]
+    lost = [row["method"] for row in report["methods"] if has_diverged(row)]
+    return [*_verdict(report), *([f"At every rate diverged: {', '.join(lost)}."] if lost else [])]
+
+
+def _verdict(report: dict[str, Any]) -> list[str]:
+    rows = [row for row in report["methods"] if row["rate"] is not None and not has_diverged(row)]
     ranked = sorted(rows, key=lambda row: -statistics.fmean(row["test"]))
     best = ranked[0]
     is_share, unit = scale_of(report)
     first = f"{best['method']} is best: {_number(report, statistics.fmean(best['test']))}{' %' * is_share} test "
     first += f"{report['metric']}, mean of {trainings_of(report)}"
     if len(ranked) == 1:
-        return [f"{first}; nothing else was trained.", "So there is nothing to compare it with."]
+        return [f"{first}.", "There is nothing to compare it with."]
     rival = ranked[1] if best["to_full"] is None else best
     found = rival["to_full"]
     size = f"{_number(report, abs(found['mean']))}{unit}"
@@ -81,9 +86,14 @@ def sentences(report: dict[str, Any]) -> list[str]:
     return [first, f"That is more than noise: {f'{widened}, ' if count > 1 else 'the interval is '}clear of zero."]
 
 
+def has_diverged(row: dict[str, Any]) -> bool:
+    """Whether a method gave no number, at its best rate."""
+    return None in row["test"]
+
+
 def scale_of(report: dict[str, Any]) -> tuple[bool, str]:
     """Whether the metric is a share, to be shown in percent, and the word for a difference."""
-    is_share = all(0 <= value <= 1 for row in report["methods"] for value in row["test"])
+    is_share = all(0 <= value <= 1 for row in report["methods"] for value in row["test"] if value is not None)
     return is_share, " points" * is_share
 
 
@@ -95,11 +105,12 @@ def trainings_of(report: dict[str, Any]) -> str:
 
 
 def _cells(report: dict[str, Any], bold: str) -> tuple[list[str], list[list[str]]]:
-    means = [statistics.fmean(row["test"]) for row in report["methods"]]
+    best = max(statistics.fmean(row["test"]) for row in report["methods"] if not has_diverged(row))
     rows = []
-    for row, mean in zip(report["methods"], means, strict=True):
-        result = _number(report, mean)
-        if len(row["test"]) > 1:
+    for row in report["methods"]:
+        mean = None if has_diverged(row) else statistics.fmean(row["test"])
+        result = "diverged" if mean is None else _number(report, mean)
+        if mean is not None and len(row["test"]) > 1:
             result += f" ± {_number(report, statistics.stdev(row['test']))}"
         difference = "-"
         if row["to_full"] is not None:
@@ -120,8 +131,8 @@ def _cells(report: dict[str, Any], bold: str) -> tuple[list[str], list[list[str]
             f"{row['choosing_seconds']:.1f}" if row["choosing_seconds"] >= 0.05 else "-",
         ]
         if row["forgotten"] is not None:
-            cells.append(_number(report, statistics.fmean(row["forgotten"])))
-        if mean == max(means):
+            cells.append("-" if None in row["forgotten"] else _number(report, statistics.fmean(row["forgotten"])))
+        if mean == best:
             cells[:2] = [bold.format(cell) for cell in cells[:2]]
         rows.append(cells)
     header = [*_COLUMNS, *["forgets"] * _tells_forgetting(report)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from ..files import whole_file
-from .comparison import scale_of, trainings_of
+from .comparison import has_diverged, scale_of, trainings_of
 
 _FULL, _OTHER = "#222222", "#4477aa"
 
@@ -19,9 +20,10 @@ _FULL, _OTHER = "#222222", "#4477aa"
 def plot(report: dict[str, Any], path: str | Path) -> None:
     """Every test result of each method, and the paired difference to full fine-tuning with its interval.
 
-    Both axes are for what was trained; the model as it was may lie far outside, and is then written at the edge.
+    Both axes are for what was trained; the model as it was may lie far outside, and is then written at the edge. What
+    diverged has a line without points.
     """
-    rows = sorted(report["methods"], key=lambda row: statistics.fmean(row["test"]))
+    rows = sorted(report["methods"], key=_mean)
     is_share, unit = scale_of(report)
     longest = max(len(row["method"]) for row in rows)
     figure = Figure(figsize=(7.2 + 0.07 * longest, 1.5 + 0.3 * len(rows)), dpi=150, layout="constrained")
@@ -44,11 +46,19 @@ def plot(report: dict[str, Any], path: str | Path) -> None:
         figure.savefig(temporary)
 
 
+def _mean(row: dict[str, Any]) -> float:
+    return -math.inf if has_diverged(row) else statistics.fmean(row["test"])
+
+
 def _draw_results(axes: Axes, rows: list[dict[str, Any]], scale: int) -> None:
-    trained = [scale * value for row in rows if row["rate"] is not None for value in row["test"]]
+    told = [row for row in rows if row["rate"] is not None and not has_diverged(row)]
+    trained = [scale * value for row in told for value in row["test"]]
     margin = 0.08 * (max(trained) - min(trained)) or 1.0
     axes.set_xlim(min(trained) - margin, max(trained) + margin)
     for place, row in enumerate(rows):
+        if has_diverged(row):
+            axes.text(0.01, place, "diverged", transform=axes.get_yaxis_transform(), va="center", fontsize=8)
+            continue
         colour = _FULL if row["to_full"] is None else _OTHER
         values = [scale * value for value in row["test"]]
         mean = statistics.fmean(values)
