@@ -16,9 +16,9 @@ from .compare_runs import Workshop
 from .compare_settings import FULL, Comparison, Job
 from .errors import SurgicalError
 from .files import finite
-from .paired import t_interval
+from .paired import crossed_interval
 from .rate_grid import is_at_edge, is_diverged
-from .report.comparison import has_diverged, sentences
+from .report.comparison import has_diverged, interval_in_words, sentences
 from .run_report import PACKAGES
 
 
@@ -91,9 +91,11 @@ def report_of(what: Comparison, rows: list[dict[str, Any]], jobs: int, seconds: 
         row["to_full"] = None
         if row is full or has_diverged(row):
             continue
-        differences = [own - other for own, other in zip(row["test"], full["test"], strict=True)]
-        plain = t_interval(differences)
-        wide = t_interval(differences, 1 - (1 - plain.confidence) / max(1, others))
+        found = [own - other for own, other in zip(row["test"], full["test"], strict=True)]
+        each = len(what.seeds)
+        differences = [found[start : start + each] for start in range(0, len(found), each)]  # by source model
+        plain = crossed_interval(differences)
+        wide = crossed_interval(differences, 1 - (1 - plain.confidence) / max(1, others))
         row["to_full"] = {
             "mean": plain.mean,
             "interval": [plain.low, plain.high],
@@ -111,4 +113,4 @@ def report_of(what: Comparison, rows: list[dict[str, Any]], jobs: int, seconds: 
         "compared": others,
         "methods": rows,
     }
-    return {**report, "sentences": sentences(report)}
+    return {**report, "interval": interval_in_words(report), "sentences": sentences(report)}

@@ -14,7 +14,7 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean and its confidence interval; `low` and `high` are None with fewer than two values.
+    """A mean and its confidence interval; `low` and `high` are None where the values do not tell one.
 
     Attributes:
         mean, low, high: of what was measured.
@@ -33,7 +33,7 @@ class Interval:
 
 
 def t_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Interval:
-    """The mean of `values` and Student's t interval around it.
+    """The mean of `values` and Student's t interval around it; fewer than two values, or all equal, tell none.
 
     Raises:
         SurgicalError: no values, or a confidence that is not between 0 and 1.
@@ -45,10 +45,34 @@ def t_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Inter
     if not values or not 0 < confidence < 1:
         raise SurgicalError(f"no interval of {len(values)} values at the confidence {confidence}.")
     mean = statistics.fmean(values)
-    if len(values) < 2:
+    if len(values) < 2 or math.isclose(min(values), max(values), rel_tol=1e-9, abs_tol=1e-12):
         return Interval(mean, None, None, confidence)
     half = t_quantile(confidence, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
     return Interval(mean, mean - half, mean + half, confidence)
+
+
+def crossed_interval(values: Sequence[Sequence[float]], confidence: float = CONFIDENCE) -> Interval:
+    """The mean of values that were measured with every source model on every draw, and an interval for both.
+
+    Those of one draw share its data, those of one source model its weights: as independent values they would give an
+    interval that is too narrow. So the values are averaged over the source models of each draw, and over the draws of
+    each source model; either gives a t interval, of as many values as there are draws or source models, and the wider
+    one counts. With one source model, or one draw, it is the other's.
+
+    Args:
+        values: a sequence for each source model, a value for each draw in it.
+        confidence: of the interval.
+
+    Raises:
+        SurgicalError: as `t_interval`.
+
+    Example:
+        >>> crossed_interval([[0.1, 0.2], [0.2, 0.6]]).low
+        -1.313...
+    """
+    of_draws = t_interval([statistics.fmean(each) for each in zip(*values, strict=True)], confidence)
+    of_sources = t_interval([statistics.fmean(each) for each in values], confidence)
+    return max(of_draws, of_sources, key=lambda found: -1 if found.high is None else found.high - found.mean)
 
 
 def t_quantile(confidence: float, freedom: int) -> float:

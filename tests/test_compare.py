@@ -27,7 +27,7 @@ from surgical_peft.compare import compare, plan
 from surgical_peft.compare_runs import Workshop
 from surgical_peft.compare_settings import Comparison, Job
 from surgical_peft.methods import Method, make_method
-from surgical_peft.paired import t_interval, t_quantile
+from surgical_peft.paired import crossed_interval, t_interval, t_quantile
 from surgical_peft.rate_grid import best_rate, is_at_edge, next_rate
 from surgical_peft.recipe import load_recipe
 from surgical_peft.report.comparison import markdown, sentences, table
@@ -97,6 +97,40 @@ def test_of_one_value_there_is_no_interval() -> None:
     assert (found.mean, found.low, found.high, found.is_clear) == (0.3, None, None, False)
     with pytest.raises(SurgicalError, match="no interval of 0 values"):
         t_interval([])
+
+
+def test_of_equal_values_there_is_no_interval() -> None:
+    """It was one without any width, and clear of zero. The differences here are equal but for rounding."""
+    found = t_interval([0.81 - 0.71, 0.82 - 0.72, 0.83 - 0.73])
+    assert found.mean == pytest.approx(0.1) and (found.low, found.high, found.is_clear) == (None, None, False)
+    assert crossed_interval([[0.1, 0.1], [0.1, 0.1]]).high is None
+
+
+def test_the_wider_of_two_intervals_counts() -> None:
+    by_draw, by_source = t_interval([0.15, 0.4, 0.35]), t_interval([0.2, 0.4])
+    found = crossed_interval([[0.1, 0.2, 0.3], [0.2, 0.6, 0.4]])
+    assert by_source.low is not None and by_draw.low is not None and by_source.low < by_draw.low
+    assert (found.low, found.high) == pytest.approx((by_source.low, by_source.high))
+    one = [0.1, 0.3, 0.2]
+    assert crossed_interval([one]) == t_interval(one)
+    assert crossed_interval([[each] for each in one]) == t_interval(one)
+
+
+@pytest.mark.parametrize("spread", [(1, 1, 1), (1, 0, 1), (0, 1, 1), (0, 0, 1)])
+@pytest.mark.parametrize(("sources", "draws"), [(2, 3), (3, 5), (5, 5)])
+def test_the_interval_holds_zero_as_often_as_it_says(sources: int, draws: int, spread: tuple[int, int, int]) -> None:
+    """No true difference; trainings share draws and source models. As independent pairs they were told apart."""
+    random_of = random.Random(f"{sources} {draws} {spread}")
+    of_source, of_draw, own = spread
+    count, held, held_as_pairs = 600, 0, 0
+    for _ in range(count):
+        by_source = [random_of.gauss(0, of_source) for _ in range(sources)]
+        by_draw = [random_of.gauss(0, of_draw) for _ in range(draws)]
+        found = [[one + other + random_of.gauss(0, own) for other in by_draw] for one in by_source]
+        held += not crossed_interval(found).is_clear
+        held_as_pairs += not t_interval([value for each in found for value in each]).is_clear
+    assert held / count > 0.93
+    assert of_source == of_draw == 0 or held_as_pairs / count < 0.91
 
 
 # Rates
@@ -248,6 +282,7 @@ def told(**differences: Sequence[float]) -> list[str]:
         ({"a": [0.10, 0.05, 0.09], **{f"m{i}": [0.0, 0.0, 0.0] for i in range(9)}}, "a is best", "may be luck"),
         ({"a": [-0.1, -0.12, -0.1]}, "full fine-tuning is best: 71.0 %", "more than noise"),
         ({"a": [0.1]}, "a is best", "With one training each nothing can be said"),
+        ({"a": [0.1, 0.1, 0.1]}, "10.0 points above full fine-tuning.", "Every training differs by the same"),
     ],
 )
 def test_what_won_and_whether_it_is_noise(differences: dict[str, Sequence[float]], first: str, second: str) -> None:
@@ -359,6 +394,10 @@ def test_a_source_model_more_is_paired_with_itself(tmp_path: Path, monkeypatch: 
     report = compare(load_recipe(path), console=QUIET)
     assert {(job.source, job.seed) for job in done if job.kind == "training"} == {(0, 4), (0, 5), (1, 4), (1, 5)}
     assert report["methods"][1]["test"] == [0.2, 0.25, 0.2, 0.25]
+    as_of_draws = t_interval([0.2 - 0.25, 0.25 - 0.25])
+    assert report["methods"][1]["to_full"]["interval"] == pytest.approx([as_of_draws.low, as_of_draws.high])
+    assert report["interval"].startswith("In brackets its 95 % t interval, the wider of")
+    assert report["interval"] in (tmp_path / "run" / "comparison" / "table.md").read_text()
     assert "2 trainings of each of 2 source models" in report["sentences"][0]
 
 

@@ -35,8 +35,8 @@ def markdown(report: dict[str, Any]) -> str:
     lines += [
         "",
         f"Test {report['metric']}: mean ± standard deviation of {trainings_of(report)}. To full: the paired "
-        "difference to full fine-tuning, with its 95 % t interval. Each rate has the best mean on validation data of "
-        f"its grid, extended where that was at the edge{starred}. Tuned: parameters. Step: its time, as a part of "
+        f"difference to full fine-tuning. {interval_in_words(report)} Each rate has the best mean on validation data "
+        f"of its grid, extended where that was at the edge{starred}. Tuned: parameters. Step: its time, as a part of "
         "full fine-tuning's, taken in turns in one process. Memory: the most that is alive at once in a step. "
         "Choosing: of the blocks, once for each training."
         + (" Forgets: what is lost on the source model's own data." if _tells_forgetting(report) else ""),
@@ -50,7 +50,8 @@ def sentences(report: dict[str, Any]) -> list[str]:
     """What won and by how much, and whether that is more than noise.
 
     Of several methods the best one owes something to luck. So its interval has to stay clear of zero also when it is
-    widened for the number of methods compared (Bonferroni).
+    widened for the number of methods compared (Bonferroni). Where all differences are equal none is told, and nothing
+    is claimed.
     """
     lost = [row["method"] for row in report["methods"] if has_diverged(row)]
     return [*_verdict(report), *([f"At every rate diverged: {', '.join(lost)}."] if lost else [])]
@@ -74,7 +75,9 @@ def _verdict(report: dict[str, Any]) -> list[str]:
         first += f", {size} above the next, {rival['method']}"
     low, high = found["interval"]
     if low is None:
-        return [f"{first}.", "With one training each nothing can be said about noise."]
+        is_one = len(rival["test"]) == 1
+        why = "With one training each" if is_one else "Every training differs by the same, and from that"
+        return [f"{first}.", f"{why} nothing can be said about noise."]
     first += f" (95 % interval of {rival['method']} to full: {_range(report, low, high)})."
     wide = found["interval_of_all"]
     count = report["compared"]
@@ -102,6 +105,20 @@ def trainings_of(report: dict[str, Any]) -> str:
     seeds, sources = len(report["seeds"]), len(report["sources"])
     count = f"{seeds} training{'s' * (seeds > 1)}"
     return f"{count} of each of {sources} source models" if sources > 1 else count
+
+
+def interval_in_words(report: dict[str, Any]) -> str:
+    """What the interval of a difference is of, and what it does not cover."""
+    own = "draws and seeds" if report["recipe"].get("draws") else "seeds"
+    several = {own: len(report["seeds"]) > 1, "source models": len(report["sources"]) > 1}
+    covered = [name for name, is_told in several.items() if is_told]
+    if not covered:
+        return "One training each tells no interval."
+    found = "In brackets its 95 % t interval"
+    if len(covered) > 1:
+        found += f", the wider of that of the {own}, each averaged over the source models, and that of the source "
+        found += f"models, each averaged over the {own}"
+    return f"{found}: it covers {' and '.join(covered)}, not which examples are in the test set."
 
 
 def _cells(report: dict[str, Any], bold: str) -> tuple[list[str], list[list[str]]]:
