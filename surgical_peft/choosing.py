@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import replace
 from functools import partial
 from itertools import islice
+from operator import length_hint
 from typing import Any
 
 from torch import nn
 
 from . import criteria
 from .batches import LossFunction
+from .blocks import BlockMap
 from .config import SurgicalConfig
 from .criteria.criterion import needs_of, of_model
 from .criteria.probe import Run, first_rates, halves
@@ -20,7 +22,7 @@ from .errors import SurgicalError
 from .names import resolve
 from .scores import BlockScores
 from .scoring import score_blocks
-from .selection import top_k
+from .selection import check_k, top_k
 from .targets import modules_to_tune
 
 CRITERION = "probe"  # the lowest regret on the seen shifts of benchmarks/criteria
@@ -49,18 +51,12 @@ def choose_blocks(
     wanted = needs_of(score).batches if num_batches is None else num_batches
     batches = list(islice(dataloader, max(wanted, needs_of(together).batches if config.num_blocks is None else 0)))
     scores = score_blocks(model, batches, config.criterion or CRITERION, num_batches=num_batches, loss_fn=loss_fn)
-    refused = {name: reason for name in scores.values if (reason := _refusal(model, config, name))}
+    refused = _refused(model, config, scores.values)
     left = {name: value for name, value in scores.values.items() if name not in refused}
-    if not left:
-        raise SurgicalError(f"no block of {scores.model_name} can be tuned: {next(iter(refused.values()))}")
     candidates = replace(scores, values=left, unscored=(*scores.unscored, *refused))
     count, loss = config.num_blocks, None
     if count is None:
-        if len(batches) < 2:
-            raise SurgicalError(
-                f"num_blocks=None lets short trainings decide how many blocks to take, which needs 2 batches or more, "
-                f"and there are {len(batches)}: give num_blocks, or more and smaller batches."
-            )
+        _check_enough(len(batches))
         ranking = sorted(left, key=lambda name: -left[name])[:MOST]
         minus = score_blocks(model, batches, partial(together, ranking=tuple(ranking)), loss_fn=loss_fn).values
         loss = {name: -minus[name] for name in ranking}  # by the last block of each trial
@@ -72,6 +68,20 @@ def choose_blocks(
     if loss:
         record["joint_loss"] = loss
     return replace(config, blocks=list(chosen.blocks), selection=record, criterion=None, num_blocks=None), scores
+
+
+def check_choice(model: nn.Module, config: SurgicalConfig, dataloader: Iterable[Any]) -> None:
+    """Refuse what `choose_blocks` would refuse that takes no scores to see; reads no data.
+
+    Raises:
+        SurgicalError: no block that can be tuned, more blocks asked for than there are, or too few batches.
+    """
+    names = [name for name, weights in BlockMap.find(model).parameters(model).items() if weights]
+    left = len(names) - len(_refused(model, config, names))
+    if config.num_blocks is None:
+        _check_enough(length_hint(dataloader, 2))
+    else:
+        check_k(config.num_blocks, left)
 
 
 @of_model(batches=16)
@@ -98,6 +108,24 @@ def how_many(left: list[float]) -> int:
     while count < len(left) and left[count] < (1 - LEAST) * left[count - 1]:
         count += 1
     return count
+
+
+def _check_enough(batches: int) -> None:
+    if batches < 2:
+        raise SurgicalError(
+            f"num_blocks=None lets short trainings decide how many blocks to take, which needs 2 batches or more, "
+            f"and there are {batches}: give num_blocks, or more and smaller batches."
+        )
+
+
+def _refused(model: nn.Module, config: SurgicalConfig, names: Collection[str]) -> dict[str, str]:
+    """The blocks that cannot be tuned, and why; some can."""
+    refused = {name: reason for name in names if (reason := _refusal(model, config, name))}
+    if len(refused) == len(names):
+        raise SurgicalError(
+            f"no block of {BlockMap.find(model).model_name} can be tuned: {next(iter(refused.values()))}"
+        )
+    return refused
 
 
 def _refusal(model: nn.Module, config: SurgicalConfig, block: str) -> str | None:

@@ -24,9 +24,7 @@ from .rate_grid import MOST, best_rate, is_diverged, next_rate
 from .recipe import Recipe
 from .report.comparison import markdown
 from .report.comparison_plot import plot
-from .selection import Selection
 from .threads import shared_threads
-from .workbench import Workbench
 
 _TABLE = "table.md"  # by which an earlier comparison is known
 
@@ -61,14 +59,14 @@ def plan(recipe: Recipe, output: str | Path | None = None, jobs: int = 1) -> Pla
         96
     """
     workshop = _workshop(recipe, output, jobs)
+    workshop.check()
     what = workshop.comparison
     grids = {title: what.grid(title) for title in what.methods}
     begun = [job for title, grid in grids.items() for rate in grid for job in what.trainings(title, rate)]
     done = sum(workshop.is_done(job) for job in begun)
     more = sum(MOST * len(what.trainings(title)) for title, grid in grids.items() if len(grid) > 1)
-    full = what.methods[FULL]
     with shared_threads(jobs):
-        each = Workbench(recipe).seconds(lambda model: full.wrap(model, Selection(()), recipe))
+        each = workshop.seconds()
     at_once = min(jobs, os.cpu_count() or 1)
     return Plan(len(begun), done, more, each, math.ceil((len(begun) - done) / at_once) * each)
 
@@ -107,6 +105,8 @@ def compare(
     what, folder = workshop.comparison, workshop.folder
     check_replaceable(folder / "comparison", _TABLE)
     workshop.check()
+    if jobs > 1:
+        workshop.let_go()
     with shared_threads(jobs), Crew(workshop, jobs, console or Console()) as crew:
         chosen = [title for title, method in what.methods.items() if method.choose]
         crew.do("choose blocks", [replace(job, kind="choice") for title in chosen for job in what.trainings(title)])

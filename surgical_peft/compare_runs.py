@@ -15,16 +15,14 @@ from peft import PeftModel
 from torch import nn
 from torch.utils.data import ConcatDataset
 
-from .blocks import BlockMap
-from .compare_settings import Comparison, Job
+from .compare_check import in_words, misfits_of, refuse, setting_of
+from .compare_settings import FULL, Comparison, Job
 from .errors import SurgicalError
 from .files import whole_folder, write_text
-from .methods import Setting
 from .recipe import Recipe
 from .selection import Selection
 from .step_costs import Watch, step_costs
 from .tasks import load_task
-from .train import loader
 from .workbench import Remembered, Workbench
 
 _TIMED = 3  # batches of an epoch whose steps are timed
@@ -46,19 +44,33 @@ class Workshop:
         self._measured: dict[str, tuple[Any, ConcatDataset[Any]]] = {}
 
     def check(self) -> None:
-        """Open all data, so that what is missing is said before any training.
+        """Open all data, and have each method say whether it fits each source model, before anything is chosen.
 
         Raises:
-            SurgicalError: data or splits that are missing, or do not fit the task or a source model.
+            SurgicalError: data or splits that are missing, or do not fit the task or a source model; methods that do
+                not fit, all of them.
         """
-        for number in range(len(self.comparison.sources)):
-            for seed in self.comparison.seeds:
-                load_task(self.comparison.recipe_of(number, seed), ("train", "validation"))
+        what = self.comparison
+        for number in range(len(what.sources)):
+            for seed in what.seeds:
+                load_task(what.recipe_of(number, seed), ("train", "validation"))
                 self._test_examples(number, seed)
-            if self.comparison.recipe.source_data is not None:
-                load_task(self.comparison.source_recipe(number), ("test",))
-        for method in self.comparison.methods.values():
-            method.policy(self.comparison.arguments(method))
+            if what.recipe.source_data is not None:
+                self._source_examples(number)
+        misfits: dict[str, str] = {}
+        for job in reversed(self._firsts()):  # what the first jobs need stays in memory
+            misfits = {**misfits_of(what, job, self._bench_of(job)), **misfits}
+        refuse(misfits, len(what.methods))
+
+    def let_go(self) -> None:
+        """Forget model and data: other processes do the work."""
+        self._bench = None
+        self._measured.clear()
+
+    def seconds(self) -> float:
+        """What one full fine-tuning takes, from a few timed steps."""
+        bench, full = self._bench_of(self._firsts()[0]), self.comparison.methods[FULL]
+        return bench.seconds(lambda model: full.wrap(model, Selection(()), bench.recipe))
 
     def finding(self, job: Job) -> dict[str, Any]:
         """What a job found that was done."""
@@ -91,16 +103,7 @@ class Workshop:
         assert method.choose is not None
         own = self.folder / "choices" / self._path(job).stem
         own.mkdir(parents=True, exist_ok=True)
-        recipe = self.comparison.recipe_of(job.source, job.seed)
-        args = recipe.arguments()
-        setting = Setting(
-            recipe=recipe,
-            model=bench.model,
-            blocks=BlockMap.find(bench.model),
-            batches=partial(loader, bench.task, args),
-            seed=job.seed,
-            folder=own,
-        )
+        setting = setting_of(self.comparison, job, bench, own)
         began = time.perf_counter()
         blocks = list(method.choose(setting).blocks)
         return {"blocks": blocks, "seconds": time.perf_counter() - began}
@@ -168,12 +171,16 @@ class Workshop:
         try:
             return self.comparison.methods[job.method].wrap(model, selection, recipe)
         except ValueError as error:  # ours, or PEFT's
-            raise SurgicalError(f"{job.method} does not fit {type(model).__name__}: {error}") from error
+            raise SurgicalError(in_words(job.method, model, error)) from error
 
     def _selection(self, job: Job) -> Selection:
         if self.comparison.methods[job.method].choose is None:
             return Selection(())
         return Selection(tuple(self.finding(replace(job, kind="choice", rate=None))["blocks"]))
+
+    def _firsts(self) -> list[Job]:
+        """The first training of each source model, as far as its data go."""
+        return [Job("training", number, self.comparison.seeds[0]) for number in range(len(self.comparison.sources))]
 
     def _bench_of(self, job: Job) -> Workbench:
         recipe = self.comparison.recipe_of(job.source, job.seed)
@@ -184,9 +191,7 @@ class Workshop:
         return self._bench[1]
 
     def _test_examples(self, source: int, seed: int) -> ConcatDataset[Any]:
-        recipe = self.comparison.recipe_of(source, seed)
-        recipes = [replace(recipe, data=each) for each in self.comparison.recipe.test_data or [recipe.data]]
-        return self._examples("test", recipes)
+        return self._examples("test", self.comparison.test_recipes(source, seed))
 
     def _source_examples(self, source: int) -> ConcatDataset[Any]:
         return self._examples("source", [self.comparison.source_recipe(source)])

@@ -117,6 +117,11 @@ class Comparison:
         data = recipe.data if recipe.draws is None else recipe.draws[self.seeds.index(seed)]
         return replace(recipe, model=self.sources[source], data=data, training={**recipe.training, "seed": seed})
 
+    def test_recipes(self, source: int, seed: int) -> list[Recipe]:
+        """The recipes whose test splits, as one, are the test data of a training."""
+        recipe = self.recipe_of(source, seed)
+        return [replace(recipe, data=each) for each in self.recipe.test_data or [recipe.data]]
+
     def source_recipe(self, source: int) -> Recipe:
         """The recipe with a source model and its own data, unshifted."""
         given = self.recipe.source_data

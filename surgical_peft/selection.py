@@ -32,11 +32,18 @@ def top_k(scores: BlockScores, k: int) -> Selection:
         >>> top_k(scores, 2).blocks
         ('embeddings', 'head')
     """
-    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= len(scores.values):
-        raise SurgicalError(
-            f"k={k!r} is not a whole number from 1 to {len(scores.values)}, the number of scored blocks."
-        )
+    check_k(k, len(scores.values))
     return _selection(scores, _ranked(scores)[:k], rule="top_k", k=k)
+
+
+def check_k(k: int, count: int) -> None:
+    """Refuse to take other than 1 to `count` blocks.
+
+    Raises:
+        SurgicalError: `k` is not between them.
+    """
+    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= count:
+        raise SurgicalError(f"k={k!r} is not a whole number from 1 to {count}, the number of scored blocks.")
 
 
 def top_fraction(scores: BlockScores, fraction: float) -> Selection:

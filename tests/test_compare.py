@@ -21,6 +21,7 @@ import pytest
 import torch
 from rich.console import Console
 from scipy import stats
+from transformers import ViTConfig, ViTForImageClassification
 
 from surgical_peft import SurgicalError
 from surgical_peft.compare import compare, plan
@@ -459,15 +460,76 @@ def test_dry_run_keeps_nothing(tmp_path: Path) -> None:
         ({"methods": ["full"], "source_data": "data", "new_head": True}, "source_data: a model with new_head"),
         ({"methods": ["full"], "source_data": {"data": "data", "lable_map": []}}, "did you mean 'label_map'"),
         ({"methods": ["full", "lp_ft"], "num_train_epochs": 1}, "lp_ft trains the head for half"),
-        ({"methods": ["full", {"first": {"k": 9}}]}, "first 9: k=9 is more than the layers of"),
+        (
+            {"methods": ["full", {"first": {"k": 9}}]},
+            "first 9 does not fit ViTForImageClassification: k=9 is more than the layers",
+        ),
         ({"methods": ["full", {"blocks": {"names": ["haed"]}}]}, "haed"),
         ({"methods": ["full", "tests.test_compare:broken"]}, "broken does not fit ViTForImageClassification: Target"),
+        ({"methods": ["full", {"top_k": {"criterion": "rgn", "k": 9}}]}, "top 9 by rgn does not fit .* from 1 to 5"),
+        (
+            {"methods": ["full", {"top_k": {"criterion": "rgn", "num_batches": 0}}]},
+            "top_k: num_batches=0 is no number",
+        ),
+        ({"methods": ["full", {"auto": {"criterion": "rgm"}}]}, "did you mean 'rgn'"),
+        ({"methods": ["full", {"auto": {"num_blocks": 9}}]}, "auto, 9 blocks does not fit .* k=9 .* from 1 to 5"),
+        ({"methods": ["full", "auto"], "per_device_train_batch_size": 64}, "needs 2 batches or more, and there are 1"),
+        (
+            {"methods": ["full", {"searched": {"procedure": "windows", "options": {"width": 7}}}]},
+            "search by windows.* does not fit .* width=7",
+        ),
     ],
 )
-def test_what_is_wrong_is_said_before_any_training(keys: dict[str, Any], message: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("command", [plan, compare])
+def test_what_is_wrong_is_said_before_anything_is_done(
+    command: Any, keys: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    """Also by a dry run, which used to pass over what does not fit the model."""
     with pytest.raises(SurgicalError, match=message):
-        compare(load_recipe(write_recipe(tmp_path, **keys)), console=QUIET)
-    assert not list(tmp_path.glob("run/runs/training-*"))
+        command(load_recipe(write_recipe(tmp_path, **keys)))
+    assert not (tmp_path / "run").exists()
+
+
+def test_all_misfits_are_told_at_once(tmp_path: Path) -> None:
+    methods = ["full", {"first": {"k": 9}}, "head", "lp_ft", "tests.test_compare:broken", {"blocks": {"names": ["7"]}}]
+    recipe = load_recipe(write_recipe(tmp_path, methods=methods, num_train_epochs=1))
+    with pytest.raises(SurgicalError, match="4 of 6 methods do not fit; change them, or leave them out:") as told:
+        compare(recipe, console=QUIET)
+    lines = str(told.value).splitlines()[1:]
+    assert [line.partition(" does not fit ViT")[0] for line in lines] == [
+        "- first 9",
+        "- LP-FT",
+        "- broken",
+        "- blocks 7",
+    ]
+    assert "k=9 is more" in lines[0] and "half of all epochs" in lines[1] and "Target modules" in lines[2]
+
+
+def test_each_source_model_is_asked(tmp_path: Path) -> None:
+    """The second one has three layers, the first two."""
+    write_recipe(tmp_path)
+    config = ViTConfig.from_pretrained(tmp_path / "model", num_hidden_layers=3)
+    ViTForImageClassification(config).save_pretrained(tmp_path / "second")
+    shutil.copy(tmp_path / "model" / "preprocessor_config.json", tmp_path / "second")
+    methods = ["full", {"last": {"k": 3}}]
+    recipe = load_recipe(write_recipe(tmp_path, methods=methods, sources=["second"]))
+    with pytest.raises(
+        SurgicalError, match=r"last 3 does not fit ViTForImageClassification of \S+/model: k=3 is more"
+    ):
+        compare(recipe, console=QUIET)
+    other = replace(recipe, model=str(tmp_path / "second"), sources=[recipe.model])
+    with pytest.raises(
+        SurgicalError, match=r"last 3 does not fit ViTForImageClassification of \S+/model: k=3 is more"
+    ):
+        compare(other, console=QUIET)
+
+
+def test_what_does_not_fit_is_found_without_any_gradient(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    methods = ["full", "head", "auto", {"top_k": {"criterion": "rgn"}}, {"searched": {"procedure": "sweep"}}, "lora"]
+    recipe = load_recipe(write_recipe(tmp_path, methods=methods))
+    monkeypatch.setattr(torch.Tensor, "backward", lambda *_, **__: pytest.fail("a gradient"))
+    Workshop(Comparison(recipe), tmp_path / "run").check()
+    assert not (tmp_path / "run").exists()
 
 
 def broken() -> Method:

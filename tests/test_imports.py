@@ -55,6 +55,7 @@ TIERS = [
     ["objective"],
     ["recipe_search", "methods"],
     ["compare_settings", "halving"],
+    ["compare_check"],
     ["compare_runs", "advice_rows"],
     ["advise"],
     ["compare_crew", "compare_report"],

@@ -9,19 +9,19 @@ from pathlib import Path
 from typing import Any
 
 from .. import criteria
-from ..choosing import choose_blocks
+from ..choosing import check_choice, choose_blocks
 from ..config import SurgicalConfig
 from ..errors import SurgicalError
 from ..names import resolve
 from ..objective import RecipeObjective
-from ..procedures.procedure import as_procedure
+from ..procedures.procedure import Procedure, as_procedure
 from ..scoring import score_blocks
-from ..search import run_search
+from ..search import count_trainings, run_search
 from ..search_result import SearchResult
-from ..selection import Selection
+from ..selection import Selection, check_k
 from ..selection import top_k as take_top_k
 from ..tasks.models import modules_to_save
-from .method import Method, Setting
+from .method import Method, Setting, of_known_blocks, parsed
 
 
 def top_k(criterion: str, k: int = 2, num_batches: int | None = None) -> Method:
@@ -35,11 +35,25 @@ def top_k(criterion: str, k: int = 2, num_batches: int | None = None) -> Method:
     resolve(criterion, criteria)
     if isinstance(k, bool) or not isinstance(k, int) or k < 1:
         raise SurgicalError(f"top_k: k={k!r} is no number of blocks: 1 or more.")
-    return Method(f"top {k} by {criterion}", choose=partial(_top_k, criterion, k, num_batches))
+    _check_batches("top_k", num_batches)
+    return Method(
+        f"top {k} by {criterion}", choose=partial(_top_k, criterion, k, num_batches), preview=partial(_check_k, k)
+    )
 
 
 def _top_k(criterion: str, k: int, num_batches: int | None, setting: Setting) -> Selection:
     return take_top_k(score_blocks(setting.model, setting.batches(), criterion, num_batches=num_batches), k)
+
+
+def _check_k(k: int, setting: Setting) -> None:
+    check_k(k, sum(bool(weights) for weights in setting.blocks.parameters(setting.model).values()))
+
+
+def _check_batches(name: str, num_batches: int | None) -> None:
+    if num_batches is not None and (
+        isinstance(num_batches, bool) or not isinstance(num_batches, int) or num_batches < 1
+    ):
+        raise SurgicalError(f"{name}: num_batches={num_batches!r} is no number of batches to score on: 1 or more.")
 
 
 def auto(criterion: str | None = None, num_blocks: int | None = None, num_batches: int | None = None) -> Method:
@@ -50,14 +64,27 @@ def auto(criterion: str | None = None, num_blocks: int | None = None, num_batche
     Example:
         methods: [full, auto]
     """
+    if criterion is not None:
+        resolve(criterion, criteria)
+    _check_batches("auto", num_batches)
     config = SurgicalConfig(blocks="auto", criterion=criterion, num_blocks=num_blocks)
     said = [each for each in (criterion, num_blocks and f"{num_blocks} blocks") if each]
-    return Method(", ".join(["auto", *said]), choose=partial(_auto, config, num_batches))
+    return Method(
+        ", ".join(["auto", *said]), choose=partial(_auto, config, num_batches), preview=partial(_check_auto, config)
+    )
+
+
+def _with_recipe(config: SurgicalConfig, setting: Setting) -> SurgicalConfig:
+    saved = modules_to_save(setting.recipe, setting.model)
+    return replace(config, modules_to_save=saved, frozen_eval=setting.recipe.frozen_eval)
+
+
+def _check_auto(config: SurgicalConfig, setting: Setting) -> None:
+    check_choice(setting.model, _with_recipe(config, setting), setting.batches())
 
 
 def _auto(config: SurgicalConfig, num_batches: int | None, setting: Setting) -> Selection:
-    saved = modules_to_save(setting.recipe, setting.model)
-    config = replace(config, modules_to_save=saved, frozen_eval=setting.recipe.frozen_eval)
+    config = _with_recipe(config, setting)
     found, _ = choose_blocks(setting.model, config, setting.batches(), num_batches)
     return Selection(setting.blocks.parse(found.blocks or []), found.selection or {})
 
@@ -83,12 +110,16 @@ def searched(
             raise SurgicalError(f"searched: options={options} are for a search, and result={result!r} is of one.")
         best = SearchResult.load(result).best
         shown = Path(result).parent.parent.name or Path(result).name
-        return Method(f"winner of {shown}", choose=lambda setting: Selection(setting.blocks.parse(list(best.blocks))))
+        return of_known_blocks(f"winner of {shown}", parsed(list(best.blocks)))
     made = as_procedure(procedure, options)
-    return Method(f"search by {made}", choose=partial(_searched, made))
+    return Method(f"search by {made}", choose=partial(_searched, made), preview=partial(_check_search, made))
 
 
-def _searched(procedure: Any, setting: Setting) -> Selection:
+def _check_search(procedure: Procedure, setting: Setting) -> None:
+    count_trainings(procedure, setting.blocks)  # asks for all candidates
+
+
+def _searched(procedure: Procedure, setting: Setting) -> Selection:
     objective = RecipeObjective(replace(setting.recipe, seeds=[setting.seed], folds=None, policy=None, divide=None))
     found = run_search(
         procedure,

@@ -10,7 +10,7 @@ from ..blocks import BlockMap
 from ..errors import SurgicalError
 from ..procedures.procedure import layers
 from ..selection import Selection
-from .method import Method, Setting, known_blocks
+from .method import Method, Setting, of_known_blocks, parsed
 
 
 def head() -> Method:
@@ -21,7 +21,7 @@ def head() -> Method:
     Example:
         methods: [full, head]
     """
-    return Method("head", choose=known_blocks("head"))
+    return of_known_blocks("head", parsed("head"))
 
 
 def blocks(names: Any) -> Method:
@@ -33,7 +33,7 @@ def blocks(names: Any) -> Method:
         methods: [full, {blocks: {names: [embeddings, 0]}}, {blocks: {names: ["-2:", head]}}]
     """
     shown = ", ".join(map(str, names)) if isinstance(names, list) else str(names)
-    return Method(f"blocks {shown}", choose=known_blocks(names))
+    return of_known_blocks(f"blocks {shown}", parsed(names))
 
 
 def first(k: int | None = None) -> Method:
@@ -44,7 +44,7 @@ def first(k: int | None = None) -> Method:
     Example:
         methods: [full, first, {first: {k: 1}}]
     """
-    return Method(_title("first", k), choose=partial(_first, _checked("first", k)))
+    return of_known_blocks(_title("first", k), partial(_first, _checked("first", k)))
 
 
 def middle(k: int | None = None) -> Method:
@@ -55,7 +55,7 @@ def middle(k: int | None = None) -> Method:
     Example:
         methods: [full, middle]
     """
-    return Method(_title("middle", k), choose=partial(_middle, _checked("middle", k)))
+    return of_known_blocks(_title("middle", k), partial(_middle, _checked("middle", k)))
 
 
 def last(k: int | None = None) -> Method:
@@ -66,7 +66,7 @@ def last(k: int | None = None) -> Method:
     Example:
         methods: [full, last]
     """
-    return Method(_title("last", k), choose=partial(_last, _checked("last", k)))
+    return of_known_blocks(_title("last", k), partial(_last, _checked("last", k)))
 
 
 def random_k(k: int | None = None) -> Method:
@@ -79,7 +79,7 @@ def random_k(k: int | None = None) -> Method:
     Example:
         methods: [full, {random_k: {k: 2}}, {last: {k: 2}}]
     """
-    return Method(_title("random", k), choose=partial(_random, _checked("random_k", k)))
+    return of_known_blocks(_title("random", k), partial(_random, _checked("random_k", k)))
 
 
 def _title(name: str, k: int | None) -> str:

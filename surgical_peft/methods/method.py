@@ -53,6 +53,11 @@ def tune_blocks(model: nn.Module, selection: Selection, recipe: Recipe) -> nn.Mo
     return get_surgical_model(model, config)
 
 
+def nothing_known(setting: Setting) -> Selection | None:
+    """Of a choice of blocks, before it is made."""
+    return None
+
+
 def no_policy(args: TrainingArguments) -> Policy | None:
     """The same rate for all that is trained."""
     return None
@@ -68,6 +73,8 @@ class Method:
         title: in the table.
         choose: gives the blocks to tune; called once for each source model and seed, before all trainings. None: there
             is nothing to choose.
+        preview: what `choose` will give, where that takes neither data nor training; else None, having refused what is
+            sure not to do. Called for each source model before anything else, so that all misfits are told at once.
         wrap: `(model, selection, recipe)` -> what is trained: all that has `requires_grad`. The model is a copy.
         policy: of the learning rates, by the training arguments.
         training: training arguments of its own, instead of the recipe's.
@@ -81,6 +88,7 @@ class Method:
 
     title: str
     choose: Callable[[Setting], Selection] | None = None
+    preview: Callable[[Setting], Selection | None] = nothing_known
     wrap: Callable[[nn.Module, Selection, Recipe], nn.Module] = tune_blocks
     policy: Callable[[TrainingArguments], Policy | None] = no_policy
     training: Mapping[str, Any] = field(default_factory=dict)
@@ -141,7 +149,12 @@ def check_rates(owner: str, rates: Any) -> tuple[float, ...]:
     return tuple(sorted(map(float, rates)))
 
 
-def known_blocks(spec: Any) -> Callable[[Setting], Selection]:
+def of_known_blocks(title: str, choose: Callable[[Setting], Selection]) -> Method:
+    """A method whose `choose` looks at the model's map and the seed alone."""
+    return Method(title, choose=choose, preview=choose)
+
+
+def parsed(spec: Any) -> Callable[[Setting], Selection]:
     """Chooses the blocks that `BlockMap.parse` finds."""
     return partial(_parsed, spec)
 

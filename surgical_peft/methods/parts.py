@@ -18,7 +18,7 @@ from ..recipe import Recipe
 from ..scores import is_head
 from ..selection import Selection
 from ..tasks.models import modules_to_save as always_saved
-from .method import Method, known_blocks
+from .method import Method, of_known_blocks, parsed
 
 
 def norms() -> Method:
@@ -61,7 +61,7 @@ def modules_to_save(names: Any) -> Method:
         methods: [full, {blocks: {names: ["-2:"]}}, {modules_to_save: {names: ["-2:"]}}]
     """
     shown = ", ".join(map(str, names)) if isinstance(names, list) else str(names)
-    return Method(f"stock PEFT, {shown}", choose=known_blocks(names), wrap=_save_modules)
+    return replace(of_known_blocks(f"stock PEFT, {shown}", parsed(names)), wrap=_save_modules)
 
 
 def _tune_norms(model: nn.Module, selection: Selection, recipe: Recipe) -> nn.Module:

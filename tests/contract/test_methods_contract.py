@@ -103,7 +103,7 @@ def test_every_public_function_is_a_method_and_is_tried_here() -> None:
         if inspect.isfunction(each)
         and each.__module__.startswith("surgical_peft.methods.")
         and inspect.signature(each).return_annotation in (Method, "Method")
-    } - {"make_method"}
+    } - {"make_method", "of_known_blocks"}  # make any
     assert made == set(methods.__all__) and len(made) == COUNT
     assert set(CLAIMED) | set(OWN) == made
 

@@ -1,0 +1,83 @@
+"""What does not fit in a comparison: found before anything is chosen or trained, and told all at once."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+
+from torch import nn
+
+from .blocks import BlockMap
+from .compare_settings import Comparison, Job
+from .errors import SurgicalError
+from .methods import Setting
+from .selection import Selection
+from .train import loader
+from .workbench import Workbench
+
+
+def setting_of(comparison: Comparison, job: Job, bench: Workbench, folder: Path) -> Setting:
+    """What a method may look at to choose its blocks.
+
+    Args:
+        comparison: has the recipe of the job.
+        job: says which source model, and the seed.
+        bench: has the model and the data of both; perhaps made for another seed with the same.
+        folder: for the method's own files.
+    """
+    recipe = comparison.recipe_of(job.source, job.seed)
+    return Setting(
+        recipe=recipe,
+        model=bench.model,
+        blocks=BlockMap.find(bench.model),
+        batches=partial(loader, bench.task, recipe.arguments()),
+        seed=job.seed,
+        folder=folder,
+    )
+
+
+def misfits_of(comparison: Comparison, job: Job, bench: Workbench) -> dict[str, str]:
+    """What is wrong with each method that does not fit a source model, by title; costs neither gradients nor scores.
+
+    A method that knows its blocks beforehand wraps a copy of the model; the others refuse what they can.
+
+    Args:
+        comparison: has the methods.
+        job: says which source model, and the seed.
+        bench: of both.
+    """
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        setting = setting_of(comparison, job, bench, Path(folder))
+        for title, method in comparison.methods.items():
+            try:
+                method.policy(comparison.arguments(method))
+                known = method.preview(setting) if method.choose else Selection(())
+                if known is not None:
+                    method.wrap(copy.deepcopy(bench.model), known, setting.recipe)
+            except ValueError as error:  # ours, or PEFT's
+                source = comparison.sources[job.source] if len(comparison.sources) > 1 else None
+                found[title] = in_words(title, bench.model, error, source)
+    return found
+
+
+def in_words(title: str, model: nn.Module, error: ValueError, source: str | None = None) -> str:
+    """That a method does not fit a model, and why; `source` says which of several source models it is."""
+    which = type(model).__name__ + (f" of {source}" if source else "")
+    return f"{title} does not fit {which}: {error}"
+
+
+def refuse(misfits: Mapping[str, str], count: int) -> None:
+    """Say what is wrong with all methods that do not fit, out of `count`.
+
+    Raises:
+        SurgicalError: there are some.
+    """
+    if len(misfits) == 1:
+        raise SurgicalError(next(iter(misfits.values())))
+    if misfits:
+        lines = "".join(f"\n- {each}" for each in misfits.values())
+        raise SurgicalError(f"{len(misfits)} of {count} methods do not fit; change them, or leave them out:{lines}")
