@@ -15,6 +15,7 @@ from .compare_settings import Comparison, Job
 from .errors import SurgicalError
 from .methods import Setting
 from .selection import Selection
+from .tasks import Examples
 from .train import loader
 from .workbench import Workbench
 
@@ -68,6 +69,12 @@ def in_words(title: str, model: nn.Module, error: ValueError, source: str | None
     """That a method does not fit a model, and why; `source` says which of several source models it is."""
     which = type(model).__name__ + (f" of {source}" if source else "")
     return f"{title} does not fit {which}: {error}"
+
+
+def make_each(examples: Examples) -> None:
+    """Make each example once: one that cannot be made is told as its task tells it."""
+    for place in range(len(examples)):
+        examples[place]
 
 
 def refuse(misfits: Mapping[str, str], count: int) -> None:

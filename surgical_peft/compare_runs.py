@@ -15,7 +15,7 @@ from peft import PeftModel
 from torch import nn
 from torch.utils.data import ConcatDataset
 
-from .compare_check import in_words, misfits_of, refuse, setting_of
+from .compare_check import in_words, make_each, misfits_of, refuse, setting_of
 from .compare_settings import FULL, Comparison, Job
 from .errors import SurgicalError
 from .files import whole_folder, write_text
@@ -44,11 +44,14 @@ class Workshop:
         self._measured: dict[str, tuple[Any, ConcatDataset[Any]]] = {}
 
     def check(self) -> None:
-        """Open all data, and have each method say whether it fits each source model, before anything is chosen.
+        """Find out what does not fit, before anything is chosen or trained.
+
+        All data are opened; each method says whether it fits each source model; and every example that will be used is
+        made once, since a single bad image of a test split would end everything after all trainings.
 
         Raises:
             SurgicalError: data or splits that are missing, or do not fit the task or a source model; methods that do
-                not fit, all of them.
+                not fit, all of them; an example that cannot be made. What else data libraries raise goes through.
         """
         what = self.comparison
         for number in range(len(what.sources)):
@@ -61,6 +64,7 @@ class Workshop:
         for job in reversed(self._firsts()):  # what the first jobs need stays in memory
             misfits = {**misfits_of(what, job, self._bench_of(job)), **misfits}
         refuse(misfits, len(what.methods))
+        self._make_all()
 
     def let_go(self) -> None:
         """Forget model and data: other processes do the work."""
@@ -177,6 +181,29 @@ class Workshop:
         if self.comparison.methods[job.method].choose is None:
             return Selection(())
         return Selection(tuple(self.finding(replace(job, kind="choice", rate=None))["blocks"]))
+
+    def _make_all(self) -> None:
+        """Make each example once; those of the first jobs come last of their kind, and stay in memory."""
+        what = self.comparison
+        trained: dict[Any, Recipe] = {}
+        tested: dict[Any, tuple[int, int]] = {}
+        for source in range(len(what.sources)):
+            for seed in what.seeds:
+                recipe = what.recipe_of(source, seed)
+                trained.setdefault((recipe.model, recipe.data), recipe)
+                key = [(each.model, each.data) for each in what.test_recipes(source, seed)]
+                tested.setdefault(tuple(key), (source, seed))
+        _, *others = trained.values()
+        for recipe in others:
+            for examples in load_task(recipe, ("train", "validation")).splits.values():
+                make_each(examples)
+        for examples in self._bench_of(self._firsts()[0]).examples.values():
+            make_each(examples)
+        for pair in reversed(tested.values()):
+            make_each(self._test_examples(*pair))
+        if what.recipe.source_data is not None:
+            for source in reversed(range(len(what.sources))):
+                make_each(self._source_examples(source))
 
     def _firsts(self) -> list[Job]:
         """The first training of each source model, as far as its data go."""

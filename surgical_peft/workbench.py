@@ -137,7 +137,12 @@ class Workbench:
             return None
         train = self.examples["train"]
         every = range(len(train))
-        if len({_shape(train[place]) for place in every}) > 1:  # padded to the longest of a batch
+
+        def is_alike(places: Sequence[int]) -> bool:  # else padded to the longest of a batch
+            return all(_shape(train[place]) == _shape(train[0]) for place in places)
+
+        few = every[:2]
+        if not is_alike(few):
             return None
         chunks = [every[start : start + _BATCH] for start in every[::_BATCH]]
 
@@ -145,7 +150,8 @@ class Workbench:
             collated = self.task.collate([train[place] for place in places])
             return {key: value.to(args.device) for key, value in collated.items()}
 
-        if not PrefixCache.fits(self.model, batch(every[:2]), len(train)):
+        # Whether they fit is asked of a few: more than fit are made anew each time, and are not to be made for this.
+        if not PrefixCache.fits(self.model, batch(few), len(train)) or not is_alike(every):
             return None
         return PrefixCache(self.model, [batch(chunk) for chunk in chunks])
 

@@ -19,6 +19,8 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from datasets import Dataset, Features, Image, load_dataset
+from PIL import Image as PILImage
 from rich.console import Console
 from scipy import stats
 from transformers import ViTConfig, ViTForImageClassification
@@ -33,6 +35,7 @@ from surgical_peft.rate_grid import best_rate, is_at_edge, next_rate
 from surgical_peft.recipe import load_recipe
 from surgical_peft.report.comparison import markdown, sentences, table
 from surgical_peft.step_costs import LiveTensors
+from surgical_peft.tasks.image_classification import _Images
 
 from .tiny import write_data, write_recipe
 
@@ -547,6 +550,60 @@ def test_a_split_that_is_missing(missing: str, tmp_path: Path) -> None:
     with pytest.raises(SurgicalError, match=missing):
         compare(recipe, console=QUIET)
     assert not (tmp_path / "run" / "runs").exists()
+
+
+def spoil(folder: Path, split: str, row: int, image: Any) -> None:
+    """Put another image into a row of a split."""
+    data = load_dataset("parquet", data_files=str(folder / f"{split}.parquet"), split="train")
+    images = data["image"][:]
+    images[row] = image
+    features = Features({"image": Image(), "label": data.features["label"]})
+    Dataset.from_dict({"image": images, "label": data["label"][:]}, features=features).to_parquet(
+        folder / f"{split}.parquet"
+    )
+
+
+def truncated() -> dict[str, Any]:
+    whole = io.BytesIO()
+    PILImage.new("RGB", (64, 64), "red").save(whole, "png")
+    return {"path": None, "bytes": whole.getvalue()[:-60]}
+
+
+@pytest.mark.parametrize("where", ["data/train", "data/validation", "other/train", "tested/test", "origin/test"])
+@pytest.mark.parametrize("image", [None, truncated()], ids=["missing", "truncated"])
+def test_a_bad_example_is_told_before_anything_is_done(where: str, image: Any, tmp_path: Path) -> None:
+    """One in a test split ended a comparison after all trainings; one in train was blamed on a method."""
+    for name in ("data", "other", "tested", "origin"):
+        write_data(tmp_path / name, count=12)
+    folder, split = where.split("/")
+    spoil(tmp_path / folder, split, 7, image)
+    keys = {"draws": ["data", "other"], "seeds": [0, 1], "test_data": ["data", "tested"], "source_data": "origin"}
+    recipe = load_recipe(write_recipe(tmp_path, methods=["full", "auto"], **keys))
+    with pytest.raises((SurgicalError, OSError)) as told:
+        compare(recipe, console=QUIET)
+    assert "auto" not in str(told.value) and "does not fit" not in str(told.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_each_example_is_made_once_by_the_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not again by the trainings that follow in this process."""
+    made: list[Any] = []
+    read = _Images.__getitem__
+
+    def counting(images: _Images, place: int) -> Any:
+        made.append((images.seeds, place))
+        return read(images, place)
+
+    write_data(tmp_path / "data", count=12)
+    path = write_recipe(tmp_path, methods=["full", "head"], seeds=[0, 1], num_train_epochs=1)
+    workshop = Workshop(Comparison(load_recipe(path)), tmp_path / "run")
+    monkeypatch.setattr(_Images, "__getitem__", counting)
+    workshop.check()
+    assert len(set(made)) == 3 * 12
+    assert all(made.count(each) == 1 for each in made if each[1] > 0)  # the first tells the shape as well
+    made.clear()
+    workshop.do(workshop.comparison.trainings("full fine-tuning", 1e-2)[0])
+    assert not made
 
 
 def test_what_fails_on_the_way_keeps_what_is_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

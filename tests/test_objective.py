@@ -8,7 +8,15 @@ from typing import Any
 import pytest
 import torch
 
-from surgical_peft import Selection, SurgicalConfig, SurgicalError, get_surgical_model, procedures, run_search
+from surgical_peft import (
+    Selection,
+    SurgicalConfig,
+    SurgicalError,
+    get_surgical_model,
+    prefix_cache,
+    procedures,
+    run_search,
+)
 from surgical_peft import workbench as module
 from surgical_peft.objective import RecipeObjective, folds_of
 from surgical_peft.recipe import load_recipe
@@ -181,6 +189,15 @@ def test_parts_of_layers_are_searched_like_blocks(tmp_path: Path) -> None:
 def test_parts_that_are_not_there(tmp_path: Path) -> None:
     with pytest.raises(SurgicalError, match="attentoin"):
         objective_of(tmp_path, divide=["attentoin"])
+
+
+def test_more_examples_than_fit_are_not_made_to_ask_whether_they_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = objective_of(tmp_path)._bench
+    monkeypatch.setattr(prefix_cache, "ROOM", 1000)
+    assert bench.prefix is None
+    assert len(bench.examples["train"]._made) == 2
 
 
 def test_settings_say_what_a_training_is_and_not_what_is_searched(tmp_path: Path) -> None:
