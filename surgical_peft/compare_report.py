@@ -20,6 +20,7 @@ from .paired import crossed_interval
 from .rate_grid import is_at_edge, is_diverged
 from .report.comparison import has_diverged, interval_in_words, sentences
 from .run_report import PACKAGES
+from .step_costs import ms_ratio
 
 
 def row_of(workshop: Workshop, title: str, rates: dict[float, float], jobs: Sequence[Job]) -> dict[str, Any]:
@@ -62,7 +63,7 @@ def row_of(workshop: Workshop, title: str, rates: dict[float, float], jobs: Sequ
         "bytes": [each["bytes"] for each in trained],
         "peak_bytes": cost and int(cost["peak_bytes"]),
         "ms": cost and cost["ms"],
-        "ms_ratio": cost and cost["ms"] / costs[FULL]["ms"],
+        "ms_ratio": cost and ms_ratio(cost, costs[FULL]),
         "seconds": statistics.fmean(each["seconds"] for each in trained),
         "choosing_seconds": choosing,
     }

@@ -16,39 +16,63 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from .memory import PeakMemory
 
-ROUNDS = 3  # the first warms up
+LEAST, MOST = 3, 9  # rounds that count, after one that warms up
+SECONDS = 20.0  # after which there are no more than the least
 Watch = Callable[[nn.Module], TrainerCallback]
 Train = Callable[[Watch], Any]
 
 
-def step_costs(trainings: Mapping[str, Train]) -> dict[str, dict[str, float]]:
+def step_costs(trainings: Mapping[str, Train]) -> dict[str, dict[str, Any]]:
     """Milliseconds and peak bytes of a training step, by name.
 
     Args:
         trainings: each trains a few steps of every epoch with the callback that it makes of what is trained. They
-            take turns, so that all of them see the same changes of the machine.
+            take turns, back and forth, so that all of them see the same changes of the machine. There are as many
+            rounds as fit into `SECONDS`, `LEAST` to `MOST`.
 
     Returns:
-        `ms`: of the fastest step of an epoch, which other work on the machine has held up least, and the mean over
-        the epochs, since a policy may train other parts in others. `peak_bytes`: of an accelerator what its
-        allocator gave out; else of all tensors together.
+        `rounds`: the milliseconds in each: of the fastest step of an epoch, which other work on the machine has held
+        up least, and the mean over the epochs, since a policy may train other parts in others. `ms`: their median.
+        `peak_bytes`: of an accelerator what its allocator gave out; else of all tensors together.
 
     Example:
         >>> step_costs({"full": lambda watch: bench.train(wrap, range(96), watch=watch)})["full"]["ms"]
         33.1
     """
-    steps: dict[str, list[list[list[float]]]] = {name: [] for name in trainings}
-    for _ in range(ROUNDS):
-        for name, train in trainings.items():
-            clock = _Clock()
-            train(lambda wrapped, clock=clock: clock)  # type: ignore[misc]
-            steps[name].append(clock.epochs)
-    found = {}
-    for name, train in trainings.items():
-        epochs = zip(*steps[name][1:], strict=True)
-        ms = 1000 * statistics.fmean(min(each for part in epoch for each in part) for epoch in epochs)
-        found[name] = {"ms": ms, "peak_bytes": float(_peak(train))}
-    return found
+    for train in trainings.values():
+        _milliseconds(train)
+    rounds: dict[str, list[float]] = {name: [] for name in trainings}
+    order, began, count = list(trainings), time.perf_counter(), 0
+    while count < LEAST or (count < MOST and time.perf_counter() - began < SECONDS):
+        for name in order:
+            rounds[name].append(_milliseconds(trainings[name]))
+        order.reverse()
+        count += 1
+    return {
+        name: {"ms": statistics.median(rounds[name]), "rounds": rounds[name], "peak_bytes": float(_peak(train))}
+        for name, train in trainings.items()
+    }
+
+
+def ms_ratio(cost: Mapping[str, Any], other: Mapping[str, Any]) -> float:
+    """What a step takes as a part of another's: the median over the rounds of the ratio in each.
+
+    Two steps of one round see the same machine, those of different rounds need not. Costs that were measured before
+    rounds were kept have one ratio.
+
+    Example:
+        >>> ms_ratio({"ms": 4.0, "rounds": [2.0, 4.0, 9.0]}, {"ms": 8.0, "rounds": [4.0, 8.0, 10.0]})
+        0.5
+    """
+    if "rounds" not in cost or "rounds" not in other:
+        return cost["ms"] / other["ms"]
+    return statistics.median(own / its for own, its in zip(cost["rounds"], other["rounds"], strict=True))
+
+
+def _milliseconds(train: Train) -> float:
+    clock = _Clock()
+    train(lambda wrapped: clock)
+    return 1000 * statistics.fmean(min(epoch) for epoch in clock.epochs)
 
 
 def _peak(train: Train) -> int:

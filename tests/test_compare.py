@@ -11,9 +11,10 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -34,7 +35,7 @@ from surgical_peft.paired import crossed_interval, t_interval, t_quantile
 from surgical_peft.rate_grid import best_rate, is_at_edge, next_rate
 from surgical_peft.recipe import load_recipe
 from surgical_peft.report.comparison import markdown, sentences, table
-from surgical_peft.step_costs import LiveTensors
+from surgical_peft.step_costs import LEAST, MOST, LiveTensors, ms_ratio, step_costs
 from surgical_peft.tasks.image_classification import _Images
 
 from .tiny import write_data, write_recipe
@@ -653,6 +654,50 @@ def test_live_tensors_are_counted_until_they_are_freed() -> None:
         del product, view
         assert tensors.bytes == 256 * 128 * 4
     assert tensors.peak == (256 * 128 + 64 * 128) * 4
+
+
+def steps_of(speed: Callable[[int], float], monkeypatch: pytest.MonkeyPatch, **ms: float) -> dict[str, dict[str, Any]]:
+    """Costs of played trainings of 2 epochs with 3 steps; `speed` slows down the machine in each training in turn."""
+    now, ran = [0.0], [0]
+
+    def training(each: float) -> Callable[[Any], None]:
+        def train(watch: Any) -> None:
+            callback, slow = watch(torch.nn.Linear(1, 1)), speed(ran[0])
+            ran[0] += 1
+            for _ in range(2):
+                callback.on_epoch_begin(None, None, None)
+                for disturbed in (5, 1, 1.2):
+                    callback.on_step_begin(None, None, None)
+                    now[0] += each * slow * disturbed / 1000
+                    callback.on_step_end(None, None, None)
+
+        return train
+
+    monkeypatch.setattr("surgical_peft.step_costs.time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr("surgical_peft.step_costs._peak", lambda train: 7)
+    return step_costs({name: training(each) for name, each in ms.items()})
+
+
+def test_the_time_of_a_step_does_not_follow_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fastest of all rounds compared a quiet moment of one method with a busy one of another: 30 % apart."""
+    slow = random.Random(0)
+    by_round = [slow.uniform(1, 3) for _ in range(40)]
+    found = steps_of(lambda ran: by_round[ran // 3] * slow.uniform(1, 1.1), monkeypatch, full=10, a=5, b=20)
+    assert len(found["a"]["rounds"]) == MOST  # they took less than the time there is
+    assert found["a"]["ms"] == statistics.median(found["a"]["rounds"]) and found["a"]["peak_bytes"] == 7
+    assert ms_ratio(found["a"], found["full"]) == pytest.approx(0.5, rel=0.04)
+    assert ms_ratio(found["b"], found["full"]) == pytest.approx(2, rel=0.04)
+    assert ms_ratio(found["full"], found["full"]) == 1
+
+
+def test_slow_steps_are_timed_in_few_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = steps_of(lambda ran: 1.0, monkeypatch, full=1000, a=500)
+    assert len(found["a"]["rounds"]) == LEAST
+    assert found["a"]["ms"] == pytest.approx(500)
+
+
+def test_costs_from_before_rounds_were_kept() -> None:
+    assert ms_ratio({"ms": 3.0, "peak_bytes": 1.0}, {"ms": 6.0, "peak_bytes": 1.0}) == 0.5
 
 
 def test_a_method_of_a_file_is_known_by_its_contents(tmp_path: Path) -> None:

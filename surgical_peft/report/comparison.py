@@ -37,7 +37,8 @@ def markdown(report: dict[str, Any]) -> str:
         f"Test {report['metric']}: mean ± standard deviation of {trainings_of(report)}. To full: the paired "
         f"difference to full fine-tuning. {interval_in_words(report)} Each rate has the best mean on validation data "
         f"of its grid, extended where that was at the edge{starred}. Tuned: parameters. Step: its time, as a part of "
-        "full fine-tuning's, taken in turns in one process. Memory: the most that is alive at once in a step. "
+        "full fine-tuning's: all take turns in one process, and the median over the rounds counts. Memory: the most "
+        "that is alive at once in a step. "
         "Choosing: of the blocks, once for each training."
         + (" Forgets: what is lost on the source model's own data." if _tells_forgetting(report) else ""),
         "",
