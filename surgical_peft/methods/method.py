@@ -73,13 +73,13 @@ class Method:
         title: in the table.
         choose: gives the blocks to tune; called once for each source model and seed, before all trainings. None: there
             is nothing to choose.
-        preview: what `choose` will give, where that takes neither data nor training; else None, having refused what is
-            sure not to do. Called for each source model before anything else, so that all misfits are told at once.
         wrap: `(model, selection, recipe)` -> what is trained: all that has `requires_grad`. The model is a copy.
         policy: of the learning rates, by the training arguments.
         training: training arguments of its own, instead of the recipe's.
         rates: its own grid; None: the recipe's.
         is_trained: whether there is anything to train.
+        preview: what `choose` will give, where that takes neither data nor training; else None, having refused what is
+            sure not to do. Called for each source model before anything else, so that all misfits are told at once.
 
     Example:
         >>> def mine():
@@ -88,12 +88,12 @@ class Method:
 
     title: str
     choose: Callable[[Setting], Selection] | None = None
-    preview: Callable[[Setting], Selection | None] = nothing_known
     wrap: Callable[[nn.Module, Selection, Recipe], nn.Module] = tune_blocks
     policy: Callable[[TrainingArguments], Policy | None] = no_policy
     training: Mapping[str, Any] = field(default_factory=dict)
     rates: tuple[float, ...] | None = None
     is_trained: bool = True
+    preview: Callable[[Setting], Selection | None] = nothing_known
 
 
 def make_method(given: Any) -> Method:
