@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import io
+import re
 import zlib
 from dataclasses import replace
 from pathlib import Path
@@ -274,8 +276,51 @@ def test_images_that_stay_of_another_size(tmp_path: Path, toy_images: Recipe) ->
     Image.fromarray(COLOUR[:8, :8]).save(data / "train" / "a" / "0.png")
     images = load_task(recipe, ("train",)).splits["train"]
     assert images[0]["pixel_values"].shape == (3, 8, 8)
-    with pytest.raises(SurgicalError, match="row 1 has 12 x 12 pixels, another size than the first"):
+    with pytest.raises(
+        SurgicalError, match=r"data, split train: the image of row 1 \(.*b/0\.png\) has 12 x 12 pixels, a"
+    ):
         images[1]
+
+
+def broken_chunk(whole: bytes) -> bytes:
+    """A PNG whose last pixels are in what cannot be a chunk: Pillow has a SyntaxError for it."""
+    before, _, after = whole.rpartition(b"IDAT")
+    return before + b"\0\0\0\0" + after
+
+
+@pytest.mark.parametrize(
+    ("broken", "reason"),
+    [
+        (lambda whole: whole[:-40], "[Tt]runcated"),
+        (lambda whole: b"no image", "cannot identify image file"),
+        (broken_chunk, "broken PNG file"),
+    ],
+    ids=["cut off", "not an image", "broken chunk"],
+)
+def test_an_image_that_cannot_be_read_is_named(tmp_path: Path, toy_images: Recipe, broken: Any, reason: str) -> None:
+    """`error: Truncated File Read` was all that was said, of a data set with thousands of images."""
+    noise = np.random.default_rng(0).integers(0, 255, (200, 200, 3), dtype=np.uint8)  # two IDAT
+    data = save_images(tmp_path, Image.fromarray(noise), ".png")
+    file = data / "train" / "b" / "0.png"
+    file.write_bytes(broken(file.read_bytes()))
+    images = load_task(replace(toy_images, data=str(data)), ("train",)).splits["train"]
+    with pytest.raises(SurgicalError) as stop:
+        images[1]
+    said = rf"^{data}, split train: the image of row 1 \({file}\) cannot be read: .*{reason}.*\. Put a whole file"
+    assert re.search(said, str(stop.value)), stop.value
+    assert " at 0x" not in str(stop.value)
+
+
+def test_an_image_without_a_file_that_cannot_be_converted_is_named(tmp_path: Path, toy_images: Recipe) -> None:
+    data = load_dataset(toy_images.data)["train"].to_list()
+    content = io.BytesIO()
+    Image.fromarray(RAMP.astype(np.float32)).save(content, "tiff")
+    data[2]["image"] = {"bytes": content.getvalue(), "path": None}
+    features = load_dataset(toy_images.data)["train"].features
+    Dataset.from_list(data, features=features).to_parquet(tmp_path / "train.parquet")
+    images = load_task(replace(toy_images, data=str(tmp_path)), ("train",)).splits["train"]
+    with pytest.raises(SurgicalError, match=rf"^{tmp_path}, split train: the image of row 2: .*floating point pixels"):
+        images[2]
 
 
 def test_classes_of_image_folders_are_those_of_training(tmp_path: Path, toy_images: Recipe) -> None:
@@ -341,7 +386,7 @@ def test_rows_without_image_or_label(tmp_path: Path, toy_images: Recipe) -> None
     for change, message in (
         ({"label": None}, "split train: row 2 has the label None, which is no class"),
         ({"label": -1}, "row 2 has the label -1, which is no class"),
-        ({"image": None}, "row 2 of a split has no image"),
+        ({"image": None}, "split train: row 2 has no image"),
     ):
         rows = [{**row, **(change if place == 2 else {})} for place, row in enumerate(data)]
         features = load_dataset(toy_images.data)["train"].features

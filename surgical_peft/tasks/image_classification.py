@@ -53,6 +53,7 @@ def image_classification(recipe: Recipe, splits: Sequence[str]) -> Task:
             shape,
             corrupt,
             (zlib.crc32(split.encode()), recipe.shift_seed),
+            f"{recipe.data}, split {split}",
         )
         if shape is None:
             shape = tuple(images[0]["pixel_values"].shape)
@@ -95,16 +96,14 @@ class _Images(Dataset[dict[str, torch.Tensor]]):
     shape: tuple[int, ...] | None
     corrupt: Callable[..., Any] | None
     seeds: tuple[int, int]
+    where: str
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         place = self.rows[index]
-        image = self.data[place][self.column]
-        if image is None:
-            raise SurgicalError(f"row {place} of a split has no image: drop such rows first.")
-        image = convert(image, self.mode)
+        image = self._opened(place)
         if self.corrupt is not None:
             split, seed = self.seeds
             rng = np.random.default_rng((split, place, seed))  # with seed 0 the same as without it
@@ -112,11 +111,31 @@ class _Images(Dataset[dict[str, torch.Tensor]]):
         pixels = self.processor(image, return_tensors="pt")["pixel_values"][0]
         if self.shape is not None and tuple(pixels.shape) != self.shape:
             raise SurgicalError(
-                f"the image of row {place} has {image.height} x {image.width} pixels, another size than the first, "
-                "and the model's image processor leaves it so: resize the images, or set do_resize and size in its "
+                f"{self._named(place)} has {image.height} x {image.width} pixels, another size than the first, and "
+                "the model's image processor leaves it so: resize the images, or set do_resize and size in its "
                 "preprocessor_config.json."
             )
         return {"pixel_values": pixels, "labels": torch.tensor(self.labels[index])}
+
+    def _opened(self, place: int) -> PILImage.Image:
+        try:
+            image = self.data[place][self.column]
+            if image is not None:
+                return convert(image, self.mode)
+        except SurgicalError as error:
+            raise SurgicalError(f"{self._named(place)}: {error}") from error
+        except (OSError, SyntaxError) as error:  # Pillow's for a file that is cut off, and for a broken PNG
+            reason = str(error).partition(" <_io.")[0]  # not the address of the open file
+            raise SurgicalError(
+                f"{self._named(place)} cannot be read: {reason}. Put a whole file in its place, or drop the row."
+            ) from error
+        raise SurgicalError(f"{self.where}: row {place} has no image: drop such rows first.")
+
+    def _named(self, place: int) -> str:
+        """An image in words: data set, split, row, and its file where it has one."""
+        stored = self.data.cast_column(self.column, Image(decode=False))[place][self.column]
+        file = f" ({stored['path']})" if stored["path"] else ""
+        return f"{self.where}: the image of row {place}{file}"
 
 
 def convert(image: PILImage.Image, mode: str) -> PILImage.Image:
