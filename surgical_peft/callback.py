@@ -15,6 +15,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from .batches import LossFunction
 from .errors import SurgicalError
 from .policies.policy import Policy
+from .policies.stages import check_length
 from .rates import BlockRates
 from .report.history import History
 from .scoring import score_blocks
@@ -51,8 +52,13 @@ class SurgicalCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Put the masks in force, and open the history."""
+        """Put the masks in force, and open the history.
+
+        Raises:
+            SurgicalError: the training ends before the policy's last stage begins.
+        """
         optimizer, rates = _found(kwargs["optimizer"])
+        check_length(rates.policy, state.num_train_epochs, state.max_steps)
         rates.has_callback = True
         rates.resume(optimizer)
         if state.is_world_process_zero and rates.policy != Policy():

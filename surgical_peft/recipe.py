@@ -21,6 +21,7 @@ from .errors import SurgicalError
 from .files import beside
 from .names import nearest, resolve
 from .policies.policy import Policy
+from .policies.stages import check_length, planned_length
 from .procedures.procedure import Procedure, as_procedure
 from .strict_yaml import StrictLoader
 
@@ -262,8 +263,7 @@ def load_recipe(path: str | Path) -> Recipe:
     recipe = Recipe(**data, training=training, given={key: (value, read[key]) for key, value in given.items()})
     # What is wrong with blocks, policy or arguments is said now, not after the data are loaded.
     recipe.config()
-    recipe.make_policy()
-    recipe.arguments()
+    check_length(recipe.make_policy(), *planned_length(recipe.arguments()))
     _check_search(recipe)
     return recipe
 

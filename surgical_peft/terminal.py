@@ -16,7 +16,9 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing els
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Only say how many trainings it takes, and how long about.")]
 Tiny = Annotated[
     bool,
-    typer.Option("--tiny", help="Try the recipe without its model and data: random weights, generated data, 2 steps."),
+    typer.Option(
+        "--tiny", help="Try the recipe without its model and data: random weights, generated data, a few steps."
+    ),
 ]
 RecipeFile = Annotated[Path, typer.Argument(help="A recipe: a flat YAML file, see recipes/.")]
 

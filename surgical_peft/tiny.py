@@ -32,13 +32,16 @@ from transformers import (
 from .errors import SurgicalError
 from .files import check_replaceable, whole_folder
 from .names import nearest
+from .policies.stages import Stages
 from .recipe import Recipe
 from .tasks import SPLITS
 
 STEPS = 2
 BATCHES = 4  # of the training split; a criterion judges on some what it trained on others
 MEASURED = 12  # rows of each other split
-NOTICE = "Tiny: random weights and generated data, 2 steps. It shows that the recipe runs; its numbers mean nothing."
+NOTICE = (
+    "Tiny: random weights and generated data, a few steps. It shows that the recipe runs; its numbers mean nothing."
+)
 SPECIAL = ("<pad>", "</s>", "<unk>")
 WORDS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 PEOPLE = {"Ada": "B-PER", "Lovelace": "I-PER", "Berlin": "B-LOC", "Bay": "I-LOC"}
@@ -48,7 +51,7 @@ _MODEL, _DATA = "tiny-random-model", "tiny-generated-data"  # as a card of such 
 
 
 def make_tiny(recipe: Recipe, output: str | Path | None = None) -> Recipe:
-    """The recipe with a small random model and generated data, for two steps.
+    """The recipe with a small random model and generated data, for two steps, or as many as its stages need.
 
     Args:
         recipe: its `tiny` says what model: `model_type` and sizes, as the config of transformers has them. With as
@@ -80,6 +83,9 @@ def make_tiny(recipe: Recipe, output: str | Path | None = None) -> Recipe:
         _write_data(temporary, kind, recipe, classes)
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     limits = [limit for limit in (recipe.max_length, positions) if limit is not None]
+    policy = recipe.make_policy()
+    epochs, steps = policy.last_turn() if isinstance(policy, Stages) else (0, 0)
+    enough = max(STEPS, epochs * BATCHES + 1, steps + 1)
     quiet = {"push_to_hub": False, "report_to": "none", "save_strategy": "no"}
     return replace(
         recipe,
@@ -90,7 +96,12 @@ def make_tiny(recipe: Recipe, output: str | Path | None = None) -> Recipe:
         draws=None,
         test_data=None,
         source_data=None,
-        training={**recipe.training, **quiet, "max_steps": STEPS, "output_dir": str(folder)},
+        training={
+            **recipe.training,
+            **quiet,
+            "max_steps": enough,
+            "output_dir": str(folder),
+        },
     )
 
 

@@ -468,6 +468,7 @@ def test_dry_run_keeps_nothing(tmp_path: Path) -> None:
             {"methods": ["full", {"first": {"k": 9}}]},
             "first 9 does not fit ViTForImageClassification: k=9 is more than the layers",
         ),
+        ({"methods": ["full", {"lp_ft": {"epochs": 9}}], "num_train_epochs": 3}, "after 9 epochs, .*ends with 3"),
         ({"methods": ["full", {"blocks": {"names": ["haed"]}}]}, "haed"),
         ({"methods": ["full", "tests.test_compare:broken"]}, "broken does not fit ViTForImageClassification: Target"),
         ({"methods": ["full", {"top_k": {"criterion": "rgn", "k": 9}}]}, "top 9 by rgn does not fit .* from 1 to 5"),

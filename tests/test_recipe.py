@@ -61,6 +61,11 @@ def test_a_policy_with_its_options(tmp_path: Path) -> None:
         ("model: m\ndata: d\nblocks: auto\nnum_blocks: two\n", "num_blocks: 'two' is not of the type"),
         (MINIMAL + "policy: layer_decai\n", "did you mean 'layer_decay'"),
         (MINIMAL + "policy: static\npolicy_options: {multipliers: {0: x}}\n", "do not fit static"),
+        (
+            MINIMAL + "policy: lp_ft\npolicy_options: {epochs: 9}\nnum_train_epochs: 3\n",
+            "the last one would never be reached: it begins after 9 epochs, and the training ends with 3",
+        ),
+        (MINIMAL + "policy: stages\npolicy_options: {plan: [{steps: 5}, {}]}\nmax_steps: 5\n", "begins after 5 steps"),
         (MINIMAL + "resume_from_checkpoint: x\n", "resume_from_checkpoint is not for recipes"),
         (MINIMAL + "? [a]\n: 1\n", "cannot be a key"),
         ("", "holds no keys"),

@@ -159,6 +159,9 @@ def shortened(name: str) -> dict[str, Any]:
     if keys.get("procedure") == "greedy_forward":
         first |= {"folds": 2, "procedure_options": {**keys["procedure_options"], "num_blocks": 1}}
     first |= {"max_steps": 2, "per_device_train_batch_size": 8, "use_cpu": True}
+    if "epochs" in keys.get("policy_options", {}):  # of a first stage: an epoch of one step lets the second begin
+        own = {**keys["policy_options"], "epochs": 1}
+        first |= {"policy_options": own, "per_device_train_batch_size": sum(ROWS.values())}
     return {key: value for key, value in {**keys, **first}.items() if key != "sources"}
 
 

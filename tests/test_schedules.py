@@ -444,6 +444,50 @@ def test_epochs_without_the_callback_are_refused_before_the_first_step(vit: Toy)
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
 
 
+@pytest.mark.parametrize(
+    ("policy", "length", "words"),
+    [
+        (
+            policies.lp_ft(epochs=2),
+            {"num_train_epochs": 2},
+            r"blocks='head', epochs=2.* after 2 epochs, .*ends with 2\.",
+        ),
+        (policies.lp_ft(epochs=2), {"max_steps": 4}, "begins after 2 epochs, and the training ends with 2"),
+        (
+            policies.two_stage([2, 3, 1], epochs=9),
+            {"num_train_epochs": 3},
+            "begins after 9 epochs.*Shorten the stages",
+        ),
+        (policies.stages([Stage("head", steps=6), Stage()]), {"num_train_epochs": 3}, "after 6 steps, .*ends with 6"),
+    ],
+)
+def test_a_stage_that_would_never_be_reached(
+    policy: Policy, length: dict[str, int], words: str, vit: Toy, tmp_path: Any
+) -> None:
+    """LP-FT was the head alone then, and everything said that the whole model had been tuned."""
+    batch = vit.batch(size=8)
+    data = [{key: value[i] for key, value in batch.items()} for i in range(8)]
+
+    def train(**length: Any) -> None:
+        args = TrainingArguments(
+            str(tmp_path), report_to="none", use_cpu=True, save_strategy="no", per_device_train_batch_size=4, **length
+        )
+        extra = {"optimizer_cls_and_kwargs": surgical_optimizer(args, policy)}
+        model = vit.model()
+        before = [p.detach().clone() for p in model.parameters()]
+        trainer = Trainer(model=model, args=args, train_dataset=data, callbacks=[SurgicalCallback()], **extra)  # type: ignore[arg-type]
+        try:
+            trainer.train()
+        except SurgicalError:
+            assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+            raise
+
+    with pytest.raises(SurgicalError, match=words):
+        train(**length)
+    name, number = next(iter(length.items()))
+    train(**{name: 10 if policy.own_loss else number + 1})
+
+
 def test_a_threshold_that_freezes_everything_names_the_highest_score(vit: Toy, tmp_path: Any) -> None:
     batch = vit.batch(size=8)
     data = [{key: value[i] for key, value in batch.items()} for i in range(8)]

@@ -69,6 +69,18 @@ def test_model_and_data_are_what_the_recipe_asks_for(tmp_path: Path, task: str) 
     assert tiny.training["max_steps"] == 2
 
 
+def test_it_goes_on_until_the_last_stage(tmp_path: Path) -> None:
+    plan = [{"blocks": "head", "steps": 3}, {}]
+    for number, (keys, steps) in enumerate(
+        [
+            ({"policy": "lp_ft", "policy_options": {"epochs": 2}}, 2 * BATCHES + 1),
+            ({"policy": "stages", "policy_options": {"plan": plan}}, 4),
+        ]
+    ):
+        tiny = make_tiny(recipe_for("text_classification", **keys), tmp_path / str(number))
+        assert tiny.training["max_steps"] == steps
+
+
 def test_the_same_every_time(tmp_path: Path) -> None:
     first, second = (make_tiny(recipe_for("text_classification"), tmp_path / name) for name in ("a", "b"))
     assert rows(first).to_list() == rows(second).to_list()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
 
 from torch import nn
@@ -10,6 +11,7 @@ from transformers import TrainingArguments
 from .. import policies
 from ..errors import SurgicalError
 from ..policies.policy import Policy
+from ..policies.stages import Stage, Stages, check_length, planned_length
 from ..recipe import Recipe
 from ..selection import Selection
 from .method import Method
@@ -58,7 +60,7 @@ def layer_decay(decay: float = 0.75) -> Method:
 
 
 def lp_ft(epochs: int | None = None) -> Method:
-    """The head alone for `epochs` epochs, default half of all, then everything, at the same rate.
+    """The head alone for `epochs` epochs, then everything, at the same rate; default is half of the training.
 
     Costs: nothing to choose.
 
@@ -72,12 +74,26 @@ def lp_ft(epochs: int | None = None) -> Method:
 
 
 def _lp_ft(epochs: int | None, args: TrainingArguments) -> Policy:
+    if epochs is None and args.max_steps > 1:
+        return _HalfOfSteps(
+            stages=(Stage("head", steps=args.max_steps // 2), Stage()), hard=True, state_policy="reset"
+        )
     if args.num_train_epochs < 2 and epochs is None:
         raise SurgicalError(
             f"lp_ft trains the head for half of all epochs, and there are {args.num_train_epochs:g}: raise "
             "num_train_epochs to 2 or more, or leave lp_ft out."
         )
-    return policies.lp_ft(epochs or int(args.num_train_epochs) // 2)
+    policy = policies.lp_ft(epochs or int(args.num_train_epochs) // 2)
+    check_length(policy, *planned_length(args))
+    return policy
+
+
+@dataclass(frozen=True)
+class _HalfOfSteps(Stages):
+    """Of a training told in steps. A comparison also times the first few of them, too few for both stages."""
+
+    def last_turn(self) -> tuple[int, int]:
+        return 0, 0
 
 
 def auto_rgn() -> Method:

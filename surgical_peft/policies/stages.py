@@ -84,6 +84,11 @@ def stages(plan: Iterable[Stage | Mapping[str, Any]], hard: bool = True, state_p
 class Stages(Policy):
     stages: tuple[Stage, ...] = ()
 
+    def last_turn(self) -> tuple[int, int]:
+        """After how many epochs, or steps, the last stage begins."""
+        before = self.stages[:-1]
+        return sum(stage.epochs or 0 for stage in before), sum(stage.steps or 0 for stage in before)
+
     def plan(self, run: Run) -> dict[str, float] | None:
         if run.step == 0:  # a wrong name in the last stage is said now, not when its turn comes
             for stage in self.stages:
@@ -101,6 +106,34 @@ class Stages(Policy):
             if done < 0:
                 return number
         return len(self.stages) - 1
+
+
+def check_length(policy: Policy | None, epochs: float, steps: float) -> None:
+    """Refuse a training that ends before the last stage begins, since all would look as if it had been in force.
+
+    Args:
+        policy: any; only stages are looked at.
+        epochs: how many the training begins.
+        steps: how many it has.
+
+    Raises:
+        SurgicalError: it is too short.
+    """
+    if not isinstance(policy, Stages):
+        return
+    for unit, begins, there in zip(("epochs", "steps"), policy.last_turn(), (epochs, steps), strict=True):
+        if begins >= there:
+            raise SurgicalError(
+                f"stages={list(policy.stages)}: the last one would never be reached: it begins after {begins} {unit}, "
+                f"and the training ends with {there:g}. Shorten the stages before it, or train longer."
+            )
+
+
+def planned_length(args: Any) -> tuple[float, float]:
+    """Epochs and steps by the training arguments alone; infinite for the one that depends on the data."""
+    if args.max_steps > 0:
+        return math.inf, args.max_steps
+    return math.ceil(args.num_train_epochs), math.inf
 
 
 def _trained(stage: Stage, run: Run) -> list[str]:

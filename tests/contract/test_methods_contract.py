@@ -11,11 +11,13 @@ import pytest
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from transformers import TrainingArguments
 
 from surgical_peft import BlockMap, Selection, SurgicalError, methods
 from surgical_peft.compare_runs import Workshop
 from surgical_peft.compare_settings import Comparison, Job
 from surgical_peft.methods import Method, make_method
+from surgical_peft.policies.stages import Stages
 from surgical_peft.recipe import load_recipe
 from surgical_peft.search_result import SearchResult, SearchTrial
 
@@ -188,6 +190,16 @@ def test_random_layers_depend_on_the_seed_alone(workshop: Workshop) -> None:
 
     assert drawn(0) == drawn(0)
     assert {drawn(seed)[0] for seed in range(20)} == LAYERS
+
+
+@pytest.mark.parametrize(
+    ("length", "begins"),
+    [({"num_train_epochs": 8}, (4, 0)), ({"max_steps": 2}, (0, 1)), ({"max_steps": 101}, (0, 50))],
+)
+def test_lp_ft_gives_the_head_half_of_the_training(length: dict[str, int], begins: tuple[int, int]) -> None:
+    policy = make_method("lp_ft").policy(TrainingArguments("run", **length))  # type: ignore[arg-type]
+    assert isinstance(policy, Stages)
+    assert Stages.last_turn(policy) == begins
 
 
 def test_bvg_ls_has_its_own_recipe() -> None:
