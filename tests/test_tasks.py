@@ -18,6 +18,7 @@ from surgical_peft import SurgicalError
 from surgical_peft.recipe import Recipe, load_recipe
 from surgical_peft.shifts import gaussian_noise
 from surgical_peft.tasks import Task, load_task, model_of_config
+from surgical_peft.tasks.data import open_splits
 from surgical_peft.tasks.image_classification import convert
 
 from .toy_tasks import TOY_TASKS
@@ -157,6 +158,25 @@ def test_data_without_a_validation_split(tmp_path: Path) -> None:
     data.save_to_disk(tmp_path / "saved")
     with pytest.raises(SurgicalError, match="was written by save_to_disk: write each split with to_parquet"):
         load_task(replace(RECIPE, data=str(tmp_path / "saved")))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "reason"),
+    [
+        ("train.jsonl", '{"text": "a", "label": 0}\n{"text": "b", "lab\n', "JSON parse error: .* row 1$"),
+        ("train.csv", "text,label\na,0\nb,1,2,3\n", "Expected 2 fields in line 3, saw 4$"),
+        ("train-1.csv", "text,label,more\na,0,1\n", r"All the data files must have the same columns, .*\{'more'\}\)$"),
+        ("train.parquet", "text", "Parquet file size is 4 bytes"),
+    ],
+)
+def test_data_that_cannot_be_read_say_why(tmp_path: Path, name: str, text: str, reason: str) -> None:
+    """They said `cannot be loaded: the folder An error occurred while generating the dataset`."""
+    if name == "train-1.csv":
+        (tmp_path / "train-0.csv").write_text("text,label\na,0\n")
+    (tmp_path / name).write_text(text)
+    said = rf"^the split train of the data set '{tmp_path}' cannot be loaded: {reason}"
+    with pytest.raises(SurgicalError, match=said if name != "train.parquet" else reason):
+        open_splits(str(tmp_path), ["train"])
 
 
 def double(recipe: Recipe, splits: tuple[str, ...]) -> Task:

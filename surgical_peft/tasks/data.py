@@ -48,7 +48,7 @@ def open_splits(name: str, splits: Sequence[str]) -> dict[str, Any]:
     opened = {}
     for split in splits:
         only = {"data_files": {split: files[split]}, "features": builder.info.features} if Path(name).exists() else {}
-        opened[split] = found(load_dataset, name, "data set", split=split, **only, **options)
+        opened[split] = found(load_dataset, name, f"split {split} of the data set", split=split, **only, **options)
         if not len(opened[split]):
             raise SurgicalError(f"{name}: the split {split} is empty.")
     return opened

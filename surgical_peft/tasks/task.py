@@ -85,6 +85,14 @@ def found(load: Callable[..., Any], name: str, what: str, **kwargs: Any) -> Any:
     try:
         return load(name, **kwargs)
     except (OSError, ValueError, ConnectionError, DatasetsError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        kind = "the folder" if Path(name).exists() else "neither a folder here nor to be had from the Hub now:"
-        raise SurgicalError(f"the {what} {name!r} cannot be loaded: {kind} {reason}") from error
+        missing = "" if Path(name).exists() else "it is neither a folder here nor to be had from the Hub now: "
+        raise SurgicalError(f"the {what} {name!r} cannot be loaded: {missing}{_reason(error)}") from error
+
+
+def _reason(error: BaseException) -> str:
+    """The first line that says something: datasets only says that there was an error, and hangs the cause on it."""
+    lines = [line.strip() for line in str(error).splitlines() if not line.startswith("An error occurred while gen")]
+    said = next(filter(None, lines), None)
+    if said is None and error.__cause__ is not None:
+        return _reason(error.__cause__)
+    return said or type(error).__name__
