@@ -92,7 +92,9 @@ def found(load: Callable[..., Any], name: str, what: str, **kwargs: Any) -> Any:
 def _reason(error: BaseException) -> str:
     """The first line that says something: datasets only says that there was an error, and hangs the cause on it."""
     lines = [line.strip() for line in str(error).splitlines() if not line.startswith("An error occurred while gen")]
-    said = next(filter(None, lines), None)
-    if said is None and error.__cause__ is not None:
+    said = list(filter(None, lines))
+    if not said and error.__cause__ is not None:
         return _reason(error.__cause__)
-    return said or type(error).__name__
+    if said and said[0].endswith(":"):  # a list follows
+        return " ".join(said)
+    return said[0] if said else type(error).__name__
