@@ -157,10 +157,46 @@ def test_what_does_not_fit_is_named(toys: dict[str, Recipe], task: str, change: 
         load_task(replace(toys[task], **change))
 
 
-def test_one_class_only(tmp_path: Path, toys: dict[str, Recipe]) -> None:
-    data = folder_of(tmp_path, [{**row, "label": "ham"} for row in MAILS])
-    with pytest.raises(SurgicalError, match="all 3 rows of the split train have the label 0"):
-        load_task(replace(toys["text_classification"], data=data), ("train",))
+@pytest.mark.parametrize("new_head", [False, True])
+@pytest.mark.parametrize(
+    ("task", "row", "said"),
+    [
+        (
+            "text_classification",
+            {"text": "now", "label": "ham"},
+            "'label' of the split train has one class only, 'ham'",
+        ),
+        (
+            "token_classification",
+            {"tokens": ["now"], "tags": ["O"]},
+            "'tags' of the split train has one class only, 'O'",
+        ),
+    ],
+)
+def test_one_class_only(
+    task: str, row: dict[str, Any], said: str, new_head: bool, tmp_path: Path, toys: dict[str, Recipe]
+) -> None:
+    """With a new head the model was blamed: `MODEL: there is one label only`."""
+    recipe = replace(toys[task], data=folder_of(tmp_path, [row] * 3), new_head=new_head)
+    with pytest.raises(SurgicalError, match=rf"^{tmp_path}: the column {said}: .* Add rows of another one"):
+        load_task(recipe, ("train",))
+
+
+def test_one_label_only(tmp_path: Path, toys: dict[str, Recipe]) -> None:
+    recipe = replace(toys["text_classification"], data=folder_of(tmp_path / "data", MAILS))
+    for label_map in (None, {"ham": 0, "spam": 0}):  # by number the classes are the model's own
+        kept = [row for row in MAILS if label_map or row["label"] == "ham"]
+        data = folder_of(tmp_path / str(label_map), [{**row, "label": 1} if not label_map else row for row in kept])
+        with pytest.raises(SurgicalError, match=r"rows of the split train have the label [01] \(column 'label'\)"):
+            load_task(replace(recipe, data=data, label_map=label_map), ("train",))
+    with pytest.raises(
+        SurgicalError, match=r"'spam': 0\} leaves one label only: .*Give the classes different labels; th"
+    ):
+        load_task(replace(recipe, label_map={"ham": 0, "spam": 0}, new_head=True), ("train",))
+    model = tmp_path / "model"
+    write_model(model, bert(BertForSequenceClassification, 1))
+    with pytest.raises(SurgicalError, match=f"the model {model} has one label only: .*Write new_head: true"):
+        load_task(replace(recipe, model=str(model)), ("train",))
 
 
 def test_a_shift_depends_on_place_split_and_seed_alone(tmp_path: Path, toys: dict[str, Recipe]) -> None:

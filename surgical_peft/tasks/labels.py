@@ -55,7 +55,7 @@ def label_rows(recipe: Recipe, data: dict[str, Any], column: str, config: Any) -
             f"{nearest(column, train.features)}It has: {', '.join(train.features)}."
         )
     classes = class_names(train.features[column], list(train[column]), f"{recipe.data}, split train")
-    label_map, count = fit_labels(recipe, classes, config)
+    label_map, count = fit_labels(recipe, column, classes, config)
     rows, labels = {}, {}
     for split, each in data.items():
         found = _classes_of(each, column, classes, f"{recipe.data}, split {split}")
@@ -70,14 +70,27 @@ def label_rows(recipe: Recipe, data: dict[str, Any], column: str, config: Any) -
         labels[split] = [int(label_map[found[place]]) for place in places]  # type: ignore[arg-type]
     if "train" in labels and len(set(labels["train"])) < 2:
         raise SurgicalError(
-            f"{recipe.data}: all {len(rows['train'])} rows of the split train have the label {labels['train'][0]}: to "
-            f"choose between classes there must be two. The classes are {', '.join(classes)}."
+            f"{recipe.data}: all {len(rows['train'])} rows of the split train have the label {labels['train'][0]} "
+            f"(column {column!r}): {_TWO}. The classes are {', '.join(classes)}."
         )
     return Labelled(rows, labels, count, classes if recipe.label_map is None else None)
 
 
-def fit_labels(recipe: Recipe, classes: list[str], config: Any) -> tuple[list[int | None], int]:
-    """The label of each class, None for those left out, and how many labels the model has."""
+_TWO = "to choose between classes there must be two"
+
+
+def fit_labels(recipe: Recipe, column: str, classes: list[str], config: Any) -> tuple[list[int | None], int]:
+    """The label of each class of a column, None for those left out, and how many labels the model has.
+
+    Raises:
+        SurgicalError: one class or label only, or a label that the model has not.
+    """
+    if len(classes) < 2:
+        only = f"one class only, {classes[0]!r}" if classes else "no class"
+        raise SurgicalError(
+            f"{recipe.data}: the column {column!r} of the split train has {only}: {_TWO}. Add rows of another one, or "
+            "name the column that has the classes."
+        )
     label_map = read_label_map(recipe.label_map, classes)
     if recipe.new_head:
         count = max((label for label in label_map if label is not None), default=0) + 1
@@ -87,7 +100,9 @@ def fit_labels(recipe: Recipe, classes: list[str], config: Any) -> tuple[list[in
         if recipe.label_map is None and all(name in own for name in classes):
             label_map = [own[name] for name in classes]
     if count < 2:
-        raise SurgicalError(f"{recipe.model}: there is one label only; to choose between classes there must be two.")
+        one = f"label_map={recipe.label_map} leaves" if recipe.new_head else f"the model {recipe.model} has"
+        cure = "Give the classes different labels" if recipe.new_head else "Write new_head: true"
+        raise SurgicalError(f"{one} one label only: {_TWO}. {cure}; they are {', '.join(classes)}.")
     if any(label is not None and label >= count for label in label_map):
         what = f"label_map={recipe.label_map}" if recipe.label_map is not None else f"{len(classes)} classes"
         raise SurgicalError(

@@ -45,7 +45,7 @@ def token_classification(recipe: Recipe, splits: Sequence[str]) -> Task:
     train = data["train"] if "train" in data else open_splits(recipe.data, ["train"])["train"]
     feature = train.features[columns["tags"]].feature
     classes = class_names(feature, [tag for tags in train[columns["tags"]] for tag in tags], recipe.data)
-    label_map, count = fit_labels(recipe, classes, how.config)
+    label_map, count = fit_labels(recipe, columns["tags"], classes, how.config)
     if None in label_map:
         raise SurgicalError(
             f"label_map={recipe.label_map}: a tag cannot be left out. There are: {', '.join(classes)}."
