@@ -11,7 +11,6 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock
 
@@ -109,16 +108,3 @@ def digest_of(path: str | Path) -> str:
             while chunk := content.read(2**20):
                 digest.update(chunk)
     return f"sha256:{digest.hexdigest()[:32]}"
-
-
-def beside(path: Path, name: Any) -> Any:
-    """The path of what lies beside the file `path` under that name, or the name: it may be one of the Hub.
-
-    Of a list each entry; of a mapping its entry `data`.
-    """
-    if isinstance(name, list):
-        return [beside(path, each) for each in name]
-    if isinstance(name, dict):
-        return {key: beside(path, each) if key == "data" else each for key, each in name.items()}
-    found = path.parent / str(name)
-    return str(found.resolve()) if isinstance(name, str) and found.exists() else name

@@ -18,11 +18,11 @@ from . import criteria, policies
 from .config import SurgicalConfig
 from .criteria.criterion import Criterion
 from .errors import SurgicalError
-from .files import beside
 from .names import nearest, resolve
 from .policies.policy import Policy
 from .policies.stages import check_length, planned_length
 from .procedures.procedure import Procedure, as_procedure
+from .recipe_folders import find_folders
 from .strict_yaml import StrictLoader
 
 
@@ -39,7 +39,8 @@ class Recipe:
         data: a folder (relative to the recipe) or a Hub id; with the splits train, validation and test.
         task: what kind of model and data, a name from `tasks`.
         columns: which column is what, e.g. `{text: body, label: y}`, where their names and types do not say it.
-        metric: what to measure, larger is better: one that ships in `metrics`, or, with a network, one of the Hub.
+        metric: what to measure, larger is better: one that ships in `metrics`, a folder (relative to the recipe) with
+            a script for `evaluate`, or, with a network, one of the Hub.
         max_length: of a text, in tokens; default is what the model takes.
         new_head: whether the head is made anew, with as many labels as the data have classes; it is then trained and
             saved whatever blocks are chosen.
@@ -256,9 +257,7 @@ def load_recipe(path: str | Path) -> Recipe:
         raise SurgicalError(f"{path}: the key {' and '.join(sorted(missing))} is missing.")
     given = dict(data)
     training = {key: data.pop(key) for key in list(data) if key not in _OWN}
-    for key in ("model", "data", "sources", "draws", "test_data", "source_data"):
-        if key in data:
-            data[key] = beside(path, data[key])
+    data = find_folders(path, data)
     read = {**data, **training}
     recipe = Recipe(**data, training=training, given={key: (value, read[key]) for key, value in given.items()})
     # What is wrong with blocks, policy or arguments is said now, not after the data are loaded.

@@ -78,7 +78,7 @@ def make_report(
         "selection": config.selection,
         "tuned_parameters": parameters[0],
         "all_parameters": parameters[1],
-        "metric": task.metric,
+        "metric": _metric(recipe, task),
         "before": before,
         "after": after,
         "base_model": {
@@ -109,6 +109,11 @@ def make_report(
         "versions": {name: version(name) for name in PACKAGES},
         "adapter": str(folder / "adapter"),
     }
+
+
+def _metric(recipe: Recipe, task: Task) -> str:
+    """A metric's folder as the recipe has it: where it lies is nobody's business."""
+    return recipe.keys()["metric"] if recipe.metric == task.metric else task.metric
 
 
 def _shift(recipe: Recipe) -> dict[str, Any]:

@@ -3,9 +3,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from datasets import load_dataset_builder
+from transformers import AutoConfig
 
 from surgical_peft import SurgicalError, criteria, policies
+from surgical_peft.methods import make_method
 from surgical_peft.recipe import Recipe, load_recipe
+from surgical_peft.tasks.task import found
 
 MINIMAL = "model: m\ndata: d\nblocks: [0]\n"
 
@@ -30,6 +34,42 @@ def test_folders_are_looked_up_beside_the_recipe(tmp_path: Path) -> None:
     recipe = load_recipe(write(tmp_path, MINIMAL))
     assert recipe.model == str(tmp_path / "m")
     assert recipe.data == "d"  # no such folder: a Hub id
+
+
+def test_what_begins_with_a_dot_is_beside_the_recipe_or_nowhere(tmp_path: Path) -> None:
+    """The mail recipes without `make mail` said `Repo id must be in the form 'repo_name'`."""
+    (tmp_path / "recipes").mkdir()
+    recipe = load_recipe(write(tmp_path / "recipes", "model: ../data/model\ndata: ./data\nblocks: [0]\n"))
+    assert recipe.model == str(tmp_path / "data" / "model")
+    assert recipe.keys() == {"model": "../data/model", "data": "./data", "blocks": [0]}
+    for load, what in ((AutoConfig.from_pretrained, "model"), (load_dataset_builder, "data")):
+        path = getattr(recipe, what)
+        with pytest.raises(SurgicalError, match=f"the {what} '{path}' cannot be loaded: there is no folder {path}\\."):
+            found(load, path, what)
+
+
+def test_a_metrics_folder_is_beside_the_recipe(tmp_path: Path) -> None:
+    for name in ("mine", "accuracy"):
+        (tmp_path / name).mkdir()
+    for written, read in (
+        ("mine", f"{tmp_path}/mine"),
+        ("mine:last", f"{tmp_path}/mine:last"),
+        ("./none", f"{tmp_path}/none"),
+        ("accuracy", "accuracy"),
+        ("of/the-hub:first", "of/the-hub:first"),
+    ):
+        recipe = load_recipe(write(tmp_path, MINIMAL + f"metric: {written}\n"))
+        assert recipe.metric == read and recipe.keys()["metric"] == written
+
+
+def test_the_result_of_a_search_is_beside_the_recipe(tmp_path: Path) -> None:
+    text = MINIMAL + "methods: [full, {searched: {result: run/search.json}}, {searched: {procedure: sweep}}]\n"
+    recipe = load_recipe(write(tmp_path, text))
+    path = str(tmp_path / "run" / "search.json")
+    assert recipe.methods == ["full", {"searched": {"result": path}}, {"searched": {"procedure": "sweep"}}]
+    assert recipe.keys()["methods"][1] == {"searched": {"result": "run/search.json"}}
+    with pytest.raises(SurgicalError, match=f"searched: there is no file '{path}', .*relative to itself: give the"):
+        make_method(recipe.methods[1])
 
 
 def test_numbers_without_a_dot_are_numbers(tmp_path: Path) -> None:

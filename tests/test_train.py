@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 
 from surgical_peft import BlockScores, SurgicalError
-from surgical_peft.recipe import Recipe
+from surgical_peft.recipe import Recipe, load_recipe
 from surgical_peft.tasks import load_task
 from surgical_peft.train import score, train
 
@@ -55,6 +55,33 @@ def test_auto_writes_down_why(tmp_path: Path, small_splits: None) -> None:
     assert report["selection"]["scores"] == scores.values
     assert set(report["blocks"]) == set(sorted(scores.values, key=lambda name: -scores.values[name])[:3])
     assert (tmp_path / "scores.png").read_bytes().startswith(b"\x89PNG")
+
+
+SCRIPT = """
+import datasets
+import evaluate
+
+
+class Mine(evaluate.Metric):
+    def _info(self):
+        number = datasets.Value("int64")
+        features = datasets.Features({"predictions": number, "references": number})
+        return evaluate.MetricInfo(description="", citation="", inputs_description="", features=features)
+
+    def _compute(self, predictions, references):
+        return {"first": float(predictions[0])}
+"""
+
+
+def test_a_metric_beside_the_recipe_is_reported_as_it_is_written(tmp_path: Path, small_splits: None) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "mine.py").write_text(SCRIPT)
+    text = (
+        f"model: {RECIPE.model}\ndata: {RECIPE.data}\nblocks: [0]\nmetric: mine:first\nmax_steps: 1\nuse_cpu: true\n"
+    )
+    (tmp_path / "recipe.yaml").write_text(text)
+    assert train(load_recipe(tmp_path / "recipe.yaml"), tmp_path / "run")["metric"] == "mine:first"
+    assert str(tmp_path / "mine") not in (tmp_path / "run" / "adapter" / "README.md").read_text()
 
 
 def test_same_seed_same_weights(tmp_path: Path, small_splits: None) -> None:

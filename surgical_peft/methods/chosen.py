@@ -97,7 +97,7 @@ def searched(
     Args:
         procedure: a name from `procedures`.
         options: its arguments.
-        result: instead of searching: a `search.json` that `surgical-peft search` wrote.
+        result: instead of searching: a `search.json` that `surgical-peft search` wrote (relative to the recipe).
 
     Costs: the trainings of the search, for each source model and seed; a file costs nothing here. Its winner was found
     on one draw, which may be among those that are compared.
@@ -108,6 +108,11 @@ def searched(
     if result is not None:
         if options:
             raise SurgicalError(f"searched: options={options} are for a search, and result={result!r} is of one.")
+        if not Path(result).is_file():
+            raise SurgicalError(
+                f"searched: there is no file {result!r}, which a recipe names relative to itself: give the "
+                "search.json that `surgical-peft search` wrote, or a procedure to search by."
+            )
         best = SearchResult.load(result).best
         shown = Path(result).parent.parent.name or Path(result).name
         return of_known_blocks(f"winner of {shown}", parsed(list(best.blocks)))

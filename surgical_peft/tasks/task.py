@@ -82,6 +82,11 @@ def model_of_config(model: str) -> nn.Module:
 
 def found(load: Callable[..., Any], name: str, what: str, **kwargs: Any) -> Any:
     """`load(name)`, with one kind of error for all the ways in which transformers and datasets miss something."""
+    if name.startswith((".", "/")) and not Path(name).exists():
+        raise SurgicalError(
+            f"the {what} {name!r} cannot be loaded: there is no folder {Path(name).resolve()}. A recipe names "
+            "folders relative to itself, and its header says what makes them."
+        )
     try:
         return load(name, **kwargs)
     except (OSError, ValueError, ConnectionError, DatasetsError) as error:
