@@ -14,6 +14,7 @@ from ..config import SurgicalConfig
 from ..errors import SurgicalError
 from ..names import resolve
 from ..objective import RecipeObjective
+from ..policies.policy import check_count
 from ..procedures.procedure import Procedure, as_procedure
 from ..scoring import score_blocks
 from ..search import count_trainings, run_search
@@ -32,13 +33,27 @@ def top_k(criterion: str, k: int = 2, num_batches: int | None = None) -> Method:
     Example:
         methods: [full, {top_k: {criterion: rgn, k: 2}}]
     """
-    resolve(criterion, criteria)
+    _check_criterion("top_k", criterion)
+    _check_batches("top_k", num_batches)
     if isinstance(k, bool) or not isinstance(k, int) or k < 1:
         raise SurgicalError(f"top_k: k={k!r} is no number of blocks: 1 or more.")
-    _check_batches("top_k", num_batches)
     return Method(
         f"top {k} by {criterion}", choose=partial(_top_k, criterion, k, num_batches), preview=partial(_check_k, k)
     )
+
+
+def _check_criterion(owner: str, criterion: Any) -> None:
+    if not isinstance(criterion, str):
+        raise SurgicalError(
+            f"{owner}: criterion={criterion!r} is no name. There are: {', '.join(criteria.__all__)}; your own as "
+            "'package.module:name'."
+        )
+    resolve(criterion, criteria)
+
+
+def _check_batches(owner: str, num_batches: Any) -> None:
+    if num_batches is not None:
+        check_count(owner, "num_batches", num_batches, "batches to score on")
 
 
 def _top_k(criterion: str, k: int, num_batches: int | None, setting: Setting) -> Selection:
@@ -47,13 +62,6 @@ def _top_k(criterion: str, k: int, num_batches: int | None, setting: Setting) ->
 
 def _check_k(k: int, setting: Setting) -> None:
     check_k(k, sum(bool(weights) for weights in setting.blocks.parameters(setting.model).values()))
-
-
-def _check_batches(name: str, num_batches: int | None) -> None:
-    if num_batches is not None and (
-        isinstance(num_batches, bool) or not isinstance(num_batches, int) or num_batches < 1
-    ):
-        raise SurgicalError(f"{name}: num_batches={num_batches!r} is no number of batches to score on: 1 or more.")
 
 
 def auto(criterion: str | None = None, num_blocks: int | None = None, num_batches: int | None = None) -> Method:
@@ -65,7 +73,7 @@ def auto(criterion: str | None = None, num_blocks: int | None = None, num_batche
         methods: [full, auto]
     """
     if criterion is not None:
-        resolve(criterion, criteria)
+        _check_criterion("auto", criterion)
     _check_batches("auto", num_batches)
     config = SurgicalConfig(blocks="auto", criterion=criterion, num_blocks=num_blocks)
     said = [each for each in (criterion, num_blocks and f"{num_blocks} blocks") if each]

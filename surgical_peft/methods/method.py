@@ -121,15 +121,20 @@ def make_method(given: Any) -> Method:
     options = dict(options)
     rates = options.pop("rates", None)
     signature = inspect.signature(function)
+    known = [*signature.parameters, "rates"]
     try:
         signature.bind(**options)
     except TypeError as error:
-        known = list(signature.parameters)
         wrong = next((nearest(each, known) for each in options if each not in known), "")
         raise SurgicalError(
-            f"methods: {given!r} does not fit: {error}; {wrong}{name} has: {', '.join([*known, 'rates'])}."
+            f"methods: {given!r} does not fit: {error}; {wrong}{name} has: {', '.join(known)}."
         ) from error
-    made = function(**options)
+    try:
+        made = function(**options)
+    except (TypeError, ValueError) as error:
+        if isinstance(error, SurgicalError):
+            raise
+        raise SurgicalError(f"methods: {given!r} does not fit: {error}. {name} has: {', '.join(known)}.") from error
     if not isinstance(made, Method):
         raise SurgicalError(f"methods: {name!r} makes a {type(made).__name__}, not a Method.")
     return made if rates is None else replace(made, rates=check_rates(f"methods: {name}", rates))

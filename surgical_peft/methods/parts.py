@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -47,6 +48,11 @@ def lora(rank: int = 8, alpha: float | None = None, head: bool = True) -> Method
     """
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
         raise SurgicalError(f"lora: rank={rank!r} is no rank: 1 or more.")
+    is_number = isinstance(alpha, int | float) and not isinstance(alpha, bool)
+    if alpha is not None and not (is_number and 0 < alpha < math.inf):
+        raise SurgicalError(f"lora: alpha={alpha!r} is no scale: a number above 0.")
+    if not isinstance(head, bool):
+        raise SurgicalError(f"lora: head={head!r} is neither true nor false.")
     settings = {"r": rank, "lora_alpha": 2 * rank if alpha is None else alpha}
     said = [f"LoRA r={rank}", *([f"alpha={alpha:g}"] if alpha is not None else []), *([] if head else ["no head"])]
     return Method(", ".join(said), wrap=partial(_add_lora, settings, head))

@@ -223,6 +223,30 @@ def test_a_searchs_file_is_a_method(tmp_path: Path, workshop: Workshop) -> None:
         make_method({"searched": {"result": str(path), "options": {"candidates": "all"}}})
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"lora": {"rank": 4, "alpha": "big"}}, "lora: alpha='big' is no scale: a number above 0"),
+        ({"lora": {"alpha": -3}}, "lora: alpha=-3 is no scale"),
+        ({"lora": {"alpha": True}}, "lora: alpha=True is no scale"),
+        ({"lora": {"head": 3}}, "lora: head=3 is neither true nor false"),
+        ({"top_k": {"criterion": 3}}, "top_k: criterion=3 is no name. There are: .*rgn"),
+        ({"top_k": {"criterion": None}}, "top_k: criterion=None is no name"),
+        ({"top_k": {"criterion": "rgn", "num_batches": "x"}}, "num_batches='x' is out of range for top_k"),
+        ({"auto": {"criterion": 3}}, "auto: criterion=3 is no name"),
+        ({"auto": {"criterion": "rgm"}}, "did you mean 'rgn'"),
+        ({"auto": {"num_batches": 0}}, "num_batches=0 is out of range for auto"),
+        ({"layer_decay": {"decay": "x"}}, r"methods: \{'layer_decay': \{'decay': 'x'\}\} does not fit: '<' not supp"),
+        ({"searched": {"result": 3}}, r"methods: \{'searched': \{'result': 3\}\} does not fit: .*not int"),
+        ({"searched": {"options": [1]}}, r"methods: \{'searched': \{'options': \[1\]\}\} does not fit"),
+    ],
+)
+def test_an_argument_of_the_wrong_kind_is_named(given: dict[str, Any], message: str) -> None:
+    """They were tracebacks, or taken as they are."""
+    with pytest.raises(SurgicalError, match=message):
+        make_method(given)
+
+
 def test_a_users_own_method() -> None:
     assert make_method("tests.test_compare:broken").title == "broken"
     with pytest.raises(SurgicalError, match="makes a str, not a Method"):
