@@ -221,9 +221,9 @@ def _with_us(tuned: Tuned) -> str:
     lines = [
         "import surgical_peft  # registers the method; without it PEFT stops with KeyError: 'SURGICAL'",
         "from peft import PeftModel",
-        *([f"from transformers import {tuned.base_class}"] if tuned.base_class else []),
+        *_import_base(tuned),
         "",
-        *([f"base_model = {_load_base(tuned)}"] if tuned.base_class else []),
+        *_load_base(tuned),
         f'model = PeftModel.from_pretrained(base_model, "{HERE}"{folder})',
     ]
     return "**`pip install surgical-peft`, and `import surgical_peft` before loading:**\n\n" + _code(lines)
@@ -233,7 +233,9 @@ def _without_us(tuned: Tuned) -> str:
     path = f"{tuned.subfolder or '.'}/adapter_model.safetensors".removeprefix("./")
     lines = [
         "from safetensors.torch import load_file",
+        *_import_base(tuned),
         "",
+        *(_load_base(tuned) or ["# base_model: one that PEFT has not wrapped, as it does above"]),
         f'tensors = load_file("{path}")  # from {HERE}',
         'tensors = {name.removeprefix("base_model.model."): tensor for name, tensor in tensors.items()}',
         "assert not base_model.load_state_dict(tensors, strict=False).unexpected_keys",
@@ -245,11 +247,17 @@ def _without_us(tuned: Tuned) -> str:
     )
 
 
-def _load_base(tuned: Tuned) -> str:
+def _import_base(tuned: Tuned) -> list[str]:
+    return [f"from transformers import {tuned.base_class}"] if tuned.base_class else []
+
+
+def _load_base(tuned: Tuned) -> list[str]:
+    if tuned.base_class is None:
+        return []
     name = tuned.base if tuned.on_hub else "folder of the base model"
     commit = f', revision="{tuned.commit}"' if tuned.commit else ""
     head = f", num_labels={tuned.new_labels}, ignore_mismatched_sizes=True" if tuned.new_labels else ""
-    return f'{tuned.base_class}.from_pretrained("{name}"{commit}{head})'
+    return [f'base_model = {tuned.base_class}.from_pretrained("{name}"{commit}{head})']
 
 
 def _code(lines: Sequence[str]) -> str:

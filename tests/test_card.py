@@ -373,20 +373,27 @@ def test_several_adapters_are_told_apart(vit: Toy, tmp_path: Path) -> None:
     assert f'"{HERE}", subfolder="first")' in text and '"first/adapter_model.safetensors"' in text
 
 
-def test_the_plain_way_to_load_gives_the_same_weights(
-    vit: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("saved", [["classifier"], None])
+def test_the_code_of_a_card_runs_from_top_to_bottom(
+    saved: list[str] | None, vit: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = get_peft_model(vit.model(), SurgicalConfig(blocks=[0], modules_to_save=["classifier"]))
+    """As a reader would. The second part failed after the first, in which PEFT had wrapped `base_model` in place."""
+    vit.model().save_pretrained(tmp_path / "folder of the base model")
+    model = get_peft_model(vit.model(), SurgicalConfig(blocks=[0], modules_to_save=saved))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1.5 if parameter.requires_grad else 1)
     model.save_pretrained(tmp_path)
-    code = re.findall(r"```python\n(.*?)```", text_of(tmp_path), re.DOTALL)[1]
     monkeypatch.chdir(tmp_path)
-    base = vit.model()
-    exec(code, {"base_model": base})
-    batch = vit.batch()
-    assert torch.equal(base(**batch).logits, model.eval()(**batch).logits)
+    parts = re.findall(r"```python\n(.*?)```", text_of(tmp_path), re.DOTALL)
+    assert len(parts) == 2
+    reader: dict[str, Any] = {}
+    logits = []
+    for part, name in zip(parts, ("model", "base_model"), strict=True):
+        exec(part.replace(HERE, "."), reader)
+        logits.append(reader[name].eval()(**vit.batch()).logits)
+    expected = model.eval()(**vit.batch()).logits
+    assert torch.equal(logits[0], expected) and torch.equal(logits[1], expected)
 
 
 def test_the_card_of_trainer_is_true(vit: Toy, tmp_path: Path) -> None:
