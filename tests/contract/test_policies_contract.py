@@ -119,7 +119,8 @@ class Loop:
         given = {"model": self.model, "optimizer": self.optimizer, "train_dataloader": loader}
         factors = []
         for at in range(self.step, self.step + steps):
-            state = TrainerState(global_step=at, epoch=at / STEPS_AN_EPOCH, train_batch_size=4)
+            length = {"max_steps": 100, "num_train_epochs": 50}
+            state = TrainerState(global_step=at, epoch=at / STEPS_AN_EPOCH, train_batch_size=4, **length)
             if at == self.step:
                 callback.on_train_begin(args, state, control, **given)
             if at % STEPS_AN_EPOCH == 0 or at == self.step:
