@@ -17,10 +17,9 @@ from transformers.training_args import OptimizerNames
 from .adapter_card import origin
 from .files import digest_of
 from .recipe import Recipe
+from .report.card import PACKAGES as PACKAGES
+from .report.card import RANDOM_SHIFTS
 from .tasks import Task
-
-RANDOM_SHIFTS = ("corruption", "character_noise", "casing", "imbalance")
-PACKAGES = ("surgical-peft", "torch", "transformers", "peft", "datasets")
 
 
 @dataclass(frozen=True)

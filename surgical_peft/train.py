@@ -87,6 +87,7 @@ def train(recipe: Recipe, output: str | Path | None = None) -> dict[str, Any]:
         scores.save(folder / "scores.json")
         scores.plot(folder / "scores.png")
     report = make_report(recipe, task, trainer, beginning, before, after, (tuned, size), folder)
+    report["scored"] = None if scores is None else list(scores.values)
     report["plot"] = None if scores is None else "scores.png"
     write_text(folder / "report.json", json.dumps(report, indent=2) + "\n")
     write_card(folder)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,14 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..adapter_card import TAG, Tuned, describe
+from ..choosing import MOST
 from ..errors import SurgicalError
 from ..files import whole_file, write_text
 
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
 REPORT = "report.json"
+PACKAGES = ("surgical-peft", "torch", "transformers", "peft", "datasets")
+RANDOM_SHIFTS = ("corruption", "character_noise", "casing", "imbalance")
 RATES = ("learning_rate", "weight_decay", "epochs", "steps", "batch_size", "seed")
 
 # What the Hub calls the tasks; where it has no name for one, the card goes without.
@@ -78,29 +81,30 @@ def make_card(report: Mapping[str, Any]) -> ModelCard:
     said = _Said(report)
     base, dataset, rates, versions = (said.part(key) for key in ("base_model", "dataset", "rates", "versions"))
     name, task, metric = (said.text(key) for key in ("name", "task", "metric"))
-    labels, shift = dataset.value("labels"), dataset.value("shift") or {}
-    plot, recipe = said.value("plot"), said.part("recipe")
+    recipe, labels = said.part("recipe"), dataset.maybe(dataset.names, "labels")
+    selection = _selection(said, recipe)
     on_hub, data_on_hub = base.flag("on_hub"), dataset.flag("on_hub")
     model, data = _name(recipe.text("model"), on_hub), _name(recipe.text("data"), data_on_hub)
     tuned, total = said.number("tuned_parameters"), said.number("all_parameters")
     before, after, examples = said.part("before"), said.part("after"), dataset.part("examples")
+    splits = [key for key in {**before.values, **after.values, **examples.values} if key != "train"]
     rows = [
         {"split": key, "examples": examples.number(key), "before": before.number(key), "after": after.number(key)}
-        for key in {**before.values, **after.values}
+        for key in splits
     ]
     adapter = Tuned(
-        blocks=said.value("blocks"),
+        blocks=said.maybe(said.names, "blocks"),
         target_modules=said.value("target_modules"),
         modules=said.names("tuned_modules"),
-        modules_to_save=said.value("modules_to_save"),
+        modules_to_save=said.maybe(said.names, "modules_to_save"),
         lora=None,  # a recipe has none
-        selection=_selection(said),
-        fingerprint=base.value("fingerprint"),
+        selection=selection,
+        fingerprint=base.maybe(base.text, "fingerprint"),
         base=model,
         base_class=base.text("class"),
         on_hub=on_hub,
-        commit=base.value("commit"),
-        new_labels=base.value("new_labels"),
+        commit=base.maybe(base.text, "commit"),
+        new_labels=base.maybe(base.number, "new_labels"),
     )
     return ModelCard.from_template(
         ModelCardData(
@@ -130,18 +134,18 @@ def make_card(report: Mapping[str, Any]) -> ModelCard:
         share=f"{tuned:,} of {total:,} parameters, {tuned / total:.1%}",
         data_name=data,
         adapter=describe([adapter]),
-        plot=plot,
+        plot=said.text("plot") if selection else None,
         metric=metric,
         rows=rows,
         data=_data(data, dataset),
-        sizes=", ".join(f"{examples.number(split):,} {split}" for split in examples.values),
-        shift=", ".join(f"`{key}: {value}`" for key, value in shift.items()),
-        labels=", ".join(map(str, labels)) if labels else None,
-        policy=_policy(rates),
+        sizes=", ".join(f"{examples.number(split):,} {split}" for split in ("train", *splits)),
+        shift=", ".join(f"`{key}: {value}`" for key, value in _shift(dataset, recipe).items()),
+        labels=", ".join(labels) if labels else None,
+        policy=_policy(rates, recipe),
         rates={key: rates.number(key) for key in RATES} | {key: rates.text(key) for key in ("schedule", "optimizer")},
         seconds=f"{said.number('seconds'):.0f}",
         recipe=yaml.safe_dump(recipe.values, sort_keys=False, default_flow_style=None, width=100).rstrip(),
-        versions={package: versions.text(package) for package in versions.values},
+        versions={package: versions.text(package) for package in PACKAGES},
         date=said.text("date"),
     )
 
@@ -151,15 +155,35 @@ def _name(given: str, on_hub: bool) -> str:
     return Path(given).name if not on_hub and Path(given).is_absolute() else given
 
 
-def _selection(said: _Said) -> dict[str, Any] | None:
-    """The record of how the blocks were chosen, with a number for every score in it."""
-    if said.value("selection") is None:
+def _selection(said: _Said, recipe: _Said) -> dict[str, Any] | None:
+    """The record of how the blocks were chosen, with all its numbers; None if the recipe names them."""
+    if recipe.values.get("blocks", "auto") != "auto":
         return None
     record = said.part("selection")
-    for scores in [record.part(key) for key in ("scores", "joint_loss") if key in record.values]:
-        for block in scores.values:
-            scores.number(block)
+    for key in ("rule", "criterion"):
+        record.text(key)
+    for key in ("k", "num_batches", "seed"):
+        record.number(key)
+    scores = record.part("scores")
+    values = {block: scores.number(block) for block in said.names("scored")}
+    if recipe.values.get("num_blocks") is None:  # then the best were tried together
+        loss, refused = record.part("joint_loss"), record.values.get("refused", {})
+        for block in sorted(values.keys() - refused, key=lambda block: -values[block])[:MOST]:
+            loss.number(block)
     return dict(record.values)
+
+
+def _shift(dataset: _Said, recipe: _Said) -> dict[str, Any]:
+    """What the recipe changes on purpose, as the data set has it."""
+    shift = dataset.mapping("shift")
+    for key in (*RANDOM_SHIFTS, "label_map"):
+        if recipe.values.get(key):
+            shift.same(key, recipe.values[key])
+    if "corruption" in shift.values:
+        shift.number("severity")
+    if shift.values.keys() & set(RANDOM_SHIFTS):
+        shift.number("shift_seed")
+    return dict(shift.values)
 
 
 def _data(name: str, dataset: _Said) -> str:
@@ -168,10 +192,12 @@ def _data(name: str, dataset: _Said) -> str:
     return f"`{name}`, which is not from the Hub; digest of its files: `{dataset.text('fingerprint')}`"
 
 
-def _policy(rates: _Said) -> str:
+def _policy(rates: _Said, recipe: _Said) -> str:
+    rates.same("policy", recipe.values.get("policy"))
     if rates.value("policy") is None:
         return "none: every block at the learning rate"
-    options = ", ".join(f"{key}={value!r}" for key, value in (rates.value("policy_options") or {}).items())
+    rates.same("policy_options", recipe.values.get("policy_options", {}))
+    options = ", ".join(f"{key}={value!r}" for key, value in rates.mapping("policy_options").values.items())
     return f"`{rates.text('policy')}({options})`"
 
 
@@ -195,6 +221,19 @@ class _Said:
     def part(self, key: str) -> _Said:
         return _Said(self._of(key, dict, "keys"), f"{self.where}{key}.")
 
+    def mapping(self, key: str) -> _Said:
+        """A part that may be empty."""
+        return _Said({}, f"{self.where}{key}.") if self.value(key) == {} else self.part(key)
+
+    def maybe(self, read: Callable[[str], Any], key: str) -> Any:
+        return None if self.value(key) is None else read(key)
+
+    def same(self, key: str, there: Any) -> None:
+        if self.value(key) != there:
+            raise SurgicalError(
+                f"{self.where}{key} is {self.values[key]!r} in {REPORT}, and {there!r} in its recipe: train again."
+            )
+
     def text(self, key: str) -> str:
         return self._of(key, str, "text")
 
@@ -202,7 +241,12 @@ class _Said:
         return self._of(key, bool, "true or false")
 
     def names(self, key: str) -> list[str]:
-        return self._of(key, list, "names")
+        found = self._of(key, list, "names")
+        if not all(isinstance(each, str) for each in found):
+            raise SurgicalError(
+                f"{self.where}{key} is {found!r} in {REPORT}, and all of it must be names: train again."
+            )
+        return found
 
     def number(self, key: str) -> Any:
         value = self._of(key, int | float, "a number")
