@@ -1,7 +1,7 @@
 """Supervised fine-tuning with TRL: only the first two and the last two layers of a language model.
 
     python recipes/trl_sft.py
-    python recipes/trl_sft.py --tiny    (no network: random weights, generated conversations, 2 steps)
+    python recipes/trl_sft.py --tiny    # no network: random weights, generated conversations, 2 steps
 
 Needs `pip install surgical-peft "trl>=1.16,<2"`, the network and a GPU. Expected: not measured here (no network); the
 tests run the tiny mode, whose numbers mean nothing.

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import functools
 import gc
 import itertools
 import json
 import re
+import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -225,6 +227,26 @@ def test_the_header_says_how_to_run_it_and_what_to_expect(name: str) -> None:
     expected = header.partition("Expected")[2]
     assert bool(re.search(r"not (yet )?measured", expected)) == (name in NOT_MEASURED), expected
     assert re.search(r"\d", expected) or name in NOT_MEASURED
+
+
+def commands_of(path: Path) -> list[str]:
+    """The lines of a recipe's header that are set off: what to copy into a shell."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    if path.suffix == ".py":
+        text = ast.get_docstring(ast.parse("\n".join(lines))) or ""
+        return [line.strip() for line in text.splitlines() if line.startswith("    ")]
+    header = itertools.takewhile(lambda line: line.startswith("#"), lines)
+    return [line.lstrip("# ") for line in header if line.startswith("#   ")]
+
+
+def test_the_commands_of_headers_can_be_copied() -> None:
+    """`--tiny    (no network: ...)` was a syntax error for bash."""
+    commands = {path.name: commands_of(path) for path in [*PATHS, *(ROOT / "recipes").glob("*.py")]}
+    assert all(commands[Path(name).name] for name in NAMES if name not in MADE_BY)
+    assert commands["trl_sft.py"]
+    text = "\n".join(command for every in commands.values() for command in every)
+    checked = subprocess.run(["bash", "-n"], input=text, capture_output=True, text=True)
+    assert checked.returncode == 0 and not checked.stderr, checked.stderr
 
 
 def test_every_comparison_measures_all_images(shown_classes: dict[str, list[str]]) -> None:
