@@ -138,7 +138,7 @@ def advise(
     """Say which blocks to tune on a recipe's data, or that surgery is not for it, after a few short trainings."""
     from .advise import advise as advise_on
     from .advise import plan
-    from .report.advice import recipe_lines, table
+    from .report.advice import not_tried, recipe_lines, table
 
     found, output = open_recipe(recipe, tiny, output)
     if dry_run:
@@ -155,6 +155,8 @@ def advise(
         print_json(advice)
         return
     console.print(table(advice))
+    for line in not_tried(advice):
+        console.print(line, markup=False, highlight=False)
     for sentence in advice["sentences"]:
         console.print(sentence, highlight=False)
     if lines := recipe_lines(advice):

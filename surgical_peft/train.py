@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from .callback import SurgicalCallback
 from .choosing import CRITERION, choose_blocks
+from .errors import SurgicalError
 from .files import check_replaceable, whole_folder, write_text
 from .model import get_surgical_model
 from .optim import surgical_optimizer
@@ -60,6 +62,9 @@ def train(recipe: Recipe, output: str | Path | None = None) -> dict[str, Any]:
     Returns:
         The report: blocks, numbers of parameters, the metric on validation and test before and after, and all else
         that `surgical-peft card` puts into a model card.
+
+    Raises:
+        SurgicalError: what the recipe says does not fit, or the training ended in NaN; nothing is saved then.
     """
     args = recipe.arguments() if output is None else recipe.arguments(output_dir=str(output))
     folder = Path(str(args.output_dir))
@@ -78,6 +83,7 @@ def train(recipe: Recipe, output: str | Path | None = None) -> dict[str, Any]:
     before = {split: task.measure(wrapped, task.splits[split]) for split in ("validation", "test")}
     trainer = fit(wrapped, args, task.splits["train"], policy, [SurgicalCallback()], task.collate)
     after = {split: task.measure(wrapped, task.splits[split]) for split in ("validation", "test")}
+    _check_finite(wrapped, args, {f"{task.metric} on {split}": value for split, value in after.items()})
     with whole_folder(folder / "adapter", _ADAPTER) as temporary:
         wrapped.save_pretrained(temporary)
         if (folder / "adapter").exists():  # what an earlier run said of its adapter goes with it
@@ -92,6 +98,17 @@ def train(recipe: Recipe, output: str | Path | None = None) -> dict[str, Any]:
     write_text(folder / "report.json", json.dumps(report, indent=2) + "\n")
     write_card(folder)
     return report
+
+
+def _check_finite(model: nn.Module, args: TrainingArguments, metrics: Mapping[str, float]) -> None:
+    """Refuse what came of a rate that was too high; accuracy does not tell it, since NaN has a largest logit too."""
+    tuned = [weight for weight in model.parameters() if weight.requires_grad]
+    broken = [f"{name} is {value}" for name, value in metrics.items() if not math.isfinite(value)]
+    broken += [] if all(bool(weight.isfinite().all()) for weight in tuned) else ["tuned weights are NaN or infinite"]
+    if broken:
+        raise SurgicalError(
+            f"after training at learning_rate={args.learning_rate}, {broken[-1]}: lower the rate. Nothing was saved."
+        )
 
 
 def fit(

@@ -478,6 +478,25 @@ def test_the_command_prints_the_advice(
     assert all(line in shown for line in recipe_lines(advice)) and str(Path("run") / "advice") in shown
 
 
+def test_the_command_prints_what_does_not_fit(
+    advised: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It stood in advice.md alone."""
+    path, advice = advised
+    unfit = {"head": "block 'head' does not exist [here]"}
+    monkeypatch.setattr(advising, "advise", lambda *_, **__: {**advice, "unfit": unfit})
+    assert run(monkeypatch, str(path)) == 0
+    assert "Not tried: head. block 'head' does not exist [here]" in " ".join(capsys.readouterr().out.split())
+
+
+def test_what_is_as_good_is_not_called_worse() -> None:
+    """It was `-0 ± 0 points worse`."""
+    advice = played("head", ["full", "head"])
+    advice["methods"][2] |= {"validation": 0.8, "to_best": {"mean": 0.0, "standard_error": 0.0}}
+    said = " ".join(sentences(advice))
+    assert "On validation data it is as good as full, and it tunes fewer parameters." in said and "-0" not in said
+
+
 def spoil(folder: Path, how: str) -> dict[str, Any]:
     if how == "no validation split":
         write_data(folder / "bare", ("train", "test"))

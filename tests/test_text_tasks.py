@@ -126,6 +126,18 @@ def test_columns_are_named_where_their_types_do_not_tell(
             load_task(recipe, ("train",))
 
 
+@pytest.mark.parametrize("columns", [{}, {"label": "label"}])
+def test_labels_of_a_type_that_does_not_fit(tmp_path: Path, toys: dict[str, Recipe], columns: dict[str, str]) -> None:
+    """For float labels it said `name it in the recipe`, which cannot help."""
+    data = folder_of(tmp_path, [{"text": "now", "label": 0.0}, {"text": "win", "label": 1.0}])
+    said = (
+        r"label of text_classification.* it takes classes: names, whole numbers or a ClassLabel\. .*label \(float64\)"
+    )
+    with pytest.raises(SurgicalError, match=said) as stop:
+        load_task(replace(toys["text_classification"], data=data, columns=columns), ("train",))
+    assert "name it" not in str(stop.value)
+
+
 @pytest.mark.parametrize("text", ["", "  \n", None])
 def test_rows_without_text_are_refused(tmp_path: Path, toys: dict[str, Recipe], text: str | None) -> None:
     data = folder_of(tmp_path, [*MAILS, {"text": text, "label": "ham"}])
@@ -179,6 +191,14 @@ def test_one_class_only(
     """With a new head the model was blamed: `MODEL: there is one label only`."""
     recipe = replace(toys[task], data=folder_of(tmp_path, [row] * 3), new_head=new_head)
     with pytest.raises(SurgicalError, match=rf"^{tmp_path}: the column {said}: .* Add rows of another one"):
+        load_task(recipe, ("train",))
+
+
+def test_a_label_map_beyond_the_labels_of_the_model(tmp_path: Path, toys: dict[str, Recipe]) -> None:
+    recipe = replace(toys["text_classification"], data=folder_of(tmp_path, MAILS), label_map=[0, 5])
+    with pytest.raises(
+        SurgicalError, match=r"label_map=\[0, 5\] does not fit: .* Map to the labels from 0 to 1, or new_h"
+    ):
         load_task(recipe, ("train",))
 
 

@@ -110,6 +110,16 @@ def test_a_run_replaces_an_older_one_whole(tmp_path: Path, small_splits: None) -
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "report.json"]
 
 
+def test_a_rate_that_is_too_high_is_said_and_nothing_is_saved(tmp_path: Path, small_splits: None) -> None:
+    """Accuracy is a number with NaN weights, too; other metrics led to a card that said `train again`."""
+    recipe = replace(RECIPE, training={**RECIPE.training, "learning_rate": 1e30, "max_grad_norm": 0, "max_steps": 4})
+    with pytest.raises(
+        SurgicalError, match=r"learning_rate=1e\+30, tuned weights are NaN or infinite: lower the rate"
+    ):
+        train(recipe, tmp_path / "run")
+    assert not list((tmp_path / "run").iterdir())
+
+
 def test_scoring_a_recipe() -> None:
     scores = score(replace(RECIPE, num_batches=2))
     assert list(scores.values) == ["embeddings", *map(str, range(6)), "final_norm", "head"]

@@ -46,7 +46,7 @@ def markdown(advice: dict[str, Any]) -> str:
         f"long as {cost['full_trainings']:.1f}.",
         "",
     ]
-    lines += [f"Not tried: {name}. {why}" for name, why in advice["unfit"].items()]
+    lines += not_tried(advice)
     lines += [""] if advice["unfit"] else []
     scores, moved, floor = advice["scores"]["values"], signature["moved"] or {}, signature["floor"] or {}
     header = ["block", f"score ({advice['scores']['criterion']})", "gradient (rgn)"]
@@ -58,6 +58,11 @@ def markdown(advice: dict[str, Any]) -> str:
     lines += ["", "![signature](signature.png)", ""]
     versions = ", ".join(f"{name} {number}" for name, number in advice["versions"].items())
     return "\n".join([*lines, f"{advice['date']}, {versions}; {advice['machine']}."]) + "\n"
+
+
+def not_tried(advice: dict[str, Any]) -> list[str]:
+    """Which candidates do not fit the model, and why."""
+    return [f"Not tried: {name}. {why}" for name, why in advice["unfit"].items()]
 
 
 def recipe_lines(advice: dict[str, Any]) -> list[str]:
@@ -96,8 +101,10 @@ def _recommendation(advice: dict[str, Any]) -> list[str]:
     tied = [rows[each]["title"] for each in advice["tied"] if each != name]
     second = ""
     if own is not best:
-        second = f"On validation data it is {_behind(advice, own)} than {best['title']}, which may be noise, and it "
-        second += "tunes fewer parameters. "
+        stands = f"as good as {best['title']}"
+        if own["to_best"]["mean"] != 0:
+            stands = f"{_behind(advice, own)} than {best['title']}, which may be noise"
+        second = f"On validation data it is {stands}, and it tunes fewer parameters. "
     elif tied:
         second = f"As good within noise, but no smaller: {', '.join(tied)}. "
     if rival is None:

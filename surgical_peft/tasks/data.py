@@ -54,6 +54,16 @@ def open_splits(name: str, splits: Sequence[str]) -> dict[str, Any]:
     return opened
 
 
+_TAKEN = {
+    "image": "images",
+    "label": "classes: names, whole numbers or a ClassLabel",
+    "text": "texts",
+    "target": "texts",
+    "tokens": "lists of texts",
+    "tags": "lists of classes: names, whole numbers or a ClassLabel",
+}
+
+
 def is_text(feature: Any) -> bool:
     """Whether a column holds texts."""
     return isinstance(feature, Value) and feature.dtype in ("string", "large_string")
@@ -103,7 +113,8 @@ def find_columns(recipe: Recipe, data: dict[str, Any], roles: dict[str, Fits]) -
             if not roles[role](each.features[column]):
                 raise SurgicalError(
                     f"{recipe.data}: the column {column!r} cannot be the {role} of {recipe.task}: it is "
-                    f"{_type(each.features[column])}. The split {split} has: {_shown(each.features)}."
+                    f"{_type(each.features[column])}, and {_takes(role)}. The split {split} has: "
+                    f"{_shown(each.features)}."
                 )
     return columns
 
@@ -113,11 +124,14 @@ def _only(role: str, fitting: list[str], recipe: Recipe, features: Any) -> str:
     left = [name for name in fitting if isinstance(features[name], ClassLabel)] or fitting
     if len(left) == 1:
         return left[0]
-    which = f"{' and '.join(left)} may each be" if left else "none of its columns can be"
-    raise SurgicalError(
-        f"{recipe.data}: {which} the {role} of {recipe.task}: name it in the recipe, columns: {{{role}: ...}}. It "
-        f"has: {_shown(features)}."
-    )
+    which, cure = "none of its columns can be", _takes(role)
+    if left:
+        which, cure = f"{' and '.join(left)} may each be", f"name it in the recipe, columns: {{{role}: ...}}"
+    raise SurgicalError(f"{recipe.data}: {which} the {role} of {recipe.task}: {cure}. It has: {_shown(features)}.")
+
+
+def _takes(role: str) -> str:
+    return f"it takes {_TAKEN[role]}" if role in _TAKEN else "none has a type that fits"
 
 
 def _is_int(feature: Any) -> bool:

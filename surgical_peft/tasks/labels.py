@@ -104,10 +104,12 @@ def fit_labels(recipe: Recipe, column: str, classes: list[str], config: Any) -> 
         cure = "Give the classes different labels" if recipe.new_head else "Write new_head: true"
         raise SurgicalError(f"{one} one label only: {_TWO}. {cure}; they are {', '.join(classes)}.")
     if any(label is not None and label >= count for label in label_map):
-        what = f"label_map={recipe.label_map}" if recipe.label_map is not None else f"{len(classes)} classes"
+        what, cure = f"{len(classes)} classes", "Write a label_map"
+        if recipe.label_map is not None:
+            what, cure = f"label_map={recipe.label_map}", f"Map to the labels from 0 to {count - 1}"
         raise SurgicalError(
             f"{what} does not fit: the labels of {recipe.model} are 0 to {count - 1}, the classes of {recipe.data} "
-            f"are {', '.join(classes)}. Write a label_map, or new_head: true for a head of its own."
+            f"are {', '.join(classes)}. {cure}, or new_head: true for a head of its own."
         )
     return label_map, count
 
