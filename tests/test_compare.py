@@ -469,12 +469,17 @@ def test_dry_run_keeps_nothing(tmp_path: Path) -> None:
             "first 9 does not fit ViTForImageClassification: k=9 is more than the layers",
         ),
         ({"methods": ["full", {"lp_ft": {"epochs": 9}}], "num_train_epochs": 3}, "after 9 epochs, .*ends with 3"),
+        (
+            {"methods": ["full", {"lp_ft": {"epochs": 9}}], "max_steps": 12},
+            "epochs=9 does not fit max_steps=12: leave",
+        ),
+        ({"methods": ["full", "lp_ft"], "max_steps": 1}, "epochs=None does not fit max_steps=1"),
         ({"methods": ["full", {"blocks": {"names": ["haed"]}}]}, "haed"),
         ({"methods": ["full", "tests.test_compare:broken"]}, "broken does not fit ViTForImageClassification: Target"),
         ({"methods": ["full", {"top_k": {"criterion": "rgn", "k": 9}}]}, "top 9 by rgn does not fit .* from 1 to 5"),
         (
             {"methods": ["full", {"top_k": {"criterion": "rgn", "num_batches": 0}}]},
-            "top_k: num_batches=0 is no number",
+            "num_batches=0 is out of range for top_k",
         ),
         ({"methods": ["full", {"auto": {"criterion": "rgm"}}]}, "did you mean 'rgn'"),
         ({"methods": ["full", {"auto": {"num_blocks": 9}}]}, "auto, 9 blocks does not fit .* k=9 .* from 1 to 5"),

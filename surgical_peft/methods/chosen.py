@@ -111,7 +111,7 @@ def searched(
     on one draw, which may be among those that are compared.
 
     Example:
-        methods: [full, {searched: {procedure: sweep}}, {searched: {result: runs/sweep_noise/search/search.json}}]
+        methods: [full, {searched: {procedure: sweep}}, {searched: {result: ../runs/sweep_noise/search/search.json}}]
     """
     if result is not None:
         if options:
