@@ -77,8 +77,8 @@ def _lp_ft(epochs: int | None, args: TrainingArguments) -> Policy:
     if args.max_steps > 0:
         if epochs is not None or args.max_steps < 2:
             raise SurgicalError(
-                f"lp_ft: epochs={epochs} does not fit max_steps={args.max_steps}: leave epochs out, for half of 2 steps "
-                "or more, or give num_train_epochs instead of max_steps."
+                f"lp_ft: epochs={epochs} does not fit max_steps={args.max_steps}: leave epochs out, for half of 2 "
+                "steps or more, or give num_train_epochs instead of max_steps."
             )
         return _HalfOfSteps(
             stages=(Stage("head", steps=args.max_steps // 2), Stage()), hard=True, state_policy="reset"
