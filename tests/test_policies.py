@@ -25,7 +25,7 @@ from surgical_peft import (
     score_blocks,
     surgical_optimizer,
 )
-from surgical_peft.policies.auto_rgn import _ratios
+from surgical_peft.policies.auto_rgn import _norms_in_one_call, _norms_on_cpu, _ratios
 from surgical_peft.policies.policy import Policy, Run, Unit
 from surgical_peft.scores import BlockScores
 
@@ -482,3 +482,45 @@ def test_ratios_of_large_units_are_exact() -> None:
     weight.grad = torch.randn(25_000_000)
     expected = (weight.grad.double().norm() / weight.double().norm()).item()
     assert _ratios([Unit("0", "0", [weight])])[0] == pytest.approx(expected, rel=1e-6)
+
+
+def far_apart(dtype: torch.dtype) -> list[Unit]:
+    """Two units, one above the size from which the CPU reads tensors in pieces; some gradients strided or missing."""
+    torch.manual_seed(0)
+    units = []
+    for name, width in (("0", 16), ("1", 512)):
+        weights = [torch.nn.Parameter(torch.randn(width, 256, dtype=dtype).t()) for _ in range(3)]
+        weights[0].grad, weights[1].grad = torch.randn_like(weights[0]), torch.randn(256, width, dtype=dtype)
+        units.append(Unit(name, "0", weights))
+    units.append(Unit("2", "0", [torch.nn.Parameter(torch.ones(3, dtype=dtype))]))  # no gradient at all
+    return units
+
+
+@pytest.mark.parametrize("norms_of", [_norms_on_cpu, _norms_in_one_call])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_both_ways_to_read_norms_are_exact(norms_of: Any, dtype: torch.dtype) -> None:
+    units = far_apart(dtype)
+    near = 1e-6 if dtype.itemsize > 2 else 1e-5
+    expected = []
+    for unit in units:
+        for tensors in (unit.parameters, [p.grad for p in unit.parameters if p.grad is not None]):
+            expected.append(math.sqrt(sum(tensor.detach().double().square().sum().item() for tensor in tensors)))
+    with torch.no_grad():
+        assert norms_of(units) == pytest.approx(expected, rel=near)
+
+
+def test_units_of_several_precisions_are_read_together() -> None:
+    units = far_apart(torch.float64)[:1] + far_apart(torch.bfloat16)[1:]
+    alone = [_ratios([unit])[0] for unit in units]
+    assert _ratios(units) == pytest.approx(alone, rel=1e-6)
+    assert _ratios(units[::-1]) == pytest.approx(alone[::-1], rel=1e-6)
+    assert alone[-1] == 0.0
+
+
+def test_ratios_follow_a_parameter_whose_data_is_replaced() -> None:
+    unit = far_apart(torch.float32)[0]
+    before = _ratios([unit])[0]
+    for weight in unit.parameters:
+        weight.data = 2 * weight.data
+    assert _ratios([unit])[0] == pytest.approx(before / 2, rel=1e-6)
+    assert torch.is_grad_enabled()

@@ -107,32 +107,56 @@ def _ratios(units: Sequence[Unit]) -> list[float]:
     A parameter without a gradient counts as a zero one. A unit whose weights are all zero gives NaN, a gradient that
     is not finite `inf`.
     """
-    with torch.no_grad():
-        parts: list[Tensor] = []
-        counts: list[int] = []  # of the parts: for each unit those of its weights, then those of its gradients
-        for unit in units:
-            weights, grads = unit.parameters, [p.grad for p in unit.parameters if p.grad is not None]
-            joined = (_pieces(weights, unit.size), _pieces(grads, unit.size))
-            counts += map(len, joined)
-            parts += [*joined[0], *joined[1]]
-        dtype = reduce(torch.promote_types, {part.dtype for part in parts}, torch.float32)
-        norms = torch._foreach_norm(parts, 2, dtype=dtype)
-        device = parts[0].device
-        numbers = iter(torch.stack([norm if norm.device == device else norm.to(device) for norm in norms]).tolist())
-    lengths = [math.hypot(*islice(numbers, count)) for count in counts]
-    return [_ratio(pull, size) for size, pull in zip(lengths[::2], lengths[1::2], strict=True)]
+    norms_of = _norms_on_cpu if all(unit.parameters[0].is_cpu for unit in units) else _norms_in_one_call
+    with torch.set_grad_enabled(False):  # which the optimizer's step uses anyway; to call `no_grad` too takes longer
+        norms = norms_of(units)
+    return [_ratio(pull, size) for size, pull in zip(norms[::2], norms[1::2], strict=True)]
 
 
-def _pieces(tensors: Sequence[Tensor], size: int) -> Sequence[Tensor]:
-    """The same entries in other tensors, for the CPU: a call for each small one takes longer than to copy them all.
+def _norms_on_cpu(units: Sequence[Unit]) -> list[float]:
+    """For each unit the norm of its weights, then that of its gradients.
 
-    Large ones there come in pieces: the float32 norm of one with 25 million entries is 0.1 % wrong.
+    After a backward pass no cache holds this code or its data, and fetching them takes longer than running it. So the
+    usual way through is short, and each copy is given back before the next is made.
     """
-    if not tensors or tensors[0].device.type != "cpu":
-        return tensors
-    if size <= _SMALL:
-        return [_flatten_dense_tensors(tensors)]
-    return [piece for each in tensors for piece in (each.view(-1).split(_SMALL) if each.is_contiguous() else [each])]
+    norms: list[Tensor] = []
+    for unit in units:
+        for tensors in (unit.parameters, _grads(unit)):
+            if not tensors:
+                norms.append(torch.zeros_like(norms[-1]))
+            elif unit.size <= _SMALL:  # a call for each tensor would take longer than to copy them all
+                flat = _flatten_dense_tensors(tensors)
+                norms.append(torch.linalg.vector_norm(flat, dtype=torch.promote_types(flat.dtype, torch.float32)))
+            else:
+                norms.append(torch.linalg.vector_norm(torch.stack(_foreach_norm(_pieces(tensors)))))
+    return torch.stack(norms).tolist()
+
+
+def _grads(unit: Unit) -> list[Tensor]:
+    return [grad for parameter in unit.parameters if (grad := parameter.grad) is not None]
+
+
+def _pieces(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Those on the CPU in pieces: there the float32 norm of one with 25 million entries is 0.1 % wrong."""
+    return [
+        piece
+        for each in tensors
+        for piece in (each.view(-1).split(_SMALL) if each.is_cpu and each.is_contiguous() else [each])
+    ]
+
+
+def _norms_in_one_call(units: Sequence[Unit]) -> list[float]:
+    """The same where each call has to be sent to a device."""
+    lists = [_pieces(tensors) for unit in units for tensors in (unit.parameters, _grads(unit))]
+    norms = _foreach_norm([tensor for tensors in lists for tensor in tensors])
+    device = norms[0].device
+    numbers = iter(torch.stack([norm if norm.device == device else norm.to(device) for norm in norms]).tolist())
+    return [math.hypot(*islice(numbers, len(tensors))) for tensors in lists]
+
+
+def _foreach_norm(tensors: list[Tensor]) -> list[Tensor]:
+    dtype = reduce(torch.promote_types, {tensor.dtype for tensor in tensors}, torch.float32)
+    return list(torch._foreach_norm(tensors, 2, dtype=dtype))
 
 
 def _ratio(pull: float, size: float) -> float:
