@@ -71,7 +71,7 @@ def plan(recipe: Recipe) -> Plan:
         SurgicalError: as `advise`.
 
     Example:
-        >>> plan(load_recipe("recipes/compare_noise.yaml")).trainings
+        >>> plan(load_recipe("recipes/fashion_mnist_noise.yaml")).trainings
         24
     """
     what = _comparison(recipe)
@@ -105,7 +105,7 @@ def advise(recipe: Recipe, output: str | Path | None = None, *, console: Console
             number.
 
     Example:
-        >>> advise(load_recipe("recipes/compare_label_map.yaml"))["recommended"]["lines"]
+        >>> advise(load_recipe("recipes/fashion_mnist_label_map.yaml"))["recommended"]["lines"]
         {'blocks': ['head'], 'learning_rate': 0.01}
     """
     began = time.perf_counter()

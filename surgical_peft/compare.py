@@ -55,7 +55,7 @@ def plan(recipe: Recipe, output: str | Path | None = None, jobs: int = 1) -> Pla
         SurgicalError: as `compare`.
 
     Example:
-        >>> plan(load_recipe("recipes/compare_noise.yaml"), jobs=2).trainings
+        >>> plan(load_recipe("recipes/fashion_mnist_noise.yaml"), jobs=2).trainings
         96
     """
     workshop = _workshop(recipe, output, jobs)
@@ -96,7 +96,7 @@ def compare(
             fine-tuning that diverged at every rate; a worker that was killed. What is finished is kept.
 
     Example:
-        >>> report = compare(load_recipe("recipes/compare_noise.yaml"), jobs=2)
+        >>> report = compare(load_recipe("recipes/fashion_mnist_noise.yaml"), jobs=2)
         >>> report["sentences"][0]
         'first third is best: ...'
     """

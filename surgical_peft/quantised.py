@@ -22,9 +22,17 @@ def float_layers(module: nn.Module) -> dict[str, nn.Linear]:
     layers take the dtype of the module's other parameters, which is that of the activations around them.
 
     Raises:
-        SurgicalError: packed weights of another kind.
+        SurgicalError: packed weights of another kind, or 4-bit ones that a forward pass on the CPU has reordered.
     """
     linear = {path: child for path, child in module.named_modules() if isinstance(child, nn.Linear)}
+    for path, child in linear.items():
+        # bitsandbytes does so at the first pass in eval mode on CPUs with bfloat16 arithmetic. PEFT would read the
+        # weights in the usual order, and what bitsandbytes itself turns back (0.50) has its scales mixed up.
+        if getattr(getattr(child.weight, "quant_state", None), "packing_format_for_cpu", False):
+            raise SurgicalError(
+                f"{path or 'the layer'} has 4-bit weights that a forward pass on this CPU has put into another order: "
+                "they cannot be made float any more. Load the model anew and choose its blocks before it is run."
+            )
     weights = {path: dequantize_module_weight(child) for path, child in linear.items()}
     packed = {path: weight for path, weight in weights.items() if weight is not linear[path].weight}
     rest = {n: p for n, p in module.named_parameters() if not (is_packed(p) and n.rpartition(".")[0] in packed)}

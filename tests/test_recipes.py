@@ -34,8 +34,8 @@ PATHS = sorted((ROOT / "recipes").rglob("*.yaml"))
 NAMES = [path.relative_to(ROOT / "recipes").as_posix() for path in PATHS]
 MADE_BY = {"mail/source.yaml": "make mail"}  # what runs a recipe that nobody runs by itself
 NOT_MEASURED = [
-    "compare_mail_char_noise.yaml",
-    "compare_mail_hard_ham.yaml",
+    "spam_char_noise.yaml",
+    "spam_hard_ham.yaml",
     "headline_label_map.yaml",
     "headline_noise.yaml",
     "hub/bert_base_conll2003.yaml",

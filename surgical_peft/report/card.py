@@ -168,7 +168,11 @@ def _selection(said: _Said, recipe: _Said) -> dict[str, Any] | None:
     values = {block: scores.number(block) for block in said.names("scored")}
     if recipe.values.get("num_blocks") is None:  # then the best were tried together
         loss, refused = record.part("joint_loss"), record.values.get("refused", {})
-        for block in sorted(values.keys() - refused, key=lambda block: -values[block])[:MOST]:
+        tried = sorted(values.keys() - refused, key=lambda block: -values[block])[:MOST]
+        missing = [block for block in tried if block not in loss.values]
+        # Of blocks with equal scores any may have been the last that was tried.
+        wanted = missing[len(loss.values.keys() - set(tried)) :] if missing else []
+        for block in (*wanted, *loss.values):
             loss.number(block)
     return dict(record.values)
 
