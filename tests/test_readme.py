@@ -156,3 +156,21 @@ def test_the_comparisons_are_those_of_the_tables(shift: str) -> None:
     told = README[start : README.index(f"compare/{shift}/table.md", start)]
     shares = re.findall(r"(?<![+\d.])\d\d\.\d", told)
     assert len(shares) >= 6 and set(shares) <= means
+
+
+@pytest.mark.parametrize(("shift", "column"), [("noise", 1), ("label_map", 3)])
+def test_the_headline_is_that_of_the_tables(shift: str, column: int) -> None:
+    """Accuracy and difference to full fine-tuning of every method, as in the committed tables."""
+
+    def rows(text: str) -> dict[str, list[str]]:
+        lines = [line for line in text.splitlines() if line.startswith("| ") and "accuracy" not in line]
+        cells = [[cell.strip().strip("*") for cell in line.strip("|").split("|")] for line in lines]
+        return {each[0]: each[1:] for each in cells}
+
+    start = README.index("| method | noise, % |", README.index("## Compare"))
+    told = rows(README[start : README.index("(`surgical-peft compare recipes/headline", start)])
+    table = rows((ROOT / "benchmarks" / "compare" / f"headline_{shift}" / "table.md").read_text(encoding="utf-8"))
+    assert len(table) == 10 + 1  # and the line under the header
+    for method, cells in table.items():
+        if not method.startswith("---"):
+            assert told[method][column - 1 : column + 1] == cells[:2]

@@ -36,8 +36,6 @@ MADE_BY = {"mail/source.yaml": "make mail"}  # what runs a recipe that nobody ru
 NOT_MEASURED = [
     "spam_char_noise.yaml",
     "spam_hard_ham.yaml",
-    "headline_label_map.yaml",
-    "headline_noise.yaml",
     "hub/bert_base_conll2003.yaml",
     "hub/distilbert_rotten_tomatoes.yaml",
     "hub/t5_small_dialogsum.yaml",
