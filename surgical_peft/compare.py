@@ -34,7 +34,7 @@ class Plan:
     """What a comparison would cost.
 
     Attributes:
-        trainings: of all grids; what is done already is among them.
+        trainings: of all grids; what is done already is among them. Methods that choose the same blocks share theirs.
         done: how many are.
         more: at most so many more, where the best rate is at the edge of its grid.
         seconds_each: of one full fine-tuning; estimated from a few steps.
@@ -147,10 +147,7 @@ def _rates(workshop: Workshop, crew: Crew) -> dict[str, dict[float, float]]:
             if rate is not None:
                 found = [workshop.finding(job)["validation"] for job in each]
                 means[title][rate] = statistics.fmean(found) if all(map(math.isfinite, found)) else math.nan
-        for title, tried in means.items():  # weights that will not be measured
-            for rate in set(tried) - {best_rate(tried)} if tried else ():
-                for job in what.trainings(title, rate):
-                    shutil.rmtree(workshop.weights(job), ignore_errors=True)
+        _drop_weights(workshop, means)
         following = {title: next_rate(what.grid(title), tried) for title, tried in means.items() if tried}
         if is_diverged(means[FULL]) and following[FULL] is None:
             raise SurgicalError(
@@ -160,3 +157,14 @@ def _rates(workshop: Workshop, crew: Crew) -> dict[str, dict[float, float]]:
             )
         wanted = [(title, rate) for title, rate in following.items() if rate is not None]
     return means
+
+
+def _drop_weights(workshop: Workshop, means: dict[str, dict[float, float]]) -> None:
+    """Let go of the weights that will not be measured: of no method at its best rate so far."""
+    tried = {(title, rate) for title, each in means.items() for rate in each}
+    best = {(title, best_rate(each)) for title, each in means.items() if each}
+    kept = {workshop.weights(job) for pair in best for job in workshop.comparison.trainings(*pair)}
+    for pair in tried - best:
+        for job in workshop.comparison.trainings(*pair):
+            if workshop.weights(job) not in kept:
+                shutil.rmtree(workshop.weights(job), ignore_errors=True)

@@ -60,7 +60,8 @@ class Crew:
 
     def do(self, what: str, jobs: Sequence[Job]) -> None:
         """Do the jobs that are not done; those with one source model and seed together, for they share much."""
-        left = [job for job in jobs if not self._workshop.is_done(job)]
+        wanted = [job for job in jobs if not self._workshop.is_done(job)]
+        left = list({self._workshop.path(job): job for job in reversed(wanted)}.values())[::-1]  # the first of equals
         if not left:
             return
         left.sort(key=lambda job: (job.source, job.seed))

@@ -27,6 +27,7 @@ from .workbench import Remembered, Workbench
 
 _TIMED = 3  # batches of an epoch whose steps are timed
 _AT_MOST = 12  # steps, where a recipe counts them
+_OF_BLOCKS = ("training", "test")  # jobs that need to know what the method chose
 _MARKER = "finding.txt"  # by which the weights of a training are known
 
 
@@ -78,15 +79,20 @@ class Workshop:
 
     def finding(self, job: Job) -> dict[str, Any]:
         """What a job found that was done."""
-        return json.loads(self._path(job).read_text(encoding="utf-8"))["found"]
+        return json.loads(self.path(job).read_text(encoding="utf-8"))["found"]
 
     def is_done(self, job: Job) -> bool:
         """Whether a job need not be done: its finding is there."""
-        return self._path(job).exists()
+        chooses = job.kind in _OF_BLOCKS and self.comparison.methods[job.method].choose
+        return (not chooses or self.path(_choice_of(job)).exists()) and self.path(job).exists()
+
+    def path(self, job: Job) -> Path:
+        """Where the finding of a job is kept: the same place for trainings of methods that chose the same blocks."""
+        return self.folder / "runs" / f"{self.comparison.name_of(job, self._known_by(job))}.json"
 
     def weights(self, job: Job) -> Path:
         """Where the weights of a training lie until they are measured."""
-        return self.folder / "weights" / self._path(replace(job, kind="training")).stem
+        return self.folder / "weights" / self.path(replace(job, kind="training")).stem
 
     def do(self, job: Job) -> None:
         """Do a job and keep what it finds.
@@ -99,13 +105,14 @@ class Workshop:
         except SurgicalError as error:
             said = str(error)
             raise SurgicalError(said if said.startswith(job.method) else f"{job.method}: {said}") from error
-        path = self._path(job)
-        write_text(path, json.dumps({"asked": self.comparison.asked(job), "found": found}, indent=1) + "\n")
+        path = self.path(job)
+        asked = self.comparison.asked(job, self._known_by(job))
+        write_text(path, json.dumps({"asked": asked, "found": found}, indent=1) + "\n")
 
     def _choice(self, job: Job) -> dict[str, Any]:
         method, bench = self.comparison.methods[job.method], self._bench_of(job)
         assert method.choose is not None
-        own = self.folder / "choices" / self._path(job).stem
+        own = self.folder / "choices" / self.path(job).stem
         own.mkdir(parents=True, exist_ok=True)
         setting = setting_of(self.comparison, job, bench, own)
         began = time.perf_counter()
@@ -155,14 +162,16 @@ class Workshop:
         if bench.args.max_steps > 0:
             own["max_steps"] = min(bench.args.max_steps, _AT_MOST)
         trained = [title for title, method in what.methods.items() if method.is_trained]
-        jobs = {title: replace(job, method=title, rate=what.grid(title)[0]) for title in trained}
+        jobs = {title: replace(job, kind="training", method=title, rate=what.grid(title)[0]) for title in trained}
         for each in jobs.values():
             self._wrap(each, copy.deepcopy(bench.model))  # a method that does not fit is told before any trains
 
         def training(each: Job) -> Callable[[Watch], nn.Module]:
             return lambda watch: self._train(bench, each, watch=watch, **own)
 
-        return step_costs({title: training(each) for title, each in jobs.items()})
+        first = {self.path(each): title for title, each in reversed(jobs.items())}
+        found = step_costs({title: training(jobs[title]) for title in reversed(first.values())})
+        return {title: found[first[self.path(each)]] for title, each in jobs.items()}
 
     def _train(self, bench: Workbench, job: Job, **given: Any) -> nn.Module:
         method = self.comparison.methods[job.method]
@@ -180,7 +189,7 @@ class Workshop:
     def _selection(self, job: Job) -> Selection:
         if self.comparison.methods[job.method].choose is None:
             return Selection(())
-        return Selection(tuple(self.finding(replace(job, kind="choice", rate=None))["blocks"]))
+        return Selection(tuple(self.finding(_choice_of(job))["blocks"]))
 
     def _make_all(self) -> None:
         """Make each example once; those of the first jobs come last of their kind, and stay in memory."""
@@ -231,5 +240,12 @@ class Workshop:
             self._measured[what] = key, ConcatDataset(parts)
         return self._measured[what][1]
 
-    def _path(self, job: Job) -> Path:
-        return self.folder / "runs" / f"{self.comparison.name_of(job)}.json"
+    def _known_by(self, job: Job) -> tuple[str, ...] | None:
+        """The blocks that a training is known by; None if it is known by its method."""
+        if job.kind not in _OF_BLOCKS or not self.comparison.methods[job.method].is_its_blocks:
+            return None
+        return self._selection(job).blocks
+
+
+def _choice_of(job: Job) -> Job:
+    return replace(job, kind="choice", rate=None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -137,8 +137,14 @@ class Comparison:
         unshifted = {key: getattr(plain, key) for key in SHIFTS if key != "columns"}
         return replace(self.recipe, model=self.sources[source], imbalance={}, **{**unshifted, **keys})
 
-    def asked(self, job: Job) -> dict[str, Any]:
-        """All that a finding depends on, in plain data; the same wherever the recipe and its data lie."""
+    def asked(self, job: Job, blocks: Sequence[str] | None = None) -> dict[str, Any]:
+        """All that a finding depends on, in plain data; the same wherever the recipe and its data lie.
+
+        Args:
+            job: what is to be found.
+            blocks: that the method has chosen, where nothing else of it matters for the training: those of one method
+                are then those of every other that chose the same.
+        """
         own = ("model", "data", "seed", "learning_rate")
         recipe = self.recipe_of(job.source, job.seed)
         asked: dict[str, Any] = {
@@ -155,7 +161,7 @@ class Comparison:
         asked |= {"data": self._identities[recipe.data], "seed": job.seed}
         if job.kind == "costs":
             return {**asked, "methods": {title: [self._spec(title), self.grid(title)[:1]] for title in self.methods}}
-        asked["method"] = self._spec(job.method)
+        asked["method"] = self._spec(job.method) if blocks is None else {"blocks": sorted(blocks)}
         if "searched" in asked["method"]:
             asked["rates"] = self.rates
         if job.kind != "choice":
@@ -183,7 +189,7 @@ class Comparison:
         every: Iterable[str] = dict.fromkeys([*self.sources, *data])
         return {each: digest_of(each) if Path(each).exists() else each for each in every}
 
-    def name_of(self, job: Job) -> str:
+    def name_of(self, job: Job, blocks: Sequence[str] | None = None) -> str:
         """What the findings of a job are called: its kind and a digest of all that they depend on."""
-        text = json.dumps(self.asked(job), sort_keys=True, default=str)
+        text = json.dumps(self.asked(job, blocks), sort_keys=True, default=str)
         return f"{job.kind}-{hashlib.sha256(text.encode()).hexdigest()[:24]}"

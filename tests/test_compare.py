@@ -11,6 +11,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -59,7 +60,7 @@ def settle(recipe: Path, means: dict[str, Any], monkeypatch: pytest.MonkeyPatch)
         title, rate = job.method, job.rate
         value = means[title](rate, job.seed) if title in means and rate is not None else 0.5
         found: dict[str, Any] = {
-            "choice": {"blocks": ["0"], "seconds": 1.0},
+            "choice": {"blocks": [title], "seconds": 1.0},
             "training": {
                 "blocks": [],
                 "validation": value,
@@ -70,7 +71,7 @@ def settle(recipe: Path, means: dict[str, Any], monkeypatch: pytest.MonkeyPatch)
             "test": {"test": value / 2},
             "costs": {name: {"ms": 3.0, "peak_bytes": 1000.0} for name in workshop.comparison.methods},
         }[job.kind]
-        path = workshop._path(job)
+        path = workshop.path(job)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({"asked": workshop.comparison.asked(job), "found": found}))
 
@@ -246,7 +247,7 @@ def test_a_test_metric_that_is_no_number(tmp_path: Path, monkeypatch: pytest.Mon
         def do(workshop: Workshop, job: Job) -> None:
             play(workshop, job)
             if job.kind == "test" and job.method == title:
-                path = workshop._path(job)
+                path = workshop.path(job)
                 path.write_text(path.read_text().replace('{"test": 0.25}', '{"test": NaN}'))
 
         monkeypatch.setattr(Workshop, "do", do)
@@ -387,6 +388,28 @@ def test_a_changed_recipe_shares_only_what_is_the_same(
     changed = replace(recipe, draws=[recipe.draws[0], str(path.parent / "more")])
     assert Comparison(changed).name_of(job) != one.name_of(job)
     assert Comparison(changed).name_of(first) == one.name_of(first)
+
+
+def test_methods_that_chose_the_same_blocks_share_their_trainings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[Job] = []
+    do = Workshop.do
+    monkeypatch.setattr(Workshop, "do", lambda self, job: (done.append(job), do(self, job)))  # type: ignore[misc]
+    methods = ["full", "head", {"blocks": {"names": ["head"]}}, "layer_decay", "lp_ft"]
+    path = write_recipe(tmp_path, methods=methods, rates=[1e-3, 1e-2], seeds=[0, 1])
+    report = compare(load_recipe(path), console=QUIET)
+    _, head, same, *others = report["methods"]
+    assert {**timeless(head), "method": ""} == {**timeless(same), "method": ""}
+    assert head["ms"] == same["ms"]
+    count = Counter(job.kind for job in done if job.method in ("head", "blocks head"))
+    assert (count["choice"], count["training"], count["test"]) == (4, 2 * len(head["rates"]), 2)
+    # What steers the rates, or trains otherwise, is told apart, whatever blocks it tunes.
+    assert {job.method for job in done if job.kind == "test"} >= {row["method"] for row in others}
+    before = len(done)
+    shorter = load_recipe(write_recipe(tmp_path, methods=["full", "last", {"blocks": {"names": "head"}}], seeds=[1]))
+    compare(replace(shorter, rates=[1e-3, 1e-2]), console=QUIET)
+    assert not [job for job in done[before:] if job.kind == "training" and job.method == "blocks head"]
 
 
 def test_a_source_model_more_is_paired_with_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

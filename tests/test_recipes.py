@@ -250,7 +250,7 @@ def test_the_commands_of_headers_can_be_copied() -> None:
 def test_every_comparison_measures_all_images(shown_classes: dict[str, list[str]]) -> None:
     for name in COMPARISONS:
         comparison = Comparison(load_recipe(ROOT / "recipes" / name))
-        assert len(comparison.methods) == (10 if "headline" in name else 17)
+        assert len(comparison.methods) == (10 if "headline" in name else 32)
         assert len(comparison.seeds) == len(comparison.recipe.draws or [])
         unshifted = comparison.source_recipe(0)
         assert any(getattr(unshifted, key) != getattr(comparison.recipe, key) for key in ("data", *SHIFTS))

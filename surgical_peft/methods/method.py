@@ -95,6 +95,12 @@ class Method:
     is_trained: bool = True
     preview: Callable[[Setting], Selection | None] = nothing_known
 
+    @property
+    def is_its_blocks(self) -> bool:
+        """Whether its training depends on nothing but the blocks that it chose."""
+        chooses = self.choose is not None and self.is_trained
+        return chooses and self.wrap is tune_blocks and self.policy is no_policy and not self.training
+
 
 def make_method(given: Any) -> Method:
     """The method that an entry of a recipe's `methods` stands for.
