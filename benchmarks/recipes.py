@@ -3,7 +3,7 @@
     python benchmarks/recipes.py                # all of them, and their table: 6 minutes on one core
     python benchmarks/recipes.py noise rgn      # these, and the table of what is there
 
-A recipe is trained as `surgical-peft train` does it, on the first three draws of its data, each with a seed of its own.
+A recipe is trained as `surgical-peft train` does it, on the first three draws of its data, each with its own seed.
 What is done already is not done again; it lies in runs/recipes/. Needs `make mail` for the mails.
 """
 

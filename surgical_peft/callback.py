@@ -156,7 +156,11 @@ class SurgicalCallback(TrainerCallback):
 
 
 def _found(optimizer: Any) -> tuple[Optimizer, BlockRates]:
-    optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
+    # accelerate and DeepSpeed wrap it
+    while not hasattr(optimizer, "block_rates") and hasattr(
+        optimizer, "optimizer"
+    ):
+        optimizer = optimizer.optimizer
     rates = getattr(optimizer, "block_rates", None)
     if rates is None:
         raise SurgicalError(

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch.distributed as dist
+from accelerate.state import AcceleratorState, is_initialized
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -36,6 +38,13 @@ class BlockRates:
                 f"it runs on 1 process, not on {dist.get_world_size()}. Give the policy hard=False (a rate of 0 "
                 "instead), or choose the blocks once, by SurgicalConfig(blocks=...)."
             )
+        is_deepspeed = is_initialized() and AcceleratorState().distributed_type is DistributedType.DEEPSPEED
+        if is_deepspeed and not policy.is_constant:
+            raise SurgicalError(
+                f"{policy} follows gradients or changes rates during training, and DeepSpeed, whose optimizer keeps "
+                "both flattened and in pieces, shows it neither: use a policy of constant factors, such as "
+                "layer_decay(), or train with DistributedDataParallel or FSDP."
+            )
         self.policy = policy
         self.has_callback = False
         self.used: dict[str, float] = {}  # the factors of the last step, by unit
@@ -47,8 +56,11 @@ class BlockRates:
         first = optimizer.param_groups[0]
         first["surgical"] = {"step": 0, "epoch": None, "probed": None, "scores": {}, "state": {}}
         optimizer.block_rates = self  # type: ignore[attr-defined]
-        optimizer.register_step_pre_hook(self._before_step)
-        optimizer.register_step_post_hook(self._after_step)
+        if is_deepspeed:  # it steps with groups of its own; constant factors are part of the rates that it took over
+            self.used = {group["unit"]: group["base_multiplier"] for group in optimizer.param_groups}
+        else:
+            optimizer.register_step_pre_hook(self._before_step)
+            optimizer.register_step_post_hook(self._after_step)
         optimizer.register_load_state_dict_pre_hook(_check_loaded)
         optimizer.register_load_state_dict_post_hook(self.resume)
         self._plan(optimizer)

@@ -110,6 +110,12 @@ class Policy:
     skip_idle: bool = False
     own_loss: bool = False
 
+    @property
+    def is_constant(self) -> bool:
+        """Whether all it gives is constant factors."""
+        asked = ("plan", "step_multipliers", "multipliers_from", "loss")
+        return all(getattr(type(self), name) is getattr(Policy, name) for name in asked)
+
     def base_multipliers(self, blocks: BlockMap) -> dict[str, float]:
         """Constant factors by block, more than 0; blocks left out have 1. They become part of the base rate."""
         return {}

@@ -7,10 +7,12 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from peft import PeftModel, get_peft_model
 from torch.utils.data import DataLoader
 from transformers import TrainerControl, TrainerState, TrainingArguments, default_data_collator
@@ -242,3 +244,18 @@ def test_a_model_with_nothing_to_train_is_refused(name: str, vit: Toy) -> None:
     model = vit.model().requires_grad_(False)
     with pytest.raises(SurgicalError, match="nothing to train"):
         create_surgical_optimizer(model, torch.optim.AdamW, lr=1e-2, policy=MAKERS[name]())
+
+
+@pytest.mark.parametrize(("name", "make"), MAKERS.items(), ids=MAKERS)
+def test_deepspeed_is_for_constant_factors(
+    name: str, make: Callable[[], Policy], vit: Toy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = SimpleNamespace(distributed_type=DistributedType.DEEPSPEED)
+    monkeypatch.setattr("surgical_peft.rates.is_initialized", lambda: True)
+    monkeypatch.setattr("surgical_peft.rates.AcceleratorState", lambda: state)
+    model, policy = vit.model(), make()
+    if name in ("discriminative", "layer_decay", "static"):
+        create_surgical_optimizer(model, torch.optim.AdamW, lr=1e-3, policy=policy)
+        return
+    with pytest.raises(SurgicalError, match=r"DeepSpeed.*layer_decay\(\).*FSDP"):
+        create_surgical_optimizer(model, torch.optim.AdamW, lr=1e-3, policy=policy)

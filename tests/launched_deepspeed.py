@@ -1,0 +1,55 @@
+"""Trainer on two blocks of the toy Llama at rates that differ by block: under DeepSpeed's ZeRO, or in one process."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import get_peft_model
+from transformers import Trainer, TrainingArguments
+
+from surgical_peft import SurgicalCallback, SurgicalConfig, policies, surgical_optimizer
+
+from .launched import BLOCKS, EXAMPLES
+from .toys import TOYS
+
+
+def train(folder: Path, stage: int | None = None) -> Trainer:
+    """Three steps; saves the adapter to `folder`."""
+    torch.set_num_threads(1)
+    zero = {"stage": stage, "stage3_gather_16bit_weights_on_model_save": True}
+    batch_sizes = dict.fromkeys(["train_micro_batch_size_per_gpu", "gradient_accumulation_steps"], "auto")
+    deepspeed: dict[str, Any] = {**batch_sizes, "zero_optimization": zero, "zero_allow_untested_optimizer": True}
+    args = TrainingArguments(
+        output_dir=str(folder),
+        use_cpu=True,
+        per_device_train_batch_size=EXAMPLES // int(os.environ.get("WORLD_SIZE", "1")),
+        max_steps=3,
+        learning_rate=1e-2,
+        max_grad_norm=0.0,
+        report_to="none",
+        save_strategy="no",
+        deepspeed=None if stage is None else deepspeed,
+    )
+    toy = TOYS["llama"]
+    batch = toy.batch(size=3 * EXAMPLES)
+    data = [{key: value[i] for key, value in batch.items()} for i in range(3 * EXAMPLES)]
+    trainer = Trainer(
+        model=get_peft_model(toy.model(), SurgicalConfig(blocks=BLOCKS)),
+        args=args,
+        train_dataset=data,  # type: ignore[arg-type]
+        optimizer_cls_and_kwargs=surgical_optimizer(args, policies.layer_decay(0.5)),  # type: ignore[arg-type]
+        callbacks=[SurgicalCallback()],
+    )
+    trainer.train()
+    trainer.save_model(str(folder))
+    return trainer
+
+
+if __name__ == "__main__":
+    done = train(Path(sys.argv[1]), int(sys.argv[2]))
+    if done.args.process_index == 0:
+        print("zero", done.model_wrapped.zero_optimization_stage(), done.args.world_size)
