@@ -6,7 +6,8 @@
 
 For each recipe the advice is asked for once, on one draw; then `surgical-peft compare` trains all candidates in full
 on three draws. Advice is right if the recommended row's mean test metric is within one standard deviation (that of the
-best row over the draws) of the best row. What is done already is not done again; it lies in runs/advise/.
+best row over the draws) of the best row. What is done already is not done again; it lies in runs/advise/, and a shift
+that was measured elsewhere keeps its row.
 
 Needs the extra `shifts` (`make install` has it), and `make mail` for the mails.
 """
@@ -44,7 +45,8 @@ def main() -> None:
             advise(recipe, RUNS / name)
         if not given.advice and not (RUNS / name / "comparison" / "report.json").exists():
             compare(recipe, RUNS / name, jobs=given.jobs)
-    rows = [row for name in recipes if (row := judged(name))]
+    kept = {row["shift"]: row for row in json.loads((HERE / "advise.json").read_text())}
+    rows = [row for name in recipes if (row := judged(name) or kept.get(name))]
     (HERE / "advise.json").write_text(json.dumps(rows, indent=1) + "\n")
     (HERE / "table.md").write_text(markdown(rows))
 

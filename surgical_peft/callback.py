@@ -157,9 +157,7 @@ class SurgicalCallback(TrainerCallback):
 
 def _found(optimizer: Any) -> tuple[Optimizer, BlockRates]:
     # accelerate and DeepSpeed wrap it
-    while not hasattr(optimizer, "block_rates") and hasattr(
-        optimizer, "optimizer"
-    ):
+    while not hasattr(optimizer, "block_rates") and hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
     rates = getattr(optimizer, "block_rates", None)
     if rates is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -158,26 +158,26 @@ class Workshop:
     def _costs(self, job: Job) -> dict[str, Any]:
         bench, what = self._bench_of(job), self.comparison
         count = min(len(bench.examples["train"]), _TIMED * bench.args.train_batch_size)
-        own: dict[str, Any] = {"places": range(count), "skips": False}
-        if bench.args.max_steps > 0:
-            own["max_steps"] = min(bench.args.max_steps, _AT_MOST)
+        own = {"max_steps": min(bench.args.max_steps, _AT_MOST)} if bench.args.max_steps > 0 else {}
         trained = [title for title, method in what.methods.items() if method.is_trained]
         jobs = {title: replace(job, kind="training", method=title, rate=what.grid(title)[0]) for title in trained}
         for each in jobs.values():
             self._wrap(each, copy.deepcopy(bench.model))  # a method that does not fit is told before any trains
 
         def training(each: Job) -> Callable[[Watch], nn.Module]:
-            return lambda watch: self._train(bench, each, watch=watch, **own)
+            how = {"places": range(count), "skips": False}
+            return lambda watch: self._train(bench, each, {**how, "watch": watch}, **own)
 
         first = {self.path(each): title for title, each in reversed(jobs.items())}
         found = step_costs({title: training(jobs[title]) for title in reversed(first.values())})
         return {title: found[first[self.path(each)]] for title, each in jobs.items()}
 
-    def _train(self, bench: Workbench, job: Job, **given: Any) -> nn.Module:
+    def _train(self, bench: Workbench, job: Job, how: Mapping[str, Any] | None = None, **changed: Any) -> nn.Module:
+        """Train by a job's method; `how` is for `Workbench.train`, `changed` are training arguments."""
         method = self.comparison.methods[job.method]
-        policy = method.policy(self.comparison.arguments(method))
-        settings = {**method.training, "learning_rate": job.rate, "seed": job.seed, **given}
-        return bench.train(partial(self._wrap, job), policy=policy, **settings)[0]
+        changed |= {"learning_rate": job.rate, "seed": job.seed}
+        policy = method.policy(self.comparison.arguments(method, **changed))
+        return bench.train(partial(self._wrap, job), policy=policy, **{**method.training, **changed, **(how or {})})[0]
 
     def _wrap(self, job: Job, model: nn.Module) -> nn.Module:
         recipe, selection = self.comparison.recipe_of(job.source, job.seed), self._selection(job)

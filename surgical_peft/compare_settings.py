@@ -107,9 +107,9 @@ class Comparison:
         """The name of what is measured."""
         return load_task(self.recipe_of(0, self.seeds[0]), ("validation",)).metric
 
-    def arguments(self, method: Method) -> TrainingArguments:
-        """The training arguments of a method."""
-        return self.recipe.arguments(disable_tqdm=True, **method.training)
+    def arguments(self, method: Method, **changed: Any) -> TrainingArguments:
+        """The training arguments of a method, and those that are changed for one of its trainings."""
+        return self.recipe.arguments(disable_tqdm=True, **{**method.training, **changed})
 
     def recipe_of(self, source: int, seed: int) -> Recipe:
         """The recipe with the source model, the data and the seed of one training."""

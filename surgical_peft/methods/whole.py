@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import partial
 
 from torch import nn
@@ -80,9 +79,8 @@ def _lp_ft(epochs: int | None, args: TrainingArguments) -> Policy:
                 f"lp_ft: epochs={epochs} does not fit max_steps={args.max_steps}: leave epochs out, for half of 2 "
                 "steps or more, or give num_train_epochs instead of max_steps."
             )
-        return _HalfOfSteps(
-            stages=(Stage("head", steps=args.max_steps // 2), Stage()), hard=True, state_policy="reset"
-        )
+        halves = (Stage("head", steps=args.max_steps // 2), Stage())
+        return Stages(stages=halves, hard=True, state_policy="reset")
     if args.num_train_epochs < 2 and epochs is None:
         raise SurgicalError(
             f"lp_ft trains the head for half of all epochs, and there are {args.num_train_epochs:g}: raise "
@@ -91,14 +89,6 @@ def _lp_ft(epochs: int | None, args: TrainingArguments) -> Policy:
     policy = policies.lp_ft(epochs or int(args.num_train_epochs) // 2)
     check_length(policy, *planned_length(args))
     return policy
-
-
-@dataclass(frozen=True)
-class _HalfOfSteps(Stages):
-    """Of a training told in steps. A comparison also times the first few of them, too few for both stages."""
-
-    def last_turn(self) -> tuple[int, int]:
-        return 0, 0
 
 
 def auto_rgn() -> Method:

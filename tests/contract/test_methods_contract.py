@@ -32,7 +32,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "top_k": {"criterion": "weight_snr", "k": 2},
     "auto": {"criterion": "rgn", "num_blocks": 1},
     "searched": {"procedure": "random_subsets", "options": {"num_blocks": 1, "num_trials": 1}},
-    "lp_ft": {"epochs": 1},
 }
 # The blocks that a method says it trains; None: a choice of the data, told by its own record.
 CLAIMED: dict[str, set[str] | None] = {
@@ -199,7 +198,7 @@ def test_random_layers_depend_on_the_seed_alone(workshop: Workshop) -> None:
 def test_lp_ft_gives_the_head_half_of_the_training(length: dict[str, int], begins: tuple[int, int]) -> None:
     policy = make_method("lp_ft").policy(TrainingArguments("run", **length))  # type: ignore[arg-type]
     assert isinstance(policy, Stages)
-    assert Stages.last_turn(policy) == begins
+    assert policy.last_turn() == begins
 
 
 def test_bvg_ls_has_its_own_recipe() -> None:
