@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +146,23 @@ def test_the_sweeps_are_those_of_the_files() -> None:
     ratio = re.search(r"\*\*the sweep\*\*.*\*\*(0\.\d\d)\*\*", (ROOT / "benchmarks" / "sharing.md").read_text())
     assert ratio is not None and f"takes {ratio[1]} of the time" in " ".join(README.split())
     assert float(ratio[1]) <= 0.6
+
+
+def test_what_is_said_of_unseen_shifts_is_that_of_the_scores() -> None:
+    """Mean regrets where one thing changed, and where two did; the table gives the mean of both."""
+    found = json.loads((ROOT / "benchmarks" / "criteria" / "criteria.json").read_text(encoding="utf-8"))
+    single = ["rotated", "pixelated", "occluded", "swapped labels", "shuffled words"]
+    double = ["contrast and cyclic labels", "noise and subclass", "typing noise and label flip"]
+
+    def regret(criterion: str, shifts: list[str]) -> str:
+        return f"{statistics.fmean(found[criterion][shift]['regret'] for shift in shifts):.1f}"
+
+    told = " ".join(README.split())
+    each = sorted(found["probe"][shift]["regret"] for shift in double)
+    assert f"swapped labels, shuffled words) it is {regret('probe', single)} points behind" in told
+    assert f"it is {regret('probe', double)} points behind, {each[0]:.1f} to {each[-1]:.1f}." in told
+    assert f"{regret('sized_gain', single)} on unseen ones of one kind" in told
+    assert f"{regret('sized_gain', double)} where two things change" in told
 
 
 @pytest.mark.parametrize("shift", ["label_map", "noise", "contrast", "subclass"])
