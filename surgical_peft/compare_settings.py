@@ -175,9 +175,10 @@ class Comparison:
         given = self._given[title]
         if isinstance(given, str):
             return {given: {}}
-        options = {key: value for name in given for key, value in (given[name] or {}).items() if key != "rates"}
-        paths = [value for value in options.values() if isinstance(value, str) and Path(value).is_file()]
-        return {next(iter(given)): options, **({"files": [digest_of(each) for each in paths]} if paths else {})}
+        (name, options), *_ = given.items()
+        known = {key: value for key, value in (options or {}).items() if key != "rates"}
+        files = {key: value for key, value in known.items() if isinstance(value, str) and Path(value).is_file()}
+        return {name: {**known, **{key: digest_of(path) for key, path in files.items()}}}
 
     @cached_property
     def _identities(self) -> dict[str, str]:

@@ -738,6 +738,9 @@ def test_a_method_of_a_file_is_known_by_its_contents(tmp_path: Path) -> None:
     comparison._given["LoRA r=2"] = {"searched": {"result": str(found)}}
     job = Job("training", 0, 0, "LoRA r=2", 1e-2)
     before = comparison.name_of(job)
-    found.write_text("two")
+    elsewhere = found.rename(tmp_path / "moved.json")
+    comparison._given["LoRA r=2"] = {"searched": {"result": str(elsewhere)}}
+    assert comparison.name_of(job) == before
+    elsewhere.write_text("two")
     assert comparison.name_of(job) != before
     assert make_method({"lora": None}).title == "LoRA r=8"

