@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -20,7 +21,9 @@ from .toys import TOYS
 REPOSITORY = Path(__file__).parents[1]
 
 
-@pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
+@pytest.mark.skipif(
+    find_spec("deepspeed") is None or shutil.which("g++") is None, reason="DeepSpeed on a CPU needs a C++ compiler"
+)
 @pytest.mark.parametrize("stage", [2, 3])
 def test_zero_on_two_processes_equals_one_on_the_union(stage: int, tmp_path: Path) -> None:
     train(tmp_path / "one")
