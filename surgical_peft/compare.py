@@ -79,7 +79,8 @@ def compare(
     The rate of a method is the one with the best mean of the validation metric over all seeds and source models; a
     grid whose best rate is at its edge is extended there, by its own factor, twice at most. Only the trainings at the
     chosen rate are measured on test data. A method whose metric is no finite number at any of its rates has diverged:
-    it is said so, and compared with nothing. Methods that choose the same blocks share their trainings. Whatever is finished is a file in `runs/`: run the same again to resume.
+    it is said so, and compared with nothing. Methods that choose the same blocks share their trainings. Whatever is
+    finished is a file in `runs/`: run the same again to resume.
 
     Args:
         recipe: its `methods`, `rates`, `seeds`, `sources`, `draws`, `test_data` and `source_data` say what to compare.
