@@ -43,7 +43,6 @@ NOT_MEASURED = [
     "hub/vit_base_beans.yaml",
     "mail_char_noise.yaml",
     "mail_hard_ham.yaml",
-    "subtuning.yaml",
 ]
 NO_CARD_YET = ["mail_char_noise", "mail_hard_ham"]
 ROWS = {"train": 48, "validation": 12, "test": 12}
