@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator, DistributedType, PartialState
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
 from surgical_peft import SurgicalConfig
@@ -42,6 +43,15 @@ def train(folder: Path) -> Accelerator:
         accelerator.unwrap_model(model).save_pretrained(folder, state_dict=weights)
     accelerator.wait_for_everyone()
     return accelerator
+
+
+def assert_same_adapter(folder: Path, other: Path, atol: float) -> None:
+    """The weights saved in both are the same, and can be loaded."""
+    one, two = (load_file(each / "adapter_model.safetensors") for each in (folder, other))
+    assert two.keys() == one.keys()
+    for key, tensor in one.items():
+        torch.testing.assert_close(two[key], tensor, rtol=1e-4, atol=atol, msg=lambda m, k=key: f"{k}: {m}")
+    PeftModel.from_pretrained(TOYS["llama"].model(), other)
 
 
 if __name__ == "__main__":

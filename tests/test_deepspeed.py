@@ -11,12 +11,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-import torch
-from peft import PeftModel
-from safetensors.torch import load_file
 
+from .launched import assert_same_adapter
 from .launched_deepspeed import train
-from .toys import TOYS
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -36,10 +33,6 @@ def test_zero_on_two_processes_equals_one_on_the_union(stage: int, tmp_path: Pat
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=400, env=environment)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     assert f"zero {stage} 2\n" in done.stdout
-    one, two = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two"))
-    assert two.keys() == one.keys()
-    for key, tensor in one.items():
-        torch.testing.assert_close(two[key], tensor, rtol=1e-4, atol=1e-4, msg=lambda m, k=key: f"{k}: {m}")
+    assert_same_adapter(tmp_path / "one", tmp_path / "two", atol=1e-4)
     history = (tmp_path / "two" / "surgical_history.jsonl").read_text()
     assert history == (tmp_path / "one" / "surgical_history.jsonl").read_text()
-    PeftModel.from_pretrained(TOYS["llama"].model(), tmp_path / "two")
