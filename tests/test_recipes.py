@@ -41,7 +41,6 @@ NOT_MEASURED = [
     "hub/t5_small_dialogsum.yaml",
     "hub/tinyllama_dialogsum.yaml",
     "hub/vit_base_beans.yaml",
-    "mail_char_noise.yaml",
     "mail_hard_ham.yaml",
 ]
 NO_CARD_YET = ["mail_char_noise", "mail_hard_ham"]
