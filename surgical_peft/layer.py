@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
 from peft.utils import AuxiliaryTrainingWrapper
+from peft.utils.integrations import gather_params_ctx
 from torch import nn
 
 from .errors import SurgicalError
@@ -76,12 +77,14 @@ class SurgicalLayer(KeepsOriginal, BaseTunerLayer, AuxiliaryTrainingWrapper):
         """Add a copy of the original module for `adapter_name`; its arguments are those of the class."""
         original = self.original_on(self.device_in_use())
         ready: dict[int, nn.Parameter] = {}  # what is not copied: shared with the original, or to be loaded
-        for name, parameter in original.named_parameters():
-            if tuned is not None and name not in tuned:
-                ready[id(parameter)] = parameter
-            elif empty and not is_packed(parameter):
-                ready[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), False)
-        self._add(adapter_name, in_float(copy.deepcopy(original, ready)), tuned)
+        with gather_params_ctx(list(original.parameters()), modifier_rank=None):  # that ZeRO-3 has dealt out
+            for name, parameter in original.named_parameters():
+                if tuned is not None and name not in tuned:
+                    ready[id(parameter)] = parameter
+                elif empty and not is_packed(parameter):
+                    ready[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), False)
+            module = in_float(copy.deepcopy(original, ready))
+        self._add(adapter_name, module, tuned)
         self._park()
 
     def _add(self, adapter_name: str, module: nn.Module, tuned: Collection[str] | None) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from peft import get_peft_model
-from transformers import Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from surgical_peft import SurgicalCallback, SurgicalConfig, policies, surgical_optimizer
 
@@ -17,8 +17,8 @@ from .launched import BLOCKS, EXAMPLES
 from .toys import TOYS
 
 
-def train(folder: Path, stage: int | None = None) -> Trainer:
-    """Three steps; saves the adapter to `folder`."""
+def train(base: Path, folder: Path, stage: int | None = None) -> Trainer:
+    """Three steps from the model in `base`, whose weights ZeRO 3 deals out as they are read; saves to `folder`."""
     torch.set_num_threads(1)
     zero = {"stage": stage, "stage3_gather_16bit_weights_on_model_save": True}
     batch_sizes = dict.fromkeys(["train_micro_batch_size_per_gpu", "gradient_accumulation_steps"], "auto")
@@ -34,11 +34,10 @@ def train(folder: Path, stage: int | None = None) -> Trainer:
         save_strategy="no",
         deepspeed=None if stage is None else deepspeed,
     )
-    toy = TOYS["llama"]
-    batch = toy.batch(size=3 * EXAMPLES)
+    batch = TOYS["llama"].batch(size=3 * EXAMPLES)
     data = [{key: value[i] for key, value in batch.items()} for i in range(3 * EXAMPLES)]
     trainer = Trainer(
-        model=get_peft_model(toy.model(), SurgicalConfig(blocks=BLOCKS)),
+        model=get_peft_model(AutoModelForCausalLM.from_pretrained(base), SurgicalConfig(blocks=BLOCKS)),
         args=args,
         train_dataset=data,  # type: ignore[arg-type]
         optimizer_cls_and_kwargs=surgical_optimizer(args, policies.layer_decay(0.5)),  # type: ignore[arg-type]
@@ -50,6 +49,8 @@ def train(folder: Path, stage: int | None = None) -> Trainer:
 
 
 if __name__ == "__main__":
-    done = train(Path(sys.argv[1]), int(sys.argv[2]))
+    done = train(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]))
     if done.args.process_index == 0:
-        print("zero", done.model_wrapped.zero_optimization_stage(), done.args.world_size)
+        print("zero", done.model_wrapped.zero_optimization_stage(), done.args.world_size, flush=True)
+    done.accelerator.end_training()
+    os._exit(0)  # now and then a thread of DeepSpeed's aborts a process that ends by itself

@@ -14,6 +14,7 @@ import pytest
 
 from .launched import assert_same_adapter
 from .launched_deepspeed import train
+from .toys import TOYS
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -23,12 +24,14 @@ REPOSITORY = Path(__file__).parents[1]
 )
 @pytest.mark.parametrize("stage", [2, 3])
 def test_zero_on_two_processes_equals_one_on_the_union(stage: int, tmp_path: Path) -> None:
-    train(tmp_path / "one")
+    base = tmp_path / "base"
+    TOYS["llama"].model().save_pretrained(base)  # type: ignore[operator]
+    train(base, tmp_path / "one")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port]
-    command = [*launch, "-m", "tests.launched_deepspeed", str(tmp_path / "two"), str(stage)]
+    command = [*launch, "-m", "tests.launched_deepspeed", str(base), str(tmp_path / "two"), str(stage)]
     environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=400, env=environment)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
