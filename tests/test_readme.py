@@ -171,6 +171,7 @@ COMPARED = {
     "contrast": "Contrast",
     "subclass": "Subclass",
     "spam_char_noise": "Mistyped mail",
+    "spam_hard_ham": "Hard ham and later spam",
 }
 
 
