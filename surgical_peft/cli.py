@@ -82,7 +82,7 @@ def score(
     if plot:
         scores.plot(plot)
     if as_json:
-        print(scores.to_json())
+        print_json(scores.to_json())
     else:
         console.print(scores.table())
 

@@ -80,7 +80,7 @@ def search(
         console=Console(stderr=True, quiet=True) if as_json else console,
     )
     if as_json:
-        print(result.to_json())
+        print_json(result.to_json())
         return
     console.print(result.table())
     folder = Path(str(output or found.arguments().output_dir)) / "search"

@@ -3,16 +3,38 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 
 import typer
 from rich.console import Console
 
 console = Console()
+_kept: list[TextIO] = []  # the standard output of a command that prints JSON
 
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
+
+@contextmanager
+def _others_on_stderr() -> Iterator[None]:
+    """Keeps the standard output for JSON: some libraries print there, as DeepSpeed its log."""
+    _kept.append(sys.stdout)
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        _kept.pop()
+
+
+def _alone(context: typer.Context, value: bool) -> bool:
+    if value:
+        context.with_resource(_others_on_stderr())
+    return value
+
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.", callback=_alone)]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Only say how many trainings it takes, and how long about.")]
 Tiny = Annotated[
     bool,
@@ -24,8 +46,9 @@ RecipeFile = Annotated[Path, typer.Argument(help="A recipe: a flat YAML file, se
 
 
 def print_json(data: Any) -> None:
-    """Print plain data to the standard output."""
-    print(json.dumps(data, indent=2))
+    """Print plain data, or JSON that is ready, to the standard output of a command with `--json`."""
+    text = data if isinstance(data, str) else json.dumps(data, indent=2)
+    print(text, file=_kept[-1])
 
 
 def in_words(seconds: float) -> str:

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -49,6 +50,22 @@ def test_score_by_another_criterion(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert run(monkeypatch, "score", recipe, "--json", "--criterion", "weight_snr") == 0
     scores = json.loads(capsys.readouterr().out)
     assert scores["criterion"] == "weight_snr" and set(scores["unscored"]) == {"embeddings", "final_norm", "head"}
+
+
+def loud(weights: Any, grads: Any) -> float:
+    print("a library's log")
+    return 1.0
+
+
+def test_json_is_alone_on_the_standard_output(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """DeepSpeed writes its log there, as soon as Trainer imports it."""
+    recipe = str(ROOT / "recipes" / "auto.yaml")
+    assert run(monkeypatch, "score", recipe, "--json", "--criterion", f"{__name__}:loud") == 0
+    printed = capsys.readouterr()
+    assert set(json.loads(printed.out)["values"].values()) == {1.0} and "a library's log" in printed.err
+    assert run(monkeypatch, "blocks", str(VIT)) == 0 and "embeddings" in capsys.readouterr().out
 
 
 def test_train_prints_json_alone(tmp_path: Path) -> None:
