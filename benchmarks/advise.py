@@ -24,6 +24,7 @@ from surgical_peft.advise import advise
 from surgical_peft.compare import compare
 from surgical_peft.quiet import quieten
 from surgical_peft.recipe import load_recipe
+from surgical_peft.report.tables import mean_and_spread
 
 HERE = Path(__file__).parent / "advise"
 RUNS = Path("runs/advise")
@@ -85,7 +86,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         "| --- | --- | ---: | --- | ---: | ---: | ---: | --- | --- | ---: |",
     ]
     for row in rows:
-        shown = {title: shares(values) for title, values in row["tests"].items()}
+        shown = {title: mean_and_spread(values) for title, values in row["tests"].items()}
         cells = [row["shift"].replace("_", " "), row["recommended"], shown[row["recommended"]]]
         cells += [row["best"], shown[row["best"]], shown["full fine-tuning"], shown["no adaptation"]]
         cells += ["yes" if row["right"] else "**no**", f"{row['signature']} moved", f"{row['full_trainings']:.1f}"]
@@ -97,11 +98,6 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         "deviation of the best row from the best row. Cost: of the advice, in full fine-tunings, all included.",
     ]
     return "\n".join(lines) + "\n"
-
-
-def shares(values: list[float]) -> str:
-    """Mean and standard deviation in percent."""
-    return f"{100 * statistics.fmean(values):.1f} ± {100 * statistics.stdev(values):.1f}"
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ REPOSITORY = Path(__file__).parents[1]
 @pytest.mark.skipif(
     find_spec("deepspeed") is None or shutil.which("g++") is None, reason="DeepSpeed on a CPU needs a C++ compiler"
 )
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", [1, 2, 3])
 def test_zero_on_two_processes_equals_one_on_the_union(stage: int, tmp_path: Path) -> None:
     base = tmp_path / "base"
     TOYS["llama"].model().save_pretrained(base)  # type: ignore[operator]
