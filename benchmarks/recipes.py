@@ -81,12 +81,10 @@ def markdown(rows: list[Mapping[str, Any]]) -> str:
     """The table."""
     lines = ["| recipe | before | after | each draw | tuned |", "| --- | ---: | ---: | --- | ---: |"]
     for row in rows:
-        shares = ", ".join(f"{100 * value:.1f}" for value in row["after"])
+        each = ", ".join(f"{100 * value:.1f}" for value in row["after"])
+        before, after = 100 * statistics.fmean(row["before"]), mean_and_spread(row["after"])
         tuned = statistics.fmean(row["tuned_parameters"]) / row["all_parameters"]
-        lines.append(
-            f"| {row['recipe']} | {100 * statistics.fmean(row['before']):.1f} | {mean_and_spread(row['after'])} | {shares} "
-            f"| {100 * tuned:.1f} % |"
-        )
+        lines.append(f"| {row['recipe']} | {before:.1f} | {after} | {each} | {100 * tuned:.1f} % |")
     lines.append(
         "\nTest accuracy in %: mean ± standard deviation of three draws, each with a seed of its own. Tuned: of the "
         "parameters. The rate is the recipe's, which was not chosen for the one stage under the plain loss."
