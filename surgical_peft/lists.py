@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TypeGuard
 
+import torch
 from torch import nn
 
 from .wrappers import seen_through, walk
@@ -138,17 +139,22 @@ def _parameters(module: nn.Module) -> Iterator[nn.Parameter]:
 
 def size_of(module: nn.Module) -> int:
     """How many weights the bare module holds."""
-    return sum(parameter.numel() for parameter in _parameters(module))
+    return sum(shape_of(parameter).numel() for parameter in _parameters(module))
+
+
+def shape_of(parameter: nn.Parameter) -> torch.Size:
+    """The shape of a weight, also of one that DeepSpeed's ZeRO-3 has dealt out: what it leaves behind is empty."""
+    return getattr(parameter, "ds_shape", parameter.shape)
 
 
 def _matrices(module: nn.Module) -> int:
     """Weights of linear maps (4-bit ones are one column) and convolutions, not scales such as (channels, 1, 1)."""
-    shapes = [parameter.shape for parameter in _parameters(module)]
+    shapes = [shape_of(parameter) for parameter in _parameters(module)]
     return sum(len(shape) == 2 or sum(size > 1 for size in shape) >= 2 for shape in shapes)
 
 
 def _shapes(each: ModuleRow) -> set[tuple[int, ...]]:
-    return {tuple(parameter.shape) for member in each.members.values() for parameter in _parameters(member)}
+    return {tuple(shape_of(parameter)) for member in each.members.values() for parameter in _parameters(member)}
 
 
 def join(prefix: str, name: str) -> str:

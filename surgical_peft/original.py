@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Iterator
 
 import torch
+from peft.utils.integrations import check_deepspeed_zero3_enabled
 from torch import nn
 
 from .quantised import is_packed
@@ -54,15 +55,19 @@ class KeepsOriginal(nn.Module):
     def named_modules(
         self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Module]]:
-        """As `nn.Module`'s, but without an original that stands aside."""
+        """As `nn.Module`'s, but without an original that stands aside.
+
+        ZeRO-3 is shown it: DeepSpeed readies all modules once, and this one may be asked for later.
+        """
         memo = set() if memo is None else memo
         if self in memo:
             return
         if remove_duplicate:
             memo.add(self)
         yield prefix, self
+        hidden = "original_module" if self.stands_aside and not check_deepspeed_zero3_enabled() else ""
         for name, child in self._modules.items():
-            if child is not None and not (name == "original_module" and self.stands_aside):
+            if child is not None and name != hidden:
                 yield from child.named_modules(memo, f"{prefix}.{name}" if prefix else name, remove_duplicate)
 
     # keep_base="cpu". The original never changes, so what is lent to the device is a copy, dropped afterwards.

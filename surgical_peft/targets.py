@@ -10,6 +10,7 @@ from peft.tuners.tuners_utils import (
     check_target_module_exists,
 )
 from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from peft.utils.integrations import check_deepspeed_zero3_enabled
 from torch import nn
 
 from .blocks import BlockMap
@@ -31,8 +32,8 @@ def modules_to_tune(model: nn.Module, config: SurgicalConfig) -> dict[str, set[s
 
     Raises:
         SurgicalError: blocks that do not exist, `target_modules` that match nothing inside them, a tied or offloaded
-            weight, or a module already tuned, as part or as whole, by another adapter. Model and config are left as
-            they were.
+            weight, a module already tuned, as part or as whole, by another adapter, or a `keep_base` that does not go
+            with what is there. Model and config are left as they were.
     """
     if config.blocks == "auto":
         raise SurgicalError(
@@ -58,6 +59,11 @@ def modules_to_tune(model: nn.Module, config: SurgicalConfig) -> dict[str, set[s
                 f"keep_base={config.keep_base!r}: {path} is tuned by another adapter already, with "
                 f"keep_base={module.keep_base!r}. Adapters that share a module share its base: say the same."
             )
+    if config.keep_base == "cpu" and check_deepspeed_zero3_enabled():
+        raise SurgicalError(
+            "keep_base='cpu' under DeepSpeed's ZeRO-3: the original weights are dealt out over the processes like all "
+            "others and cannot be moved one by one. Use 'device', 'none', or DeepSpeed's own offload_param."
+        )
     _check_untied(model, targets)
     _check_at_hand(model, list(targets))
     to_save = _still_to_save(model, config, list(targets))

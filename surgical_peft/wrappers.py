@@ -42,6 +42,8 @@ def seen_through(module: nn.Module) -> nn.Module:
     """The module that a wrapper stands for, e.g. its `base_layer`; the module itself if it is none."""
     while (inner := next((module._modules[name] for name in _INNER if name in module._modules), None)) is not None:
         module = inner
+    if "surgical_copies" in module._modules:  # without an original: the only copy is the module, tuned in place
+        return seen_through(next(iter(module.get_submodule("surgical_copies").children())))
     return module
 
 

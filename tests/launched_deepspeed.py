@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 from peft import get_peft_model
+from torch import nn
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from surgical_peft import SurgicalCallback, SurgicalConfig, policies, surgical_optimizer
@@ -17,7 +19,7 @@ from .launched import BLOCKS, EXAMPLES
 from .toys import TOYS
 
 
-def train(base: Path, folder: Path, stage: int | None = None) -> Trainer:
+def train(base: Path, folder: Path, stage: int | None = None, keep_base: str = "device") -> Trainer:
     """Three steps from the model in `base`, whose weights ZeRO 3 deals out as they are read; saves to `folder`."""
     torch.set_num_threads(1)
     zero = {"stage": stage, "stage3_gather_16bit_weights_on_model_save": True}
@@ -36,8 +38,9 @@ def train(base: Path, folder: Path, stage: int | None = None) -> Trainer:
     )
     batch = TOYS["llama"].batch(size=3 * EXAMPLES)
     data = [{key: value[i] for key, value in batch.items()} for i in range(3 * EXAMPLES)]
+    config = SurgicalConfig(blocks=BLOCKS, keep_base=keep_base)
     trainer = Trainer(
-        model=get_peft_model(AutoModelForCausalLM.from_pretrained(base), SurgicalConfig(blocks=BLOCKS)),
+        model=get_peft_model(AutoModelForCausalLM.from_pretrained(base), config),
         args=args,
         train_dataset=data,  # type: ignore[arg-type]
         optimizer_cls_and_kwargs=surgical_optimizer(args, policies.layer_decay(0.5)),  # type: ignore[arg-type]
@@ -48,9 +51,21 @@ def train(base: Path, folder: Path, stage: int | None = None) -> Trainer:
     return trainer
 
 
+@torch.no_grad()
+def loss(model: nn.Module) -> float:
+    """Of one batch, in eval mode."""
+    model.eval()  # DeepSpeed's returns nothing
+    return model(**TOYS["llama"].batch()).loss.item()
+
+
 if __name__ == "__main__":
-    done = train(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]))
+    done = train(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
+    found = {"stage": done.model_wrapped.zero_optimization_stage(), "processes": done.args.world_size}
+    found["tuned"] = loss(done.model_wrapped)
+    if sys.argv[4] != "none":
+        with done.model.disable_adapter():
+            found["base"] = loss(done.model_wrapped)
     if done.args.process_index == 0:
-        print("zero", done.model_wrapped.zero_optimization_stage(), done.args.world_size, flush=True)
+        print(json.dumps(found), flush=True)
     done.accelerator.end_training()
     os._exit(0)  # now and then a thread of DeepSpeed's aborts a process that ends by itself

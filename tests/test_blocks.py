@@ -47,8 +47,8 @@ def lora(model: nn.Module, **kwargs: object) -> nn.Module:
     return peft.get_peft_model(model, peft.LoraConfig(target_modules="all-linear", r=2, **kwargs))
 
 
-def surgical(model: nn.Module, toy: Toy) -> nn.Module:
-    return peft.get_peft_model(model, SurgicalConfig(blocks=[toy.first, toy.last]))
+def surgical(model: nn.Module, toy: Toy, keep_base: str = "device") -> nn.Module:
+    return peft.get_peft_model(model, SurgicalConfig(blocks=[toy.first, toy.last], keep_base=keep_base))
 
 
 def wrap_layers(model: nn.Module, wrap: Callable[[nn.Module], nn.Module]) -> nn.Module:
@@ -105,7 +105,7 @@ def test_modules_of_a_block_hold_exactly_its_parameters(toy: Toy) -> None:
 def test_peft_model_has_the_map_of_its_base(name: str) -> None:
     toy = TOYS[name]
     bare = BlockMap.find(toy.model())
-    for model in (surgical(toy.model(), toy), lora(toy.model())):
+    for model in (surgical(toy.model(), toy), surgical(toy.model(), toy, "none"), lora(toy.model())):
         assert BlockMap.find(model) == bare
         assert_partition(bare, model)
 
@@ -454,6 +454,16 @@ def test_other_architectures(name: str) -> None:
     blocks = BlockMap.find(model)
     assert blocks.names == names
     assert_partition(blocks, model)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_weights_that_zero_3_has_dealt_out_have_the_same_map(name: str) -> None:
+    model = on_meta(OTHERS[name][0])
+    blocks = BlockMap.find(model)
+    for parameter in model.parameters():
+        parameter.ds_shape = parameter.shape  # as DeepSpeed leaves them
+        parameter.data = torch.empty(0, device="meta")
+    assert BlockMap.find(model) == blocks
 
 
 def test_a_norm_inside_the_head_belongs_to_the_head() -> None:

@@ -232,3 +232,13 @@ def test_an_adapter_trained_in_place_can_be_loaded_beside_the_base(vit: Toy, tmp
     assert torch.equal(loaded(**vit.batch()).logits, model.eval()(**vit.batch()).logits)
     with loaded.disable_adapter():
         assert torch.equal(loaded(**vit.batch()).logits, vit.model()(**vit.batch()).logits)
+
+
+def test_zero_3_refuses_originals_on_the_cpu(monkeypatch: pytest.MonkeyPatch, vit: Toy) -> None:
+    """DeepSpeed moves its weights itself; tests/test_deepspeed.py runs the other two."""
+    monkeypatch.setattr("surgical_peft.targets.check_deepspeed_zero3_enabled", lambda: True)
+    model = vit.model()
+    before = repr(model)
+    with pytest.raises(SurgicalError, match=r"keep_base='cpu' under DeepSpeed's ZeRO-3.*offload_param"):
+        get_peft_model(model, SurgicalConfig(blocks=[0], keep_base="cpu"))
+    assert repr(model) == before
