@@ -23,6 +23,8 @@ CONTRAST = 0.1
 BLUR_RADIUS = 3.0  # pixels of 28
 COARSE = 7  # pixels of 28 that are left of each side
 HIDDEN = 14  # pixels of 28: the side of the black square
+SPOILT = 0.3  # of the pixels, turned black or white
+MOVED = 6  # pixels of 28, down and to the right
 LEFT_OUT = -1  # as the label of a class: its images are not used
 
 Pixels = NDArray[np.uint8]
@@ -55,6 +57,19 @@ def occluded(pixels: Pixels, rng: Generator) -> Pixels:
     return changed
 
 
+def spoilt(pixels: Pixels, rng: Generator) -> Pixels:
+    """Some pixels black, some white."""
+    drawn = rng.random(pixels.shape)
+    return np.where(drawn < SPOILT / 2, 0, np.where(drawn < SPOILT, 255, pixels)).astype(np.uint8)
+
+
+def moved(pixels: Pixels) -> Pixels:
+    """Moved towards a corner, black where nothing is left."""
+    changed = np.zeros_like(pixels)
+    changed[MOVED:, MOVED:] = pixels[:-MOVED, :-MOVED]
+    return changed
+
+
 @dataclass(frozen=True)
 class ImageShift:
     """What a shift does to an image and its label.
@@ -72,6 +87,7 @@ class ImageShift:
 
 REVERSED = tuple(range(9, -1, -1))
 CYCLIC = (*range(1, 10), 0)
+SWAPPED = (0, 7, 9, 3, 4, 5, 6, 1, 8, 2)  # trouser and sneaker, pullover and ankle boot
 # Dress (3) is the unseen rest of the body, coat (4) and shirt (6) the unseen tops, ankle boot (9) the unseen shoe; the
 # labels are those of SUPERCLASSES in make_source.py.
 SUBCLASSES = (-1, -1, -1, 2, 0, -1, 0, -1, -1, 1)
@@ -84,7 +100,7 @@ IMAGE_SHIFTS = {
     "inverted": ImageShift(lambda pixels, rng: 255 - pixels),
     "rotated": ImageShift(lambda pixels, rng: np.rot90(pixels)),
     "blur": ImageShift(lambda pixels, rng: blurred(pixels)),
-    "swapped labels": ImageShift(labels=(0, 7, 9, 3, 4, 5, 6, 1, 8, 2)),  # trouser and sneaker, pullover and boot
+    "swapped labels": ImageShift(labels=SWAPPED),
     "noise and label map": ImageShift(lambda pixels, rng: gaussian_noise(pixels, SEVERITY, rng), REVERSED),
     "pixelated": ImageShift(lambda pixels, rng: pixelated(pixels)),
     "occluded": ImageShift(occluded),
@@ -92,6 +108,14 @@ IMAGE_SHIFTS = {
     "noise and subclass": ImageShift(
         lambda pixels, rng: gaussian_noise(pixels, SEVERITY, rng), SUBCLASSES, "vit-superclass"
     ),
+    "upside down": ImageShift(lambda pixels, rng: pixels[::-1]),
+    "spoilt pixels": ImageShift(spoilt),
+    "moved": ImageShift(lambda pixels, rng: moved(pixels)),
+    "cyclic tops": ImageShift(labels=(2, 1, 4, 3, 6, 5, 0, 7, 8, 9)),  # T-shirt, pullover, coat, shirt
+    "inverted and cyclic labels": ImageShift(lambda pixels, rng: 255 - pixels, CYCLIC),
+    "blur and swapped labels": ImageShift(lambda pixels, rng: blurred(pixels), SWAPPED),
+    "rotated and noise": ImageShift(lambda pixels, rng: gaussian_noise(np.rot90(pixels), SEVERITY, rng)),
+    "occluded and subclass": ImageShift(occluded, SUBCLASSES, "vit-superclass"),
 }
 
 

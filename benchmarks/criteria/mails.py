@@ -51,6 +51,10 @@ MAIL_SHIFTS = {
     "typing noise and label flip": MailShift(
         change=lambda text, rng: character_noise(text, TYPING_NOISE, rng), labels=(1, 0)
     ),
+    "every second word": MailShift(change=lambda text, rng: " ".join(text.split()[::2])),
+    "shuffled words and label flip": MailShift(
+        change=lambda text, rng: " ".join(rng.permutation(text.split())), labels=(1, 0)
+    ),
     "no vowels": MailShift(change=lambda text, rng: re.sub("[aeiou]", "", text, flags=re.IGNORECASE)),
 }
 
