@@ -12,13 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from surgical_peft import BlockMap, SurgicalError, score_blocks
+from surgical_peft.criteria.criterion import of_model
+from surgical_peft.criteria.trial import Trial
 from surgical_peft.recipe import load_recipe
 from surgical_peft.train import score
 
 from .toys import TOYS, Toy
 
 RECIPES = Path(__file__).parents[1] / "recipes"
-PACE, THRIFT, SIZE, PASSES = 0.5, 0.2, 0.35, 2
+PACE, THRIFT, SIZE, PASSES = 0.5, 0.12, 0.3, 2
 
 
 def loss_of(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
@@ -31,9 +33,8 @@ def mean_loss(model: nn.Module, batches: list[Any]) -> float:
 
 
 def plain_probe(model: nn.Module, batches: list[Any]) -> dict[str, float]:
-    """Every unit trained on a copy of its own; all of them to the end, and the halving told afterwards."""
+    """Every unit trained on a copy of its own; all of them to the end, and who is given up told afterwards."""
     train, held_out = batches[::2], batches[1::2]
-    few = held_out[: max(1, len(held_out) // 4)]
     units = {name: list(named) for name, named in BlockMap.find(model).named_parameters(model).items()}
     parameters = dict(model.named_parameters())
     grads: list[dict[str, Tensor]] = []
@@ -59,7 +60,7 @@ def plain_probe(model: nn.Module, batches: list[Any]) -> dict[str, float]:
         optimizer = torch.optim.Adam(weights)
         for step, batch in enumerate(train * PASSES):
             if step == len(train):
-                halfway[name] = mean_loss(own, few)
+                halfway[name] = mean_loss(own, held_out)
             optimizer.param_groups[0]["lr"] = rates[name] * (1 - step / (PASSES * len(train)))
             own.zero_grad()
             loss_of(own, batch).backward()
@@ -69,12 +70,15 @@ def plain_probe(model: nn.Module, batches: list[Any]) -> dict[str, float]:
     sizes = {name: sum(parameters[path].numel() for path in paths) for name, paths in units.items()}
     thrifty = {name: -THRIFT * math.log(rates[name] * sizes[name] ** SIZE) for name in units}
     untrained = {name: value - max(thrifty.values()) for name, value in thrifty.items()}
-    early = {name: math.log(mean_loss(model, few) / halfway[name]) + untrained[name] for name in units}
-    late = {name: math.log(mean_loss(model, held_out) / end[name]) + untrained[name] for name in units}
-    half = sorted(units, key=lambda name: -untrained[name])[: len(units) // 2]
-    quarter = sorted(half, key=lambda name: -early[name])[: len(half) // 2]
-    found = {name: late[name] for name in quarter}
-    found |= {name: min(early[name], min(found.values())) for name in half if name not in found}
+    start = mean_loss(model, held_out)
+    early = {name: math.log(start / halfway[name]) + untrained[name] for name in units}
+    late = {name: math.log(start / end[name]) + untrained[name] for name in units}
+    layers = [name for name in units if name.isdigit()]
+    cheap = {"final_norm", "head", *layers[len(layers) - len(layers) // 5 :]} & units.keys()
+    first = {*sorted(units, key=lambda name: -untrained[name])[: -(-len(units) // 3)], *cheap}
+    second = sorted(first, key=lambda name: -early[name])[: -(-len(first) // 3)]
+    found = {name: late[name] for name in second}
+    found |= {name: min(early[name], min(found.values())) for name in first if name not in found}
     return found | {name: min(untrained[name], min(found.values())) for name in units if name not in found}
 
 
@@ -94,6 +98,20 @@ def test_it_finds_the_right_block_of_the_shipped_model(recipe: str, best: set[st
     """On noise both are as good (benchmarks/criteria)."""
     scores = score(load_recipe(RECIPES / recipe)).values
     assert max(scores, key=scores.__getitem__) in best
+
+
+@pytest.mark.parametrize(("last", "share"), [("0", 1.0), ("9", 0.25), ("11", 1 / 12), ("head", 0.0)])
+def test_a_step_runs_the_layers_from_its_unit_on(last: str, share: float, vit: Toy) -> None:
+    shares: dict[str, float] = {}
+
+    @of_model(batches=1)
+    def asking(trial: Trial) -> dict[str, float]:
+        trial.loss(0)
+        shares.update({name: trial.share_run(name) for name in trial.units})
+        return shares
+
+    score_blocks(vit.model(), [vit.batch()], asking)
+    assert shares[last] == pytest.approx(share)
 
 
 def test_a_unit_without_a_gradient_is_left_out(vit: Toy) -> None:

@@ -58,17 +58,19 @@ class Prefix:
     @contextmanager
     def skipping(self, weights: Sequence[nn.Parameter]) -> Iterator[None]:
         """These weights are in training inside, all others are as they were when outputs were remembered."""
-        trained = {id(weight) for weight in weights}
-        holders = [m for m in self.model.modules() if any(id(p) in trained for p in m.parameters(recurse=False))]
-        first = min((self.called.get(module, 0) for module in holders), default=0)
-        self._skipped = [
-            layer for layer in self.layers if layer not in self.unfit and self.returned.get(layer, first) < first
-        ]
+        self._skipped = self.before(weights)
         self._training = True
         try:
             yield
         finally:
             self._training = False
+
+    def before(self, weights: Sequence[nn.Parameter]) -> list[nn.Module]:
+        """The layers that can be skipped while these weights are in training, once outputs are remembered."""
+        trained = {id(weight) for weight in weights}
+        holders = [m for m in self.model.modules() if any(id(p) in trained for p in m.parameters(recurse=False))]
+        first = min((self.called.get(module, 0) for module in holders), default=0)
+        return [layer for layer in self.layers if layer not in self.unfit and self.returned.get(layer, first) < first]
 
     def _call(self, module: nn.Module, args: Any) -> None:
         self.called.setdefault(module, len(self.called) + len(self.returned))

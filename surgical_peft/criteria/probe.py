@@ -17,11 +17,12 @@ from .criterion import of_model
 from .trial import Trial
 
 PASSES = 2  # through the training batches
-SIZE = 0.35  # 0 would measure a step by its largest entry, 0.5 by its length; set on the seen shifts
+SIZE = 0.3  # 0 would measure a step by its largest entry, 0.5 by its length; set on the seen shifts
+CHEAP = 0.2  # of the layers: a unit that needs no more of them run is trained, whatever its gradients say
 
 
 @of_model(batches=16)
-def probe(trial: Trial, *, pace: float = 0.5, thrift: float = 0.2) -> dict[str, float]:
+def probe(trial: Trial, *, pace: float = 0.5, thrift: float = 0.12) -> dict[str, float]:
     """`log(L_0 / L_u) - thrift * log(S_u / min S)`: how much of the held-out loss a short training of `u` alone takes.
 
     Every second batch is trained on, twice, those between are held out. `L_0` is the held-out loss before, `L_u` after
@@ -29,22 +30,23 @@ def probe(trial: Trial, *, pace: float = 0.5, thrift: float = 0.2) -> dict[str, 
     `adam_gain` of the training batches: one step would, to first order, take the share `pace` of the loss away. So one
     setting fits a head of 650 weights and a block of millions. The rate falls linearly to 0.
 
-    `S_u = r_u * n_u^0.35` says how large the steps of a unit with `n_u` weights are. Of two units that leave about the
+    `S_u = r_u * n_u^0.3` says how large the steps of a unit with `n_u` weights are. Of two units that leave about the
     same loss, the second term prefers the one that needs smaller steps: it changes the model less, and in a whole
     training it was the better one (benchmarks/criteria).
 
-    Successive halving: by the second term alone half of the units are given up before any step, and half of the
-    others after one pass. A unit that is given up scores no more than the worst of those that go on.
+    Rounds: all but a third of the units are given up before any step, by the second term alone, unless a step of
+    theirs runs at most a fifth of the layers, as for the head and the last ones; all but a third of those that are
+    left after one pass. A unit that is given up scores no more than the worst of those that go on.
 
-    Range: any number, no unit; 0.7 = half of the loss is gone. Cost: a quarter of the units go through twice as many
-    training steps as half the batches, another quarter through half of that, and through the held-out batches once;
-    layers below the unit are run once for each batch (`Prefix`). Memory: those layers' outputs, one gradient and two
-    float32 numbers for each weight, and on the CPU each trained unit's weights with Adam's numbers.
+    Range: any number, no unit; 0.7 = half of the loss is gone. Cost: gradients of half the batches; as many training
+    steps for about half of the units, and again for about a fifth, each time with the held-out batches; layers below
+    the unit are run once for each batch (`Prefix`). Memory: those layers' outputs, one gradient and two float32
+    numbers for each weight, and on the CPU each trained unit's weights with Adam's numbers.
 
     Raises:
         SurgicalError: fewer than 2 batches, or a loss that is not above 0.
 
-    Source: ours; successive halving as in Jamieson and Talwalkar 2016. Known disagreement: none.
+    Source: ours; after successive halving, Jamieson and Talwalkar 2016. Known disagreement: none.
 
     Example:
         >>> scores = score_blocks(model, dataloader, criterion="probe")
@@ -52,27 +54,26 @@ def probe(trial: Trial, *, pace: float = 0.5, thrift: float = 0.2) -> dict[str, 
     train, held_out = halves(trial)
     rates = first_rates(trial, train, pace)
     start = trial.mean_loss(held_out)
-    few = held_out[: max(1, len(held_out) // 4)]
-    start_of_few = trial.mean_loss(few)
     runs = {name: Run((name,), rate, PASSES * len(train)) for name, rate in rates.items()}
     steps = {name: rate * sum(w.numel() for w in trial.units[name].values()) ** SIZE for name, rate in rates.items()}
     smallest = min(steps.values())
 
-    def score(name: str, before: float, after: float) -> float:
-        return math.log(before / max(after, 1e-6 * before)) - thrift * math.log(steps[name] / smallest)
+    def score(name: str, left: float) -> float:
+        return math.log(start / max(left, 1e-6 * start)) - thrift * math.log(steps[name] / smallest)
 
-    untrained = {name: score(name, start, start) for name in rates}
-    kept = better_half(untrained)
-    early = {name: score(name, start_of_few, runs[name].train(trial, train, len(train), few)) for name in kept}
-    kept = better_half(early)
-    late = {name: score(name, start, runs[name].train(trial, train, PASSES * len(train), held_out)) for name in kept}
+    untrained = {name: score(name, start) for name in rates}
+    kept = best_third(untrained)
+    kept += [name for name in rates if name not in kept and trial.share_run(name) <= CHEAP]
+    early = {name: score(name, runs[name].train(trial, train, len(train), held_out)) for name in kept}
+    kept = best_third(early)
+    late = {name: score(name, runs[name].train(trial, train, PASSES * len(train), held_out)) for name in kept}
     early = given_up(early, late)
     return given_up(untrained, early)
 
 
-def better_half(scores: dict[str, float]) -> list[str]:
-    """The names with the highest scores, half of them, at least one."""
-    return sorted(scores, key=lambda name: -scores[name])[: max(1, len(scores) // 2)]
+def best_third(scores: dict[str, float]) -> list[str]:
+    """The names with the highest scores, a third of them, rounded up."""
+    return sorted(scores, key=lambda name: -scores[name])[: math.ceil(len(scores) / 3)]
 
 
 def given_up(scores: dict[str, float], of_kept: dict[str, float]) -> dict[str, float]:

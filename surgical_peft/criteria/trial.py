@@ -43,6 +43,14 @@ class Trial:
         with self.prefix.of(at):
             return self.loss_fn(self.model, self.batches[at])
 
+    def share_run(self, name: str) -> float:
+        """The share of the layers, 0 to 1, that a training step of this unit alone has to run, once `loss` was called.
+
+        The others lie before it.
+        """
+        skipped = self.prefix.before(list(self.units[name].values()))
+        return 1 - len(skipped) / len(self.layers) if self.layers else 1.0
+
     @torch.no_grad()
     def mean_loss(self, ats: Sequence[int]) -> float:
         """Mean loss of some batches."""
