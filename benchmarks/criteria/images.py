@@ -116,6 +116,14 @@ IMAGE_SHIFTS = {
     "blur and swapped labels": ImageShift(lambda pixels, rng: blurred(pixels), SWAPPED),
     "rotated and noise": ImageShift(lambda pixels, rng: gaussian_noise(np.rot90(pixels), SEVERITY, rng)),
     "occluded and subclass": ImageShift(occluded, SUBCLASSES, "vit-superclass"),
+    "edges": ImageShift(lambda pixels, rng: np.asarray(Image.fromarray(pixels).filter(ImageFilter.FIND_EDGES))),
+    "striped": ImageShift(lambda pixels, rng: np.where(np.arange(pixels.shape[1]) % 3, pixels, 0).astype(np.uint8)),
+    "sandals and sneakers": ImageShift(labels=(0, 1, 2, 3, 4, 7, 6, 5, 8, 9)),
+    "bright and label map": ImageShift(lambda pixels, rng: pixels // 2 + 128, REVERSED),
+    "pixelated and cyclic labels": ImageShift(lambda pixels, rng: pixelated(pixels), CYCLIC),
+    "upside down and swapped labels": ImageShift(lambda pixels, rng: pixels[::-1], SWAPPED),
+    "moved and inverted": ImageShift(lambda pixels, rng: 255 - moved(pixels)),
+    "spoilt pixels and subclass": ImageShift(spoilt, SUBCLASSES, "vit-superclass"),
 }
 
 

@@ -55,6 +55,10 @@ MAIL_SHIFTS = {
     "shuffled words and label flip": MailShift(
         change=lambda text, rng: " ".join(rng.permutation(text.split())), labels=(1, 0)
     ),
+    "first ten words": MailShift(change=lambda text, rng: " ".join(text.split()[:10])),
+    "no vowels and label flip": MailShift(
+        change=lambda text, rng: re.sub("[aeiou]", "", text, flags=re.IGNORECASE), labels=(1, 0)
+    ),
     "no vowels": MailShift(change=lambda text, rng: re.sub("[aeiou]", "", text, flags=re.IGNORECASE)),
 }
 
