@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,17 +17,19 @@ from .adam_gain import gains_of
 from .criterion import of_model
 from .trial import Trial
 
-PASSES = 2  # through the training batches
+PASSES = (1, 2, 4)  # through the training batches, after which units are compared
+MANY = 8  # training batches: with fewer the last passes only learn them by heart, and are left out
+MARGIN = 0.1  # behind the best one: too far to catch up
 SIZE = 0.3  # 0 would measure a step by its largest entry, 0.5 by its length; set on the seen shifts
 CHEAP = 0.2  # of the layers: a unit that needs no more of them run is trained, whatever its gradients say
 
 
 @of_model(batches=16)
-def probe(trial: Trial, *, pace: float = 0.5, thrift: float = 0.12) -> dict[str, float]:
+def probe(trial: Trial, *, pace: float = 0.5, thrift: float = 0.18) -> dict[str, float]:
     """`log(L_0 / L_u) - thrift * log(S_u / min S)`: how much of the held-out loss a short training of `u` alone takes.
 
-    Every second batch is trained on, twice, those between are held out. `L_0` is the held-out loss before, `L_u` after
-    Adam has tuned unit `u` from the same start. The first rate is `r_u = pace * loss / G_u`, where `G_u` is the
+    Every second batch is trained on, four times; those between are held out. `L_0` is the held-out loss before, `L_u`
+    after Adam has tuned unit `u` from the same start. The first rate is `r_u = pace * loss / G_u`, where `G_u` is the
     `adam_gain` of the training batches: one step would, to first order, take the share `pace` of the loss away. So one
     setting fits a head of 650 weights and a block of millions. The rate falls linearly to 0.
 
@@ -35,13 +38,16 @@ def probe(trial: Trial, *, pace: float = 0.5, thrift: float = 0.12) -> dict[str,
     training it was the better one (benchmarks/criteria).
 
     Rounds: all but a third of the units are given up before any step, by the second term alone, unless a step of
-    theirs runs at most a fifth of the layers, as for the head and the last ones; all but a third of those that are
-    left after one pass. A unit that is given up scores no more than the worst of those that go on.
+    theirs runs at most a fifth of the layers, as for the head and the last ones. After one pass, and after two, the
+    better half goes on, of that only what is less than 0.1 behind the best, and a unit that is left alone is the
+    choice. With fewer than 8 batches to train on there are two passes in all. A unit that is given up scores no more
+    than the worst of those that go on.
 
     Range: any number, no unit; 0.7 = half of the loss is gone. Cost: gradients of half the batches; as many training
-    steps for about half of the units, and again for about a fifth, each time with the held-out batches; layers below
-    the unit are run once for each batch (`Prefix`). Memory: those layers' outputs, one gradient and two float32
-    numbers for each weight, and on the CPU each trained unit's weights with Adam's numbers.
+    steps for about half of the units, and again, up to three times, for two or three that are close, each pass with
+    the held-out batches; layers below the unit are run once for each batch (`Prefix`). Memory: those layers' outputs,
+    one gradient and two float32 numbers for each weight, and on the CPU each trained unit's weights with Adam's
+    numbers.
 
     Raises:
         SurgicalError: fewer than 2 batches, or a loss that is not above 0.
@@ -54,26 +60,31 @@ def probe(trial: Trial, *, pace: float = 0.5, thrift: float = 0.12) -> dict[str,
     train, held_out = halves(trial)
     rates = first_rates(trial, train, pace)
     start = trial.mean_loss(held_out)
-    runs = {name: Run((name,), rate, PASSES * len(train)) for name, rate in rates.items()}
+    passes = PASSES if len(train) >= MANY else PASSES[:-1]
+    runs = {name: Run((name,), rate, passes[-1] * len(train)) for name, rate in rates.items()}
     steps = {name: rate * sum(w.numel() for w in trial.units[name].values()) ** SIZE for name, rate in rates.items()}
     smallest = min(steps.values())
 
     def score(name: str, left: float) -> float:
         return math.log(start / max(left, 1e-6 * start)) - thrift * math.log(steps[name] / smallest)
 
-    untrained = {name: score(name, start) for name in rates}
-    kept = best_third(untrained)
+    rounds = [{name: score(name, start) for name in rates}]
+    kept = ranked(rounds[0])[: math.ceil(len(rates) / 3)]
     kept += [name for name in rates if name not in kept and trial.share_run(name) <= CHEAP]
-    early = {name: score(name, runs[name].train(trial, train, len(train), held_out)) for name in kept}
-    kept = best_third(early)
-    late = {name: score(name, runs[name].train(trial, train, PASSES * len(train), held_out)) for name in kept}
-    early = given_up(early, late)
-    return given_up(untrained, early)
+    for done in passes:
+        until = done * len(train)
+        found = {name: score(name, runs[name].train(trial, train, until, held_out)) for name in kept}
+        rounds.append(found)
+        best, *others = ranked(found)[: math.ceil(len(found) / 2)]
+        kept = [best, *(name for name in others if found[best] - found[name] < MARGIN)]
+        if len(kept) == 1:
+            break
+    return functools.reduce(lambda later, earlier: given_up(earlier, later), reversed(rounds))
 
 
-def best_third(scores: dict[str, float]) -> list[str]:
-    """The names with the highest scores, a third of them, rounded up."""
-    return sorted(scores, key=lambda name: -scores[name])[: math.ceil(len(scores) / 3)]
+def ranked(scores: dict[str, float]) -> list[str]:
+    """The names, that with the highest score first."""
+    return sorted(scores, key=lambda name: -scores[name])
 
 
 def given_up(scores: dict[str, float], of_kept: dict[str, float]) -> dict[str, float]:
