@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import Any
 
 import torch
@@ -79,7 +79,7 @@ def probe(trial: Trial, *, pace: float = 0.5, thrift: float = 0.18) -> dict[str,
         kept = [best, *(name for name in others if found[best] - found[name] < MARGIN)]
         if len(kept) == 1:
             break
-    return functools.reduce(lambda later, earlier: given_up(earlier, later), reversed(rounds))
+    return reduce(lambda later, earlier: given_up(earlier, later), reversed(rounds))
 
 
 def ranked(scores: dict[str, float]) -> list[str]:
