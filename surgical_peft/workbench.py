@@ -108,6 +108,7 @@ class Workbench:
     def seconds(self, wrap: Wrap, places: Sequence[int] | None = None) -> float:
         """What one such training takes, from a few timed steps."""
         taken = []
+        self.train(wrap, places, max_steps=1)  # the first one of a process also loads what all need
         for steps in (_FEW, _MANY):
             began = time.perf_counter()
             self.train(wrap, places, max_steps=steps)

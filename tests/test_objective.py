@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -169,6 +170,22 @@ def test_a_pruner_ends_trainings(tmp_path: Path) -> None:
 
 def test_the_time_of_a_training_is_told_from_a_few_steps(tmp_path: Path) -> None:
     assert 0 < objective_of(tmp_path).seconds() < 60
+
+
+def test_what_only_the_first_training_of_a_process_does_is_not_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It took longer than the five times as many steps after it, which so seemed to cost nothing."""
+    clock, begun = [0.0], list[int]()
+
+    def train(bench: module.Workbench, *args: Any, max_steps: int, **kwargs: Any) -> None:
+        clock[0] += max_steps + (0 if begun else 100)
+        begun.append(max_steps)
+
+    monkeypatch.setattr(module.Workbench, "train", train)
+    monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    bench = module.Workbench(load_recipe(write_recipe(tmp_path)))
+    assert bench.seconds(lambda model: model) == bench.steps()
 
 
 def test_parts_of_layers_are_searched_like_blocks(tmp_path: Path) -> None:
