@@ -6,8 +6,8 @@ import copy
 from collections.abc import Callable, Iterator
 
 import torch
-from peft.utils.integrations import check_deepspeed_zero3_enabled
 from torch import nn
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from .quantised import is_packed
 
@@ -65,7 +65,7 @@ class KeepsOriginal(nn.Module):
         if remove_duplicate:
             memo.add(self)
         yield prefix, self
-        hidden = "original_module" if self.stands_aside and not check_deepspeed_zero3_enabled() else ""
+        hidden = "original_module" if self.stands_aside and not is_deepspeed_zero3_enabled() else ""
         for name, child in self._modules.items():
             if child is not None and name != hidden:
                 yield from child.named_modules(memo, f"{prefix}.{name}" if prefix else name, remove_duplicate)

@@ -10,8 +10,8 @@ from peft.tuners.tuners_utils import (
     check_target_module_exists,
 )
 from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
-from peft.utils.integrations import check_deepspeed_zero3_enabled
 from torch import nn
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from .blocks import BlockMap
 from .config import Choice, SurgicalConfig, Targets
@@ -59,7 +59,7 @@ def modules_to_tune(model: nn.Module, config: SurgicalConfig) -> dict[str, set[s
                 f"keep_base={config.keep_base!r}: {path} is tuned by another adapter already, with "
                 f"keep_base={module.keep_base!r}. Adapters that share a module share its base: say the same."
             )
-    if config.keep_base == "cpu" and check_deepspeed_zero3_enabled():
+    if config.keep_base == "cpu" and is_deepspeed_zero3_enabled():
         raise SurgicalError(
             "keep_base='cpu' under DeepSpeed's ZeRO-3: the original weights are dealt out over the processes like all "
             "others and cannot be moved one by one. Use 'device', 'none', or DeepSpeed's own offload_param."
