@@ -25,6 +25,8 @@ COARSE = 7  # pixels of 28 that are left of each side
 HIDDEN = 14  # pixels of 28: the side of the black square
 SPOILT = 0.3  # of the pixels, turned black or white
 MOVED = 6  # pixels of 28, down and to the right
+SMALL = 14  # pixels of 28: the side of an image that is zoomed out
+SHEAR = 0.5  # pixels to the right for each pixel up from the middle
 LEFT_OUT = -1  # as the label of a class: its images are not used
 
 Pixels = NDArray[np.uint8]
@@ -70,6 +72,31 @@ def moved(pixels: Pixels) -> Pixels:
     return changed
 
 
+def zoomed_out(pixels: Pixels) -> Pixels:
+    """Half as large, in the middle of black."""
+    small = Image.fromarray(pixels).resize((SMALL, SMALL), Image.Resampling.BOX)
+    changed = np.zeros_like(pixels)
+    edge = (len(pixels) - SMALL) // 2
+    changed[edge : edge + SMALL, edge : edge + SMALL] = small
+    return changed
+
+
+def sheared(pixels: Pixels) -> Pixels:
+    """Slanted, the middle row where it was."""
+    image = Image.fromarray(pixels)
+    middle = len(pixels) / 2
+    return np.asarray(
+        image.transform(
+            image.size, Image.Transform.AFFINE, (1, SHEAR, -SHEAR * middle, 0, 1, 0), Image.Resampling.BILINEAR
+        )
+    )
+
+
+def posterised(pixels: Pixels) -> Pixels:
+    """Black or white."""
+    return np.where(pixels > 127, 255, 0).astype(np.uint8)
+
+
 @dataclass(frozen=True)
 class ImageShift:
     """What a shift does to an image and its label.
@@ -87,6 +114,7 @@ class ImageShift:
 
 REVERSED = tuple(range(9, -1, -1))
 CYCLIC = (*range(1, 10), 0)
+CYCLIC_TOPS = (2, 1, 4, 3, 6, 5, 0, 7, 8, 9)  # T-shirt, pullover, coat, shirt
 SWAPPED = (0, 7, 9, 3, 4, 5, 6, 1, 8, 2)  # trouser and sneaker, pullover and ankle boot
 # Dress (3) is the unseen rest of the body, coat (4) and shirt (6) the unseen tops, ankle boot (9) the unseen shoe; the
 # labels are those of SUPERCLASSES in make_source.py.
@@ -111,7 +139,7 @@ IMAGE_SHIFTS = {
     "upside down": ImageShift(lambda pixels, rng: pixels[::-1]),
     "spoilt pixels": ImageShift(spoilt),
     "moved": ImageShift(lambda pixels, rng: moved(pixels)),
-    "cyclic tops": ImageShift(labels=(2, 1, 4, 3, 6, 5, 0, 7, 8, 9)),  # T-shirt, pullover, coat, shirt
+    "cyclic tops": ImageShift(labels=CYCLIC_TOPS),
     "inverted and cyclic labels": ImageShift(lambda pixels, rng: 255 - pixels, CYCLIC),
     "blur and swapped labels": ImageShift(lambda pixels, rng: blurred(pixels), SWAPPED),
     "rotated and noise": ImageShift(lambda pixels, rng: gaussian_noise(np.rot90(pixels), SEVERITY, rng)),
@@ -124,6 +152,14 @@ IMAGE_SHIFTS = {
     "upside down and swapped labels": ImageShift(lambda pixels, rng: pixels[::-1], SWAPPED),
     "moved and inverted": ImageShift(lambda pixels, rng: 255 - moved(pixels)),
     "spoilt pixels and subclass": ImageShift(spoilt, SUBCLASSES, "vit-superclass"),
+    "zoomed out": ImageShift(lambda pixels, rng: zoomed_out(pixels)),
+    "posterised": ImageShift(lambda pixels, rng: posterised(pixels)),
+    "cyclic shoes": ImageShift(labels=(0, 1, 2, 3, 4, 7, 6, 9, 8, 5)),  # sandal, sneaker, ankle boot
+    "posterised and cyclic labels": ImageShift(lambda pixels, rng: posterised(pixels), CYCLIC),
+    "zoomed out and swapped labels": ImageShift(lambda pixels, rng: zoomed_out(pixels), SWAPPED),
+    "sheared and label map": ImageShift(lambda pixels, rng: sheared(pixels), REVERSED),
+    "dark and cyclic tops": ImageShift(lambda pixels, rng: pixels // 4, CYCLIC_TOPS),
+    "mirrored and subclass": ImageShift(lambda pixels, rng: pixels[:, ::-1], SUBCLASSES, "vit-superclass"),
 }
 
 

@@ -56,6 +56,8 @@ MAIL_SHIFTS = {
         change=lambda text, rng: " ".join(rng.permutation(text.split())), labels=(1, 0)
     ),
     "first ten words": MailShift(change=lambda text, rng: " ".join(text.split()[:10])),
+    "last ten words": MailShift(change=lambda text, rng: " ".join(text.split()[-10:])),
+    "every second word and label flip": MailShift(change=lambda text, rng: " ".join(text.split()[::2]), labels=(1, 0)),
     "no vowels and label flip": MailShift(
         change=lambda text, rng: re.sub("[aeiou]", "", text, flags=re.IGNORECASE), labels=(1, 0)
     ),

@@ -85,6 +85,16 @@ SHIFTS = {
     "spoilt pixels and subclass": Shift("confirmation", "image"),
     "first ten words": Shift("confirmation", "mail"),
     "no vowels and label flip": Shift("confirmation", "mail"),
+    "zoomed out": Shift("confirmation", "image"),
+    "posterised": Shift("confirmation", "image"),
+    "cyclic shoes": Shift("confirmation", "image"),
+    "posterised and cyclic labels": Shift("confirmation", "image"),
+    "zoomed out and swapped labels": Shift("confirmation", "image"),
+    "sheared and label map": Shift("confirmation", "image"),
+    "dark and cyclic tops": Shift("confirmation", "image"),
+    "mirrored and subclass": Shift("confirmation", "image"),
+    "last ten words": Shift("confirmation", "mail"),
+    "every second word and label flip": Shift("confirmation", "mail"),
 }
 
 
