@@ -16,7 +16,7 @@ from .batches import LossFunction
 from .blocks import BlockMap
 from .config import SurgicalConfig
 from .criteria.criterion import needs_of, of_model
-from .criteria.probe import Run, first_rates, halves
+from .criteria.probe import Run, gains_to_pace
 from .criteria.trial import Trial
 from .errors import SurgicalError
 from .names import resolve
@@ -59,7 +59,7 @@ def choose_blocks(
         _check_enough(len(batches))
         ranking = sorted(left, key=lambda name: -left[name])[:MOST]
         minus = score_blocks(model, batches, partial(together, ranking=tuple(ranking)), loss_fn=loss_fn).values
-        loss = {name: -minus[name] for name in ranking}  # by the last block of each trial
+        loss = {name: -minus[name] for name in ranking if name in minus}  # by the last block of each trial
         count = how_many(list(loss.values()))
     chosen = top_k(candidates, count)
     record: dict[str, Any] = {**chosen.record, "scores": dict(scores.values)}
@@ -88,18 +88,17 @@ def check_choice(model: nn.Module, config: SurgicalConfig, dataloader: Iterable[
 def together(trial: Trial, *, ranking: tuple[str, ...]) -> dict[str, float]:
     """Minus the held-out loss after a short training of the first block of `ranking`, the first two, and so on.
 
-    Each stands under the name of the last block in it.
+    Each stands under the name of the last block in it. It ends where a block more takes too little.
     """
-    train, held_out = halves(trial)
-    rates = first_rates(trial, train, pace=0.5)
-    left = {}
+    gains, start = gains_to_pace(trial)
+    left: dict[str, float] = {}
     for at, name in enumerate(ranking):
         names = ranking[: at + 1]
-        rate = 1 / sum(
-            1 / rates[each] for each in names if each in rates
-        )  # gains add up, and the rate divides by them
-        left[name] = -Run(names, rate, len(train)).train(trial, train, len(train), held_out)
-    return left
+        gain = sum(gains.get(each, 0.0) for each in names)  # gains add up
+        left[name] = Run(names, 0.5 * start / gain, passes=1).train(trial, 1) if gain else start
+        if how_many(list(left.values())) <= at:
+            break
+    return {name: -loss for name, loss in left.items()}
 
 
 def how_many(left: list[float]) -> int:

@@ -7,8 +7,8 @@ from functools import partial
 import pytest
 import torch
 
-from surgical_peft import SurgicalConfig, SurgicalError, criteria, get_surgical_model
-from surgical_peft.choosing import choose_blocks, how_many
+from surgical_peft import SurgicalConfig, SurgicalError, criteria, get_surgical_model, score_blocks
+from surgical_peft.choosing import choose_blocks, how_many, together
 
 from .toys import TOYS, Toy
 
@@ -38,8 +38,19 @@ def test_the_probe_and_the_joint_trainings_are_the_default(vit: Toy) -> None:
     assert config.criterion is config.num_blocks is None
     assert config.selection["criterion"] == "probe" and config.selection["scores"] == scores.values
     ranking = sorted(scores.values, key=lambda name: -scores.values[name])
-    assert list(config.selection["joint_loss"]) == ranking[:4]
+    tried = list(config.selection["joint_loss"])
+    assert tried == ranking[: min(len(config.blocks) + 1, 4)]  # one more than are taken, at most 4
     assert set(config.blocks) == set(ranking[: len(config.blocks)])
+
+
+def test_a_block_without_a_gradient_leaves_the_loss_as_it_is(vit: Toy) -> None:
+    """A criterion that sees no gradients may put such a block first."""
+    model = vit.model()
+    model.vit.layers[4].register_forward_hook(lambda module, args, output: args[0])
+    tried = score_blocks(model, batches(vit, 4), partial(together, ranking=("4", "5"))).values
+    with torch.no_grad():
+        loss = sum(model(**batch).loss.item() for batch in batches(vit, 4)) / 4
+    assert tried["4"] == pytest.approx(-loss, rel=1e-6)
 
 
 def test_a_number_and_a_criterion_are_taken_as_given(vit: Toy) -> None:

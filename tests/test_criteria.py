@@ -231,21 +231,47 @@ def test_weight_snr_equals_plain_ranks(toy_name: str, granularity: str) -> None:
 
 
 def test_every_criterion_has_a_reference() -> None:
-    elsewhere = {"probe", "sized_gain"}  # in test_probe.py, and below
+    elsewhere = {"probe", "depth_gain"}  # in test_probe.py, and below
     assert {*REFERENCES, "weight_change", "angle", "weight_snr", "random", *elsewhere} == set(criteria.__all__)
 
 
-@pytest.mark.parametrize("name", ["vit", "bert", "llama"])
-def test_sized_gain_puts_a_head_first_by_its_gain_for_its_size(name: str) -> None:
-    toy = TOYS[name]
-    model = toy.model()
-    batches = [toy.batch(seed) for seed in range(4)]
-    gains = score_blocks(model, batches, "adam_gain").values
+def plain_depth_gain(model: nn.Module, gains: dict[str, float]) -> dict[str, float]:
+    """The formula, with depths told from the order of the blocks."""
     sizes = {block: sum(p.numel() for p in each) for block, each in BlockMap.find(model).parameters(model).items()}
-    by_size = {block: gain / sizes[block] ** 0.5 for block, gain in gains.items()}
-    head_first = by_size["head"] > 1.2 * max(value for block, value in by_size.items() if block.isdigit())
-    expected = {block: gain / max(gains.values()) + (block == "head" and head_first) for block, gain in gains.items()}
-    assert score_blocks(model, batches, "sized_gain").values == pytest.approx(expected, rel=1e-6)
+    layers = [block for block in gains if block.isdigit()]
+    depths = {block: int(block) / len(layers) if block.isdigit() else block != "embeddings" for block in gains}
+    most = max(gains.values())
+    credit = 16 * gains["head"] / most if gains.get("head") else math.e
+    return {
+        block: gain / most * (sizes[block] / max(sizes[each] for each in gains)) ** 0.25 * credit ** depths[block]
+        for block, gain in gains.items()
+    }
+
+
+@pytest.mark.parametrize("name", ["vit", "bert", "llama"])
+def test_depth_gain_is_the_gain_with_credit_for_size_and_depth(name: str) -> None:
+    toy = TOYS[name]
+    model = toy.model().double()
+    data = batches(toy, torch.float64)
+    expected = plain_depth_gain(model, score_blocks(model, data, "adam_gain").values)
+    assert score_blocks(model, data, "depth_gain").values == pytest.approx(expected, rel=1e-6)
+
+
+def test_depth_gain_without_a_head() -> None:
+    """A loss that the head has no part in, and units that are parts of blocks."""
+    toy = TOYS["vit"]
+    model = toy.model().double()
+    data = batches(toy, torch.float64)
+
+    def spread(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        return model(**batch, output_hidden_states=True).hidden_states[-1].var()
+
+    gains = score_blocks(model, data, "adam_gain", loss_fn=spread).values
+    assert not gains.get("head")
+    scores = score_blocks(model, data, "depth_gain", loss_fn=spread).values
+    assert scores == pytest.approx(plain_depth_gain(model, gains), rel=1e-6)
+    tensors = score_blocks(model, data, "depth_gain", "tensor").values
+    assert len(tensors) == len(list(model.parameters()))
 
 
 def test_a_matrix_of_zeros_has_no_rank() -> None:

@@ -17,10 +17,11 @@ from surgical_peft.criteria.trial import Trial
 from surgical_peft.recipe import load_recipe
 from surgical_peft.train import score
 
+from .test_criteria import plain_depth_gain
 from .toys import TOYS, Toy
 
 RECIPES = Path(__file__).parents[1] / "recipes"
-PACE, THRIFT, SIZE, MARGIN = 0.5, 0.18, 0.3, 0.1
+PACE, THRIFT, MARGIN, SLOPE, PASSES = 0.5, 0.15, 0.1, 0.25, (1, 2, 4)
 
 
 def loss_of(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
@@ -32,13 +33,11 @@ def mean_loss(model: nn.Module, batches: list[Any]) -> float:
         return sum(loss_of(model, batch).item() for batch in batches) / len(batches)
 
 
-def plain_probe(model: nn.Module, batches: list[Any]) -> dict[str, float]:
-    """Every unit trained on a copy of its own; all of them to the end, and who is given up told afterwards."""
-    train, held_out = batches[::2], batches[1::2]
-    units = {name: list(named) for name, named in BlockMap.find(model).named_parameters(model).items()}
+def plain_gains(model: nn.Module, batches: list[Any], units: dict[str, list[str]]) -> dict[str, float]:
+    """`adam_gain` by its formula."""
     parameters = dict(model.named_parameters())
     grads: list[dict[str, Tensor]] = []
-    for batch in train:
+    for batch in batches:
         found = torch.autograd.grad(loss_of(model, batch), list(parameters.values()), allow_unused=True)
         grads.append(
             {n: torch.zeros_like(parameters[n]) if g is None else g for n, g in zip(parameters, found, strict=True)}
@@ -51,43 +50,60 @@ def plain_probe(model: nn.Module, batches: list[Any]) -> dict[str, float]:
             square = torch.stack([each[path] ** 2 for each in grads]).mean(0)
             gain += (mean**2 / square.sqrt()).nan_to_num(0.0).sum().item()
         gains[name] = gain
-    start = mean_loss(model, held_out)
-    level = sum(loss_of(model, batch).item() for batch in train) / len(train)
-    rates = {name: PACE * level / gain for name, gain in gains.items()}
-    passes = (1, 2, 4) if len(train) >= 8 else (1, 2)
-    left: dict[int, dict[str, float]] = {done: {} for done in passes}
-    for name, paths in units.items():
-        own = copy.deepcopy(model)
-        weights = [weight for path, weight in own.named_parameters() if path in paths]
-        optimizer = torch.optim.Adam(weights)
-        for step, batch in enumerate(train * passes[-1]):
-            optimizer.param_groups[0]["lr"] = rates[name] * (1 - step / (passes[-1] * len(train)))
-            own.zero_grad()
-            loss_of(own, batch).backward()
-            optimizer.step()
-            if (step + 1) % len(train) == 0 and (done := (step + 1) // len(train)) in passes:
-                left[done][name] = mean_loss(own, held_out)
+    return gains
 
-    sizes = {name: sum(parameters[path].numel() for path in paths) for name, paths in units.items()}
-    thrifty = {name: -THRIFT * math.log(rates[name] * sizes[name] ** SIZE) for name in units}
-    scores = {name: value - max(thrifty.values()) for name, value in thrifty.items()}
-    after = {done: {name: math.log(start / left[done][name]) + scores[name] for name in units} for done in passes}
+
+def plain_losses(
+    model: nn.Module, train: list[Any], held_out: list[Any], paths: list[str], rate: float
+) -> list[float]:
+    """The held-out loss after each of the passes of a copy, of which only these weights are trained."""
+    own = copy.deepcopy(model)
+    optimizer = torch.optim.Adam([weight for path, weight in own.named_parameters() if path in paths])
+    left = []
+    for step, batch in enumerate(train * PASSES[-1]):
+        optimizer.param_groups[0]["lr"] = rate * (1 - step / (PASSES[-1] * len(train)))
+        own.zero_grad()
+        loss_of(own, batch).backward()
+        optimizer.step()
+        if (step + 1) % len(train) == 0 and (step + 1) // len(train) in PASSES:
+            left.append(mean_loss(own, held_out))
+    return left
+
+
+def plain_probe(model: nn.Module, batches: list[Any]) -> dict[str, float]:
+    """Every unit trained on copies of its own; all of them to the end, and who is given up told afterwards."""
+    halves = batches[::2], batches[1::2]
+    units = {name: list(named) for name, named in BlockMap.find(model).named_parameters(model).items()}
+    gains = plain_gains(model, batches, units)
+    start = mean_loss(model, batches)
+    rates = {name: PACE * start / gain for name, gain in gains.items()}
+    after: dict[str, list[float]] = {}
+    for name, paths in units.items():
+        one, other = (plain_losses(model, *pair, paths, rates[name]) for pair in (halves, halves[::-1]))
+        left = [(len(halves[1]) * a + len(halves[0]) * b) / len(batches) for a, b in zip(one, other, strict=True)]
+        thrifty = -THRIFT * math.log(rates[name] / min(rates.values()))
+        after[name] = [math.log(start / loss) + thrifty for loss in left]
+
+    prior = {name: SLOPE * math.log(value) for name, value in plain_depth_gain(model, gains).items()}
+    favourites = sorted(units, key=lambda name: -prior[name])[: -(-len(units) // 10)]
     layers = [name for name in units if name.isdigit()]
     cheap = {"final_norm", "head", *layers[len(layers) - len(layers) // 5 :]} & units.keys()
-    racing = {*sorted(units, key=lambda name: -scores[name])[: -(-len(units) // 3)], *cheap}
-    given_up_in = []  # each round's losers, with what they had
-    for done in passes:
+    racing = {*favourites, *cheap}
+    scores = dict.fromkeys(racing, 0.0)
+    given_up_in: list[dict[str, float]] = []  # each round's losers, with what they had
+    for at in range(len(PASSES)):
         given_up_in.append({name: value for name, value in scores.items() if name not in racing})
-        scores = {name: after[done][name] for name in racing}
+        scores = {name: after[name][at] for name in racing}
         best = max(scores.values())
-        better = sorted(racing, key=lambda name: -scores[name])[: -(-len(racing) // 2)]
+        better = sorted(racing, key=lambda name: -scores[name])[: max(2, -(-len(racing) // 2))]
         racing = {name for name in better if best - scores[name] < MARGIN}
         if len(racing) == 1:
             break
     for losers in reversed(given_up_in):
         worst = min(scores.values())
         scores |= {name: min(value, worst) for name, value in losers.items()}
-    return scores
+    untrained = {name: scores[favourites[0]] - (prior[favourites[0]] - prior[name]) for name in units}
+    return untrained | scores
 
 
 @pytest.mark.parametrize("count", [9, 16])
@@ -143,7 +159,6 @@ def test_what_cannot_be_probed_is_refused(count: int, loss_fn: Any, why: str, vi
         score_blocks(vit.model(), [vit.batch(seed) for seed in range(count)], "probe", loss_fn=loss_fn)
 
 
-def test_a_run_that_was_broken_off_goes_on_as_if_it_had_not_been(vit: Toy) -> None:
-    """With one batch to train on, half time is the end already."""
+def test_one_batch_on_either_half_is_enough(vit: Toy) -> None:
     scores = score_blocks(vit.model(), [vit.batch(0), vit.batch(1)], "probe")
     assert all(map(math.isfinite, scores.values.values()))

@@ -7,6 +7,10 @@ accuracy of tuning each unit alone (truth.py): the rank correlation (Spearman), 
 the best unit and the one that the criterion puts first; and the better one of the first two), and the cost (seconds of
 scoring by those of one full fine-tuning, both measured in this run, taking turns). Finished (shift, seed, criterion)
 are lines of work/scores.jsonl and never scored again; the end writes criteria.json and table.md.
+
+Two more rows say what the figures are worth. A sweep trains every unit alone, in full and at each rate, and takes the
+best one on validation data, as truth.py has it: all that one draw's examples can say, at the cost of dozens of
+trainings. And one may take the last layer, whatever the shift.
 """
 
 from __future__ import annotations
@@ -90,11 +94,7 @@ def judged(rows: list[dict[str, Any]], truth: dict[str, Any]) -> dict[str, dict[
     found: dict[str, dict[str, Any]] = {}
     seeds = Counter(row["shift"] for row in rows)
     for shift in (shift for shift, count in seeds.items() if count == len(SEEDS)):
-        accuracy = {
-            unit: each["test_mean"]
-            for unit, each in truth[shift]["units"].items()
-            if unit not in ("all", "none") and "+" not in unit
-        }
+        accuracy = accuracies(truth[shift])
         of_shift = [row for row in rows if row["shift"] == shift]
         rankings = [sorted(row["values"], key=lambda unit: -row["values"][unit]) for row in of_shift]
         best = max(accuracy.values())
@@ -103,12 +103,40 @@ def judged(rows: list[dict[str, Any]], truth: dict[str, Any]) -> dict[str, dict[
                 spearmanr([row["values"][unit] for unit in ranking], [accuracy[unit] for unit in ranking]).statistic
                 for row, ranking in zip(of_shift, rankings, strict=True)
             ),
-            "regret": 100 * statistics.mean(best - accuracy[ranking[0]] for ranking in rankings),
+            "regret": regret(accuracy, [ranking[0] for ranking in rankings]),
             "regret_of_two": 100
             * statistics.mean(best - max(accuracy[u] for u in ranking[:2]) for ranking in rankings),
             "first": [ranking[0] for ranking in rankings],
             "trainings": statistics.mean(row["trainings"] for row in of_shift),
         }
+    return found
+
+
+def accuracies(of_shift: dict[str, Any]) -> dict[str, float]:
+    """The test accuracy of each single unit."""
+    return {
+        unit: each["test_mean"]
+        for unit, each in of_shift["units"].items()
+        if unit not in ("all", "none") and "+" not in unit
+    }
+
+
+def regret(accuracy: dict[str, float], first: list[str]) -> float:
+    """Points that the first choices of all seeds lose on average."""
+    return 100 * statistics.mean(max(accuracy.values()) - accuracy[unit] for unit in first)
+
+
+def without_a_criterion(truth: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """What a sweep chooses, and the last layer, judged as criteria are."""
+    found: dict[str, dict[str, Any]] = {"a sweep": {}, "the last layer": {}}
+    for shift, of_shift in truth.items():
+        accuracy = accuracies(of_shift)
+        last = max((unit for unit in accuracy if unit.isdigit()), key=int)
+        for name, each in (
+            ("a sweep", of_shift["sweep"]),
+            ("the last layer", {"first": [last] * len(SEEDS), "trainings": 0.0}),
+        ):
+            found[name][shift] = {"regret": regret(accuracy, each["first"]), **each}
     return found
 
 
@@ -118,17 +146,19 @@ def write_results() -> None:
     rows = [row for row in read_rows() if row["shift"] in truth]
     names = [name for name in criteria.__all__ if any(row["criterion"] == name for row in rows)]
     results = {name: judged([row for row in rows if row["criterion"] == name], truth) for name in names}
-    (FOLDER / "criteria.json").write_text(json.dumps(results, indent=2) + "\n")
+    references = without_a_criterion(truth)
+    (FOLDER / "criteria.json").write_text(json.dumps(results | references, indent=2) + "\n")
     table: list[list[str]] = []
     left_out: dict[str, None] = {}
-    for name, by_shift in results.items():
+    for name, by_shift in (results | references).items():
         missing = [shift for shift in truth if shift not in by_shift]
         left_out.update(dict.fromkeys(missing))
-        cells = [f"`{name}`" + (" \\*" if missing else "")]
+        cells = [f"`{name}`" + (" \\*" if missing else "") if name in results else name]
         for group in ("design", "confirmation"):
             of_group = [each for shift, each in by_shift.items() if SHIFTS[shift].group == group]
             for key, digits in (("correlation", 2), ("regret", 1), ("regret_of_two", 1)):
-                cells.append(f"{statistics.mean(each[key] for each in of_group):.{digits}f}" if of_group else "-")
+                values = [each[key] for each in of_group if key in each]
+                cells.append(f"{statistics.mean(values):.{digits}f}" if values else "-")
         cells.append(f"{statistics.mean(each['trainings'] for each in by_shift.values()):.2f}")
         table.append(cells)
     figures = ("correlation", "regret", "of two")

@@ -4,7 +4,8 @@
 
 Every (shift, seed, unit, rate) is trained once and appended to work/truth.jsonl; a rerun goes on where the last one
 stopped. The end, and every rerun, writes truth.json: for each shift and unit the test accuracy at the rate with the
-best mean validation accuracy. The rows "all" (full fine-tuning) and "none" stand beside the units.
+best mean validation accuracy. The rows "all" (full fine-tuning) and "none" stand beside the units. "sweep" is what one
+would choose with these trainings of one draw alone: the unit, out of all and their rates, that is best on validation.
 
 It needs one core. It also times full fine-tuning, by which the costs of criteria are counted; the seconds of single
 units in truth.jsonl are smaller than a user's, since the frozen blocks below a unit are run only once (`prefix.py`).
@@ -151,11 +152,18 @@ def summary(shift: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
             "rates": {f"{rate:g}": accuracies for rate, accuracies in of_rate.items()},
         }
     full = [row for row in rows if row["unit"] == "all"]
+    seconds = min(row["seconds"] for row in full)  # the others shared the machine with more
+    alone = [row for row in rows if row["unit"] not in ("none", "all") and "+" not in row["unit"]]
+    of_seed = [[row for row in alone if row["seed"] == seed] for seed in SEEDS]
     return {
         **asdict(SHIFTS[shift]),
-        "full_training_seconds": min(row["seconds"] for row in full),  # the others shared the machine with more
+        "full_training_seconds": seconds,
         "full_training_steps": full[0]["steps"],
         "units": units,
+        "sweep": {
+            "first": [max(each, key=lambda row: row["validation"])["unit"] for each in of_seed],
+            "trainings": sum(row["seconds"] for row in alone) / len(SEEDS) / seconds,
+        },
     }
 
 

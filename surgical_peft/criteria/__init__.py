@@ -11,6 +11,7 @@ from __future__ import annotations
 from .adam_gain import adam_gain
 from .angle import angle
 from .bvr import bvr
+from .depth_gain import depth_gain
 from .eb import eb
 from .fisher import fisher
 from .grad_norm import grad_norm
@@ -18,7 +19,6 @@ from .held_out_gain import held_out_gain
 from .probe import probe
 from .random import random
 from .rgn import rgn
-from .sized_gain import sized_gain
 from .snr import snr
 from .weight_change import weight_change
 from .weight_snr import weight_snr
@@ -27,6 +27,7 @@ __all__ = [
     "adam_gain",
     "angle",
     "bvr",
+    "depth_gain",
     "eb",
     "fisher",
     "grad_norm",
@@ -34,7 +35,6 @@ __all__ = [
     "probe",
     "random",
     "rgn",
-    "sized_gain",
     "snr",
     "weight_change",
     "weight_snr",

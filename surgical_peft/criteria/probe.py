@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 from typing import Any
@@ -15,39 +14,39 @@ from torch import Tensor
 from ..errors import SurgicalError
 from .adam_gain import gains_of
 from .criterion import of_model
+from .depth_gain import by_depth
 from .trial import Trial
 
 PASSES = (1, 2, 4)  # through the training batches, after which units are compared
-MANY = 8  # training batches: with fewer the last passes only learn them by heart, and are left out
-MARGIN = 0.1  # behind the best one: too far to catch up
-SIZE = 0.3  # 0 would measure a step by its largest entry, 0.5 by its length; set on the seen shifts
+FAVOURITES = 0.1  # of the units: those that are trained because gradients speak for them
 CHEAP = 0.2  # of the layers: a unit that needs no more of them run is trained, whatever its gradients say
+MARGIN = 0.1  # behind the best one: too far to catch up
+SLOPE = 0.25  # what a logarithm of `depth_gain` is worth in the score
 
 
 @of_model(batches=16)
-def probe(trial: Trial, *, pace: float = 0.5, thrift: float = 0.18) -> dict[str, float]:
-    """`log(L_0 / L_u) - thrift * log(S_u / min S)`: how much of the held-out loss a short training of `u` alone takes.
+def probe(trial: Trial, *, pace: float = 0.5, thrift: float = 0.15) -> dict[str, float]:
+    """`log(L_0 / L_u) - thrift * log(r_u / min r)`: how much of the loss a short training of `u` alone takes.
 
-    Every second batch is trained on, four times; those between are held out. `L_0` is the held-out loss before, `L_u`
-    after Adam has tuned unit `u` from the same start. The first rate is `r_u = pace * loss / G_u`, where `G_u` is the
-    `adam_gain` of the training batches: one step would, to first order, take the share `pace` of the loss away. So one
-    setting fits a head of 650 weights and a block of millions. The rate falls linearly to 0.
+    Two trainings, one on every second batch and one on those between, each judged on the batches of the other. `L_0`
+    is the mean loss before, `L_u` that after Adam has tuned unit `u` from the same start, up to four times through
+    either half. The first rate is `r_u = pace * L_0 / G_u`, where `G_u` is the `adam_gain` of all batches: one step
+    would, to first order, take the share `pace` of the loss away. So one setting fits a head of 650 weights and a
+    block of millions. The rate falls linearly to 0. Of two units that leave about the same loss, the second term
+    prefers the one that needs the smaller rate: it changes the model less, and in a whole training it was the better
+    one (benchmarks/criteria).
 
-    `S_u = r_u * n_u^0.3` says how large the steps of a unit with `n_u` weights are. Of two units that leave about the
-    same loss, the second term prefers the one that needs smaller steps: it changes the model less, and in a whole
-    training it was the better one (benchmarks/criteria).
+    Rounds: a tenth of the units is trained, those with the highest `depth_gain`, and the units a step of which runs at
+    most a fifth of the layers, as for the head and the last ones. After one pass, and after two, the better half goes
+    on, or the better two, of those only what is less than 0.1 behind the best, and a unit that is left alone is the
+    choice. A unit that is given up scores no more than the worst of those that go on. One that was never trained has
+    the score of the favourite of `depth_gain`, less a quarter for each factor `e` that its `depth_gain` is smaller.
 
-    Rounds: all but a third of the units are given up before any step, by the second term alone, unless a step of
-    theirs runs at most a fifth of the layers, as for the head and the last ones. After one pass, and after two, the
-    better half goes on, of that only what is less than 0.1 behind the best, and a unit that is left alone is the
-    choice. With fewer than 8 batches to train on there are two passes in all. A unit that is given up scores no more
-    than the worst of those that go on.
-
-    Range: any number, no unit; 0.7 = half of the loss is gone. Cost: gradients of half the batches; as many training
-    steps for about half of the units, and again, up to three times, for two or three that are close, each pass with
-    the held-out batches; layers below the unit are run once for each batch (`Prefix`). Memory: those layers' outputs,
-    one gradient and two float32 numbers for each weight, and on the CPU each trained unit's weights with Adam's
-    numbers.
+    Range: any number, no unit; 0.7 = half of the loss is gone. Cost: gradients of all batches; as many training
+    steps for about half of the units, most of them late and cheap, and again, up to three times, for two that are
+    close, each pass with a forward pass of the batches; layers below the unit are run once for each batch (`Prefix`).
+    Memory: those layers' outputs, one gradient and two float32 numbers for each weight, and on the CPU each trained
+    unit's weights with Adam's numbers, twice.
 
     Raises:
         SurgicalError: fewer than 2 batches, or a loss that is not above 0.
@@ -57,29 +56,28 @@ def probe(trial: Trial, *, pace: float = 0.5, thrift: float = 0.18) -> dict[str,
     Example:
         >>> scores = score_blocks(model, dataloader, criterion="probe")
     """
-    train, held_out = halves(trial)
-    rates = first_rates(trial, train, pace)
-    start = trial.mean_loss(held_out)
-    passes = PASSES if len(train) >= MANY else PASSES[:-1]
-    runs = {name: Run((name,), rate, passes[-1] * len(train)) for name, rate in rates.items()}
-    steps = {name: rate * sum(w.numel() for w in trial.units[name].values()) ** SIZE for name, rate in rates.items()}
-    smallest = min(steps.values())
+    gains, start = gains_to_pace(trial)
+    rates = {name: pace * start / gain for name, gain in gains.items()}
+    smallest = min(rates.values())
 
     def score(name: str, left: float) -> float:
-        return math.log(start / max(left, 1e-6 * start)) - thrift * math.log(steps[name] / smallest)
+        return math.log(start / max(left, 1e-6 * start)) - thrift * math.log(rates[name] / smallest)
 
-    rounds = [{name: score(name, start) for name in rates}]
-    kept = ranked(rounds[0])[: math.ceil(len(rates) / 3)]
+    prior = {name: SLOPE * math.log(value) for name, value in by_depth(trial, gains).items()}
+    favourite, *others = ranked(prior)[: math.ceil(FAVOURITES * len(prior))]
+    kept = [favourite, *others]
     kept += [name for name in rates if name not in kept and trial.share_run(name) <= CHEAP]
-    for done in passes:
-        until = done * len(train)
-        found = {name: score(name, runs[name].train(trial, train, until, held_out)) for name in kept}
+    runs = {name: Run((name,), rates[name], PASSES[-1]) for name in kept}
+    rounds = []
+    for done in PASSES:
+        found = {name: score(name, runs[name].train(trial, done)) for name in kept}
         rounds.append(found)
-        best, *others = ranked(found)[: math.ceil(len(found) / 2)]
+        best, *others = ranked(found)[: max(2, math.ceil(len(found) / 2))]
         kept = [best, *(name for name in others if found[best] - found[name] < MARGIN)]
         if len(kept) == 1:
             break
-    return reduce(lambda later, earlier: given_up(earlier, later), reversed(rounds))
+    scores = reduce(lambda later, earlier: given_up(earlier, later), reversed(rounds))
+    return {name: scores.get(name, scores[favourite] + prior[name] - prior[favourite]) for name in rates}
 
 
 def ranked(scores: dict[str, float]) -> list[str]:
@@ -93,22 +91,18 @@ def given_up(scores: dict[str, float], of_kept: dict[str, float]) -> dict[str, f
     return {name: of_kept[name] if name in of_kept else min(value, lowest) for name, value in scores.items()}
 
 
-def halves(trial: Trial) -> tuple[range, range]:
-    """The batches to train on, and those held out."""
+def gains_to_pace(trial: Trial) -> tuple[dict[str, float], float]:
+    """The `adam_gain` of each unit that has a gradient, and the mean loss, for the rates of short trainings.
+
+    Raises:
+        SurgicalError: what cannot be trained on one half and judged on the other, or paced by its loss.
+    """
     if len(trial.batches) < 2:
         raise SurgicalError(
             "a short training is judged on held-out batches and needs at least 2, got 1: give a larger num_batches, "
             "or smaller batches."
         )
-    return range(0, len(trial.batches), 2), range(1, len(trial.batches), 2)
-
-
-def first_rates(trial: Trial, ats: Sequence[int], pace: float) -> dict[str, float]:
-    """For each unit the rate at which one step of Adam would, to first order, take the share `pace` of the loss away.
-
-    Units without a gradient have none.
-    """
-    gains, loss = gains_of(trial, ats)
+    gains, loss = gains_of(trial, range(len(trial.batches)))
     if not loss > 0:
         raise SurgicalError(
             f"the loss is {loss:.4g} on average, and short trainings are compared by the share of it that they take "
@@ -116,38 +110,48 @@ def first_rates(trial: Trial, ats: Sequence[int], pace: float) -> dict[str, floa
         )
     if not any(gains.values()):
         raise SurgicalError("no unit has a gradient: the loss does not depend on any weight that is scored.")
-    return {name: pace * loss / each for name, each in gains.items() if each > 0}
+    return {name: gain for name, gain in gains.items() if gain > 0}, loss
 
 
 @dataclass
 class Run:
-    """A short training of some units together, which can be broken off and gone on with.
+    """Short trainings of some units together, one on either half of the batches, which can be gone on with.
 
     Attributes:
         names: the units.
         rate: the first rate.
-        steps: after how many steps the rate has fallen to 0.
+        passes: through a half, after which the rate has fallen to 0.
     """
 
     names: tuple[str, ...]
     rate: float
-    steps: int
+    passes: int
     _done: int = 0
-    _weights: list[Tensor] = field(default_factory=list)
-    _moments: dict[str, Any] = field(default_factory=dict)
+    _weights: dict[range, list[Tensor]] = field(default_factory=dict)  # of the training on each half
+    _moments: dict[range, dict[str, Any]] = field(default_factory=dict)
 
-    def train(self, trial: Trial, ats: Sequence[int], until: int, held_out: Sequence[int]) -> float:
-        """Go on to the step `until` on some batches; returns the loss on others. The model is left as it was."""
+    def train(self, trial: Trial, until: int) -> float:
+        """Go on to the end of the pass `until`; returns the mean loss, each batch's by the training without it.
+
+        The model is left as it was.
+        """
+        count = len(trial.batches)
+        one, other = range(0, count, 2), range(1, count, 2)
+        losses = [len(held) * self._train_on(ats, trial, until, held) for ats, held in ((one, other), (other, one))]
+        self._done = until
+        return sum(losses) / count
+
+    def _train_on(self, ats: range, trial: Trial, until: int, held_out: range) -> float:
         with trial.training(*self.names) as units:
             weights = [weight for unit in units.values() for weight in unit]
             optimizer = torch.optim.Adam(weights, lr=self.rate)
             if self._done:
-                optimizer.load_state_dict(self._moments)
+                optimizer.load_state_dict(self._moments[ats])
                 with torch.no_grad():
-                    for weight, value in zip(weights, self._weights, strict=True):
+                    for weight, value in zip(weights, self._weights[ats], strict=True):
                         weight.copy_(value)
-            trial.steps(optimizer, ats, range(self._done, until), self.rate, self.steps)
-            self._done = until
-            self._weights = [weight.detach().to("cpu", copy=True) for weight in weights]
-            self._moments = copy.deepcopy(optimizer.state_dict())
+            steps = range(self._done * len(ats), until * len(ats))
+            trial.steps(optimizer, ats, steps, self.rate, self.passes * len(ats))
+            self._weights[ats] = [weight.detach().to("cpu", copy=True) for weight in weights]
+            self._moments[ats] = copy.deepcopy(optimizer.state_dict())
             return trial.mean_loss(held_out)
