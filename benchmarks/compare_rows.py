@@ -1,12 +1,12 @@
 """Trains some methods of a comparison again, and puts their rows into the report that is here.
 
-    python benchmarks/compare_rows.py recipes/fashion_mnist_noise.yaml auto "top 2 by probe" [--output runs/rows]
+    python benchmarks/compare_rows.py recipes/fashion_mnist_noise.yaml auto "top 2 by probe"
 
 For when a change of the code touches what a few methods choose or train: the whole comparison takes an hour. The
 methods named, by their titles in the table, and full fine-tuning are compared as the recipe says. Full fine-tuning has
 to come out as in the report, to the digit; then the other rows would, too, and the new ones are put in their places,
-with the step time by this run's full fine-tuning. Methods that the recipe has no more are dropped. Needs what the
-recipe needs; run it from a folder of the repository, one core is enough.
+with the step time by this run's full fine-tuning; date and versions stay those of the whole comparison. Methods that
+the recipe has no more are dropped. Nothing is resumed: findings are known by their recipe, not by the code.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", type=Path)
     parser.add_argument("methods", nargs="+", help="titles, as in the table")
-    parser.add_argument("--output", type=Path, help="where findings are kept; default: the recipe's output_dir")
     args = parser.parse_args()
     recipe = load_recipe(args.recipe)
     whole = Comparison(recipe)
@@ -42,8 +42,11 @@ def main() -> None:
         sys.exit(f"{', '.join(unknown)}: no method of {args.recipe}. There are: {', '.join(given)}.")
     folder = HERE / args.recipe.stem.removeprefix("fashion_mnist_")
     old: dict[str, Any] = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    if missing := given.keys() - {row["method"] for row in old["methods"]} - {*args.methods}:
+        sys.exit(f"{', '.join(missing)}: in the recipe, but not in the report; name them, too.")
     titles = dict.fromkeys([FULL, *args.methods])
-    new = compare(replace(recipe, methods=[given[title] for title in titles]), args.output)
+    with tempfile.TemporaryDirectory() as output:
+        new = compare(replace(recipe, methods=[given[title] for title in titles]), output)
     rows = {row["method"]: row for row in old["methods"]}
     again = {row["method"]: row for row in new["methods"]}
     if again[FULL]["test"] != rows[FULL]["test"]:
@@ -51,9 +54,8 @@ def main() -> None:
     for title in args.methods:
         row = again[title]
         rows[title] = {**row, "ms": row["ms_ratio"] and row["ms_ratio"] * rows[FULL]["ms"]}
-    if missing := [title for title in given if title not in rows]:
-        sys.exit(f"{', '.join(missing)}: in the recipe, but not in the report; name them, too.")
     report = report_of(whole, [rows[title] for title in given], 1, old["seconds"])
+    report |= {key: old[key] for key in ("date", "versions", "machine")}
     (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     (folder / "table.md").write_text(markdown(report), encoding="utf-8")
     plot(report, folder / "compare.png")

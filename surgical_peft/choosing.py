@@ -16,7 +16,8 @@ from .batches import LossFunction
 from .blocks import BlockMap
 from .config import SurgicalConfig
 from .criteria.criterion import needs_of, of_model
-from .criteria.probe import Run, gains_to_pace
+from .criteria.probe import PACE
+from .criteria.short_run import ShortRun, gains_and_loss
 from .criteria.trial import Trial
 from .errors import SurgicalError
 from .names import resolve
@@ -90,12 +91,12 @@ def together(trial: Trial, *, ranking: tuple[str, ...]) -> dict[str, float]:
 
     Each stands under the name of the last block in it. It ends where a block more takes too little.
     """
-    gains, start = gains_to_pace(trial)
+    gains, start = gains_and_loss(trial)
     left: dict[str, float] = {}
     for at, name in enumerate(ranking):
         names = ranking[: at + 1]
         gain = sum(gains.get(each, 0.0) for each in names)  # gains add up
-        left[name] = Run(names, 0.5 * start / gain, passes=1).train(trial, 1) if gain else start
+        left[name] = ShortRun(names, PACE * start / gain, passes=1).train(trial, 1) if gain else start
         if how_many(list(left.values())) <= at:
             break
     return {name: -loss for name, loss in left.items()}

@@ -105,8 +105,9 @@ def score_blocks(
         if needs.what == "model":
             if lent and needs.batches:
                 raise SurgicalError(
-                    f"{name_of(score)} trains, and weights of {blocks.model_name} are offloaded by accelerate: score "
-                    "with a criterion on gradients, such as 'adam_gain', or load the model without offloading."
+                    f"{name_of(score)} needs the whole model, and weights of {blocks.model_name} are offloaded by "
+                    "accelerate: score with a criterion on gradients, such as 'adam_gain', or load the model without "
+                    "offloading."
                 )
             stored = {each.path: each for each in lent}
             at_hand = {
@@ -116,7 +117,7 @@ def score_blocks(
             paths = {path for stack in blocks.stacks.values() for name in stack for path in blocks.modules[name]}
             layers = [layer for path, layer in walk(bare(model)) if path in paths]
             on_device = [to_device(batch, model) for _, batch in ours]
-            trial = Trial(model, at_hand, block_of, layers, on_device, loss_of)
+            trial = Trial(model, at_hand, block_of, layers, on_device, loss_of, first_says)
             found = _named_values(score(trial), score, scored)
             values = first_says({name: checked(found[name], score, name) for name in scored if name in found})
         else:

@@ -270,8 +270,53 @@ def test_depth_gain_without_a_head() -> None:
     assert not gains.get("head")
     scores = score_blocks(model, data, "depth_gain", loss_fn=spread).values
     assert scores == pytest.approx(plain_depth_gain(model, gains), rel=1e-6)
-    tensors = score_blocks(model, data, "depth_gain", "tensor").values
-    assert len(tensors) == len(list(model.parameters()))
+
+
+@pytest.mark.parametrize("granularity", ["module", "tensor"])
+def test_depth_gain_of_parts_has_the_credit_of_their_blocks(granularity: str) -> None:
+    toy = TOYS["vit"]
+    model = toy.model().double()
+    data = batches(toy, torch.float64)
+    blocks = score_blocks(model, data, "adam_gain").values
+    credit = 16 * blocks["head"] / max(blocks.values())
+    found = score_blocks(model, data, "adam_gain", granularity)
+    layers = [name for name in blocks if name.isdigit()]
+    assert len(found.values) >= 100
+    expected = {}
+    for name, gain in found.values.items():
+        block = found.blocks[name]
+        depth = int(block) / len(layers) if block.isdigit() else block != "embeddings"
+        size = found.sizes[name] / max(found.sizes.values())
+        expected[name] = gain / max(found.values.values()) * size**0.25 * credit**depth
+    assert score_blocks(model, data, "depth_gain", granularity).values == pytest.approx(expected, rel=1e-6)
+
+
+def test_depth_is_told_by_the_block_map_alone() -> None:
+    """By which layers a step could skip it was 0 where a module is never called, as `out_proj` in here."""
+
+    class Stack(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Linear(4, 8)
+            self.layers = nn.ModuleList(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True) for _ in range(3))
+            self.norm = nn.LayerNorm(8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.embed(x)
+            for layer in self.layers:
+                x = layer(x)
+            return self.norm(x).square().sum(-1).log().var()
+
+    torch.manual_seed(0)
+    model = Stack().double()
+    data = [{"x": torch.randn(3, 5, 4, dtype=torch.float64)} for _ in range(2)]
+    own = {"loss_fn": lambda model, batch: model(**batch)}
+    gains = score_blocks(model, data, "adam_gain", **own)
+    scores = score_blocks(model, data, "depth_gain", **own).values
+    for block in ("0", "1", "2"):
+        size = gains.sizes[block] / max(gains.sizes.values())
+        plain = gains.values[block] / max(gains.values.values()) * size**0.25
+        assert scores[block] == pytest.approx(plain * math.e ** (int(block) / 3), rel=1e-6)
 
 
 def test_a_matrix_of_zeros_has_no_rank() -> None:

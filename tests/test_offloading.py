@@ -123,10 +123,10 @@ def test_a_weight_of_the_outermost_module_is_seen() -> None:
 
 
 @pytest.mark.parametrize("name", TRAIN)
-def test_a_criterion_that_trains_is_refused(name: str) -> None:
+def test_a_criterion_of_the_whole_model_is_refused(name: str) -> None:
     model = cpu_offload(TOYS["bert"].model())
     before = State(model)
-    with pytest.raises(SurgicalError, match=f"{name} trains.*offloaded"):
+    with pytest.raises(SurgicalError, match=f"{name} needs the whole model.*offloaded"):
         score_blocks(model, data_of("bert"), name)
     before.assert_unchanged()
 

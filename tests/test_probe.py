@@ -106,7 +106,7 @@ def plain_probe(model: nn.Module, batches: list[Any]) -> dict[str, float]:
     return untrained | scores
 
 
-@pytest.mark.parametrize("count", [9, 16])
+@pytest.mark.parametrize("count", [2, 3, 9, 16])
 @pytest.mark.parametrize("name", ["vit", "bert", "llama"])
 def test_it_equals_plain_trainings_of_copies(name: str, count: int) -> None:
     toy = TOYS[name]
@@ -159,6 +159,33 @@ def test_what_cannot_be_probed_is_refused(count: int, loss_fn: Any, why: str, vi
         score_blocks(vit.model(), [vit.batch(seed) for seed in range(count)], "probe", loss_fn=loss_fn)
 
 
-def test_one_batch_on_either_half_is_enough(vit: Toy) -> None:
-    scores = score_blocks(vit.model(), [vit.batch(0), vit.batch(1)], "probe")
-    assert all(map(math.isfinite, scores.values.values()))
+@pytest.mark.parametrize("criterion", ["probe", "depth_gain"])
+def test_a_bad_batch_is_named(criterion: str, vit: Toy) -> None:
+    batches = [vit.batch(seed) for seed in range(4)]
+    batches[2]["pixel_values"][0, 0, 0, 0] = math.inf
+    with pytest.raises(SurgicalError, match=r"the loss in batch 2 is NaN or infinite"):
+        score_blocks(vit.model(), batches, criterion)
+
+
+@pytest.mark.parametrize("criterion", ["probe", "depth_gain"])
+def test_a_bad_gradient_is_named(criterion: str, vit: Toy) -> None:
+    model = vit.model()
+    next(model.vit.layers[5].parameters()).register_hook(lambda grad: grad * math.nan)
+    with pytest.raises(SurgicalError, match=r"the gradient of '5' in batch 0 is NaN or infinite"):
+        score_blocks(model, [vit.batch(seed) for seed in range(4)], criterion)
+
+
+def test_a_training_that_diverges_comes_last(vit: Toy) -> None:
+    """The head's steps are so large that nothing is left of it; the others are judged as always."""
+    model = vit.model()
+    batches = [vit.batch(seed) for seed in range(4)]
+    expected = score_blocks(model, batches, "probe").values
+
+    def blown_up(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        loss = loss_of(model, batch)
+        trained = next(model.classifier.parameters()).requires_grad and not model.vit.layernorm.weight.requires_grad
+        return loss * math.inf if trained else loss
+
+    scores = score_blocks(model, batches, "probe", loss_fn=blown_up).values
+    assert min(scores, key=scores.__getitem__) == "head" and scores["head"] < -13
+    assert {name: scores[name] for name in ("final_norm", "11")} == {n: expected[n] for n in ("final_norm", "11")}

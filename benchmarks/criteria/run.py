@@ -159,7 +159,8 @@ def write_results() -> None:
             for key, digits in (("correlation", 2), ("regret", 1), ("regret_of_two", 1)):
                 values = [each[key] for each in of_group if key in each]
                 cells.append(f"{statistics.mean(values):.{digits}f}" if values else "-")
-        cells.append(f"{statistics.mean(each['trainings'] for each in by_shift.values()):.2f}")
+        trainings = statistics.mean(each["trainings"] for each in by_shift.values())
+        cells.append(f"{trainings:.2f}" if name in results else f"{trainings:.0f}")
         table.append(cells)
     figures = ("correlation", "regret", "of two")
     header = ["criterion", *figures, *(f"{figure}, unseen" for figure in figures), "trainings"]
@@ -174,7 +175,8 @@ def write_results() -> None:
         f"Means over {len(SEEDS)} draws and the shifts {seen}; unseen while criteria were developed: {unseen}. "
         "Correlation: Spearman, of scores with the test accuracy of each block tuned alone. Regret: points of "
         "accuracy between the best block and the one scored highest, or the better of the two scored highest. "
-        f"Trainings: time of scoring by that of one full fine-tuning. {today}, {numbers}; one CPU thread."
+        "Trainings: time of scoring by that of one full fine-tuning. A sweep tunes every block alone at each rate and "
+        f"takes the best one on validation data: so many trainings. {today}, {numbers}; one CPU thread."
     )
     if left_out:
         foot += f" \\*: not run on {', '.join(left_out)}."

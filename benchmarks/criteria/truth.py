@@ -152,17 +152,16 @@ def summary(shift: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
             "rates": {f"{rate:g}": accuracies for rate, accuracies in of_rate.items()},
         }
     full = [row for row in rows if row["unit"] == "all"]
-    seconds = min(row["seconds"] for row in full)  # the others shared the machine with more
     alone = [row for row in rows if row["unit"] not in ("none", "all") and "+" not in row["unit"]]
     of_seed = [[row for row in alone if row["seed"] == seed] for seed in SEEDS]
     return {
         **asdict(SHIFTS[shift]),
-        "full_training_seconds": seconds,
+        "full_training_seconds": min(row["seconds"] for row in full),  # the others shared the machine with more
         "full_training_steps": full[0]["steps"],
         "units": units,
         "sweep": {
             "first": [max(each, key=lambda row: row["validation"])["unit"] for each in of_seed],
-            "trainings": sum(row["seconds"] for row in alone) / len(SEEDS) / seconds,
+            "trainings": len(alone) / len(SEEDS),
         },
     }
 

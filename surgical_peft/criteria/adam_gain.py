@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from ..errors import SurgicalError
 from .criterion import Moments, over_batches, whole
 from .trial import Trial
 
@@ -37,15 +39,32 @@ def gain(pull: Tensor, mean: Tensor, square: Tensor) -> float:
 
 
 def gains_of(trial: Trial, ats: Sequence[int]) -> tuple[dict[str, float], float]:
-    """`adam_gain` of each unit on some batches, and their mean loss; leaves no gradient behind."""
+    """`adam_gain` of each unit on some batches, and their mean loss; leaves no gradient behind.
+
+    Raises:
+        SurgicalError: a loss or a gradient that is NaN or infinite.
+    """
     moments = {name: Moments(list(unit.values())) for name, unit in trial.units.items()}
     total = 0.0
     for at in ats:
         loss = trial.loss(at)
+        if not math.isfinite(loss.item()):
+            raise _not_finite("loss", at)
         total += loss.item()
         loss.backward()
         for name, unit in trial.units.items():
-            moments[name].update([torch.zeros_like(w) if w.grad is None else w.grad for w in unit.values()], at)
+            grads = [torch.zeros_like(w) if w.grad is None else w.grad for w in unit.values()]
+            if not all(bool(torch.isfinite(grad).all()) for grad in grads):
+                raise _not_finite(f"gradient of {name!r}", at)
+            moments[name].update(grads, at)
             for weight in unit.values():
                 weight.grad = None
-    return {name: adam_gain([], each) for name, each in moments.items()}, total / len(ats)
+    gains = trial.agreed({name: adam_gain([], each) for name, each in moments.items()})
+    return gains, trial.agreed({"loss": total / len(ats)})["loss"]
+
+
+def _not_finite(what: str, at: int) -> SurgicalError:
+    return SurgicalError(
+        f"the {what} in batch {at} is NaN or infinite. Look at that batch for bad inputs or labels, or score in "
+        "float32 or bfloat16 instead of float16."
+    )

@@ -10,22 +10,26 @@ from .adam_gain import gains_of
 from .criterion import of_model
 from .trial import Trial
 
-LITTLE = 1 / 16  # of the largest gain: where a head has no more, inputs have changed, and depth counts for nothing
+EVEN = 1 / 16  # of the largest gain: with so much for the head, early and late units count the same
 
 
 @of_model(batches=16)
 def depth_gain(trial: Trial) -> dict[str, float]:
-    """`G_u * n_u^(1/4) * (16 G_head / max G)^d_u`: `adam_gain`, and the later the unit, the more it counts.
+    """`G_u * n_u^(1/4) * (16 G_head / max G)^d_u`: `adam_gain` with credit for depth, the more the head gains.
 
-    `n_u` is the number of weights of unit `u`, `d_u` the share of the repeated layers that lie before it: 0 for
-    embeddings, 1 for a head. What an early unit gains in one step is told too well, to first order: all later layers
-    bend what it does. How much too well, the head says: its own gain is large where labels changed, which late units
-    answer to, and small where inputs did. A model without a head, or one that gets no gradient, has `e^d_u` instead.
+    `G_u` is the `adam_gain` of unit `u` and `n_u` the number of its weights, both divided by the largest; `d_u` is the
+    share of the repeated layers before its block: 0 for embeddings, 1 for a head. `G_head` and `max G` are of blocks,
+    whatever the units; several heads are added up. First order overrates early units, since all later layers bend what
+    they do. The head tells by how much: it gains much where labels changed, which late units answer to, and little
+    where inputs did. Where no head is scored, as when it is tied to the embeddings, `e^d_u` is in its place.
 
-    Range: 0 upwards, no unit: `G_u` and `n_u` are divided by the largest. Cost: one forward and backward pass a batch,
-    a gradient and two float32 numbers for each weight, and the outputs of the repeated layers. Gradients alone: the
-    best criterion without a training in benchmarks/criteria; the numbers 1/4 and 16 were chosen there, on classifiers
+    Range: 0 to 16, or more for several heads, no unit. Cost: one forward and backward pass a batch, a gradient and two
+    float32 numbers for each weight, and the outputs of the repeated layers; `memory="low"` changes nothing. Gradients
+    alone: the best criterion without a training in benchmarks/criteria; 1/4 and 16 were chosen there, on classifiers
     of six layers.
+
+    Raises:
+        SurgicalError: a loss or a gradient that is NaN or infinite.
 
     Source: ours. Known disagreement: none.
 
@@ -38,14 +42,25 @@ def depth_gain(trial: Trial) -> dict[str, float]:
 
 def by_depth(trial: Trial, gains: Mapping[str, float]) -> dict[str, float]:
     """`depth_gain` of units, given the `adam_gain` of each."""
-    of_block: dict[str, float] = {}  # a unit may be less than a block, and gains add up
+    of_block: dict[str, float] = {}  # gains add up
     for name, gain in gains.items():
         of_block[trial.blocks[name]] = of_block.get(trial.blocks[name], 0.0) + gain
     head = sum(gain for block, gain in of_block.items() if is_head(block))
-    credit = head / max(of_block.values()) / LITTLE if head else math.e
+    credit = head / max(of_block.values()) / EVEN if head else math.e
     sizes = {name: sum(weight.numel() for weight in trial.units[name].values()) for name in gains}
     most, largest = max(gains.values()) or 1.0, max(sizes.values())
+    depths = depths_of(trial)
     return {
-        name: gain / most * (sizes[name] / largest) ** 0.25 * credit ** (1 - trial.share_run(name))
+        name: gain / most * (sizes[name] / largest) ** 0.25 * credit ** depths[trial.blocks[name]]
         for name, gain in gains.items()
     }
+
+
+def depths_of(trial: Trial) -> dict[str, float]:
+    """For each block the share of the repeated layers, 0 to 1, that stand before it in the block map."""
+    before: dict[str, int] = {}
+    layers = 0
+    for block in dict.fromkeys(trial.blocks.values()):
+        before[block] = layers
+        layers += block.rpartition(".")[2].isdigit()
+    return {block: count / max(1, layers) for block, count in before.items()}

@@ -25,6 +25,8 @@ class Trial:
         layers: the repeated layers of the model.
         batches: labelled batches, on the model's device.
         loss_fn: `(model, batch) -> scalar loss`.
+        agreed: gives all processes the numbers of the first: what is trained next hangs on them, and trained weights
+            may differ in the last bit between machines.
     """
 
     model: nn.Module
@@ -33,6 +35,7 @@ class Trial:
     layers: Sequence[nn.Module]
     batches: Sequence[Any]
     loss_fn: Callable[[nn.Module, Any], Tensor]
+    agreed: Callable[[dict[str, float]], dict[str, float]] = dict
     prefix: Prefix = field(init=False)
 
     def __post_init__(self) -> None:
@@ -54,7 +57,8 @@ class Trial:
     @torch.no_grad()
     def mean_loss(self, ats: Sequence[int]) -> float:
         """Mean loss of some batches."""
-        return float(torch.stack([self.loss(at).double().cpu() for at in ats]).mean())
+        mean = float(torch.stack([self.loss(at).double().cpu() for at in ats]).mean())
+        return self.agreed({"loss": mean})["loss"]
 
     @contextmanager
     def training(self, *names: str) -> Iterator[dict[str, list[nn.Parameter]]]:

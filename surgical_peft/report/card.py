@@ -166,9 +166,10 @@ def _selection(said: _Said, recipe: _Said) -> dict[str, Any] | None:
         record.number(key)
     scores = record.part("scores")
     values = {block: scores.number(block) for block in said.names("scored")}
-    if recipe.values.get("num_blocks") is None:  # then the best were tried together
+    if recipe.values.get("num_blocks") is None:  # then the best were tried together, one more than was worth it
         loss, refused = record.part("joint_loss"), record.values.get("refused", {})
-        tried = sorted(values.keys() - refused, key=lambda block: -values[block])[:MOST]
+        tried = sorted(values.keys() - refused, key=lambda block: -values[block])
+        tried = tried[: min(int(record.number("k")) + 1, MOST)]
         missing = [block for block in tried if block not in loss.values]
         # Of blocks with equal scores any may have been the last that was tried.
         wanted = missing[len(loss.values.keys() - set(tried)) :] if missing else []
