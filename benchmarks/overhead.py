@@ -34,18 +34,18 @@ HEADER = (
 )
 
 
-def quickstart() -> nn.Module:
+def quickstart() -> Any:
     """The shipped model: 6 blocks of width 64."""
     return AutoModelForImageClassification.from_pretrained(MODEL)
 
 
-def vit_s() -> nn.Module:
+def vit_s() -> Any:
     """12 blocks of width 384; the weights are random."""
     return ViTForImageClassification(ViTConfig(hidden_size=384, num_attention_heads=6, intermediate_size=1536))
 
 
 # What it is called, how it is made, images of a batch, and the share of the turns: the longer a step, the fewer.
-CASES: list[tuple[str, Callable[[], nn.Module], int, float]] = [
+CASES: list[tuple[str, Callable[[], Any], int, float]] = [
     ("small ViT", quickstart, 32, 1.0),
     ("ViT-S/16", vit_s, 4, 0.1),
 ]
@@ -70,7 +70,7 @@ def optimizers(model: nn.Module, fused: bool) -> list[Optimizer]:
     return [plain, grouped, reading, ours]
 
 
-def measure(model: nn.Module, images: int, steps: int, fused: bool) -> dict[str, list[list[float]]]:
+def measure(model: Any, images: int, steps: int, fused: bool) -> dict[str, list[list[float]]]:
     """For either clock, the seconds of each optimizer's steps; every turn begins with another optimizer."""
     size, channels = model.config.image_size, model.config.num_channels
     batch = {"pixel_values": torch.randn(images, channels, size, size), "labels": torch.arange(images) % 2}
