@@ -60,7 +60,7 @@ def optimizers(model: nn.Module, fused: bool) -> list[Optimizer]:
     plain, grouped, reading = (
         AdamW(groups, lr=1e-4, weight_decay=0.0, fused=fused) for groups in (two, many, list(map(dict, many)))
     )
-    weights = list(model.parameters())
+    weights: list[Any] = list(model.parameters())
 
     def read(*_: Any) -> None:
         with torch.no_grad():
