@@ -47,7 +47,7 @@ def vit_s() -> Any:
 # What it is called, how it is made, images of a batch, and the share of the turns: the longer a step, the fewer.
 CASES: list[tuple[str, Callable[[], Any], int, float]] = [
     ("small ViT", quickstart, 32, 1.0),
-    ("ViT-S/16", vit_s, 4, 0.1),
+    ("ViT-S/16", vit_s, 4, 0.05),
 ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from typing import Any
 
@@ -496,9 +497,13 @@ def far_apart(dtype: torch.dtype) -> list[Unit]:
     return units
 
 
+@pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("norms_of", [_norms_on_cpu, _norms_in_one_call])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-def test_both_ways_to_read_norms_are_exact(norms_of: Any, dtype: torch.dtype) -> None:
+def test_both_ways_to_read_norms_are_exact(
+    norms_of: Any, dtype: torch.dtype, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     units = far_apart(dtype)
     near = 1e-6 if dtype.itemsize > 2 else 1e-5
     expected = []
@@ -507,6 +512,15 @@ def test_both_ways_to_read_norms_are_exact(norms_of: Any, dtype: torch.dtype) ->
             expected.append(math.sqrt(sum(tensor.detach().double().square().sum().item() for tensor in tensors)))
     with torch.no_grad():
         assert norms_of(units) == pytest.approx(expected, rel=near)
+
+
+@pytest.mark.parametrize("sizes", [[], [3], [2**15 - 1], [2**15], [2**14] * 5, [1, 2**16, 1, 2, 2**15 - 3, 1]])
+def test_runs_are_short_and_hold_everything_in_order(sizes: list[int]) -> None:
+    parameters = [torch.nn.Parameter(torch.zeros(size)) for size in sizes]
+    runs = Unit("0", "0", parameters).runs
+    assert [id(each) for run in runs for each in run] == [id(each) for each in parameters]
+    assert all(len(run) == 1 or sum(each.numel() for each in run) < 2**15 for run in runs)
+    assert all(sum(each.numel() for each in one + other[:1]) >= 2**15 for one, other in itertools.pairwise(runs))
 
 
 def test_units_of_several_precisions_are_read_together() -> None:

@@ -98,7 +98,7 @@ class AutoRGN(Policy):
         return {**{unit.name: 1.0 for unit in run.units}, **normalize(inside, self.normalized)}
 
 
-_SMALL = 2**16
+_PIECE = 2**16  # entries whose float32 norm is exact enough
 
 
 def _ratios(units: Sequence[Unit]) -> list[float]:
@@ -117,23 +117,30 @@ def _norms_on_cpu(units: Sequence[Unit]) -> list[float]:
     """For each unit the norm of its weights, then that of its gradients.
 
     After a backward pass no cache holds this code or its data, and fetching them takes longer than running it. So the
-    usual way through is short, and each copy is given back before the next is made.
+    usual way through is short: a run is copied into one, since a call for each tensor would take longer.
     """
     norms: list[Tensor] = []
+    parts: list[int] = []
+    alone = torch.get_num_threads() == 1  # then it copies larger runs as fast, and fewer calls are better
     for unit in units:
-        for tensors in (unit.parameters, _grads(unit)):
-            if not tensors:
-                norms.append(torch.zeros_like(norms[-1]))
-            elif unit.size <= _SMALL:  # a call for each tensor would take longer than to copy them all
-                flat = _flatten_dense_tensors(tensors)
-                norms.append(torch.linalg.vector_norm(flat, dtype=torch.promote_types(flat.dtype, torch.float32)))
-            else:
-                norms.append(torch.linalg.vector_norm(torch.stack(_foreach_norm(_pieces(tensors)))))
-    return torch.stack(norms).tolist()
+        weights = [unit.parameters] if alone and unit.size <= _PIECE else unit.runs
+        for runs in (weights, [_grads(run) for run in weights]):
+            done = len(norms)
+            for run in runs:
+                if not run:
+                    continue
+                if run[0].numel() > _PIECE:
+                    norms += _foreach_norm(_pieces(run))
+                else:
+                    flat = _flatten_dense_tensors(run)
+                    norms.append(torch.linalg.vector_norm(flat, dtype=torch.promote_types(flat.dtype, torch.float32)))
+            parts.append(len(norms) - done)
+    numbers = iter(torch.stack(norms).tolist())
+    return [math.hypot(*islice(numbers, count)) for count in parts]
 
 
-def _grads(unit: Unit) -> list[Tensor]:
-    return [grad for parameter in unit.parameters if (grad := parameter.grad) is not None]
+def _grads(run: Sequence[Tensor]) -> list[Tensor]:
+    return [grad for parameter in run if (grad := parameter.grad) is not None]
 
 
 def _pieces(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -141,13 +148,13 @@ def _pieces(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [
         piece
         for each in tensors
-        for piece in (each.view(-1).split(_SMALL) if each.is_cpu and each.is_contiguous() else [each])
+        for piece in (each.view(-1).split(_PIECE) if each.is_cpu and each.is_contiguous() else [each])
     ]
 
 
 def _norms_in_one_call(units: Sequence[Unit]) -> list[float]:
     """The same where each call has to be sent to a device."""
-    lists = [_pieces(tensors) for unit in units for tensors in (unit.parameters, _grads(unit))]
+    lists = [_pieces(tensors) for unit in units for tensors in (unit.parameters, _grads(unit.parameters))]
     norms = _foreach_norm([tensor for tensors in lists for tensor in tensors])
     device = norms[0].device
     numbers = iter(torch.stack([norm if norm.device == device else norm.to(device) for norm in norms]).tolist())

@@ -17,6 +17,7 @@ from ..scores import BlockScores, is_head
 StepLoss = Callable[..., Tensor]
 
 STATE_POLICIES = ("keep", "reset", "offload")
+GRAIN = 2**15  # numbers: fewer, torch copies and sums on the spot, without waking its other threads
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,19 @@ class Unit:
     def size(self) -> int:
         """How many numbers it has."""
         return sum(parameter.numel() for parameter in self.parameters)
+
+    @cached_property
+    def runs(self) -> list[list[nn.Parameter]]:
+        """The parameters in runs of fewer than `GRAIN` numbers; a parameter of more is a run of its own."""
+        runs: list[list[nn.Parameter]] = []
+        room = 0
+        for parameter in self.parameters:
+            room -= parameter.numel()
+            if room <= 0:
+                runs.append([])
+                room = GRAIN - parameter.numel()
+            runs[-1].append(parameter)
+        return runs
 
 
 @dataclass(frozen=True)
