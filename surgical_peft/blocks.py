@@ -230,3 +230,8 @@ def _listed(names: Iterable[str]) -> str:
     if len(shown) > 20:
         shown = [*shown[:6], "...", *shown[-6:]]
     return ", ".join(shown)
+
+
+def is_head(block: str) -> bool:
+    """Whether a block name is a head: `head`, or `vision_model.head` where there are several stacks."""
+    return block.rpartition(".")[2] == "head"

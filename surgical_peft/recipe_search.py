@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from . import procedures
+from .blocks import is_head
 from .errors import SurgicalError
 from .files import check_replaceable, whole_folder
 from .names import resolve
@@ -29,7 +30,6 @@ from .objective import RecipeObjective
 from .quiet import quieten
 from .recipe import Recipe
 from .report.tables import search_markdown
-from .scores import is_head
 from .search import count_trainings, optuna_classes, run_search
 from .search_result import SearchResult, SearchTrial, candidate_of
 from .threads import shared_threads

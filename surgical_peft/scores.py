@@ -11,6 +11,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from .blocks import is_head
 from .errors import SurgicalError
 from .files import write_text
 
@@ -107,11 +108,6 @@ class BlockScores:
         from .report.plots import plot_scores
 
         plot_scores({self.model_name: self}, path)
-
-
-def is_head(block: str) -> bool:
-    """Whether a block name is a head: `head`, or `vision_model.head` where there are several stacks."""
-    return block.rpartition(".")[2] == "head"
 
 
 def normalize(values: dict[str, float], how: str) -> dict[str, float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from ..scores import is_head
+from ..blocks import is_head
 from .adam_gain import gains_of
 from .criterion import of_model
 from .trial import Trial

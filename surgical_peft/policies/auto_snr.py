@@ -6,9 +6,10 @@ import math
 from dataclasses import dataclass
 
 from .. import criteria
+from ..blocks import is_head
 from ..errors import SurgicalError
 from ..names import resolve
-from ..scores import BlockScores, is_head, normalize
+from ..scores import BlockScores, normalize
 from .policy import STATE_POLICIES, Policy, Run, check_cadence, check_count, check_word
 
 

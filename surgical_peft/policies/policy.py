@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..blocks import BlockMap
+from ..blocks import BlockMap, is_head
 from ..errors import SurgicalError
 from ..names import nearest
-from ..scores import BlockScores, is_head
+from ..scores import BlockScores
 
 StepLoss = Callable[..., Tensor]
 

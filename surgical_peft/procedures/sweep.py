@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from ..blocks import BlockMap
-from ..scores import is_head
+from ..blocks import BlockMap, is_head
 from .procedure import Blocks, Procedure, Proposals, layers, plain
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from ..blocks import is_head
 from ..errors import SurgicalError
 from ..files import whole_file
-from ..scores import is_head
 from ..search_result import SearchResult
 
 

@@ -10,10 +10,9 @@ import torch
 from torch import nn
 from transformers import AutoConfig, TrainingArguments
 
-from ..blocks import BlockMap
+from ..blocks import BlockMap, is_head
 from ..errors import SurgicalError
 from ..recipe import Recipe
-from ..scores import is_head
 from .task import found
 
 
