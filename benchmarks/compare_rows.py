@@ -19,12 +19,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from surgical_peft.compare import compare
+from surgical_peft.compare import compare, write_report
 from surgical_peft.compare_report import report_of
 from surgical_peft.compare_settings import FULL, Comparison
 from surgical_peft.recipe import load_recipe
 from surgical_peft.report.comparison import markdown
-from surgical_peft.report.comparison_plot import plot
 
 HERE = Path(__file__).parent / "compare"
 
@@ -56,10 +55,8 @@ def main() -> None:
         rows[title] = {**row, "ms": row["ms_ratio"] and row["ms_ratio"] * rows[FULL]["ms"]}
     report = report_of(whole, [rows[title] for title in given], 1, old["seconds"])
     report |= {key: old[key] for key in ("date", "versions", "machine")}
-    (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    (folder / "table.md").write_text(markdown(report), encoding="utf-8")
-    plot(report, folder / "compare.png")
-    print((folder / "table.md").read_text(encoding="utf-8"))
+    write_report(report, folder)
+    print(markdown(report))
 
 
 if __name__ == "__main__":

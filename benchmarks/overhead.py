@@ -21,32 +21,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from forward import vit, vit_s
 from torch import nn
 from torch.optim import AdamW, Optimizer
-from transformers import AutoModelForImageClassification, Trainer, ViTConfig, ViTForImageClassification
+from transformers import Trainer
 
 from surgical_peft import create_surgical_optimizer, policies
 
-MODEL = Path(__file__).parents[1] / "recipes" / "fashion_mnist" / "vit"
 HEADER = (
     "| model | threads | AdamW | time | plain, ms | groups add, ms | reading adds, ms | auto_rgn adds, ms | groups "
     "| reading | auto_rgn |"
 )
 
 
-def quickstart() -> Any:
-    """The shipped model: 6 blocks of width 64."""
-    return AutoModelForImageClassification.from_pretrained(MODEL)
-
-
-def vit_s() -> Any:
-    """12 blocks of width 384; the weights are random."""
-    return ViTForImageClassification(ViTConfig(hidden_size=384, num_attention_heads=6, intermediate_size=1536))
-
-
 # What it is called, how it is made, images of a batch, and the share of the turns: the longer a step, the fewer.
-CASES: list[tuple[str, Callable[[], Any], int, float]] = [
-    ("small ViT", quickstart, 32, 1.0),
+CASES: list[tuple[str, Callable[[int], tuple[Any, dict[str, Any]]], int, float]] = [
+    ("small ViT", vit, 32, 1.0),
     ("ViT-S/16", vit_s, 4, 0.05),
 ]
 
@@ -70,10 +60,9 @@ def optimizers(model: nn.Module, fused: bool) -> list[Optimizer]:
     return [plain, grouped, reading, ours]
 
 
-def measure(model: Any, images: int, steps: int, fused: bool) -> dict[str, list[list[float]]]:
+def measure(model: Any, batch: dict[str, Any], steps: int, fused: bool) -> dict[str, list[list[float]]]:
     """For either clock, the seconds of each optimizer's steps; every turn begins with another optimizer."""
-    size, channels = model.config.image_size, model.config.num_channels
-    batch = {"pixel_values": torch.randn(images, channels, size, size), "labels": torch.arange(images) % 2}
+    batch = {**batch, "labels": torch.arange(len(batch["pixel_values"])) % 2}
     ways = optimizers(model.train(), fused)
     found: dict[str, list[list[float]]] = {clock: [[] for _ in ways] for clock in ("clock", "CPU")}
     for turn in range(steps + 5):
@@ -100,7 +89,7 @@ def main() -> None:
         for threads in (1, 2):
             torch.set_num_threads(threads)
             for fused in (False, True):
-                for clock, (plain, *ways) in measure(make(), images, round(share * steps), fused).items():
+                for clock, (plain, *ways) in measure(*make(images), round(share * steps), fused).items():
                     base = statistics.median(plain)
                     more = [statistics.median(b - a for a, b in zip(plain, way, strict=True)) for way in ways]
                     times = " | ".join(f"{1e3 * seconds:.2f}" for seconds in (base, *more))

@@ -120,12 +120,17 @@ def compare(
         crew.do("test", [replace(job, kind="test") for each in measured for job in each])
     rows = [row_of(workshop, title, rates[title], each) for title, each in final.items()]
     report = report_of(what, rows, jobs, time.perf_counter() - began)
-    with whole_folder(folder / "comparison", _TABLE) as temporary:
+    write_report(report, folder / "comparison")
+    shutil.rmtree(folder / "weights", ignore_errors=True)
+    return report
+
+
+def write_report(report: dict[str, Any], folder: Path) -> None:
+    """Write `report.json`, `table.md` and `compare.png`, in the place of those that are there, or nothing."""
+    with whole_folder(folder, _TABLE) as temporary:
         (temporary / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
         (temporary / _TABLE).write_text(markdown(report), encoding="utf-8")
         plot(report, temporary / "compare.png")
-    shutil.rmtree(folder / "weights", ignore_errors=True)
-    return report
 
 
 def _workshop(recipe: Recipe, output: str | Path | None, jobs: int) -> Workshop:

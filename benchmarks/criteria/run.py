@@ -9,7 +9,7 @@ scoring by those of one full fine-tuning, both measured in this run, taking turn
 are lines of work/scores.jsonl and never scored again; the end writes criteria.json and table.md.
 
 Two more rows say what the figures are worth. A sweep trains every unit alone, in full and at each rate, and takes the
-best one on validation data, as truth.py has it: all that one draw's examples can say, at the cost of dozens of
+best one on validation data, as truth.py has it: what one can do without a criterion, at the cost of dozens of
 trainings. And one may take the last layer, whatever the shift.
 """
 
