@@ -8,7 +8,7 @@ consist of layers themselves. Experts lie within a layer: no list within a layer
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TypeGuard
@@ -16,7 +16,7 @@ from typing import TypeGuard
 import torch
 from torch import nn
 
-from .wrappers import seen_through, walk
+from .wrappers import named_children, seen_through, walk
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def _main_list(path: str, member: nn.Module) -> ModuleRow | None:
 
 def members_of(module: nn.Module, path: str) -> dict[str, nn.Module]:
     """The children that hold parameters, by path."""
-    children = {join(path, name): seen_through(child) for name, child in module.named_children()}
+    children = {join(path, name): seen_through(child) for name, child in named_children(module)}
     return {each: child for each, child in children.items() if any(True for _ in _parameters(child))}
 
 
@@ -160,3 +160,13 @@ def _shapes(each: ModuleRow) -> set[tuple[int, ...]]:
 def join(prefix: str, name: str) -> str:
     """`prefix.name`, or `name` if there is no prefix."""
     return f"{prefix}.{name}" if prefix else name
+
+
+def within(path: str, homes: Iterable[str]) -> bool:
+    """Whether `path` is one of `homes` or lies inside of one."""
+    return any(path == home or path.startswith(home + ".") for home in homes)
+
+
+def inside(name: str, path: str) -> bool:
+    """Whether `name` lies inside of `path`, of which "" is the whole model."""
+    return not path or name.startswith(path + ".")

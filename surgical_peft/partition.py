@@ -9,7 +9,7 @@ from torch import nn
 
 from .lists import is_list, is_norm, join
 from .stacks import Stack
-from .wrappers import seen_through, walk
+from .wrappers import named_children, seen_through, walk
 
 # Where a part is declared says when it runs, but for these names. LFM2's `embedding_norm` is its last norm.
 _EMBEDDING_CLASS = re.compile(r"(Embed|Embedder|Embeddings?)$")
@@ -106,7 +106,7 @@ def _merge(module: nn.Module, path: str, blocks_of: dict[str, str], owners: dict
         for name, _ in module.named_parameters(recurse=False):
             if prefix + name in blocks_of:
                 owners[prefix + name] = blocks_of[prefix + name]
-        for name, child in module.named_children():
+        for name, child in named_children(module):
             _merge(child, prefix + name, blocks_of, owners)
 
 
@@ -134,7 +134,7 @@ def ordered(found: set[str], stacks: list[Stack]) -> tuple[str, ...]:
 
 def what_there_is(model: nn.Module) -> str:
     """The parts and lists of a model that was not understood, for the error message."""
-    parts = ", ".join(f"{name} ({type(child).__name__})" for name, child in model.named_children())
+    parts = ", ".join(f"{name} ({type(child).__name__})" for name, child in named_children(model))
     lists = {path: module for path, module in walk(model) if path and is_list(module)}
     kinds = {path: ", ".join(dict.fromkeys(type(child).__name__ for child in each)) for path, each in lists.items()}
     found = "; ".join(f"{path} ({len(lists[path])} of {kind or 'nothing'})" for path, kind in kinds.items())

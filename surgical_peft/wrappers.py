@@ -10,9 +10,8 @@ from torch import nn
 
 _INNER = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "base_layer", "original_module")
 _ANYWHERE = re.compile(rf"(?:(?<=\.)|^)(?:{'|'.join(_INNER)})(?:\.|$)")
-_COPIES = re.compile(
-    r"(?:(?<=\.)|^)(?:surgical_copies|modules_to_save)\.[^.]+(?:\.|$)"
-)  # followed by the adapter name
+PARKED = "surgical_"  # the child of a tuned module that holds the sets of tensors that do not stand in it
+_SETS = re.compile(rf"(?:(?<=\.)|^)(?:{PARKED}|modules_to_save)\.[^.]+(?:\.|$)")  # followed by an adapter's name
 _FRONT = re.compile(r"^(?:module\.|base_model\.model\.)+")
 
 
@@ -20,10 +19,10 @@ def clean_name(name: str) -> str:
     """A parameter's name in the bare model: without what containers and PEFT's wrappers put before or into it.
 
     Example:
-        >>> clean_name("module._orig_mod.base_model.model.vit.layers.1.surgical_copies.default.mlp.fc1.weight")
+        >>> clean_name("module._orig_mod.base_model.model.vit.layers.1.modules_to_save.default.mlp.fc1.weight")
         'vit.layers.1.mlp.fc1.weight'
     """
-    return _FRONT.sub("", _COPIES.sub("", _ANYWHERE.sub("", name))).rstrip(".")
+    return _FRONT.sub("", _SETS.sub("", _ANYWHERE.sub("", name))).rstrip(".")
 
 
 def bare(model: nn.Module) -> nn.Module:
@@ -42,26 +41,31 @@ def seen_through(module: nn.Module) -> nn.Module:
     """The module that a wrapper stands for, e.g. its `base_layer`; the module itself if it is none."""
     while (inner := next((module._modules[name] for name in _INNER if name in module._modules), None)) is not None:
         module = inner
-    if "surgical_copies" in module._modules:  # without an original: the only copy is the module, tuned in place
-        return seen_through(next(iter(module.get_submodule("surgical_copies").children())))
     return module
+
+
+def named_children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """As `nn.Module`'s, without what we add to a tuned module."""
+    return ((name, child) for name, child in module.named_children() if name != PARKED)
 
 
 def walk(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
     """`named_modules` of the bare model: wrappers are seen through, so paths carry no container."""
     module = seen_through(module)
     yield path, module
-    for name, child in module.named_children():
+    for name, child in named_children(module):
         yield from walk(child, f"{path}.{name}" if path else name)
 
 
 def idle_parameters(model: nn.Module) -> set[int]:
-    """`id`s of what PEFT keeps beside the weights in use: wrapped originals, and copies and LoRA of idle adapters."""
+    """`id`s of what PEFT keeps beside the weights in use: parked sets, wrapped originals, LoRA of idle adapters."""
     idle: set[int] = set()
     for module in model.modules():
         wrapper: Any = module
         merged = module.__dict__.get("merged_adapters")  # PEFT's layers have it, perhaps empty
         for name, adapters in module._modules.items():
+            if name == PARKED and adapters is not None:  # parameters of it are there under ZeRO-3 only
+                idle |= {id(parameter) for parameter in adapters.parameters()}
             if (
                 merged is not None
                 and name.startswith("lora_")
@@ -70,10 +74,9 @@ def idle_parameters(model: nn.Module) -> set[int]:
                 in_use = [] if wrapper.disable_adapters or merged else wrapper.active_adapters
                 for part in [part for adapter, part in adapters.items() if adapter not in in_use]:
                     idle |= {id(part), *(id(p) for p in (part.parameters() if isinstance(part, nn.Module) else ()))}
-        copies = module._modules.get("surgical_copies") or module._modules.get("modules_to_save")
+        copies = module._modules.get("modules_to_save")
         if isinstance(copies, nn.ModuleDict):
-            names = merged or wrapper.active_adapters
-            active = [] if wrapper.disable_adapters else [name for name in names if name in copies]
+            active = [] if wrapper.disable_adapters else [name for name in wrapper.active_adapters if name in copies]
             used = copies[active[0]] if active else seen_through(module)
             ids = {id(parameter) for parameter in used.parameters()}
             idle |= {id(parameter) for parameter in module.parameters()} - ids

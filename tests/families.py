@@ -13,6 +13,10 @@ from transformers import (
     CLIPModel,
     ConvNextConfig,
     ConvNextForImageClassification,
+    LevitConfig,
+    LevitForImageClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
     MambaConfig,
     MambaForCausalLM,
     ModernBertConfig,
@@ -115,6 +119,28 @@ def _mamba() -> nn.Module:
     )
 
 
+def _llama_tied() -> nn.Module:
+    return LlamaForCausalLM(
+        LlamaConfig(**_SMALL, **_TEXT, num_hidden_layers=3, num_key_value_heads=1, tie_word_embeddings=True)
+    )
+
+
+def _levit() -> nn.Module:
+    return LevitForImageClassification(
+        LevitConfig(
+            image_size=32,
+            hidden_sizes=[8, 16],
+            num_attention_heads=[2, 2],
+            depths=[1, 1],
+            key_dim=[4, 4],
+            attention_ratio=[2, 2],
+            mlp_ratio=[2, 2],
+            down_ops=[["Subsample", 4, 2, 4, 2, 2], [""]],
+            num_labels=3,
+        )
+    )
+
+
 def _clip() -> nn.Module:
     text = {**_SMALL, "num_hidden_layers": 2, "vocab_size": VOCABULARY, "max_position_embeddings": 16}
     vision = {**_SMALL, "num_hidden_layers": 3, "image_size": 32, "patch_size": 8}
@@ -169,6 +195,18 @@ FAMILIES = TOYS | {
         Family("modernbert", _modernbert, (*THREE, "final_norm", "head"), "0", "2", "text"),
         Family("albert", _albert, ("embeddings", "0", "head"), "0", "head", "text"),
         Family("mamba", _mamba, (*THREE, "final_norm", "head"), "0", "2", "language"),
+        Family("llama_tied", _llama_tied, (*THREE, "final_norm"), "embeddings", "2", "language"),
+        Family(
+            "levit",
+            _levit,
+            (
+                "embeddings",
+                *(f"stages.0.{index}" for index in range(4)),
+                *("stages.1.0", "stages.1.1", "final_norm", "head"),
+            ),
+            "stages.0.0",
+            "stages.1.0",
+        ),
         Family(
             "clip",
             _clip,

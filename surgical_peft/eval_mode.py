@@ -1,0 +1,53 @@
+"""Eval mode for what is frozen while the rest trains: no dropout, still batch statistics (`frozen_eval`)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from peft.tuners.lora import LoraLayer
+from peft.utils import AuxiliaryTrainingWrapper
+from torch import nn
+
+from .class_code import names_in_code
+
+
+def eval_frozen(model: nn.Module, tuned: Iterable[nn.Module]) -> None:
+    """Put what is frozen, and behaves otherwise in training, into eval mode.
+
+    That is every module whose class reads `self.training`: dropout, batch normalisation, stochastic depth, attention
+    that drops out by itself. All others stay in train mode; so do embeddings, on which NEFTune's hook looks for it.
+
+    Args:
+        model: in train mode.
+        tuned: modules that are tuned as a whole: all that is in them trains, their dropout too.
+    """
+    _eval_frozen(model, set(tuned))
+
+
+def _eval_frozen(module: nn.Module, tuned: set[nn.Module]) -> bool:
+    """Returns whether `module` holds a tuned one."""
+    if module in tuned:
+        return True
+    if isinstance(module, AuxiliaryTrainingWrapper | LoraLayer):  # LoRA's dropout has no weights, and is part of it
+        trains = any(parameter.requires_grad for parameter in module.parameters())
+        if not trains:
+            module.eval()
+        return trains
+    below = [_eval_frozen(child, tuned) for child in module._modules.values() if child is not None]
+    own = (parameter.requires_grad for parameter in module._parameters.values() if parameter is not None)
+    if any(below) or any(own):
+        return True
+    if module.training and not isinstance(module, nn.Embedding) and reads_training(type(module)):
+        module.training = False
+    return False
+
+
+def reads_training(cls: Any) -> bool:
+    """Whether a method of the class, or a function of its module that one of them names, reads `training`.
+
+    Example:
+        >>> reads_training(nn.Dropout), reads_training(nn.Linear)
+        (True, False)
+    """
+    return "training" in names_in_code(cls)
