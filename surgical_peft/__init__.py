@@ -6,12 +6,13 @@ Importing the package registers the method with PEFT.
 from __future__ import annotations
 
 from . import criteria, policies, procedures
+from .auto import get_surgical_model
 from .blocks import BlockMap
 from .callback import SurgicalCallback
 from .config import SurgicalConfig
 from .errors import SurgicalError
 from .export import export_to_peft
-from .model import SurgicalModel, get_surgical_model
+from .model import SurgicalModel
 from .optim import SurgicalOptimizerFactory, create_surgical_optimizer, surgical_optimizer
 from .registration import register
 from .scores import BlockScores

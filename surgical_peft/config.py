@@ -59,15 +59,16 @@ class SurgicalConfig(PeftConfig):
         criterion: for `blocks="auto"`, what scores the blocks: a name or a function; default is `probe`, which
             has the lowest regret on the shifts that criteria were developed on (benchmarks/criteria).
         num_blocks: for `blocks="auto"`, how many to take; by default, short joint trainings decide it.
-        keep_base: where the original weights of tuned modules stay. `"device"`: beside the copies, as PEFT does.
+        keep_base: where the base's weights of tuned modules stay. `"device"`: beside the tuned ones, as PEFT does.
             `"cpu"`: in main memory until they are asked for (adapter disabled or switched), when a copy is lent to
-            the device. `"none"`: nowhere, the modules are trained in place; no second copy, but then there is nothing
-            to disable, switch, delete or unload to, and one adapter is all a model can have.
+            the device. `"none"`: nowhere; no second copy, but then there is nothing to disable, switch, delete or
+            unload to, and one adapter is all a model can have.
         lora: a `LoraConfig`, or a dictionary of its arguments: LoRA on the modules it names in the rest of the model.
             Both are one adapter: trained, saved, loaded, switched and merged together.
-        frozen_eval: keep everything that is not tuned in eval mode while training (no dropout, still BatchNorm
-            statistics), as in the paper's code. PEFT's default elsewhere is train mode. A model wrapped by
-            transformers' own `add_adapter` has no place for this: there, `train()` is for all modules.
+        frozen_eval: while training, keep in eval mode what is not tuned and behaves otherwise in training (no dropout,
+            still BatchNorm statistics), as in the paper's code. PEFT's default elsewhere is train mode; statistics
+            that move then belong to the adapter, too. A model wrapped by transformers' own `add_adapter` has no place
+            for this: there, `train()` is for all modules.
         selection: filled in by the library: how the blocks were chosen. A record; loading never reads it.
         tuned_modules: filled in by the library: path of each tuned module and the names of its tuned parameters, null
             for all. A record, by which `export_to_peft` knows them; loading never reads it.

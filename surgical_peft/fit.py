@@ -5,11 +5,12 @@ from __future__ import annotations
 import itertools
 import re
 import warnings
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -18,14 +19,15 @@ from transformers.core_model_loading import WeightRenaming, dot_natural_key, ren
 from .config import Choice, SurgicalConfig
 from .errors import SurgicalError
 from .fingerprint import differ_in_dtype, fingerprint
-from .keys import saved_keys
 from .layer import SurgicalLayer
+from .lists import join, within
 from .loading import Shapes, saved_shapes
 from .patterns import check_matching
 from .quantised import is_packed
-from .wrappers import bare, clean_name, seen_through, walk
+from .slots import BASE
+from .tensors import Targets, TensorMap
+from .wrappers import bare, clean_name, named_children, seen_through, walk
 
-Targets = Mapping[str, Collection[str] | None]
 _KEYS_SHOWN = 5
 
 
@@ -39,7 +41,7 @@ def prepare_loading(model: nn.Module, config: SurgicalConfig) -> Shapes | None:
         SurgicalError: damaged or missing weights, or expressions that match without end.
     """
     shapes = saved_shapes(config)
-    saved = {name: (shapes or {})[key] for name, key in _bare_names(shapes or {}).items()}
+    saved = {name: (shapes or {})[key] for name, key in bare_names(shapes or {}).items()}
     check_matching(_expressions(config), [*(path for path, _ in walk(model)), *saved])
     if saved and config.target_modules is not None:
         _follow_renames(model, config, saved)
@@ -69,19 +71,19 @@ def check_fit(model: nn.Module, config: SurgicalConfig, targets: Targets, saved:
     Raises:
         SurgicalError: weights are missing, too many, or of another shape.
     """
-    expected: Shapes = {}
-    open_ended = []
     modules = dict(walk(model))
     to_save = [path for path in modules if any(path.endswith(name) for name in config.modules_to_save or [])]
-    for path, tuned in {**targets, **dict.fromkeys(to_save)}.items():
-        module = _original(modules[path])
-        if any(is_packed(parameter) for parameter in module.parameters()):  # in the file it is in float
-            open_ended.append(path + ".")
-            continue
-        state = module.state_dict()
-        expected |= {f"{path}.{key}": tuple(state[key].shape) for key in saved_keys(module, tuned)}
-    checked = {key: shape for key, shape in saved.items() if not key.startswith(tuple(open_ended))}
-    match(model, config, checked, expected, f"the adapter in {config.read_from and config.read_from.path.parent}")
+    tensors = TensorMap.find(model)
+    expected: Shapes = {}
+    for name in tensors.chosen(targets):
+        tensor = tensors.places[name][0].tensor  # a quantised one is in the file in float, and whole
+        packed = isinstance(tensor, nn.Parameter) and is_packed(tensor)
+        expected[name] = saved.get(name, (0,)) if packed else tuple(tensor.shape)
+    for path in to_save:
+        expected |= {
+            join(path, key): tuple(value.shape) for key, value in _original(modules[path]).state_dict().items()
+        }
+    match(model, config, saved, expected, f"the adapter in {config.read_from and config.read_from.path.parent}")
 
 
 def match(model: nn.Module, config: SurgicalConfig, saved: Shapes, expected: Shapes, what: str) -> dict[str, str]:
@@ -98,6 +100,9 @@ def match(model: nn.Module, config: SurgicalConfig, saved: Shapes, expected: Sha
     if not names.keys() <= expected.keys():
         rename = _renamer(model)
         extra = _embeddings(model)
+        first = TensorMap.find(model).first
+        again = {key for key in names if key not in expected and first.get(key) in expected}
+        names = {key: name for key, name in names.items() if key not in again}  # tied, and saved once more
         ordered = sorted(names, key=dot_natural_key)  # some renames of transformers count on it
         names = {key: key if key in expected or key in extra else rename(key) for key in ordered}
     found = set(names.values())
@@ -127,7 +132,7 @@ def match(model: nn.Module, config: SurgicalConfig, saved: Shapes, expected: Sha
     return {key: name for key, name in names.items() if name in expected}
 
 
-def _bare_names(keys: Iterable[str]) -> dict[str, str]:
+def bare_names(keys: Iterable[str]) -> dict[str, str]:
     """The names of weights in the bare model, and the names they have in a file."""
     names: dict[str, str] = {}
     for key in keys:
@@ -138,7 +143,7 @@ def _bare_names(keys: Iterable[str]) -> dict[str, str]:
 
 
 def _original(module: nn.Module) -> nn.Module:
-    return module.get_base_layer() if isinstance(module, SurgicalLayer) else module
+    return module.get_submodule("original_module") if isinstance(module, ModulesToSaveWrapper) else module
 
 
 def _listed(keys: list[str]) -> str:
@@ -211,29 +216,28 @@ def _homes(names: list[str], known: Collection[str]) -> set[str]:
     return {common} if {name for name in known if name.startswith(common + ".")} == set(names) else parents
 
 
-def remap(
-    model: nn.Module, config: SurgicalConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
-) -> dict[str, torch.Tensor]:
-    """Saved weights under the names that they have in the wrapped model.
+def _base_tensors(model: nn.Module, targets: Targets, without: Collection[str] = ()) -> Iterator[torch.Tensor]:
+    """The base's own parameters that `targets` ask for, also where an adapter's stand; none at the paths `without`."""
+    layers = [module for module in model.modules() if isinstance(module, SurgicalLayer)]
+    slots = {place: slot for layer in layers for slot in layer.slots.values() for place in slot.places}
+    tensors = TensorMap.find(model)
+    for name in [name for name, asked in tensors.chosen(targets).items() if asked and not within(name, without)]:
+        place = tensors.places[name][0]
+        slot = slots.get((place.module, place.attribute))
+        yield place.tensor if slot is None or BASE not in slot else slot.of(BASE)
 
-    Raises:
-        SurgicalError: weights are missing, too many, or of another shape; nothing has been loaded then.
-    """
-    places: dict[str, str] = {}
-    shapes: Shapes = {}
-    for name, layer in model.named_modules():
-        if isinstance(layer, SurgicalLayer) and adapter_name in layer.surgical_copies:
-            state = layer.surgical_copies[adapter_name].state_dict()
-            for key, full in layer.adapter_state_dict_load_map(adapter_name).items():
-                bare_name = clean_name(f"{name}.{key}")
-                places[bare_name] = f"{name.removeprefix('_fsdp_wrapped_module.')}.{full}"
-                shapes[bare_name] = tuple(state[key].shape)
-    done = f".modules_to_save.{adapter_name}."  # PEFT has found their places already
-    ours = _bare_names(key for key in state_dict if done not in key)
-    saved = {name: tuple(state_dict[key].shape) for name, key in ours.items()}
-    names = match(model, config, saved, shapes, f"the state dict for adapter {adapter_name!r}")
-    where = {ours[key]: places[name] for key, name in names.items()}
-    return {where.get(key, key): value for key, value in state_dict.items()}
+
+# PEFT's classes for these tasks save a classifier besides, since its weights are new.
+_TASKS_WITH_NEW_HEAD = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
+
+
+def new_head(model: nn.Module, config: SurgicalConfig) -> list[str]:
+    """Paths of what a model has beside the body that it shares with other tasks, if its task has a new head."""
+    task_model = bare(model)
+    body = getattr(task_model, "base_model_prefix", "")
+    if config.task_type not in _TASKS_WITH_NEW_HEAD or body not in task_model._modules:
+        return []
+    return [path for path, _ in named_children(task_model) if path != body]
 
 
 def check_base(model: nn.Module, config: SurgicalConfig, targets: Targets, strict: bool) -> None:
@@ -245,18 +249,14 @@ def check_base(model: nn.Module, config: SurgicalConfig, targets: Targets, stric
     Raises:
         SurgicalError: with `strict`: they are others, or that cannot be told.
     """
-    modules = dict(walk(model))
-    here = fingerprint(
-        parameter
-        for path, tuned in targets.items()
-        for name, parameter in _original(modules[path]).named_parameters()
-        if tuned is None or name in tuned
-    )
+    here = fingerprint(_base_tensors(model, targets, new_head(model, config)))  # which is random in every process
     if config.read_from is None:
         config.fingerprint = here
         return
     if here == config.fingerprint and here is not None:
         return
+    if config.fingerprint is not None and config.fingerprint == fingerprint(_base_tensors(model, targets)):
+        return  # as version 0.1.0 made it
     if here is None or config.fingerprint is None:
         problem = (
             "the adapter has no fingerprint of its base model"

@@ -43,7 +43,7 @@ def check_lora(model: nn.Module, config: SurgicalConfig, tuned: Iterable[str]) -
 
 
 def inject_lora(model: nn.Module, config: SurgicalConfig, tuned: Iterable[str], adapter_name: str) -> None:
-    """Let PEFT put its LoRA layers into `model`, in which the tuned modules are wrapped already.
+    """Let PEFT put its LoRA layers into `model`, beside the modules at the paths `tuned`.
 
     Those of a saved adapter get their weights here: PEFT loads them once more, but transformers' own `load_adapter`
     only finds weights of one method, ours. Which adapter is active in them is left to the caller.
@@ -51,7 +51,10 @@ def inject_lora(model: nn.Module, config: SurgicalConfig, tuned: Iterable[str], 
     ours = model.__dict__.pop("peft_config", None)  # LoraModel would enter its config there, over ours
     try:
         LoraModel(model, {adapter_name: lora_config(config, tuned)}, adapter_name)
-        if weights := saved_lora(config):
+        empty = any(
+            p.is_meta for name, p in model.named_parameters() if "lora_" in name and f".{adapter_name}." in name
+        )
+        if not empty and (weights := saved_lora(config)):  # empty ones are PEFT's own to load (low_cpu_mem_usage)
             set_peft_model_state_dict(model, weights, adapter_name)
     finally:
         model.__dict__.pop("peft_config", None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -15,6 +15,9 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from transformers import Cache, PreTrainedModel
 
 from .errors import SurgicalError
+from .layer import SurgicalLayer
+from .slots import BASE
+from .wrappers import walk
 
 
 def check_rows(model: nn.Module, adapters: Sequence[str], adapter_names: Sequence[str], inputs: Sequence[Any]) -> None:
@@ -47,11 +50,14 @@ def check_rows(model: nn.Module, adapters: Sequence[str], adapter_names: Sequenc
 
 
 @contextmanager
-def rows_by_adapter(model: nn.Module, adapter_names: Sequence[str], num_beams: int) -> Iterator[None]:
+def rows_by_adapter(
+    model: nn.Module, adapter_names: Sequence[str], num_beams: int, paths: Iterable[str] = ()
+) -> Iterator[None]:
     """While it is open, each row of a batch goes through the adapter of its name; keys and values are not cached.
 
-    With beams, each beam is a row, but an encoder sees every example once.
+    With beams, each beam is a row, but an encoder sees every example once. `paths` are those of the tuned modules.
     """
+    divided = divided_modules(model, list(paths))
     beams = [name for name in adapter_names for _ in range(num_beams)]
     encoder = model.get_encoder() if num_beams > 1 and isinstance(model, PreTrainedModel) else model
     inside = set() if encoder is model else set(encoder.modules())
@@ -61,12 +67,19 @@ def rows_by_adapter(model: nn.Module, adapter_names: Sequence[str], num_beams: i
     if isinstance(model, PreTrainedModel) and model.can_generate():
         configs[0] = model.generation_config
     cached = [(config, config.use_cache) for config in configs.values() if getattr(config, "use_cache", False)]
-    handles = []
-    for module in model.modules():
-        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
-            names = list(adapter_names) if module in inside else beams
-            handles.append(module.register_forward_pre_hook(partial(_hand_over, names=names), with_kwargs=True))
+
+    def names_for(module: nn.Module) -> list[str]:
+        return list(adapter_names) if module in inside else beams
+
+    handles = [
+        module.register_forward_pre_hook(partial(_hand_over, names=names_for(module)), with_kwargs=True)
+        for module in model.modules()
+        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper) and not isinstance(module, SurgicalLayer)
+    ]
+    replaced = [(module, module.__dict__.get("forward")) for module in divided]
     try:
+        for module, layers in divided.items():
+            module.forward = partial(_by_rows, module, module.forward, layers, names_for(module))
         for config, _ in cached:
             config.use_cache = False
         yield
@@ -75,63 +88,112 @@ def rows_by_adapter(model: nn.Module, adapter_names: Sequence[str], num_beams: i
             config.use_cache = use_cache
         for handle in handles:
             handle.remove()
+        for module, forward in replaced:
+            if forward is None:
+                del module.forward
+            else:
+                module.forward = forward
+
+
+def divided_modules(model: nn.Module, paths: Iterable[str]) -> dict[nn.Module, list[SurgicalLayer]]:
+    """The modules that run once for each adapter of a batch, and the layers in them.
+
+    Args:
+        paths: those of the tuned modules of all adapters. The largest are taken, and besides them modules that hold a
+            tensor tied to one of theirs.
+    """
+    largest = [path for path in paths if not any(path.startswith(other + ".") for other in paths)]
+    modules = dict(walk(model))
+    found: dict[nn.Module, list[SurgicalLayer]] = {modules[path]: [] for path in largest}
+    home = {inner: module for module in found for inner in module.modules()}
+    for layer in [module for module in model.modules() if isinstance(module, SurgicalLayer)]:
+        for owner in dict.fromkeys(module for slot in layer.slots.values() for module, _ in slot.places):
+            found.setdefault(home.get(owner, owner), []).append(layer)
+    return {module: layers for module, layers in found.items() if layers}
+
+
+def _by_rows(
+    module: nn.Module,
+    forward: Callable[..., Any],
+    layers: list[SurgicalLayer],
+    names: list[str],
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """Run a module once for each adapter that `names` asks for in it, on its rows, with its tensors standing."""
+    known = {name for layer in layers for name in layer.adapters}
+    names = [name if name in known else BASE for name in names]
+    if len(set(names)) > 1 and any(
+        isinstance(part, nn.MultiheadAttention) and not part.batch_first for part in module.modules()
+    ):
+        raise SurgicalError(
+            f"adapter_names: {type(module).__name__} holds a nn.MultiheadAttention whose rows are positions, not "
+            "examples: build it with batch_first=True, or use one adapter at a time."
+        )
+
+    def run(name: str, *args: Any, **kwargs: Any) -> Any:
+        for layer in layers:
+            layer.stand([name])
+        return forward(*args, **kwargs)
+
+    try:
+        return run_by_rows(names, run, *args, **kwargs)
+    finally:
+        for layer in layers:
+            layer.stand(layer.active_adapters)
 
 
 def _hand_over(module: nn.Module, args: Any, kwargs: dict[str, Any], names: list[str]) -> Any:
     return args, {**kwargs, "adapter_names": names}
 
 
-def run_by_rows(modules: Sequence[nn.Module], *args: Any, **kwargs: Any) -> Any:
-    """Call each module once, on its rows of the batch, and join the outputs in the batch's order.
+def run_by_rows(names: Sequence[str], run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Run a module once for each different name, on its rows of the batch, and join the outputs in the batch's order.
 
     Args:
-        modules: for each example of the batch the module that it goes through.
-        *args, **kwargs: what the modules take. The first tensor tells the batch: `len(modules)` rows, or a multiple of
+        names: one for each example of the batch.
+        run: `(name, *args, **kwargs) -> output` of the module for this name.
+        *args, **kwargs: what the module takes. The first tensor tells the batch: `len(names)` rows, or a multiple of
             it where examples were cut into windows, those of one example together. Every tensor of two or more
-            dimensions with as many rows is split; whatever else is there goes to all modules alike.
+            dimensions with as many rows is split; whatever else is there goes to all alike.
 
     Raises:
         SurgicalError: the rows do not fit the number of names, or the call carries a cache of keys and values.
 
     Example:
-        >>> run_by_rows([first, second, first], hidden_states)  # rows 0 and 2 go through `first`
+        >>> run_by_rows(["a", "b", "a"], run, hidden_states)  # rows 0 and 2 go through `a`
     """
-    groups = {id(module): module for module in modules}
-    if len(groups) == 1:
-        return modules[0](*args, **kwargs)
-    if any(isinstance(part, nn.MultiheadAttention) and not part.batch_first for part in modules[0].modules()):
-        raise SurgicalError(
-            f"adapter_names: {type(modules[0]).__name__} holds a nn.MultiheadAttention whose rows are positions, "
-            "not examples: build it with batch_first=True, or use one adapter at a time."
-        )
+    different = list(dict.fromkeys(names))
+    if len(different) == 1:
+        return run(names[0], *args, **kwargs)
     leaves, _ = tree_flatten((args, kwargs))
     lead = next((leaf for leaf in leaves if isinstance(leaf, Tensor)), None)
-    if lead is None or lead.ndim == 0 or lead.shape[0] % len(modules):
+    if lead is None or lead.ndim == 0 or lead.shape[0] % len(names):
         given = "no tensor" if lead is None else f"{tuple(lead.shape)}"
         raise SurgicalError(
-            f"adapter_names has {len(modules)} names, but {type(modules[0]).__name__} is called with {given}, whose "
-            "rows are not those of the batch: give one name per example, and choose whole blocks for adapters that "
-            "share a batch (experts, for one, see tokens and not examples)."
+            f"adapter_names has {len(names)} names, but a tuned module is called with {given}, whose rows are not "
+            "those of the batch: give one name per example, and choose whole blocks for adapters that share a batch "
+            "(experts, for one, see tokens and not examples)."
         )
     if any(isinstance(leaf, Cache) for leaf in leaves):
         raise SurgicalError(
             "adapter_names cannot be used with a cache of keys and values, which the adapters of a batch would share: "
             "pass use_cache=False, or generate for one adapter at a time."
         )
-    size, each = lead.shape[0], lead.shape[0] // len(modules)
-    rows = {
-        key: torch.tensor(
-            [index * each + row for index, module in enumerate(modules) if id(module) == key for row in range(each)],
+    size, each = lead.shape[0], lead.shape[0] // len(names)
+    rows = [
+        torch.tensor(
+            [index * each + row for index, other in enumerate(names) if other == name for row in range(each)],
             device=lead.device,
         )
-        for key in groups
-    }
+        for name in different
+    ]
     outputs = []
-    for key, module in groups.items():
-        own_args, own_kwargs = tree_map(lambda leaf, own=rows[key]: _pick(leaf, lead, own), (args, kwargs))
-        outputs.append(tree_flatten(module(*own_args, **own_kwargs)))
+    for name, own in zip(different, rows, strict=True):
+        own_args, own_kwargs = tree_map(lambda leaf, own=own: _pick(leaf, lead, own), (args, kwargs))
+        outputs.append(tree_flatten(run(name, *own_args, **own_kwargs)))
     parts = zip(*(leaves for leaves, _ in outputs), strict=True)
-    return tree_unflatten([_join(part, list(rows.values()), size) for part in parts], outputs[0][1])
+    return tree_unflatten([_join(part, rows, size) for part in parts], outputs[0][1])
 
 
 def _pick(leaf: Any, lead: Tensor, rows: Tensor) -> Any:

@@ -13,11 +13,11 @@ import numpy as np
 from torch import nn
 from transformers import TrainerCallback
 
+from .auto import get_surgical_model
 from .blocks import BlockMap
 from .config import SurgicalConfig
 from .errors import SurgicalError
 from .fingerprint import fingerprint
-from .model import get_surgical_model
 from .recipe import Recipe
 from .run_report import identity
 from .selection import Selection
@@ -118,7 +118,7 @@ class RecipeObjective:
         return training + (1 + reports) * measuring
 
     def _layers(self) -> Selection:
-        """All repeated layers: they can always be tuned, which tied embeddings cannot."""
+        """All repeated layers."""
         return Selection(tuple(name for stack in self.blocks.stacks.values() for name in stack))
 
     def _places(self, seed: int) -> list[int] | None:

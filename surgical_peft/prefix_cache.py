@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .blocks import BlockMap
 from .criteria.prefix import Prefix, answering
+from .wrappers import PARKED
 
 ROOM = 2 * 2**30  # bytes; a search keeps no more activations than that
 _FEW = 4  # examples on which skipping is tried out
@@ -79,13 +80,14 @@ class PrefixCache:
         """Training inside runs only what is above the frozen start; batches with the key `at` alone are cut short.
 
         Args:
-            wrapped: `base` with copies of the blocks in training; what is called.
+            wrapped: `base` with an adapter in training; what is called.
             base: a copy of the model of which the outputs are known.
             originals: the modules of `base` by name, from before it was wrapped.
         """
         own = {id(module) for module in originals.values()}
-        changed = [name for name, module in base.named_modules() if name in self._called and id(module) not in own]
-        first = min((self._called[name] for name in changed), default=0)
+        replaced = [self._called[n] for n, m in base.named_modules() if n in self._called and id(m) not in own]
+        tuned = [self._first_call(name) for name, module in base.named_modules() if PARKED in module._modules]
+        first = min([*replaced, *tuned], default=0)
         skipped = {name: originals[name] for name in self.known if self._returned[name] < first}
         answers = ExitStack()
 
@@ -107,6 +109,12 @@ class PrefixCache:
             answers.close()
             for hook in hooks:
                 hook.remove()
+
+    def _first_call(self, name: str) -> int:
+        """When a module was first called, or, of one whose weights others read, the module around it."""
+        while name and name not in self._called:
+            name = name.rpartition(".")[0]
+        return self._called.get(name, 0)
 
     def _agrees(self, wrapped: nn.Module) -> bool:
         """Whether a few examples give the same loss and gradients with and without what is skipped."""

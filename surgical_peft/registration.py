@@ -15,6 +15,7 @@ from .config import SurgicalConfig, SurgicalPeftType
 from .errors import SurgicalError
 from .loading import watch_reading
 from .model import SurgicalModel
+from .peft_patches import patch_peft
 
 
 def register() -> None:
@@ -40,6 +41,7 @@ def register() -> None:
     PEFT_TYPE_TO_TUNER_MAPPING[key] = SurgicalModel
     PEFT_TYPE_TO_PREFIX_MAPPING[key] = SurgicalModel.prefix
     watch_reading()
+    patch_peft()
     keep_cards()
 
 

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from peft import PeftModel
+from collections.abc import Collection
+
 from peft.tuners.tuners_utils import (
-    BaseTunerLayer,
     _ExcludedModule,
     _maybe_include_all_linear_layers,
     check_target_module_exists,
 )
-from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from .blocks import BlockMap
-from .config import Choice, SurgicalConfig, Targets
+from .config import Choice, SurgicalConfig
+from .config import Targets as Asked
 from .errors import SurgicalError
-from .layer import SurgicalLayer
-from .offloading import lent_weights
+from .fit import new_head
+from .lists import join, within
+from .target_checks import check_at_hand, check_exchangeable, check_separate
+from .tensors import Targets, TensorMap
 from .wrappers import walk
 
 PARTS = ("all-norm", "all-bias")
@@ -31,9 +34,10 @@ def modules_to_tune(model: nn.Module, config: SurgicalConfig) -> dict[str, set[s
         for each path the names of the parameters in it that are tuned; None for all of them.
 
     Raises:
-        SurgicalError: blocks that do not exist, `target_modules` that match nothing inside them, a tied or offloaded
-            weight, a module already tuned, as part or as whole, by another adapter, or a `keep_base` that does not go
-            with what is there. Model and config are left as they were.
+        SurgicalError: blocks that do not exist, `target_modules` that match nothing inside them, an offloaded weight,
+            one whose memory another weight uses too, a module of another method's adapter, a layer that forbids to
+            set its weights, or a `keep_base` that does not go with what is there. Model and config are left as they
+            were.
     """
     if config.blocks == "auto":
         raise SurgicalError(
@@ -42,6 +46,8 @@ def modules_to_tune(model: nn.Module, config: SurgicalConfig) -> dict[str, set[s
         )
     names: tuple[str, ...] = ()
     targets: dict[str, set[str] | None] = {}
+    tensors = TensorMap.find(model)
+    elsewhere: set[str] = set()
     if config.blocks is None:
         # The config has seen to it. PEFT leaves a set in one that it has used: of "all-linear", or of a long list.
         assert not isinstance(config.target_modules, dict | None)
@@ -51,22 +57,20 @@ def modules_to_tune(model: nn.Module, config: SurgicalConfig) -> dict[str, set[s
         names = blocks.parse(config.blocks)
         for group, choice in _choices(blocks, names, config.target_modules):
             inside = [path for name in group for path in blocks.modules[name]]
-            targets |= _chosen(model, config, choice, inside, f"blocks {list(group)}")
-    _check_separate(model, list(targets), SurgicalLayer)
-    for path, module in model.named_modules():
-        if path in targets and isinstance(module, SurgicalLayer) and module.keep_base != config.keep_base:
-            raise SurgicalError(
-                f"keep_base={config.keep_base!r}: {path} is tuned by another adapter already, with "
-                f"keep_base={module.keep_base!r}. Adapters that share a module share its base: say the same."
-            )
+            for path, found in _chosen(model, config, choice, inside, f"blocks {list(group)}").items():
+                _add(targets, path, found)
+        elsewhere = {tensors.first[n] for n, b in blocks.tied.items() if b not in names and n in tensors.first}
+    targets = tensors.untied(targets, elsewhere)
+    check_separate(model, [path for path in targets if path])
     if config.keep_base == "cpu" and is_deepspeed_zero3_enabled():
         raise SurgicalError(
             "keep_base='cpu' under DeepSpeed's ZeRO-3: the original weights are dealt out over the processes like all "
             "others and cannot be moved one by one. Use 'device', 'none', or DeepSpeed's own offload_param."
         )
-    _check_untied(model, targets)
-    _check_at_hand(model, list(targets))
-    to_save = _still_to_save(model, config, list(targets))
+    chosen = tensors.chosen(targets)
+    check_at_hand(model, list(chosen))
+    to_save = _still_to_save(model, config, [path for path in targets if path])
+    check_exchangeable(model, tensors, chosen, config)
     if config.blocks is not None:
         config.blocks = list(names)
     config.modules_to_save = to_save or None
@@ -74,9 +78,36 @@ def modules_to_tune(model: nn.Module, config: SurgicalConfig) -> dict[str, set[s
     return targets
 
 
-def _choices(
-    blocks: BlockMap, names: tuple[str, ...], target_modules: Targets
-) -> list[tuple[tuple[str, ...], Choice]]:
+def modules_besides(
+    model: nn.Module, config: SurgicalConfig, targets: Targets, saved: Collection[str] | None = None
+) -> dict[str, set[str] | None]:
+    """What belongs to the adapter besides the modules that were asked for; notes it in `config.tuned_modules`.
+
+    These are the layers of a new head that PEFT does not know by their names, and with `frozen_eval=False` the
+    statistics of frozen normalisations, which move in training.
+
+    Args:
+        targets: from `modules_to_tune`, which has settled `config`.
+        saved: names of the weights of a saved adapter. What an earlier version did not save is not asked of it.
+    """
+    tensors = TensorMap.find(model)
+    found = _rest_of_new_head(model, config, targets, tensors)
+    if not config.frozen_eval:
+        found |= _statistics(model, tensors.chosen({**targets, **found}))
+    found = {path: n for path, n in found.items() if saved is None or any(within(name, [path]) for name in saved)}
+    check_exchangeable(model, tensors, tensors.chosen(found), config)
+    besides = {path: None if names is None else sorted(names) for path, names in found.items()}
+    config.tuned_modules = {**(config.tuned_modules or {}), **besides}
+    return found
+
+
+def _add(targets: dict[str, set[str] | None], path: str, names: set[str] | None) -> None:
+    """Parameters that no module has to itself come one by one, under the module that they are of."""
+    before = targets.get(path, set())
+    targets[path] = None if names is None or before is None else before | names
+
+
+def _choices(blocks: BlockMap, names: tuple[str, ...], target_modules: Asked) -> list[tuple[tuple[str, ...], Choice]]:
     """The choice for each group of blocks: one for all, or one for each key of a dictionary."""
     if not isinstance(target_modules, dict):
         return [(names, target_modules or "all")]
@@ -99,19 +130,22 @@ def _chosen(
     model: nn.Module, config: SurgicalConfig, choice: Choice, inside: list[str] | None, where: str
 ) -> dict[str, set[str] | None]:
     """The largest modules that `choice` means within the paths `inside`, and the parameters of them."""
-    if choice == "all" and inside is not None:
-        _check_modules(model, inside)
     parts = choice if choice in PARTS else None
     if parts and inside is None:
         raise SurgicalError(
             f"target_modules={choice!r} chooses among the parameters of blocks: say which; blocks='all' is everywhere."
         )
-    found = _outermost(model, config, ".*" if parts or (choice == "all" and inside is not None) else choice, inside)
-    targets: dict[str, set[str] | None] = dict.fromkeys(found)
+    everything = choice == "all" and inside is not None
+    targets = _outermost(model, config, ".*" if parts or everything else choice, inside)
+    if everything or parts == "all-bias":
+        modules = dict(walk(model))
+        for path in [path for path in inside or () if path not in modules]:  # a parameter that no module has to itself
+            parent, _, name = path.rpartition(".")
+            _add(targets, parent, {name})
     if parts:
         modules = dict(walk(model))
-        kept = {path: _parameters_of(modules[path], parts) for path in found}
-        targets = {path: names for path, names in kept.items() if names}
+        asked = {path: _parameters_of(modules[path], parts, names) for path, names in targets.items()}
+        targets = {path: names for path, names in asked.items() if names}
     if not targets:
         raise SurgicalError(
             f"target_modules={choice!r} with exclude_modules={config.exclude_modules!r} match no "
@@ -120,22 +154,22 @@ def _chosen(
     return targets
 
 
-def _parameters_of(module: nn.Module, parts: str) -> set[str]:
+def _parameters_of(module: nn.Module, parts: str, among: set[str] | None) -> set[str]:
     """Names of the biases, or of the parameters of normalisation layers (known by class), in `module`."""
-    found = set()
+    found: set[str] = set()
     for path, child in walk(module):
         for name, _ in child.named_parameters(recurse=False):
             if name.endswith("bias") if parts == "all-bias" else "norm" in type(child).__name__.lower():
                 found.add(f"{path}.{name}" if path else name)
-    return found
+    return found if among is None else found & among
 
 
-def _outermost(model: nn.Module, config: SurgicalConfig, choice: Choice, inside: list[str] | None) -> list[str]:
+def _outermost(
+    model: nn.Module, config: SurgicalConfig, choice: Choice, inside: list[str] | None
+) -> dict[str, set[str] | None]:
     """The largest modules asked for, within the paths `inside` if given; in parts where they hold an excluded one."""
     asked = SurgicalConfig(target_modules=choice, exclude_modules=config.exclude_modules, task_type=config.task_type)
     if isinstance(asked.target_modules, str) and asked.target_modules.lower() == "all-linear":
-        if any(isinstance(module, SurgicalLayer) for module in model.modules()):
-            raise SurgicalError("'all-linear' overlooks what another adapter wraps: name the modules to tune instead.")
         _maybe_include_all_linear_layers(asked, model)
     verdicts = {path: check_target_module_exists(asked, path) for path, _ in walk(model)}
     excluded = [path for path, verdict in verdicts.items() if isinstance(verdict, _ExcludedModule)]
@@ -144,104 +178,17 @@ def _outermost(model: nn.Module, config: SurgicalConfig, choice: Choice, inside:
             f"exclude_modules={config.exclude_modules!r} match no module. Names: {_some_names(model, inside)}."
         )
     found: list[str] = []
-    apart: list[str] = []
+    apart: dict[str, set[str] | None] = {}
     for path, module in walk(model):
-        if not path or _within(path, found + excluded) or not (verdicts[path] or _within(path, apart)):
+        if not path or within(path, found + excluded) or not (verdicts[path] or within(path, apart)):
             continue
-        if (inside is not None and not _within(path, inside)) or not any(True for _ in module.parameters()):
+        if (inside is not None and not within(path, inside)) or not any(True for _ in module.parameters()):
             continue
-        if not isinstance(module, _WITHOUT_FORWARD) and not any(_within(other, [path]) for other in excluded):
+        if not isinstance(module, _WITHOUT_FORWARD) and not any(within(other, [path]) for other in excluded):
             found.append(path)
             continue
-        apart.append(path)
-        for name, _ in module.named_parameters(recurse=False):
-            raise SurgicalError(
-                f"{path} cannot be tuned in parts: its parameter {name!r} lies in none of its modules. "
-                "Tune the whole module around it, or choose others with target_modules."
-            )
-    return found
-
-
-def _within(path: str, homes: list[str]) -> bool:
-    return any(path == home or path.startswith(home + ".") for home in homes)
-
-
-def check_adapter_names(model: nn.Module, adapters: dict[str, SurgicalConfig], new: SurgicalConfig) -> None:
-    """Refuse what PEFT would only find out by losing weights.
-
-    Raises:
-        SurgicalError: the model is wrapped already, or, with several adapters, one has the name of a module.
-    """
-    name = [name for name, config in adapters.items() if config is new][-1]  # two may share one config object
-    layers = [module for module in model.modules() if isinstance(module, SurgicalLayer)]
-    if isinstance(model, PeftModel) or any(name in layer.surgical_copies for layer in layers):
-        raise SurgicalError(
-            f"the model is wrapped already, an adapter {name!r} would mix with the old one: model.unload() the old "
-            "one first, load the model afresh, or model.add_adapter(another_name, config)."
-        )
-    if len(adapters) > 1:
-        if any(isinstance(config, SurgicalConfig) and config.keep_base == "none" for config in adapters.values()):
-            raise SurgicalError(
-                f"adapter {name!r} cannot stand beside {', '.join(n for n in adapters if n != name)}: "
-                "keep_base='none' trains in place, which leaves no base for a second one. Use 'device' or 'cpu'."
-            )
-        parts = {part for path, module in walk(model) for part in [*path.split("."), *module._parameters]}
-        for clash in [other for other in adapters if other in parts]:
-            raise SurgicalError(
-                f"adapter name {clash!r} is also the name of a module or weight: PEFT saves one of several adapters "
-                "by leaving out all weights with another's name in their path. Call the adapter something else."
-            )
-
-
-def _check_modules(model: nn.Module, paths: list[str]) -> None:
-    modules = {path for path, _ in walk(model)}
-    for path in paths:
-        if path not in modules:
-            raise SurgicalError(
-                f"{path} is a parameter of {type(model).__name__} that no module has to itself: it cannot be tuned as "
-                "a block. Choose other blocks, or name modules with target_modules."
-            )
-
-
-def _check_separate(model: nn.Module, paths: list[str], kind: type[nn.Module]) -> None:
-    """No path may hold, lie in, or (unless `kind` is the wrapper of both) be what another adapter wraps."""
-    for other, wrapper in model.named_modules():
-        if not isinstance(wrapper, BaseTunerLayer | AuxiliaryTrainingWrapper):
-            continue
-        for path in paths:
-            if path == other and isinstance(wrapper, kind):
-                continue
-            if _within(path, [other]) or _within(other, [path]):
-                raise SurgicalError(
-                    f"{path} cannot be tuned: another adapter already tunes {other} with a {type(wrapper).__name__}. "
-                    "Adapters share a model only if they choose the same modules, in the same way, or separate ones."
-                )
-
-
-def _check_untied(model: nn.Module, targets: dict[str, set[str] | None]) -> None:
-    named = list(model.named_parameters(remove_duplicate=False))
-    holders: dict[int, list[str]] = {}
-    for name, parameter in named:
-        holders.setdefault(id(parameter), []).append(name)
-    for path, tuned in targets.items():
-        for name, parameter in named:
-            shared = [other for other in holders[id(parameter)] if not _within(other, [path])]
-            tunes = _within(name, [path]) and (tuned is None or name.removeprefix(path + ".") in tuned)
-            if tunes and shared:
-                raise SurgicalError(
-                    f"{name} is tied to {', '.join(shared)}: a tuned copy of one end would leave the other as it was. "
-                    "Choose blocks without it, or load the model with tie_word_embeddings=False if it unties then."
-                )
-
-
-def _check_at_hand(model: nn.Module, paths: list[str]) -> None:
-    for each in lent_weights(model):
-        if _within(each.name, paths):
-            raise SurgicalError(
-                f"{each.name} is offloaded by accelerate, so a tuned copy would have no weights of its own: load the "
-                "model with a device_map that keeps the chosen blocks on a device (the others may be offloaded), or "
-                "wrap it before cpu_offload."
-            )
+        apart[path] = {name for name, _ in module.named_parameters(recurse=False)}
+    return {**{path: names for path, names in apart.items() if names}, **dict.fromkeys(found)}
 
 
 def _still_to_save(model: nn.Module, config: SurgicalConfig, targets: list[str]) -> list[str]:
@@ -250,7 +197,7 @@ def _still_to_save(model: nn.Module, config: SurgicalConfig, targets: list[str])
     for name in dict.fromkeys(config.modules_to_save or []):  # PEFT adds the same ones at every load
         matches = [path for path, _ in walk(model) if path.endswith(name)]  # PEFT's rule: no dot is needed
         others = [path for path in matches if path not in targets]
-        overlap = [path for path in others if _within(path, targets) or any(_within(t, [path]) for t in targets)]
+        overlap = [path for path in others if within(path, targets) or any(within(t, [path]) for t in targets)]
         if overlap or 0 < len(others) < len(matches):
             raise SurgicalError(
                 f"modules_to_save={name!r} names {(overlap or others)[0]}, but blocks and target_modules already tune "
@@ -261,10 +208,35 @@ def _still_to_save(model: nn.Module, config: SurgicalConfig, targets: list[str])
                 f"modules_to_save={name!r} matches no module of {type(model).__name__}. "
                 f"Names: {_some_names(model, None)}."
             )
-        _check_separate(model, others, ModulesToSaveWrapper)
+        check_separate(model, others, ModulesToSaveWrapper)
         if others or not matches:
             rest.append(name)
     return rest
+
+
+def _rest_of_new_head(
+    model: nn.Module, config: SurgicalConfig, targets: Targets, tensors: TensorMap
+) -> dict[str, set[str] | None]:
+    """What a model has beside the body that it shares with other tasks, and PEFT does not save by its name.
+
+    DeBERTa's pooler, for one: it is as new as the classifier behind it, and random in every process.
+    """
+    paths = [path for path in new_head(model, config) if tensors.parameters(path)]
+    taken = [path for path in paths if any(path.endswith(name) for name in config.modules_to_save or [])]
+    rest = [path for path in paths if path not in taken and not any(within(t, [path]) for t in targets)]
+    elsewhere = {name for name in tensors.places if not within(name, rest)}
+    return tensors.untied(dict.fromkeys(rest), elsewhere)
+
+
+def _statistics(model: nn.Module, chosen: Collection[str]) -> dict[str, set[str] | None]:
+    """Normalisations outside of what is tuned whose statistics move, as they do where frozen blocks train."""
+    return {
+        path: set()
+        for path, module in walk(model)
+        if isinstance(module, nn.modules.batchnorm._NormBase)
+        and module.track_running_stats
+        and join(path, "running_mean") not in chosen
+    }
 
 
 def _some_names(model: nn.Module, inside: list[str] | None) -> str:

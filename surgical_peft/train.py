@@ -13,11 +13,11 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, default_data_collator, set_seed
 
+from .auto import get_surgical_model
 from .callback import SurgicalCallback
 from .choosing import CRITERION, choose_blocks
 from .errors import SurgicalError
 from .files import check_replaceable, whole_folder, write_text
-from .model import get_surgical_model
 from .optim import surgical_optimizer
 from .policies.policy import Policy
 from .recipe import Recipe

@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch import nn
 
 from surgical_peft import SurgicalConfig, SurgicalError, criteria, get_surgical_model, score_blocks
 from surgical_peft.choosing import choose_blocks, how_many, together
@@ -71,13 +72,27 @@ def test_every_architecture_is_wrapped_also_with_tied_weights(name: str) -> None
     assert all(torch.equal(value, before[key]) for key, value in base.state_dict().items())
 
 
-def test_tied_blocks_are_left_out_and_said_so() -> None:
+def test_tied_embeddings_can_be_chosen() -> None:
     toy = TOYS["gpt2"]
     config, scores = choose_blocks(
         toy.model(), SurgicalConfig(blocks="auto", criterion="rgn", num_blocks=1), batches(toy, 2)
     )
     assert max(scores.values, key=scores.values.__getitem__) == "embeddings"  # tied to the head
-    assert config.blocks != ["embeddings"] and "tied" in config.selection["refused"]["embeddings"]
+    assert config.blocks == ["embeddings"] and "refused" not in config.selection
+
+
+def test_blocks_that_cannot_be_tuned_are_left_out_and_said_so() -> None:
+    toy = TOYS["gpt2"]
+    model = toy.model()
+    wte = model.transformer.wte.weight
+    model.lm_head.weight = nn.Parameter(wte.data)  # one memory, two parameters
+    config, scores = choose_blocks(
+        model, SurgicalConfig(blocks="auto", criterion="rgn", num_blocks=1), batches(toy, 2)
+    )
+    assert {"embeddings", "head"} <= set(scores.values)
+    assert config.blocks and not {"embeddings", "head"} & set(config.blocks)
+    assert config.selection["refused"].keys() == {"embeddings", "head"}
+    assert "shares its memory" in config.selection["refused"]["head"]
 
 
 def test_more_blocks_than_there_are(vit: Toy) -> None:

@@ -159,7 +159,7 @@ def test_groups_partition_what_is_trained(make: Any, granularity: str, toy: Toy)
         for p in group["params"]:
             name = names[id(p)]
             assert group["block"] == blocks.block_of(name)
-            tensor = name.removeprefix("base_model.model.").replace("surgical_copies.default.", "")
+            tensor = name.removeprefix("base_model.model.")
             assert group["unit"] == (group["block"] if granularity == "block" else tensor)
             assert group["weight_decay"] == (0.1 if name in decayed else 0.0)
     units = {(group["unit"], group["weight_decay"]) for group in optimizer.param_groups}

@@ -143,7 +143,7 @@ def reference(model: nn.Module, granularity: str, normalized: str) -> dict[str, 
     for name, p in model.named_parameters():
         if p.requires_grad:
             block = blocks.block_of(name)
-            tensor = name.removeprefix("base_model.model.").replace("surgical_copies.default.", "")
+            tensor = name.removeprefix("base_model.model.")
             unit = block if granularity == "block" else tensor
             total = squares.setdefault(unit, [0.0, 0.0])
             total[0] += 0.0 if p.grad is None else p.grad.double().square().sum().item()
@@ -213,7 +213,7 @@ def test_auto_rgn_steps_are_adams_at_the_scaled_rate(granularity: str, vit: Toy)
         backward(model, vit, step)
         scale = reference(model, granularity, "max")
         for name, p in trained.items():
-            tensor = name.removeprefix("base_model.model.").replace("surgical_copies.default.", "")
+            tensor = name.removeprefix("base_model.model.")
             rate = lr * scale[blocks.block_of(name) if granularity == "block" else tensor]
             gradient = p.grad.double()  # type: ignore[union-attr]
             weights[name] *= 1 - rate * (weight_decay if name in decayed else 0.0)

@@ -11,11 +11,13 @@ from accelerate import dispatch_model
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import MambaConfig, MambaForCausalLM
+from transformers import BertConfig, BertForMaskedLM, MambaConfig, MambaForCausalLM
 
-from surgical_peft import SurgicalConfig, SurgicalError
+from surgical_peft import BlockMap, SurgicalConfig, SurgicalError
+from surgical_peft.layer import SurgicalLayer
 from surgical_peft.targets import modules_to_tune
 
+from .families import FAMILIES
 from .toys import TOYS, Toy
 
 
@@ -50,6 +52,11 @@ class Lists(nn.Module):
 
 def targets(model: nn.Module, **kwargs: Any) -> list[str]:
     return list(modules_to_tune(model, SurgicalConfig(**kwargs)))
+
+
+@torch.no_grad()
+def answer(model: nn.Module, toy: Toy) -> Tensor:
+    return model(**toy.batch()).logits
 
 
 def test_a_block_is_tuned_as_one_module() -> None:
@@ -137,7 +144,6 @@ def test_lists_are_taken_apart_down_to_what_has_a_forward() -> None:
         ({"target_modules": ["nope"]}, "match no module with parameters in the model"),
         ({"blocks": [0], "exclude_modules": ["nope"]}, r"exclude_modules=\['nope'\] match no module"),
         ({"blocks": [0], "exclude_modules": ["layers.0"]}, r"exclude_modules=\['layers.0'\] match no module"),
-        ({"blocks": ["embeddings"], "exclude_modules": ["projection"]}, "in parts: its parameter 'cls_token'"),
         ({"blocks": [0], "modules_to_save": ["mlp"]}, "vit.layers.0.mlp, but blocks"),
         ({"blocks": [0], "modules_to_save": ["vit"]}, "names vit, but blocks"),
         ({"blocks": [0], "modules_to_save": ["clasifier"]}, "matches no module of ViTForImageClassification"),
@@ -161,41 +167,154 @@ def test_a_refused_config_leaves_model_and_config_as_they_were(kwargs: dict[str,
     assert config == before
 
 
-@pytest.mark.parametrize("name", ["gpt2", "t5"])
+@pytest.mark.parametrize("name", ["gpt2", "t5", "llama_tied"])
 @pytest.mark.parametrize("blocks", [["embeddings"], "all"])
-def test_tied_weights_are_refused_with_the_remedy(name: str, blocks: object) -> None:
-    model = TOYS[name].model()
+def test_tied_weights_are_tuned_at_all_ends_and_saved_once(name: str, blocks: object, tmp_path: Path) -> None:
+    toy = FAMILIES[name]
+    base = toy.model()
+    ends = [n for n, p in base.named_parameters(remove_duplicate=False) if p is base.get_input_embeddings().weight]
+    assert len(ends) > 1
+    model = get_peft_model(base, SurgicalConfig(blocks=blocks, frozen_eval=False))
+    by_hand = toy.model()
+    chosen = {n.removeprefix("base_model.model.") for n, p in model.named_parameters() if p.requires_grad}
+    for n, parameter in by_hand.named_parameters():
+        parameter.requires_grad_(n in chosen)
+    for each in (model, by_hand):
+        step(each, toy)
+    expected = answer(by_hand, toy)
+    assert torch.equal(answer(model, toy), expected)
+
+    def one(wrapped: nn.Module) -> bool:
+        return len({id(wrapped.get_parameter(end)) for end in ends}) == 1
+
+    with model.disable_adapter():
+        assert one(base) and torch.equal(answer(model, toy), answer(toy.model(), toy))
+    assert one(base)
+    model.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    assert [key for key in saved if key.removeprefix("base_model.model.") in ends] == [f"base_model.model.{ends[0]}"]
+    for loaded in (
+        PeftModel.from_pretrained(toy.model(), tmp_path, adapter_name="other", low_cpu_mem_usage=True),
+        PeftModel.from_pretrained(toy.model(), tmp_path),
+    ):
+        assert one(loaded.get_base_model())
+        assert torch.equal(answer(loaded, toy), expected)
+    merged = model.merge_and_unload()
+    assert one(merged) and torch.equal(answer(merged, toy), expected)
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+def test_transformers_own_loading_keeps_ends_tied(trainable: bool, tmp_path: Path) -> None:
+    """It puts a new object into one place of each tensor."""
+    toy = FAMILIES["llama_tied"]
+    model = get_peft_model(toy.model(), SurgicalConfig(blocks=["embeddings"]))
+    step(model, toy)
+    model.save_pretrained(tmp_path)
+    base = toy.model()
+    base.load_adapter(tmp_path, is_trainable=trainable)
+    base.train(trainable)
+    assert torch.equal(answer(base, toy), answer(model, toy))
+    assert base.lm_head.weight is base.model.embed_tokens.weight
+    base.disable_adapters()
+    assert torch.equal(answer(base, toy), answer(toy.model(), toy))
+
+
+def test_either_end_of_a_tied_weight_names_it() -> None:
+    toy = FAMILIES["llama_tied"]
+    for names in (["lm_head"], ["embed_tokens"], ["embed_tokens", "lm_head"]):
+        config = SurgicalConfig(target_modules=names)
+        model = get_peft_model(toy.model(), config)
+        assert config.tuned_modules == {"model.embed_tokens": None}
+        assert [n for n, p in model.named_parameters() if p.requires_grad] == [
+            "base_model.model.model.embed_tokens.weight"
+        ]
+
+
+def test_a_block_is_tuned_without_a_weight_tied_to_another_block() -> None:
+    """A weight is in one block: BERT's output embeddings are in `embeddings`, not in the head around them."""
+    config = BertConfig(
+        hidden_size=16, num_attention_heads=2, num_hidden_layers=2, intermediate_size=32, vocab_size=24
+    )
+    model = BertForMaskedLM(config)
+    blocks = BlockMap.find(model)
+    for name, parameters in blocks.named_parameters(model).items():
+        tuned_ones = get_peft_model(copy.deepcopy(model), SurgicalConfig(blocks=[name]))
+        trained = {n.removeprefix("base_model.model.") for n, p in tuned_ones.named_parameters() if p.requires_grad}
+        assert trained == set(parameters)
+        assert tuned_ones.get_base_model().cls.predictions.decoder.weight.requires_grad is (name == "embeddings")
+
+
+def test_a_lone_parameter_is_tuned_and_saved(tmp_path: Path) -> None:
+    for kwargs, names in (({"blocks": ["embeddings"]}, ["token"]), ({"target_modules": ["extra"]}, ["extra.0"])):
+        source = Lists()
+        model = get_peft_model(copy.deepcopy(source), SurgicalConfig(**kwargs))
+        trained = [name for name, p in model.named_parameters() if p.requires_grad]
+        assert [name.removeprefix("base_model.model.") for name in trained] == names
+        with torch.no_grad():
+            model.get_parameter(trained[0]).add_(1)
+        model.save_pretrained(tmp_path)
+        loaded = PeftModel.from_pretrained(source, tmp_path)
+        assert torch.equal(loaded.get_parameter(trained[0]), model.get_parameter(trained[0]))
+
+
+def test_weights_in_the_same_memory_are_refused() -> None:
+    """They are no one parameter that could be exchanged in both places."""
+    model = MLP()
+    model.lin1 = nn.Linear(8, 4)
+    model.lin1.weight = nn.Parameter(model.lin0.weight.data.t())
+    before = model.lin0.weight
+    for names in (["lin0"], ["lin1"]):
+        with pytest.raises(SurgicalError, match=r"lin[01]\.weight .*lin[01]\.weight"):
+            get_peft_model(model, SurgicalConfig(target_modules=names))
+    assert model.lin0.weight is before and before.requires_grad
+    whole = torch.randn(8)
+    model.norm.weight, model.norm.bias = (nn.Parameter(part) for part in whole.chunk(2))  # side by side, as an LSTM's
+    get_peft_model(model, SurgicalConfig(target_modules=["norm"]))
+
+
+def test_a_layer_that_forbids_setting_its_weights_is_refused() -> None:
+    class Sealed(nn.Linear):
+        def __setattr__(self, name: str, value: Any) -> None:
+            if name == "bias" and "sealed" in self.__dict__:
+                raise TypeError("it is sealed")
+            super().__setattr__(name, value)
+
+    model = MLP()
+    model.lin1 = Sealed(8, 4)
+    model.lin1.sealed = True
     names = list(model.state_dict())
-    with pytest.raises(SurgicalError, match=r"is tied to .*lm_head\.weight.*tie_word_embeddings=False"):
-        get_peft_model(model, SurgicalConfig(blocks=blocks))
-    assert list(model.state_dict()) == names
-    assert all(parameter.requires_grad for parameter in model.parameters())
+    with pytest.raises(SurgicalError, match=r"lin1\.bias.*Sealed.*it is sealed"):
+        get_peft_model(model, SurgicalConfig(target_modules=["lin0", "lin1"]))
+    assert list(model.state_dict()) == names and all(p.requires_grad for p in model.parameters())
 
 
-def test_the_remedy_for_tied_weights_works() -> None:
-    gpt2 = TOYS["gpt2"].model()
-    config = copy.deepcopy(gpt2.config)
-    config.tie_word_embeddings = False
-    untied = type(gpt2)(config)
-    assert targets(untied, blocks=["embeddings"]) == ["transformer.wte", "transformer.wpe"]
-
-
-def test_a_lone_parameter_is_no_block_to_tune() -> None:
-    with pytest.raises(SurgicalError, match="token is a parameter of Lists"):
-        targets(Lists(), blocks=["embeddings"])
-    with pytest.raises(SurgicalError, match="extra cannot be tuned in parts"):
-        targets(Lists(), target_modules=["extra"])
+def test_adapters_may_overlap_in_parts(tmp_path: Path) -> None:
+    toy = TOYS["vit"]
+    model = get_peft_model(toy.model(), SurgicalConfig(blocks=[0]))
+    model.add_adapter("mlps", SurgicalConfig(blocks=[0, 1], target_modules=["mlp"]))
+    expected = {}
+    for name in ("default", "mlps"):
+        model.set_adapter(name)
+        step(model, toy)
+        expected[name] = model(**toy.batch()).logits
+    for name in ("default", "mlps", "default"):
+        model.set_adapter(name)
+        assert torch.equal(model(**toy.batch()).logits, expected[name])
+    model.save_pretrained(tmp_path)
+    assert torch.equal(PeftModel.from_pretrained(toy.model(), tmp_path)(**toy.batch()).logits, expected["default"])
+    loaded = PeftModel.from_pretrained(toy.model(), tmp_path / "mlps")
+    assert torch.equal(loaded(**toy.batch()).logits, expected["mlps"])
+    with pytest.raises(SurgicalError, match=r"\['default', 'mlps'\]"):
+        model.base_model.set_adapter(["default", "mlps"])
+    assert torch.equal(model(**toy.batch()).logits, expected["default"])
 
 
 @pytest.mark.parametrize(
     ("first", "second", "message"),
     [
-        ({"blocks": [0]}, {"blocks": [0], "target_modules": ["mlp"]}, "another adapter already tunes vit.layers.0 "),
-        ({"blocks": [0], "target_modules": ["mlp"]}, {"blocks": [0]}, "already tunes vit.layers.0.mlp "),
         ({"blocks": [0]}, {"blocks": [1], "modules_to_save": ["layers.0"]}, "with a SurgicalLayer"),
         ({"blocks": ["head"]}, {"blocks": [0], "modules_to_save": ["classifier"]}, "with a SurgicalLayer"),
         ({"blocks": [0], "modules_to_save": ["classifier"]}, {"blocks": ["head"]}, "with a ModulesToSaveWrapper"),
-        ({"blocks": [0]}, {"target_modules": "all-linear"}, "name the modules to tune instead"),
     ],
 )
 def test_parts_of_what_another_adapter_tunes_are_refused(first: dict, second: dict, message: str) -> None:
@@ -244,7 +363,22 @@ def test_two_adapters_may_share_a_config() -> None:
     config = SurgicalConfig(blocks=[0])
     model = get_peft_model(TOYS["vit"].model(), config)
     model.add_adapter("second", config)
-    assert list(model.base_model.model.vit.layers[0].surgical_copies) == ["default", "second"]
+    assert layers(model)[0].adapters == ["default", "second"]
+
+
+def test_a_shared_config_object_means_a_copy_of_the_adapter() -> None:
+    """TRL makes its reference so, and then copies what is called `.default.`, which our weights are not."""
+    toy, config = TOYS["vit"], SurgicalConfig(blocks=[0])
+    model = get_peft_model(toy.model(), config)
+    with torch.no_grad():
+        model.base_model.model.vit.layers[0].mlp.fc1.weight.add_(1)
+    expected = model(**toy.batch()).logits
+    model.add_adapter("ref", model.peft_config["default"])
+    model.add_adapter("afresh", SurgicalConfig(blocks=[0]))
+    model.set_adapter("ref")
+    assert torch.equal(model(**toy.batch()).logits, expected)
+    model.set_adapter("afresh")
+    assert torch.equal(model(**toy.batch()).logits, toy.model()(**toy.batch()).logits)
 
 
 def test_a_head_that_peft_adds_is_not_saved_twice() -> None:
@@ -303,9 +437,14 @@ def tuned(model: nn.Module) -> dict[str, set[str]]:
     found: dict[str, set[str]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            path, _, inside = name.removeprefix("base_model.model.").partition(".surgical_copies.default.")
-            found.setdefault(path, set()).add(inside)
+            name = name.removeprefix("base_model.model.")
+            path = next(path for path in model.peft_config["default"].tuned_modules if name.startswith(path + "."))
+            found.setdefault(path, set()).add(name.removeprefix(path + "."))
     return found
+
+
+def layers(model: nn.Module) -> list[SurgicalLayer]:
+    return [module for module in model.modules() if isinstance(module, SurgicalLayer)]
 
 
 def step(model: nn.Module, toy: Toy) -> nn.Module:
@@ -342,7 +481,8 @@ def test_only_norms_or_biases_of_a_block(name: str, kind: str, keep_base: str, t
     before = {key: value.clone() for key, value in model.state_dict().items()}
     step(model, toy)
     changed = {key for key, value in model.state_dict().items() if not torch.equal(before[key], value)}
-    trained = {key.partition(".surgical_copies.default.")[2] for key in changed}
+    paths = [f"base_model.model.{path}." for path in tuned(model)]
+    trained = {key.removeprefix(path) for key in changed for path in paths if key.startswith(path)}
     # a key's bias moves all of a row's attention alike: its gradient is 0 but for rounding
     assert (
         trained <= names and {name for name in names - trained if "key" not in name and "k_proj" not in name} == set()
@@ -497,3 +637,23 @@ def test_blocks_that_accelerate_offloads_are_refused(keep_base: str, tmp_path: P
     tuned = get_peft_model(model, SurgicalConfig(blocks=[1], keep_base=keep_base)).train()  # others may be
     tuned(**toy.batch()).loss.backward()
     assert all(parameter.grad is not None for parameter in tuned.parameters() if parameter.requires_grad)
+
+
+def test_transformers_own_switching_is_all_or_nothing() -> None:
+    toy = TOYS["vit"]
+    base = toy.model()
+    base.add_adapter(SurgicalConfig(blocks=[0, 1]), "a")
+    base.add_adapter(SurgicalConfig(blocks=[1]), "b")
+    step(base, toy)
+    expected = answer(base, toy)
+    with pytest.raises(SurgicalError, match=r"\['a', 'b'\]"):
+        base.set_adapter(["a", "b"])
+    assert base.active_adapters() == ["b"] and torch.equal(answer(base, toy), expected)
+
+
+def test_a_tuned_module_that_was_replaced_is_not_left_out_of_the_file(tmp_path: Path) -> None:
+    model = get_peft_model(TOYS["llama"].model(), SurgicalConfig(blocks=[-1]))
+    model.get_base_model().model.layers[2].mlp.down_proj = nn.Linear(32, 16, bias=False)
+    with pytest.raises(SurgicalError, match=r"layers\.2\.mlp\.down_proj\.weight"):
+        model.save_pretrained(tmp_path)
+    assert not (tmp_path / "adapter_model.safetensors").exists()

@@ -20,6 +20,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from surgical_peft import SurgicalConfig
+from surgical_peft.layer import SurgicalLayer
 
 from .launched import BLOCKS, assert_same_adapter, train
 from .toys import TOYS, VOCABULARY
@@ -114,7 +115,7 @@ def test_dpo_compares_with_the_disabled_adapter(tmp_path: Path, tokenizer: PreTr
 def test_dpo_from_a_trained_adapter_compares_with_its_start(
     tmp_path: Path, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    """TRL copies the adapter to one named `ref`, by the names of its parameters, and switches between the two."""
+    """TRL makes an adapter `ref` from the same config object, and switches between the two."""
     data = preferences()
     args = trl.DPOConfig(**arguments(tmp_path, gradient_checkpointing=False))
     model = get_peft_model(llama(), SurgicalConfig(blocks=BLOCKS, task_type="CAUSAL_LM"))
@@ -122,13 +123,16 @@ def test_dpo_from_a_trained_adapter_compares_with_its_start(
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.mul_(1.5)
-    start = {name: p.detach().clone() for name, p in model.named_parameters() if ".default." in name}
+    layers = [module for module in model.modules() if isinstance(module, SurgicalLayer)]
+    start = [{name: t.detach().clone() for name, t in layer.tensors("default").items()} for layer in layers]
     trainer = trl.DPOTrainer(model, None, args, train_dataset=data, processing_class=tokenizer)
     trainer.train()
     assert losses(trainer)[0] == pytest.approx(0.6931, abs=1e-3)
-    for name, before in start.items():
-        assert not torch.equal(model.get_parameter(name), before), name
-        assert torch.equal(model.get_parameter(name.replace(".default.", ".ref.")), before), name
+    assert layers
+    for layer, before in zip(layers, start, strict=True):
+        for name, tensor in before.items():
+            assert not torch.equal(layer.tensors("default")[name], tensor), name
+            assert torch.equal(layer.tensors("ref")[name], tensor), name
 
 
 def test_plain_loop_with_accelerate(tmp_path: Path) -> None:

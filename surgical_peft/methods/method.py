@@ -14,10 +14,10 @@ from typing import Any
 from torch import nn
 from transformers import TrainingArguments
 
+from ..auto import get_surgical_model
 from ..blocks import BlockMap
 from ..config import SurgicalConfig
 from ..errors import SurgicalError
-from ..model import get_surgical_model
 from ..names import nearest, resolve
 from ..policies.policy import Policy
 from ..recipe import Recipe

@@ -11,10 +11,10 @@ from peft import LoraConfig, get_peft_model
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
 
+from ..auto import get_surgical_model
 from ..blocks import BlockMap, is_head
 from ..config import SurgicalConfig
 from ..errors import SurgicalError
-from ..model import get_surgical_model
 from ..recipe import Recipe
 from ..selection import Selection
 from ..tasks.models import modules_to_save as always_saved

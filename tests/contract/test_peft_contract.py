@@ -15,13 +15,13 @@ from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
 from surgical_peft import BlockMap, SurgicalConfig
-from surgical_peft.layer import SurgicalLayer
 
 from ..families import FAMILIES
 from ..toys import TOYS, Batch, Toy
 from .wrapping import (
     adapted,
     base_logits,
+    layers,
     logits,
     module_paths,
     no_warnings,
@@ -63,25 +63,15 @@ def test_attributes_are_those_of_peft_and_of_the_base_model(family: Toy) -> None
     assert (model.device, model.dtype) == (base.device, base.dtype)
     assert model.active_adapter == "default" and model.active_adapters == ["default"]
     assert model.peft_type == "SURGICAL" and model.get_model_status().peft_types == {"default": "SURGICAL"}
-    for path, module in zip(paths, modules, strict=True):
-        wrapped = base.get_submodule(path)
-        assert isinstance(wrapped, SurgicalLayer) and wrapped.get_base_layer() is module
-        copied = wrapped.surgical_copies["default"]
-        for name in (*module._parameters, *module._buffers, *module._modules):
-            if getattr(module, name) is not None and name not in ("weight", "bias"):
-                assert getattr(wrapped, name) is getattr(copied, name)
-        for name, value in vars(module).items():
-            if not name.startswith("_") and isinstance(value, bool | int | float | str) and name != "training":
-                assert getattr(wrapped, name) == value
+    assert [base.get_submodule(path) for path in paths] == modules
 
 
-def test_repr_shows_the_method_once_for_each_tuned_module(family: Toy) -> None:
+def test_repr_shows_the_tuned_tensors(family: Toy) -> None:
     model = wrap(family)
-    paths = module_paths(family.model(), family.first, family.last)
-    assert repr(model).count("surgical.SurgicalLayer(") == len(paths)
-    for path in paths:
-        kind = type(family.model().get_submodule(path)).__name__
-        assert f"(default): {kind}" in repr(model.get_submodule(f"base_model.model.{path}"))
+    plain = [layer for layer in layers(model) if type(layer.get_base_layer()).__repr__ is torch.nn.Module.__repr__]
+    assert plain
+    for layer in plain:
+        assert f"(surgical_): SurgicalLayer(default: {', '.join(layer.slots)})" in repr(layer.get_base_layer())
 
 
 def test_wrapping_changes_no_output(family: Toy) -> None:
@@ -102,7 +92,7 @@ def test_exactly_the_chosen_blocks_are_trainable(family: Toy) -> None:
 def test_a_step_trains_the_chosen_blocks_and_nothing_else(family: Toy) -> None:
     model, batch = wrap(family), family.batch()
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    output = logits(model, batch)
+    output = logits(wrap(family), batch)  # not of this one: LeViT would keep what it made of its weights
     full = family.model()
     full(**batch).loss.backward()
     took_part = {name for name, parameter in full.named_parameters() if parameter.grad is not None}
@@ -115,7 +105,7 @@ def test_a_step_trains_the_chosen_blocks_and_nothing_else(family: Toy) -> None:
         if not parameter.requires_grad:
             assert parameter.grad is None
             assert torch.equal(parameter, before[name])
-        elif name.removeprefix("base_model.model.").replace("surgical_copies.default.", "") in took_part:
+        elif name.removeprefix("base_model.model.") in took_part:
             assert parameter.grad is not None
 
 
@@ -125,7 +115,7 @@ def test_gradients_are_those_of_the_bare_model(family: Toy) -> None:
     full(**family.batch()).loss.backward()
     grads = {name: parameter.grad for name, parameter in full.named_parameters()}
     for name in trainable(model):
-        bare = name.removeprefix("base_model.model.").replace("surgical_copies.default.", "")
+        bare = name.removeprefix("base_model.model.")
         torch.testing.assert_close(model.get_parameter(name).grad, grads[bare])
 
 
@@ -138,7 +128,7 @@ def test_hidden_states_are_as_many_as_before(family: Toy) -> None:
     assert same(states[0][-1], states[1][-1])
 
 
-@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in ("albert", "convnext", "resnet")])
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in ("albert", "convnext", "resnet", "levit")])
 def test_gradient_checkpointing_before_or_after_wrapping_gives_the_same_gradients(name: str) -> None:
     toy = FAMILIES[name]
 
@@ -324,9 +314,6 @@ def test_a_model_with_accelerate_hooks_is_wrapped_trained_and_merged(family: Toy
     model(**batch).loss.backward()
     assert any(parameter.grad is not None for parameter in model.parameters())
     nudge(model)
-    layer = next(module for module in model.modules() if isinstance(module, SurgicalLayer))
-    tuned = layer.surgical_copies["default"]
-    assert tuned._hf_hook is not layer.original_module._hf_hook
     expected = logits(nudge(wrap(family)), batch)
     assert same(logits(model, batch), expected)
     assert same(logits(model.merge_and_unload(), batch), expected)

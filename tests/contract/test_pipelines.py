@@ -19,9 +19,9 @@ from .wrapping import Saved
 # transformers 5 has no pipeline for T5's text to text; Whisper's wants Whisper's own tokenizer with its timestamps.
 NONE = ("t5", "whisper")
 TASKS = {
-    **dict.fromkeys(("vit", "swin", "convnext", "resnet"), "image-classification"),
+    **dict.fromkeys(("vit", "swin", "convnext", "resnet", "levit"), "image-classification"),
     **dict.fromkeys(("bert", "modernbert", "albert"), "text-classification"),
-    **dict.fromkeys(("llama", "gpt2", "qwen3_moe", "mamba"), "text-generation"),
+    **dict.fromkeys(("llama", "llama_tied", "gpt2", "qwen3_moe", "mamba"), "text-generation"),
     "clip": "zero-shot-image-classification",
 }
 

@@ -17,13 +17,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from surgical_peft import BlockMap, SurgicalConfig
+from surgical_peft.layer import SurgicalLayer
 
 from ..toys import Batch, Toy
 
 AUTO_CLASSES = {
-    **dict.fromkeys(("vit", "swin", "convnext", "resnet"), transformers.AutoModelForImageClassification),
+    **dict.fromkeys(("vit", "swin", "convnext", "resnet", "levit"), transformers.AutoModelForImageClassification),
     **dict.fromkeys(("bert", "modernbert", "albert"), transformers.AutoModelForSequenceClassification),
-    **dict.fromkeys(("llama", "gpt2", "qwen3_moe", "mamba"), transformers.AutoModelForCausalLM),
+    **dict.fromkeys(("llama", "gpt2", "qwen3_moe", "mamba", "llama_tied"), transformers.AutoModelForCausalLM),
     "t5": transformers.AutoModelForSeq2SeqLM,
     "clip": transformers.AutoModel,
     "whisper": transformers.AutoModelForSpeechSeq2Seq,
@@ -76,13 +77,18 @@ def trainable(model: nn.Module) -> list[str]:
     return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
-def adapted(model: nn.Module, adapter: str = "default") -> dict[str, Tensor]:
+def adapted(model: nn.Module) -> dict[str, Tensor]:
     """The trainable parameters under the base model's own names."""
     return {
-        name.removeprefix("base_model.model.").replace(f"surgical_copies.{adapter}.", ""): parameter
+        name.removeprefix("base_model.model."): parameter
         for name, parameter in model.named_parameters()
         if parameter.requires_grad
     }
+
+
+def layers(model: nn.Module) -> list[SurgicalLayer]:
+    """What holds the parked tensors, in the order of the modules."""
+    return [module for module in model.modules() if isinstance(module, SurgicalLayer)]
 
 
 def module_paths(model: nn.Module, *blocks: str) -> list[str]:

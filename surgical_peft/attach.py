@@ -1,0 +1,137 @@
+"""Puts a [`SurgicalLayer`][surgical_peft.layer.SurgicalLayer] into each module that owns tensors of a new adapter."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from .architecture import fixed_by_architecture
+from .class_code import names_in_code
+from .config import SurgicalConfig
+from .layer import SurgicalLayer
+from .lists import join
+from .quantised import FloatLinear, is_packed, packed_layers
+from .tensors import Targets, TensorMap
+from .wrappers import PARKED, walk
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a new adapter is to have in a model; nothing is changed yet.
+
+    Attributes:
+        targets: paths of the largest modules that it tunes, and the parameters in them (None for all).
+        trained: for each tensor of the adapter, by the first of its names, whether it is trained.
+        packed: paths of the quantised layers that become float for it, and the dtype that they get.
+    """
+
+    targets: Targets
+    trained: Mapping[str, bool]
+    packed: Mapping[str, torch.dtype]
+
+
+def plan_for(model: nn.Module, config: SurgicalConfig, targets: Targets) -> Plan:
+    """Which tensors the modules at the paths `targets` stand for, and which of them train.
+
+    A parameter trains unless the architecture fixes it. What happens to be frozen, by a merge or by hand, trains: the
+    config asks for it.
+
+    Warns:
+        UserWarning: some of the chosen parameters are frozen, and why cannot be told, since the model cannot be built
+            anew.
+
+    Raises:
+        SurgicalError: quantised weights that cannot be made float.
+    """
+    tensors = TensorMap.find(model)
+    chosen = tensors.chosen(targets)
+    fixed, unknown = fixed_by_architecture(model, [name for name, asked in chosen.items() if asked])
+    if unknown:
+        shown = ", ".join(unknown[:5]) + (", ..." if len(unknown) > 5 else "")
+        warnings.warn(
+            f"{shown}: frozen now, while other weights of the model are not, and trained from here on, as the choice "
+            "of blocks asks. If they are not meant to train (fixed positions, for one), leave them out with "
+            "target_modules or exclude_modules, or freeze them again after wrapping.",
+            stacklevel=2,
+        )
+    return Plan(
+        targets,
+        {name: asked and name not in fixed for name, asked in chosen.items()},
+        packed_layers(model, targets, chosen),
+    )
+
+
+def attach(model: nn.Module, plan: Plan, config: SurgicalConfig, adapter: str, like: str, empty: bool) -> None:
+    """Give `adapter` the tensors of the plan, with the values of the set `like`; none stands yet.
+
+    Args:
+        empty: leave out the values, which are loaded next.
+    """
+    for path, dtype in plan.packed.items():
+        packed = model.get_submodule(path)
+        assert isinstance(packed, nn.Linear)
+        made = FloatLinear(packed, dtype)
+        model.set_submodule(path, made.plain() if config.keep_base == "none" else made)
+        if config.keep_base == "cpu":
+            packed.to("cpu")
+    tensors = TensorMap.find(model)
+    modules = dict(walk(model))
+    for path, names in _by_owner(plan, modules).items():
+        owner = modules[path]
+        layer = owner._modules.get(PARKED)
+        if not isinstance(layer, SurgicalLayer):
+            layer = SurgicalLayer(owner, config.keep_base, model).train(owner.training)
+            owner.add_module(PARKED, layer)
+        layer.loading = config.read_from is not None
+        layer.add(
+            adapter,
+            {attribute: tensors.places[name] for attribute, name in names.items()},
+            {attribute for attribute, name in names.items() if plan.trained[name]},
+            like,
+            empty,
+            owner.values() if isinstance(owner, FloatLinear) else None,
+        )
+
+
+def _by_owner(plan: Plan, modules: Mapping[str, nn.Module]) -> dict[str, dict[str, str]]:
+    """The plan's tensors for each module that gets a layer, by path: their names, by those within the module.
+
+    That is the module which owns them; of one that goes through its children (`nn.ModuleList`, torch's
+    parametrizations, a `forward` over `self.children()`) the one around it: a further child would not go unnoticed.
+    """
+    found: dict[str, dict[str, str]] = {}
+    for name in plan.trained:
+        path = name.rpartition(".")[0]
+        while path and _goes_through_children(modules[path]):
+            path = path.rpartition(".")[0]
+        found.setdefault(path, {})[name[len(path) + 1 if path else 0 :]] = name
+    return found
+
+
+def _goes_through_children(module: nn.Module) -> bool:
+    kind: Any = type(module)
+    through = {"children", "named_children", "modules", "named_modules", "_modules"}
+    return isinstance(module, nn.ModuleList | nn.ModuleDict | nn.Sequential) or bool(through & names_in_code(kind))
+
+
+def requires_grad_by_name(model: nn.Module) -> dict[str, bool]:
+    """`requires_grad` of each parameter of the bare model."""
+    return {
+        join(path, name): parameter.requires_grad
+        for path, module in walk(model)
+        for name, parameter in module._parameters.items()
+        if parameter is not None
+    }
+
+
+def restore_requires_grad(model: nn.Module, before: Mapping[str, bool]) -> None:
+    """Put back what `requires_grad_by_name` has told; packed and integer weights stay as they are."""
+    for path, module in walk(model):
+        for name, parameter in module._parameters.items():
+            if parameter is not None and not is_packed(parameter):
+                parameter.requires_grad_(before.get(join(path, name), parameter.requires_grad))

@@ -1,0 +1,113 @@
+"""What is refused about a choice of modules before anything is changed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
+from torch import nn
+
+from .config import SurgicalConfig
+from .errors import SurgicalError
+from .layer import SurgicalLayer
+from .lists import within
+from .offloading import lent_weights
+from .slots import BASE
+from .tensors import TensorMap, put
+from .wrappers import PARKED, walk
+
+
+def check_adapter_names(model: nn.Module, adapters: dict[str, SurgicalConfig], new: SurgicalConfig) -> None:
+    """Refuse what PEFT would only find out by losing weights.
+
+    Raises:
+        SurgicalError: the model is wrapped already, or, with several adapters, one has the name of a module.
+    """
+    name = [name for name, config in adapters.items() if config is new][-1]  # two may share one config object
+    layers = [module for module in model.modules() if isinstance(module, SurgicalLayer)]
+    if "." in name or name == BASE:
+        raise SurgicalError(f"adapter name {name!r}: a dot, or {BASE!r}, cannot be in it. Call the adapter otherwise.")
+    if isinstance(model, PeftModel) or any(name in layer.adapters for layer in layers):
+        raise SurgicalError(
+            f"the model is wrapped already, an adapter {name!r} would mix with the old one: model.unload() the old "
+            "one first, load the model afresh, or model.add_adapter(another_name, config)."
+        )
+    if len(adapters) > 1:
+        if any(isinstance(config, SurgicalConfig) and config.keep_base == "none" for config in adapters.values()):
+            raise SurgicalError(
+                f"adapter {name!r} cannot stand beside {', '.join(n for n in adapters if n != name)}: "
+                "keep_base='none' trains in place, which leaves no base for a second one. Use 'device' or 'cpu'."
+            )
+        parts = {part for path, module in walk(model) for part in [*path.split("."), *module._parameters]}
+        for clash in [other for other in adapters if other in parts]:
+            raise SurgicalError(
+                f"adapter name {clash!r} is also the name of a module or weight: PEFT saves one of several adapters "
+                "by leaving out all weights with another's name in their path. Call the adapter something else."
+            )
+
+
+def check_separate(model: nn.Module, paths: list[str], kind: type[nn.Module] = SurgicalLayer) -> None:
+    """Refuse paths that hold, lie in, or (unless `kind` is the wrapper of both) are what another adapter wraps."""
+    for other, wrapper in model.named_modules():
+        if not isinstance(wrapper, BaseTunerLayer | AuxiliaryTrainingWrapper):
+            continue
+        if isinstance(wrapper, SurgicalLayer):
+            if kind is SurgicalLayer:  # sets of tensors stand side by side
+                continue
+            other = other.rpartition(".")[0]
+        for path in paths:
+            if path == other and isinstance(wrapper, kind):
+                continue
+            if within(path, [other]) or within(other, [path]):
+                raise SurgicalError(
+                    f"{path} cannot be tuned: another adapter already tunes {other} with a {type(wrapper).__name__}. "
+                    "Adapters of other methods, and new heads in modules_to_save, can only be beside it."
+                )
+
+
+def check_exchangeable(model: nn.Module, tensors: TensorMap, chosen: Iterable[str], config: SurgicalConfig) -> None:
+    """Try on the chosen tensors, one by one, what switching adapters does; nothing changes.
+
+    Raises:
+        SurgicalError: their memory is another weight's too, or their module does not let them be set.
+    """
+    tensors.check_alone(chosen)
+    layers = [module for module in model.modules() if isinstance(module, SurgicalLayer)]
+    kept = {place: layer.keep_base for layer in layers for slot in layer.slots.values() for place in slot.places}
+    for name in chosen:
+        for place in tensors.places[name]:
+            module, tensor = place.module, place.tensor
+            kind = type(module).__name__
+            try:
+                put(module, place.attribute, tensor)
+            except Exception as error:  # whatever the class raises
+                raise SurgicalError(
+                    f"{name} cannot be tuned: {kind} does not let its {place.attribute} be set ({error}). Choose "
+                    "other modules."
+                ) from error
+            if getattr(module, place.attribute) is not tensor:
+                raise SurgicalError(
+                    f"{name} cannot be tuned: {kind} gives something else for its {place.attribute} than what stands "
+                    "there. Choose other modules."
+                )
+            if kept.get((module, place.attribute), config.keep_base) != config.keep_base:
+                raise SurgicalError(
+                    f"keep_base={config.keep_base!r}: {name} is tuned by another adapter already, with "
+                    f"keep_base={kept[module, place.attribute]!r}. Adapters that share a module share its base: say "
+                    "the same."
+                )
+            if PARKED in module._modules and not isinstance(module._modules[PARKED], SurgicalLayer):
+                raise SurgicalError(f"{kind} has a part named {PARKED!r} itself, which we need: rename it.")
+
+
+def check_at_hand(model: nn.Module, names: list[str]) -> None:
+    """Refuse weights that accelerate keeps elsewhere."""
+    for each in lent_weights(model):
+        if each.name in names or each.path in names:
+            raise SurgicalError(
+                f"{each.name} is offloaded by accelerate, so there is no weight to train in its place: load the "
+                "model with a device_map that keeps the chosen blocks on a device (the others may be offloaded), or "
+                "wrap it before cpu_offload."
+            )
