@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .errors import SurgicalError
-from .saved import PREFIX, LoadedBase, SavedAdapter, check_fits, heads_of, within
-from .stock import check_found_alone, stock_config
+from .lists import within
+from .saved import PREFIX, LoadedBase, SavedAdapter, check_fits, heads_of
+from .stock import check_found_alone, check_untied, stock_config
 
 
 def write_lora(adapter: SavedAdapter, base: LoadedBase, rank: int, folder: Path) -> dict[str, Any]:
@@ -48,6 +49,7 @@ def write_lora(adapter: SavedAdapter, base: LoadedBase, rank: int, folder: Path)
         for name, tuned in adapter.tensors.items()
         if name in fresh or not torch.equal(tuned, state[name].to(tuned.dtype))
     ]
+    check_untied(base.model, changed)
     owners = dict.fromkeys(name.rpartition(".")[0] for name in changed)
     new = {name.rpartition(".")[0] for name in changed if name in fresh}
     whole = heads_of(adapter.config, modules)

@@ -20,6 +20,7 @@ from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 from .config import SurgicalConfig, SurgicalPeftType
 from .errors import SurgicalError
+from .lists import within
 
 PREFIX = "base_model.model."  # what PEFT puts before each name of the base model
 Base = str | Path | nn.Module | None  # a folder or Hub id, the model itself, or None for what the adapter names
@@ -49,7 +50,9 @@ class SavedAdapter:
 
     def new_to(self, base: LoadedBase) -> frozenset[str]:
         """Names of the weights that have no certain value in the base model: LoRA's, and those of new heads."""
-        return base.undetermined | {n for n in self.tensors if not within(n, self.config.tuned_modules or {})}
+        record = self.config.tuned_modules or {}
+        known = {*record, *(f"{path}.{name}".lstrip(".") for path, names in record.items() for name in names or ())}
+        return base.undetermined | {name for name in self.tensors if not within(name, known)}
 
 
 @dataclass(frozen=True)
@@ -180,11 +183,6 @@ def check_fits(adapter: SavedAdapter, state: dict[str, Tensor], new: frozenset[s
 def heads_of(config: SurgicalConfig, modules: Iterable[str]) -> list[str]:
     """Which of `modules` PEFT saves as `modules_to_save`: those whose path ends with one of the names."""
     return [path for path in modules if any(path.endswith(name) for name in config.modules_to_save or [])]
-
-
-def within(path: str, homes: Iterable[str]) -> bool:
-    """Whether `path` is one of `homes` or lies inside of one."""
-    return any(path == home or path.startswith(home + ".") for home in homes)
 
 
 def _kind(tensor: Tensor) -> str:

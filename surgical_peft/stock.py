@@ -11,7 +11,9 @@ from torch import nn
 
 from .config import SurgicalConfig
 from .errors import SurgicalError
-from .saved import SavedAdapter, heads_of, within
+from .lists import within
+from .saved import SavedAdapter, heads_of
+from .tensors import TensorMap
 
 _ELSE = "Keep the adapter as it is, or export it with --format merged or delta."
 
@@ -44,10 +46,16 @@ def whole_modules(adapter: SavedAdapter, model: nn.Module | None) -> list[str]:
                 f"the adapter tunes only parts of {path}; whether stock PEFT can hold them depends on the base model: "
                 f"give it as base_model=model. {_ELSE}"
             )
+        if tuned == [] or not path:
+            what = (
+                f"statistics of {path}, which move with frozen_eval=False" if path else f"{tuned} of the model itself"
+            )
+            raise SurgicalError(f"the adapter tunes {what}; stock PEFT takes modules whole. {_ELSE}")
         names = [path] if tuned is None else [f"{path}.{name}".rpartition(".")[0] for name in tuned]
         paths += dict.fromkeys(names)
     if model is None:
         return paths
+    check_untied(model, adapter.own)
     check_found_alone(modules, paths)
     to_save = heads_of(adapter.config, modules)
     for path in [*paths, *to_save]:
@@ -60,6 +68,23 @@ def whole_modules(adapter: SavedAdapter, model: nn.Module | None) -> list[str]:
     if strange:
         raise SurgicalError(f"the adapter's file holds {strange[0]}, which its config does not tune: save it again.")
     return paths
+
+
+def check_untied(model: nn.Module, names: Iterable[str]) -> None:
+    """Make sure that no weight stands in several modules: PEFT would change one of them and leave the others.
+
+    Raises:
+        SurgicalError: one is tied; the message names all its places.
+    """
+    tied: dict[str, list[str]] = {}
+    for name, first in TensorMap.find(model).first.items():
+        tied.setdefault(first, []).append(name)
+    for name in names:
+        if len(tied.get(name, [])) > 1:
+            raise SurgicalError(
+                f"the adapter tunes {name}, which is one weight with {', '.join(tied[name][1:])}: stock PEFT would "
+                f"change the one and leave the other. {_ELSE}"
+            )
 
 
 def check_found_alone(modules: Collection[str], paths: Iterable[str]) -> None:

@@ -31,6 +31,7 @@ from surgical_peft import SurgicalConfig, SurgicalError, delta, export_to_peft, 
 from surgical_peft.export import export
 from surgical_peft.fingerprint import fingerprint
 
+from .families import FAMILIES
 from .toys import TOYS, Toy
 
 WEIGHTS = "adapter_model.safetensors"
@@ -334,7 +335,7 @@ def test_a_delta_of_any_numbers(tmp_path: Path) -> None:
     torch.manual_seed(0)
     base = nn.Sequential(nn.Linear(64, 64), nn.BatchNorm1d(64))
     tuned = get_peft_model(copy.deepcopy(base), SurgicalConfig(target_modules=["0", "1"]))
-    layer, norm = (tuned.base_model.model[index].module_in_use() for index in (0, 1))
+    layer, norm = (tuned.base_model.model[index] for index in (0, 1))
     layer.weight.data = torch.randint(-(2**31), 2**31, (64, 64), dtype=torch.int64).int().view(torch.float32)
     layer.bias.data[:4] = torch.tensor([float("inf"), float("nan"), -0.0, 1e-42])
     norm.num_batches_tracked += 7
@@ -572,3 +573,36 @@ def wider_vit() -> nn.Module:
     config = copy.deepcopy(TOYS["vit"].build().config)
     config.intermediate_size = 48  # type: ignore[union-attr]
     return type(TOYS["vit"].build())(config)
+
+
+@pytest.mark.parametrize("name", ["llama_tied", "gpt2", "t5"])
+def test_a_tied_weight_is_merged_and_in_the_delta_and_stock_peft_cannot_hold_it(name: str, tmp_path: Path) -> None:
+    toy = FAMILIES[name]
+    base, tuned = toy_adapter(toy, tmp_path, blocks=["embeddings"])
+    expected = logits(tuned, toy)
+    export(tmp_path / "adapter", tmp_path / "merged", format="merged")
+    assert torch.equal(logits(type(base).from_pretrained(tmp_path / "merged").eval(), toy), expected)
+    export(tmp_path / "adapter", tmp_path / "delta", format="delta")
+    export(tmp_path / "delta", tmp_path / "back", format="adapter")
+    again = PeftModel.from_pretrained(type(base).from_pretrained(tmp_path / "base"), tmp_path / "back").eval()
+    assert torch.equal(logits(again, toy), expected)
+    for kwargs in ({"format": "peft"}, {"format": "lora", "rank": 2}):
+        with pytest.raises(SurgicalError, match=r"lm_head\.weight.*merged"):
+            export(tmp_path / "adapter", tmp_path / "stock", **kwargs)
+    assert not (tmp_path / "stock").exists()
+
+
+def test_what_is_no_whole_module_is_refused_by_name(tmp_path: Path) -> None:
+    class Lone(Plain):
+        def __init__(self) -> None:
+            super().__init__()
+            self.token = nn.Parameter(torch.zeros(4))
+            self.norm = nn.BatchNorm1d(4)
+
+    for config, name in (
+        (SurgicalConfig(blocks=["embeddings"]), "token"),
+        (SurgicalConfig(target_modules=["layers.0"], frozen_eval=False), "norm"),
+    ):
+        saved(Lone(), config, tmp_path / name)
+        with pytest.raises(SurgicalError, match=name):
+            export_to_peft(tmp_path / name, tmp_path / "stock", base_model=Lone())
