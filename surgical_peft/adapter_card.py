@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from .config import SurgicalPeftType
 from .files import write_text
+from .tensors import TensorMap
 
 TAG = "surgical-fine-tuning"
 HERE = "this folder or repository"  # in the place of a repository's name, until it is known
@@ -46,6 +47,7 @@ class Tuned:
         commit: which of its commits, if that is known.
         new_labels: how many labels it has, if its head is new.
         subfolder: where the adapter lies, if not beside the card.
+        tied: for each tuned weight that stands in several modules, the names of all its places.
     """
 
     blocks: Sequence[str] | None
@@ -61,6 +63,7 @@ class Tuned:
     commit: str | None
     new_labels: int | None = None
     subfolder: str | None = None
+    tied: Sequence[Sequence[str]] = ()
 
 
 def describe(tuned: Sequence[Tuned]) -> str:
@@ -142,6 +145,7 @@ def _tuned(model: PeftModel) -> list[Tuned]:
     base = model.get_base_model()
     of_transformers = isinstance(base, PreTrainedModel)
     labels = base.config.num_labels if of_transformers and "Classification" in type(base).__name__ else None
+    tensors = TensorMap.find(base)
     found = []
     for name, config in model.peft_config.items():
         if config.peft_type != SurgicalPeftType.SURGICAL:
@@ -163,6 +167,7 @@ def _tuned(model: PeftModel) -> list[Tuned]:
                 commit=commit,
                 new_labels=labels if config.modules_to_save else None,
                 subfolder=None if name == "default" else name,
+                tied=tensors.tied(tensors.chosen(config.tuned_modules or {})),
             )
         )
     return found
@@ -187,7 +192,8 @@ def _what(tuned: Tuned) -> str:
     paths = f" (modules {modules})" if tuned.blocks else ""
     also = f"; new and trained as well: {_listed(tuned.modules_to_save)}" if tuned.modules_to_save else ""
     rest = "in the rest is LoRA" if tuned.lora else "the rest is as in the base model"
-    return f"**Tuned in full: {where}{parts}**{paths}{also}; {rest}."
+    tied = "".join(f" {_listed(names)} are one weight, tuned at all places." for names in tuned.tied)
+    return f"**Tuned in full: {where}{parts}**{paths}{also}; {rest}.{tied}"
 
 
 def _why(tuned: Tuned) -> str:
@@ -240,10 +246,15 @@ def _without_us(tuned: Tuned) -> str:
         'tensors = {name.removeprefix("base_model.model."): tensor for name, tensor in tensors.items()}',
         "assert not base_model.load_state_dict(tensors, strict=False).unexpected_keys",
     ]
+    alone = (
+        "`surgical-peft export ADAPTER OUT --format merged` makes a whole model of it, for transformers alone; stock "
+        "PEFT cannot hold a weight that stands in several modules."
+        if tuned.tied
+        else "`surgical-peft export ADAPTER OUT --format peft` makes a copy that PEFT loads alone."
+    )
     return (
         "Without the package, the file holds the tuned weights under their names in the base model:\n\n"
-        f"{_code(lines)}\n\n"
-        "`surgical-peft export ADAPTER OUT --format peft` makes a copy that PEFT loads alone."
+        f"{_code(lines)}\n\n{alone}"
     )
 
 

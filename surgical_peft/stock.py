@@ -76,15 +76,11 @@ def check_untied(model: nn.Module, names: Iterable[str]) -> None:
     Raises:
         SurgicalError: one is tied; the message names all its places.
     """
-    tied: dict[str, list[str]] = {}
-    for name, first in TensorMap.find(model).first.items():
-        tied.setdefault(first, []).append(name)
-    for name in names:
-        if len(tied.get(name, [])) > 1:
-            raise SurgicalError(
-                f"the adapter tunes {name}, which is one weight with {', '.join(tied[name][1:])}: stock PEFT would "
-                f"change the one and leave the other. {_ELSE}"
-            )
+    for name, *others in TensorMap.find(model).tied(names):
+        raise SurgicalError(
+            f"the adapter tunes {name}, which is one weight with {', '.join(others)}: stock PEFT would change the one "
+            f"and leave the other. {_ELSE}"
+        )
 
 
 def check_found_alone(modules: Collection[str], paths: Iterable[str]) -> None:

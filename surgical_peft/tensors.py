@@ -130,6 +130,13 @@ class TensorMap:
                 whole[path] = None if set(self.parameters(path)) == {join(path, n) for n in names} and path else names
         return whole
 
+    def tied(self, names: Iterable[str]) -> list[list[str]]:
+        """For each of the first `names` whose tensor stands in several places, all its names."""
+        again: dict[str, list[str]] = {}
+        for name, first in self.first.items():
+            again.setdefault(first, []).append(name)
+        return [again[name] for name in names if len(again.get(name, ())) > 1]
+
     def check_alone(self, names: Iterable[str]) -> None:
         """Refuse tensors whose memory another one uses, too: exchanged alone, one would miss the other's values.
 

@@ -28,6 +28,7 @@ from surgical_peft.run_report import identity
 from surgical_peft.tasks import load_task
 from surgical_peft.train import train
 
+from .families import FAMILIES
 from .toy_tasks import TOY_TASKS
 from .toys import Toy
 
@@ -490,3 +491,13 @@ def test_where_a_model_is_from(tmp_path: Path) -> None:
     assert origin("") == (False, None)
     assert origin("/a/folder/that/is/gone") == (False, None)
     assert origin("no-such-user/no-such-model") == (True, None)  # not in the cache
+
+
+def test_an_adapter_of_a_tied_weight_says_so_and_how_it_is_exported(tmp_path: Path) -> None:
+    model = get_peft_model(FAMILIES["llama_tied"].model(), SurgicalConfig(blocks=["embeddings"]))
+    model.save_pretrained(tmp_path / "tied")
+    text = (tmp_path / "tied" / "README.md").read_text()
+    assert "`model.embed_tokens.weight`, `lm_head.weight`" in text
+    assert "--format merged" in text and "--format peft" not in text
+    get_peft_model(FAMILIES["llama"].model(), SurgicalConfig(blocks=["embeddings"])).save_pretrained(tmp_path / "not")
+    assert "--format peft" in (tmp_path / "not" / "README.md").read_text()
