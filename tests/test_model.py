@@ -218,6 +218,14 @@ def test_a_named_adapter_is_merged_whatever_is_active(vit: Toy) -> None:
     assert torch.equal(logits(model.merge_and_unload(adapter_names=["default"]), vit.batch()), tuned)
 
 
+def test_whole_weights_are_not_added_up(vit: Toy) -> None:
+    model = get_peft_model(vit.model(), SurgicalConfig(blocks=[0]))
+    model.add_adapter("second", SurgicalConfig(blocks=[0]))
+    with pytest.raises(SurgicalError, match="add_weighted_adapter"):
+        model.add_weighted_adapter(["default", "second"], [0.5, 0.5], "mean")
+    assert list(model.peft_config) == ["default", "second"]
+
+
 def test_of_three_adapters_the_next_is_active_everywhere(vit: Toy) -> None:
     model = get_peft_model(vit.model(), SurgicalConfig(blocks=["0:3"]))
     model.add_adapter("b", SurgicalConfig(blocks=[0]))
