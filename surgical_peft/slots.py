@@ -137,12 +137,16 @@ class Slot:
             self.parked[left] = there
             self.standing = name
             return
-        lent = name == BASE and self.keep_base == "cpu" and there.device != self.home
-        if lent and self.own == BASE:
-            there = with_data(there, there.detach().to(self.home))
-        elif lent:
-            there = twin(there, there.detach().to(self.home))
-        if not (lent and self.own != BASE):
+        # accelerate's dispatch_model moves parameters one by one, and knows nothing of what is parked
+        home = self.home if left in self.empty or (left == BASE and self.keep_base == "packed") else here.device
+        elsewhere = (
+            there.device != home and name not in self.empty and not (name == BASE and self.keep_base == "packed")
+        )
+        lent = elsewhere and name == BASE and self.keep_base == "cpu" and self.own != BASE
+        if elsewhere:
+            values = there.detach().to(home)
+            there = twin(there, values) if lent else with_data(there, values)
+        if not lent:
             del self.parked[name]
         self._put(there)
         self.standing = name

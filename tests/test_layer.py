@@ -271,3 +271,14 @@ def test_a_weight_that_was_taken_out_of_its_module_is_missed_by_name() -> None:
     torch.nn.utils.prune.l1_unstructured(owner_of(layer), "weight", amount=1)
     with pytest.raises(SurgicalError, match="Linear has lost its weight"):
         layer.enable_adapters(False)
+
+
+def test_what_is_parked_follows_a_module_that_was_moved_weight_by_weight() -> None:
+    """As accelerate's dispatch_model does; meta stands for an accelerator."""
+    layer = layer_with("a", "b")
+    owner = owner_of(layer)
+    for name, parameter in dict(owner.named_parameters()).items():
+        setattr(owner, name, nn.Parameter(parameter.detach().to("meta")))
+    for names in (["b"], [], ["a"]):
+        layer.set_adapter(names)
+        assert {parameter.device.type for parameter in owner.parameters()} == {"meta"}
