@@ -133,14 +133,14 @@ def _by_rows(
 
     def run(name: str, *args: Any, **kwargs: Any) -> Any:
         for layer in layers:
-            layer.stand([name])
+            layer.stand([] if layer.disable_adapters else [name])  # disabled, names have no say
         return forward(*args, **kwargs)
 
     try:
         return run_by_rows(names, run, *args, **kwargs)
     finally:
         for layer in layers:
-            layer.stand(layer.active_adapters)
+            layer.arrange()
 
 
 def _hand_over(module: nn.Module, args: Any, kwargs: dict[str, Any], names: list[str]) -> Any:

@@ -66,6 +66,17 @@ def test_each_row_goes_through_its_own_adapter(toy: Toy) -> None:
 
 
 @torch.no_grad()
+def test_disabled_layers_run_the_base_for_every_row_and_after(toy: Toy) -> None:
+    model = two_adapters(toy)
+    batch = inputs(toy)
+    with model.disable_adapter():
+        base = model(**batch).logits
+    model.base_model.disable_adapter_layers()  # PeftModel does not know of it, and asks for the rows still
+    torch.testing.assert_close(model(**batch, adapter_names=NAMES).logits, base, rtol=1e-5, atol=1e-5)
+    assert torch.equal(model(**batch).logits, base)
+
+
+@torch.no_grad()
 def test_what_the_adapters_share_runs_once(vit: Toy) -> None:
     model = two_adapters(vit)
     calls: dict[str, list[int]] = {}
