@@ -3,11 +3,11 @@
     python benchmarks/forward.py
 
 The quickstart's vision transformer, a Llama of 12 small blocks and a ViT-S/16, in eval mode, with one block and with
-all of them tuned. Ours is measured twice: the `PeftModel` that a user calls, which does things of its own at each call
-that take 20 to 30 microseconds, and the base model inside it, which runs no code of ours. Beside it stand stock PEFT's
-own full copy of the same modules, `modules_to_save`; and, as the control, a second bare model, whose ratio shows what
-is noise. All are copies of one model around the same weights in memory: where things lie moves the time of a small
-model by more than wrapping does.
+all of them tuned. Ours is measured twice: the `PeftModel` that a user calls, which does things of its own at each
+call, and the base model inside it, which runs no code of ours. Beside it stand stock PEFT's own full copy of the same
+modules, `modules_to_save`; and, as the control, a second bare model, whose ratio shows what is noise. All are copies
+of one model around the same weights in memory: where things lie moves the time of a small model by more than wrapping
+does.
 
 A round builds all four anew. The five calls take turns, in random order, and a turn is several passes, so that a model
 finds what it read last time in the cache, as it does in use. The ratio of a round is that of the lower quartiles of
