@@ -9,9 +9,11 @@ policy, and nothing depends on `Trainer`.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_optimizer import is_optimizer_factory
@@ -19,8 +21,9 @@ from transformers.training_args import OptimizerNames
 
 from .blocks import BlockMap
 from .errors import SurgicalError
+from .master_weights import MasterWeights, is_16_bit, rounds_stochastically
 from .policies.policy import STATE_POLICIES, Policy, Unit, check_word
-from .rates import BlockRates
+from .rates import BlockRates, under_deepspeed
 from .wrappers import clean_name
 
 
@@ -31,6 +34,7 @@ def create_surgical_optimizer(
     lr: float,
     weight_decay: float = 0.0,
     policy: Policy | None = None,
+    master_weights: bool = True,
     **kwargs: Any,
 ) -> Optimizer:
     """An optimizer over the trainable parameters of `model`, a group for each block; for any training loop.
@@ -39,14 +43,18 @@ def create_surgical_optimizer(
         model: bare or wrapped; what has `requires_grad` is trained. A policy that freezes changes this as it goes,
             from here on: build the optimizer last, after everything that reads `requires_grad`.
         optimizer_cls: any optimizer that takes parameter groups.
-        lr: learning rate; policies multiply it.
+        lr: learning rate, more than 0; policies multiply it.
         weight_decay: for weights; biases and norms have none, by `Trainer`'s own rule.
         policy: from `policies`; None = the same rate everywhere.
+        master_weights: keep a float32 master of each 16-bit weight that is trained, in the optimizer's state, and step
+            on that; False = steps vanish in rounding where they are small. Not needed, and not done, where the
+            optimizer rounds stochastically or DeepSpeed keeps masters of its own.
         **kwargs: for `optimizer_cls`.
 
     Raises:
-        SurgicalError: nothing to train, a factor of the policy that is not a finite number above 0, a policy that does
-            not fit the model, or one that freezes under several processes.
+        SurgicalError: nothing to train, a rate or a factor of the policy that is not a finite number above 0, weights
+            on the meta device, an optimizer that does not take what is trained, a policy that does not fit the model,
+            or one that freezes under several processes.
 
     Example:
         >>> optimizer = create_surgical_optimizer(model, torch.optim.AdamW, lr=1e-3, policy=policies.auto_rgn())
@@ -55,6 +63,8 @@ def create_surgical_optimizer(
         raise SurgicalError(f"policy={policy!r} is not a policy: call it first, as in policies.auto_rgn().")
     policy = policy or Policy()
     check_word(str(policy), "state_policy", policy.state_policy, STATE_POLICIES)
+    _check_number("lr", lr, above=0.0)
+    _check_number("weight_decay", weight_decay)
     blocks = BlockMap.find(model)
     base = _checked_base_multipliers(policy, blocks)
     decayed = set(Trainer.get_decay_parameter_names(None, model))  # type: ignore[arg-type]  # uses no self
@@ -84,8 +94,22 @@ def create_surgical_optimizer(
         )
     # The highest rate first: Trainer logs the rate of the first group.
     ordered = sorted(groups.values(), key=lambda group: -group["lr"])
-    optimizer = optimizer_cls(ordered, lr=lr, **kwargs)  # type: ignore[call-arg]
+    _check_in_memory(groups)
+    try:
+        optimizer = optimizer_cls(ordered, lr=lr, **kwargs)  # type: ignore[call-arg]
+    except ValueError as error:  # Muon takes matrices, LBFGS one group
+        shapes = sorted({weight.ndim for group in ordered for weight in group["params"]})
+        raise SurgicalError(
+            f"{optimizer_cls.__name__} does not take what is trained, weights of {' and '.join(map(str, shapes))} "
+            f"dimensions in {len(ordered)} groups: {error} Take an optimizer that does, such as torch.optim.AdamW, or "
+            "tune what it takes: SurgicalConfig(target_modules=...)."
+        ) from error
+    masters = MasterWeights(optimizer) if master_weights and _needs_masters(optimizer) else None
+    if masters:  # its hooks around a step are the inner ones: the policy's see the model's own weights
+        optimizer.register_step_post_hook(masters.give_back)
     rates = BlockRates(optimizer, policy, list(units.values()), blocks)
+    if masters:
+        optimizer.register_step_pre_hook(masters.lend)
     if policy.own_loss:
         rates.watch_loss(model)
     return optimizer
@@ -98,7 +122,9 @@ class SurgicalOptimizerFactory:
     `args.optim` that takes parameter groups does; GaLore, APOLLO and LOMO, which bring their own, are refused.
     """
 
-    def __call__(self, model: nn.Module, *, args: TrainingArguments, policy: Policy | None = None) -> Optimizer:
+    def __call__(
+        self, model: nn.Module, *, args: TrainingArguments, policy: Policy | None = None, master_weights: bool = True
+    ) -> Optimizer:
         optimizer_cls, kwargs = Trainer.get_optimizer_cls_and_kwargs(args, model)  # type: ignore[arg-type]
         if is_optimizer_factory(optimizer_cls) or {"params", "model", "optimizer_dict"} & kwargs.keys():
             raise SurgicalError(
@@ -106,18 +132,48 @@ class SurgicalOptimizerFactory:
                 "for each block: use one that takes groups, such as 'adamw_torch' or 'sgd'."
             )
         settings = {**kwargs, "lr": args.learning_rate, "weight_decay": args.weight_decay}
-        return create_surgical_optimizer(model, optimizer_cls, policy=policy, **settings)
+        return create_surgical_optimizer(
+            model, optimizer_cls, policy=policy, master_weights=master_weights, **settings
+        )
 
 
 def surgical_optimizer(
-    args: TrainingArguments, policy: Policy | None = None
+    args: TrainingArguments, policy: Policy | None = None, master_weights: bool = True
 ) -> tuple[type[SurgicalOptimizerFactory], dict[str, Any]]:
     """What to hand to `Trainer(optimizer_cls_and_kwargs=...)` for learning rates by block.
+
+    Args:
+        args: the Trainer's; read when it makes its optimizer.
+        policy, master_weights: as in [`create_surgical_optimizer`][surgical_peft.create_surgical_optimizer].
 
     Example:
         >>> Trainer(model=model, args=args, optimizer_cls_and_kwargs=surgical_optimizer(args, policies.auto_rgn()))
     """
-    return SurgicalOptimizerFactory, {"args": args, "policy": policy}
+    return SurgicalOptimizerFactory, {"args": args, "policy": policy, "master_weights": master_weights}
+
+
+def _needs_masters(optimizer: Optimizer) -> bool:
+    coarse = any(is_16_bit(weight) for group in optimizer.param_groups for weight in group["params"])
+    return coarse and not rounds_stochastically(optimizer) and not under_deepspeed()
+
+
+def _check_number(name: str, value: Any, above: float | None = None) -> None:
+    """Refuse a rate or a decay that optimizers would stumble over, or take without a word."""
+    number = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+    is_number = isinstance(number, int | float) and not isinstance(number, bool) and math.isfinite(number)
+    if not is_number or number < 0 or number == above:
+        bound = "more than 0" if above is not None else "0 or more"
+        raise SurgicalError(f"{name}={value!r} is out of range: a finite number, {bound}.")
+
+
+def _check_in_memory(groups: Mapping[tuple[str, bool], dict[str, Any]]) -> None:
+    """Refuse weights that a step would leave as they are; where processes share them out, some have them later."""
+    lost = sorted({group["block"] for group in groups.values() if any(w.is_meta for w in group["params"])})
+    if lost and not (dist.is_initialized() and dist.get_world_size() > 1):
+        raise SurgicalError(
+            f"the weights of {', '.join(lost)} are on the meta device, so that no step would change them: load the "
+            "model's weights first, and without offloading (device_map) what is trained."
+        )
 
 
 def _checked_base_multipliers(policy: Policy, blocks: BlockMap) -> dict[str, float]:

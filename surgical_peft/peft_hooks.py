@@ -17,6 +17,7 @@ from .attach import Plan, attach, plan_for, requires_grad_by_name
 from .checkpointing import mend_checkpointing
 from .config import SurgicalConfig
 from .fit import check_base, check_fit, prepare_loading
+from .foreign_optimizers import tell_of_others
 from .layer import SurgicalLayer
 from .lora import check_lora, inject_lora
 from .slots import BASE
@@ -98,6 +99,7 @@ class PeftHooks(BaseTuner):
             inject_lora(model, config, config.tuned_modules or {}, adapter_name)
             self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
         self._renew_modes()  # the model may be in train mode already
+        tell_of_others(parameter for parameter in model.parameters() if parameter.requires_grad)
 
     def _post_injection_hook(self, model: nn.Module, config: SurgicalConfig, adapter_name: str) -> None:
         mend_checkpointing(seen_through(model))

@@ -38,7 +38,7 @@ class BlockRates:
                 f"it runs on 1 process, not on {dist.get_world_size()}. Give the policy hard=False (a rate of 0 "
                 "instead), or choose the blocks once, by SurgicalConfig(blocks=...)."
             )
-        is_deepspeed = is_initialized() and AcceleratorState().distributed_type is DistributedType.DEEPSPEED
+        is_deepspeed = under_deepspeed()
         if is_deepspeed and not policy.is_constant:
             raise SurgicalError(
                 f"{policy} follows gradients or changes rates during training, and DeepSpeed, whose optimizer keeps "
@@ -68,6 +68,8 @@ class BlockRates:
     def run(self, optimizer: Optimizer) -> Run:
         """The training as the policy sees it."""
         record = optimizer.param_groups[0]["surgical"]
+        for key in ("scores", "state"):
+            record.setdefault(key, {})  # torch's distributed checkpoints leave empty dictionaries out
         return Run(self._units, self._blocks, record["step"], record["epoch"], record["state"], record["scores"])
 
     def set_multipliers(self, optimizer: Optimizer, multipliers: Mapping[str, float]) -> None:
@@ -203,6 +205,11 @@ class BlockRates:
         self._put_back(optimizer)
         optimizer.param_groups[0]["surgical"]["step"] += 1
         self._plan(optimizer)
+
+
+def under_deepspeed() -> bool:
+    """Whether DeepSpeed will step, with groups and weights of its own."""
+    return is_initialized() and AcceleratorState().distributed_type is DistributedType.DEEPSPEED
 
 
 def _move(state: dict[str, Any], device: Any) -> None:

@@ -17,8 +17,8 @@ PACKAGE = Path(surgical_peft.__file__).parent
 # A module may import from tiers above its own, and a package (criteria, policies, report) within itself.
 TIERS = [
     ["errors", "memory", "quiet", "threads", "strict_yaml", "rate_grid", "terminal"],
-    ["files", "names", "fingerprint", "patterns", "paired", "step_costs", "class_code"],
-    ["wrappers", "checkpointing", "eval_mode"],
+    ["files", "names", "fingerprint", "patterns", "paired", "step_costs", "class_code", "master_weights"],
+    ["wrappers", "checkpointing", "eval_mode", "foreign_optimizers"],
     ["lists"],
     ["stacks", "architecture", "tensors"],
     ["batches", "slots", "offloading", "partition"],

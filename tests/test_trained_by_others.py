@@ -162,7 +162,8 @@ LAUNCH = {
 
 @pytest.mark.parametrize("way", LAUNCH)
 def test_launched_on_two_processes_equals_one_on_the_union(tmp_path: Path, way: str) -> None:
-    train(tmp_path / "one")
+    train(tmp_path / "one" / "float32")
+    train(tmp_path / "one" / "bfloat16", torch.bfloat16)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
@@ -172,7 +173,12 @@ def test_launched_on_two_processes_equals_one_on_the_union(tmp_path: Path, way: 
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300, env=os.environ)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     assert f"{way} 2\n" in done.stdout
-    assert_same_adapter(tmp_path / "one", tmp_path / "two", atol=1e-5)
+    assert_same_adapter(tmp_path / "one" / "float32", tmp_path / "two" / "float32", atol=1e-5)
+    one, two = (torch.load(tmp_path / who / "bfloat16" / "masters.pt") for who in ("one", "two"))
+    for master, other in zip(one, two, strict=True):
+        assert master.dtype == other.dtype == torch.float32
+        assert torch.allclose(master, other, atol=1e-4)  # their gradients are sums of bfloat16 numbers
+        assert not torch.equal(other, other.bfloat16().float())
 
 
 class Stack(nn.Module):

@@ -1,0 +1,47 @@
+"""A word to whoever tunes 16-bit weights by an optimizer that keeps no masters of them."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils.weak import WeakIdKeyDictionary
+
+from .master_weights import coarse_places, is_16_bit, rounds_stochastically
+
+
+def tell_of_others(weights: Iterable[Tensor]) -> None:
+    """Warn, once, when an optimizer without masters steps on one of these weights, if they are 16-bit."""
+    global _watching
+    found = [weight for weight in weights if is_16_bit(weight)]
+    _tuned.update((weight, None) for weight in found)
+    if found and _watching is None:
+        _watching = register_optimizer_step_pre_hook(_look)
+
+
+_tuned: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_seen: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+_watching: Any = None
+
+
+def _look(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    if optimizer in _seen:
+        return
+    _seen.add(optimizer)
+    tuned = (weight for _, _, weight in coarse_places(optimizer) if weight in _tuned)
+    weight = next(tuned, None)
+    if weight is None or hasattr(optimizer, "block_rates") or rounds_stochastically(optimizer):
+        return
+    _watching.remove()
+    warnings.warn(
+        f"{type(optimizer).__name__} steps on {str(weight.dtype).removeprefix('torch.')} weights, where small steps "
+        "vanish in rounding. Train with create_surgical_optimizer(model, torch.optim.AdamW, lr=...), or with "
+        "Trainer(optimizer_cls_and_kwargs=surgical_optimizer(args)), which keep 32-bit masters of what is tuned, or "
+        "load the model with dtype=torch.float32.",
+        stacklevel=4,
+    )

@@ -1,0 +1,250 @@
+"""32-bit masters of 16-bit weights: an optimizer steps on them, and the model runs on what they round to.
+
+Adam's steps at rates of 1e-3 and less are smaller than the distance between two bfloat16 numbers near 1 and vanish in
+rounding. transformers 5 loads a bfloat16 checkpoint as bfloat16.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+from torch.utils.weak import WeakIdKeyDictionary
+
+from .errors import SurgicalError
+
+KEY = "master_weight"  # in a weight's optimizer state, beside what the optimizer keeps there
+Place = tuple[list[Tensor], int, Tensor]  # a group's parameters, the position among them, the weight that is there
+
+
+class MasterWeights:
+    """Makes an optimizer step on float32 masters of its 16-bit weights, and round them to the weights.
+
+    Outside a step the optimizer's groups hold the model's own parameters, so whatever clips or scales gradients,
+    freezes weights or looks for parameters finds them. A master is part of its weight's optimizer state: it is saved,
+    loaded, offloaded and dropped with it, and made anew where there is none. Where something else has changed a weight
+    since the last step, its master follows.
+
+    Memory: 4 bytes for each tuned 16-bit weight, 4 more for its gradient during a step, and the optimizer's own
+    numbers are float32. Gradients of float16 weights are float32, without which they cannot be unscaled.
+
+    Raises:
+        SurgicalError: float16 weights under several processes, or with a torch that cannot keep their gradients in
+            float32.
+
+    Source: mixed precision training, Micikevicius et al. 2018 (arXiv 1710.03740), section 3.1.
+
+    Example:
+        >>> masters = MasterWeights(optimizer)
+        >>> optimizer.register_step_post_hook(masters.give_back)  # before hooks that look for the weights
+        >>> optimizer.register_step_pre_hook(masters.lend)  # after them
+    """
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self._lent: list[tuple[list[Tensor], int, Tensor, Tensor]] = []  # places, with their masters
+        self._stand_ins: list[tuple[list[Tensor], int, Tensor, Tensor]] = []
+        self._rounded: WeakIdKeyDictionary = WeakIdKeyDictionary()  # the version of each weight since its last step
+        half = [weight for _, _, weight in coarse_places(optimizer) if weight.dtype == torch.float16]
+        _keep_gradients_in_float32(half)
+        weakref.finalize(optimizer, _let_gradients_go, half).atexit = False
+        optimizer.register_load_state_dict_post_hook(self._loaded)
+        me = weakref.ref(optimizer)  # what is set on the optimizer must not keep it alive
+        optimizer.load_state_dict = _within(self._loading, "load_state_dict", me)  # type: ignore[method-assign]
+        for name in ("train", "eval"):  # of schedule-free optimizers: they move the weights
+            if hasattr(optimizer, name):
+                setattr(optimizer, name, _within(self._all_lent, name, me))
+
+    def lend(self, optimizer: Optimizer, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+        """Put the masters in the places of the weights; a hook before the step."""
+        closure = kwargs.get("closure") or next(iter(args[1:]), None)
+        self._put_in(optimizer, lambda weight: weight.grad is not None or (closure and weight.requires_grad))
+        self._pass_gradients()
+        return None if closure is None else ((optimizer,), {**kwargs, "closure": self._on_the_weights(closure)})
+
+    def give_back(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        """Round the masters to the weights, and put these in their places; a hook after the step."""
+        self._round()
+        self._put_back(optimizer)
+
+    def _put_in(self, optimizer: Optimizer, which: Callable[[Tensor], Any]) -> None:
+        self._put_back(optimizer)  # a step that raised got no hook after it
+        for params, at, weight in coarse_places(optimizer):
+            if which(weight):
+                state = optimizer.state.pop(weight, {})
+                master = state.pop(KEY, None)
+                if master is None:
+                    master = weight.detach().float()
+                    state = {key: _as_float32(value, weight) for key, value in state.items()}
+                params[at] = master
+                if state:  # optimizers take an empty one for a weight that they see for the first time
+                    optimizer.state[master] = state
+                self._lent.append((params, at, weight, master))
+        self._follow()
+
+    def _put_back(self, optimizer: Optimizer) -> None:
+        for params, at, weight, master in self._lent:
+            params[at], master.grad = weight, None
+            optimizer.state[weight] = {**optimizer.state.pop(master, {}), KEY: master}
+        self._lent.clear()
+
+    @torch.no_grad()
+    def _pass_gradients(self) -> None:
+        for _, _, weight, master in self._lent:
+            master.grad = None if weight.grad is None else weight.grad.to(master.dtype)
+
+    @torch.no_grad()
+    def _round(self) -> None:
+        for _, _, weight, master in self._lent:
+            _local(weight).copy_(_local(master))
+            self._rounded[weight] = _version(weight)
+
+    @torch.no_grad()
+    def _follow(self) -> None:
+        """Where something else has changed a weight, its master becomes the weight."""
+        pairs = [(_local(weight), _local(master)) for _, _, weight, master in self._lent]
+        known = [self._rounded.get(weight) == _version(weight) for _, _, weight, _ in self._lent]
+        differ = [_differ(*pair, some=same) for pair, same in zip(pairs, known, strict=True)]
+        flags = torch.stack([each.to(differ[0].device) for each in differ]).tolist() if differ else []  # one wait
+        for (weight, master), changed in zip(pairs, flags, strict=True):
+            if changed:
+                master.copy_(torch.where(master.to(weight.dtype) == weight, master, weight.float()))
+
+    def _on_the_weights(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+        """The closure of a step, which runs the model and looks at the weights and their gradients."""
+
+        def evaluate() -> Any:
+            self._round()
+            for params, at, weight, _ in self._lent:
+                params[at] = weight
+            loss = closure()
+            for params, at, _, master in self._lent:
+                params[at] = master
+            self._pass_gradients()
+            return loss
+
+        return evaluate
+
+    @contextmanager
+    def _all_lent(self, optimizer: Optimizer) -> Iterator[None]:
+        self._put_in(optimizer, lambda weight: weight in optimizer.state)
+        try:
+            yield
+        finally:
+            self._round()
+            self._put_back(optimizer)
+
+    @contextmanager
+    def _loading(self, optimizer: Optimizer) -> Iterator[None]:
+        """Inside, what is loaded becomes float32: optimizers load a state in its weight's dtype."""
+        self._put_back(optimizer)
+        self._stand_ins = []
+        for params, at, weight in coarse_places(optimizer):
+            params[at] = torch.empty(0, dtype=torch.float32, device=weight.device)
+            self._stand_ins.append((params, at, weight, params[at]))
+        try:
+            yield
+        finally:
+            self._loaded(optimizer)
+
+    def _loaded(self, optimizer: Optimizer) -> None:
+        """Put the weights in their places; before the hooks of a policy, which look for them."""
+        for params, at, weight, stand_in in self._stand_ins:
+            params[at] = weight
+            if stand_in in optimizer.state:
+                optimizer.state[weight] = optimizer.state.pop(stand_in)
+        self._stand_ins.clear()
+
+
+def is_16_bit(weight: Tensor) -> bool:
+    """Whether small steps vanish in rounding: bfloat16, float16, and what is coarser.
+
+    Example:
+        >>> is_16_bit(torch.zeros(2, dtype=torch.bfloat16))
+        True
+    """
+    return weight.is_floating_point() and weight.dtype.itemsize < 4
+
+
+def rounds_stochastically(optimizer: Optimizer) -> bool:
+    """Whether the optimizer rounds at random, so that small steps add up: torchao's with `bf16_stochastic_round`."""
+    settings = {**optimizer.defaults, **vars(optimizer)}
+    return any("stochastic" in name and value is True for name, value in settings.items())
+
+
+def coarse_places(optimizer: Optimizer) -> Iterator[Place]:
+    """Where the groups of an optimizer hold 16-bit weights."""
+    for group in optimizer.param_groups:
+        for at, weight in enumerate(group["params"]):
+            if is_16_bit(weight):
+                yield group["params"], at, weight
+
+
+def _as_float32(value: Any, weight: Tensor) -> Any:
+    """What an optimizer made for the weight before it had a master: Adagrad's sums."""
+    return value.float() if isinstance(value, Tensor) and value.dtype == weight.dtype else value
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """This process's share of what FSDP2 has sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _version(weight: Tensor) -> tuple[int, int]:
+    """Another one after the weight was changed, but for writes to `weight.data`, which torch does not count."""
+    return _local(weight)._version, _local(weight).data_ptr()
+
+
+def _differ(weight: Tensor, master: Tensor, some: bool) -> Tensor:
+    """Whether a weight is another than its master rounds to; of `some`, as far as the first entries tell.
+
+    They tell of weights that were copied in through `data`, and to look at all of them takes as long as a step.
+    """
+    entries = slice(None, 1024 if some else None)
+    return (master.view(-1)[entries].to(weight.dtype) != weight.view(-1)[entries]).any()
+
+
+def _within(context: Any, name: str, me: weakref.ref[Optimizer]) -> Callable[..., Any]:
+    """The method `name` of the optimizer, run within a context."""
+    method = getattr(type(me()), name)
+
+    @functools.wraps(method)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with context(me()):
+            return method(me(), *args, **kwargs)
+
+    return call
+
+
+def _keep_gradients_in_float32(weights: Iterable[Tensor]) -> None:
+    for weight in weights:
+        shared = dist.is_initialized() and dist.get_world_size() > 1
+        if shared or not hasattr(weight, "grad_dtype"):
+            who = "several processes" if shared else f"torch {torch.__version__}"
+            raise SurgicalError(
+                f"float16 weights are tuned here, whose gradients have to be float32, which {who} cannot keep: load "
+                "the model in bfloat16 or float32."
+            )
+        _keepers[weight] = _keepers.get(weight, 0) + 1
+        gradient, weight.grad = weight.grad, None
+        weight.grad_dtype = torch.float32
+        weight.grad = None if gradient is None else gradient.float()
+
+
+def _let_gradients_go(weights: Iterable[Tensor]) -> None:
+    """The last optimizer that kept them in float32 has gone: another one would not take them."""
+    for weight in weights:
+        _keepers[weight] -= 1
+        if not _keepers[weight]:
+            weight.grad = None
+            weight.grad_dtype = weight.dtype
+
+
+_keepers: WeakIdKeyDictionary = WeakIdKeyDictionary()  # of a float16 weight, how many optimizers

@@ -1,0 +1,45 @@
+"""Who tunes 16-bit weights without masters is told so, once; nobody else is."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import nn
+
+from surgical_peft import create_surgical_optimizer, foreign_optimizers
+
+from .test_master_weights import RoundsAtRandom, step, trained, wrapped
+from .toys import TOYS
+
+
+@pytest.fixture
+def untold(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As in a process where nothing has been told yet."""
+    if foreign_optimizers._watching is not None:
+        foreign_optimizers._watching.remove()
+    monkeypatch.setattr(foreign_optimizers, "_watching", None)
+    yield
+    if foreign_optimizers._watching is not None:
+        foreign_optimizers._watching.remove()
+
+
+def told(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for seed in range(2):
+            step(model, optimizer, seed)
+    return sum("create_surgical_optimizer" in str(each.message) for each in caught)
+
+
+def test_whoever_tunes_in_16_bit_by_another_optimizer_is_told_once(untold: None) -> None:
+    model = wrapped()
+    assert told(model, create_surgical_optimizer(model, torch.optim.SGD, lr=1e-3)) == 0
+    assert told(wrapped(torch.float32), torch.optim.SGD(trained(wrapped(torch.float32)), lr=1e-3)) == 0
+    bare = TOYS["llama"].model().bfloat16()
+    assert told(bare, torch.optim.SGD(bare.parameters(), lr=1e-3)) == 0  # none of our business
+    assert told(model, RoundsAtRandom(trained(model), lr=1e-3, bf16_stochastic_round=True)) == 0
+    assert told(model, torch.optim.SGD(trained(model), lr=1e-3)) == 1
+    assert told(model, torch.optim.AdamW(trained(model), lr=1e-3)) == 0
