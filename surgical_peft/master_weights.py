@@ -51,7 +51,7 @@ class MasterWeights:
     def __init__(self, optimizer: Optimizer) -> None:
         self._lent: list[tuple[list[Tensor], int, Tensor, Tensor]] = []  # places, with their masters
         self._stand_ins: list[tuple[list[Tensor], int, Tensor, Tensor]] = []
-        self._rounded: WeakIdKeyDictionary = WeakIdKeyDictionary()  # the version of each weight since its last step
+        self._rounded: dict[int, tuple[int, int]] = {}  # the version of each weight, by id, since its last step
         half = [weight for _, _, weight in coarse_places(optimizer) if weight.dtype == torch.float16]
         _keep_gradients_in_float32(half)
         weakref.finalize(optimizer, _let_gradients_go, half).atexit = False
@@ -62,6 +62,7 @@ class MasterWeights:
             if hasattr(optimizer, name):
                 setattr(optimizer, name, _within(self._all_lent, name, me))
 
+    @torch.no_grad()
     def lend(self, optimizer: Optimizer, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
         """Put the masters in the places of the weights; a hook before the step."""
         closure = kwargs.get("closure") or next(iter(args[1:]), None)
@@ -69,7 +70,8 @@ class MasterWeights:
         self._pass_gradients()
         return None if closure is None else ((optimizer,), {**kwargs, "closure": self._on_the_weights(closure)})
 
-    def give_back(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    @torch.no_grad()
+    def give_back(self, optimizer: Optimizer, args: Any = None, kwargs: Any = None) -> None:
         """Round the masters to the weights, and put these in their places; a hook after the step."""
         self._round()
         self._put_back(optimizer)
@@ -95,33 +97,36 @@ class MasterWeights:
             optimizer.state[weight] = {**optimizer.state.pop(master, {}), KEY: master}
         self._lent.clear()
 
-    @torch.no_grad()
     def _pass_gradients(self) -> None:
         for _, _, weight, master in self._lent:
             master.grad = None if weight.grad is None else weight.grad.to(master.dtype)
 
-    @torch.no_grad()
     def _round(self) -> None:
-        for _, _, weight, master in self._lent:
-            _local(weight).copy_(_local(master))
-            self._rounded[weight] = _version(weight)
+        if self._lent:
+            weights, masters = self._pairs()
+            torch._foreach_copy_(weights, masters)
+        for _, _, weight, _ in self._lent:
+            self._rounded[id(weight)] = _version(weight)
 
-    @torch.no_grad()
     def _follow(self) -> None:
         """Where something else has changed a weight, its master becomes the weight."""
-        pairs = [(_local(weight), _local(master)) for _, _, weight, master in self._lent]
-        known = [self._rounded.get(weight) == _version(weight) for _, _, weight, _ in self._lent]
-        differ = [_differ(*pair, some=same) for pair, same in zip(pairs, known, strict=True)]
-        flags = torch.stack([each.to(differ[0].device) for each in differ]).tolist() if differ else []  # one wait
-        for (weight, master), changed in zip(pairs, flags, strict=True):
-            if changed:
-                master.copy_(torch.where(master.to(weight.dtype) == weight, master, weight.float()))
+        new = [place for place in self._lent if self._rounded.get(id(place[2])) != _version(place[2])]
+        if not new and self._lent and not _begin_alike(*self._pairs()):
+            new = self._lent
+        for _, _, weight, master in new:
+            there, ours = _local(weight), _local(master)
+            ours.copy_(torch.where(ours.to(there.dtype) == there, ours, there.float()))
+
+    def _pairs(self) -> tuple[list[Tensor], list[Tensor]]:
+        """The weights and their masters, of what is sharded this process's share."""
+        return [_local(weight) for _, _, weight, _ in self._lent], [_local(master) for *_, master in self._lent]
 
     def _on_the_weights(self, closure: Callable[[], Any]) -> Callable[[], Any]:
         """The closure of a step, which runs the model and looks at the weights and their gradients."""
 
         def evaluate() -> Any:
-            self._round()
+            with torch.no_grad():
+                self._round()
             for params, at, weight, _ in self._lent:
                 params[at] = weight
             loss = closure()
@@ -134,12 +139,12 @@ class MasterWeights:
 
     @contextmanager
     def _all_lent(self, optimizer: Optimizer) -> Iterator[None]:
-        self._put_in(optimizer, lambda weight: weight in optimizer.state)
+        with torch.no_grad():
+            self._put_in(optimizer, lambda weight: weight in optimizer.state)
         try:
             yield
         finally:
-            self._round()
-            self._put_back(optimizer)
+            self.give_back(optimizer)
 
     @contextmanager
     def _loading(self, optimizer: Optimizer) -> Iterator[None]:
@@ -202,13 +207,20 @@ def _version(weight: Tensor) -> tuple[int, int]:
     return _local(weight)._version, _local(weight).data_ptr()
 
 
-def _differ(weight: Tensor, master: Tensor, some: bool) -> Tensor:
-    """Whether a weight is another than its master rounds to; of `some`, as far as the first entries tell.
+def _begin_alike(weights: list[Tensor], masters: list[Tensor]) -> bool:
+    """Whether the first entries of each weight are what its master rounds to.
 
-    They tell of weights that were copied in through `data`, and to look at all of them takes as long as a step.
+    They tell of weights that were copied in through `data`; to look at all entries takes as long as a step of Adam.
     """
-    entries = slice(None, 1024 if some else None)
-    return (master.view(-1)[entries].to(weight.dtype) != weight.view(-1)[entries]).any()
+    kinds: dict[Any, list[tuple[Tensor, Tensor]]] = {}
+    for weight, master in zip(weights, masters, strict=True):
+        few = ((min(64, weight.numel()),), (1,))
+        kinds.setdefault((weight.device, weight.dtype), []).append((weight.as_strided(*few), master.as_strided(*few)))
+    for (_, dtype), pairs in kinds.items():
+        begin, rounded = (torch.cat(each) for each in zip(*pairs, strict=True))
+        if not torch.equal(begin, rounded.to(dtype)):
+            return False
+    return True
 
 
 def _within(context: Any, name: str, me: weakref.ref[Optimizer]) -> Callable[..., Any]:
