@@ -44,6 +44,8 @@ VARIANTS = {
     "progressive_freezing": ("progressive_freezing(interval=4)", 10, False),
     "sample_by_score": ("sample_by_score(num_blocks=1, every=2)", 10, False),
 }
+COARSE = "-bfloat16"  # the same on the same model in bfloat16, which is tuned through float32 masters
+VARIANTS |= {name + COARSE: variant for name, variant in VARIANTS.items()}
 DRAWN = "step-block"
 CONSTANT = ("static", "layer_decay", "discriminative")
 
@@ -57,6 +59,7 @@ from peft import get_peft_model
 from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator, set_seed
 
 from surgical_peft import SurgicalCallback, SurgicalConfig, policies, surgical_optimizer
+from surgical_peft.master_weights import KEY
 from surgical_peft.report.history import History
 from tests.toys import TOYS
 
@@ -90,11 +93,13 @@ def train(how, folder, policy, steps_an_epoch, noise):
     History.plot = draw if folder.name == "{DRAWN}" else lambda *_: None  # a picture takes as long as 15 steps
     set_seed(0 if how != "resumed" else 99)  # a resumed run has its random state from the checkpoint
     toy = TOYS["vit"]
-    model = get_peft_model(toy.model(), SurgicalConfig(blocks=[0, 5, 9, "head"]))
+    dtype = torch.bfloat16 if folder.name.endswith("{COARSE}") else torch.float32
+    model = get_peft_model(toy.model().to(dtype), SurgicalConfig(blocks=[0, 5, 9, "head"]))
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.2
     batch = toy.batch(size=4 * steps_an_epoch)
+    batch["pixel_values"] = batch["pixel_values"].to(dtype)
     data = [{{key: value[i] for key, value in batch.items()}} for i in range(4 * steps_an_epoch)]
     args = TrainingArguments(
         output_dir=folder / ("straight" if how == "straight" else "broken"), report_to="none", use_cpu=True,
@@ -109,6 +114,9 @@ def train(how, folder, policy, steps_an_epoch, noise):
     resume = str(folder / "broken" / "checkpoint-{CHECKPOINT}") if how == "resumed" else None
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model(str(folder / f"{{how}}-end"))
+    weights = [weight for group in trainer.optimizer.param_groups for weight in group["params"]]
+    state = trainer.optimizer.state
+    torch.save([state[w].get(KEY, torch.zeros(())) for w in weights], folder / f"{{how}}-masters.pt")
 
 
 root, hows, variants = Path(sys.argv[1]), sys.argv[2].split(","), json.loads(sys.argv[3])
@@ -153,6 +161,11 @@ def test_resumed_run_ends_bitwise_as_the_uninterrupted_one(variant: str, runs: P
     assert len(straight) == 3 * 16 + 2
     assert straight.keys() == resumed.keys()
     assert all(torch.equal(straight[name], resumed[name]) for name in straight)
+    one, other = (torch.load(folder / f"{how}-masters.pt") for how in ("straight", "resumed"))
+    assert all(torch.equal(*pair) for pair in zip(one, other, strict=True))
+    assert all(master.dtype == torch.float32 for master in one)
+    if variant.endswith(COARSE):
+        assert any(master.dim() and not torch.equal(master, master.bfloat16().float()) for master in one)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -166,7 +179,7 @@ def test_resumed_factors_are_those_of_the_uninterrupted_run(variant: str, runs: 
     assert list(resumed) == list(range(CHECKPOINT + 1, STEPS + 1))
     assert {**killed, **resumed} == straight
     changed = [step for step in range(1, STEPS) if straight[step] != straight[step + 1]]
-    assert bool(changed) == (variant not in CONSTANT)
+    assert bool(changed) == (variant.removesuffix(COARSE) not in CONSTANT)
     if variant.startswith(("step", "epoch")):
         period = 1 if variant.startswith("step") else VARIANTS[variant][1]
         assert changed == list(range(period, STEPS, period))
@@ -178,7 +191,7 @@ def test_resumed_history_is_that_of_the_uninterrupted_run(variant: str, runs: Pa
     assert straight.read_text() == resumed.read_text()
     steps = [json.loads(line)["step"] for line in straight.read_text().splitlines()]
     assert steps[0] == 1
-    assert (len(steps) > 1) == (variant not in CONSTANT)
+    assert (len(steps) > 1) == (variant.removesuffix(COARSE) not in CONSTANT)
     picture = runs / variant / "broken" / "surgical_history.png"
     assert picture.stat().st_size > 10_000 if variant == DRAWN else not picture.exists()
 
