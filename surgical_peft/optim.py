@@ -1,14 +1,13 @@
 """Learning rates by block: one optimizer factory for `Trainer` and any other loop.
 
 Every unit (a block, or a tensor of one), its weights and what has no weight decay apart, is a parameter group.
-Constant factors go into the group's base rate. Changing ones are applied by a hook just before `optimizer.step` and
-taken back just after it (see `rates`), so schedulers, clipping and logging see the rates that they would see without a
-policy, and nothing depends on `Trainer`.
+Factors are applied by a hook just before `optimizer.step` and taken back just after it (see `rates`), so they hold
+whatever sets `lr`; schedulers, clipping and logging see the rates that they would see without a policy, and nothing
+depends on `Trainer`.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from torch import nn
@@ -19,8 +18,8 @@ from transformers.training_args import OptimizerNames
 
 from .blocks import BlockMap
 from .errors import SurgicalError
-from .policies.policy import STATE_POLICIES, Policy, Unit, check_word
-from .rates import BlockRates
+from .policies.policy import STATE_POLICIES, Policy, Unit, check_word, is_number
+from .rates import BlockRates, release_others
 from .wrappers import clean_name
 
 
@@ -37,7 +36,8 @@ def create_surgical_optimizer(
 
     Args:
         model: bare or wrapped; what has `requires_grad` is trained. A policy that freezes changes this as it goes,
-            from here on: build the optimizer last, after everything that reads `requires_grad`.
+            from here on until training ends or the optimizer is gone: build the optimizer last, after everything that
+            reads `requires_grad`. What an earlier optimizer of this model has frozen so is trained again.
         optimizer_cls: any optimizer that takes parameter groups.
         lr: learning rate; policies multiply it.
         weight_decay: for weights; biases and norms have none, by `Trainer`'s own rule.
@@ -55,6 +55,7 @@ def create_surgical_optimizer(
         raise SurgicalError(f"policy={policy!r} is not a policy: call it first, as in policies.auto_rgn().")
     policy = policy or Policy()
     check_word(str(policy), "state_policy", policy.state_policy, STATE_POLICIES)
+    release_others(map(id, model.parameters()))
     blocks = BlockMap.find(model)
     base = _checked_base_multipliers(policy, blocks)
     decayed = set(Trainer.get_decay_parameter_names(None, model))  # type: ignore[arg-type]  # uses no self
@@ -68,7 +69,7 @@ def create_surgical_optimizer(
                 if (unit, decays) not in groups:
                     groups[unit, decays] = {
                         "params": [],
-                        "lr": lr * base.get(block, 1.0),
+                        "lr": lr,
                         "weight_decay": weight_decay if decays else 0.0,
                         "unit": unit,
                         "block": block,
@@ -82,12 +83,10 @@ def create_surgical_optimizer(
         raise SurgicalError(
             "nothing to train: no parameter of the model has requires_grad. Wrap it with a SurgicalConfig first."
         )
-    # The highest rate first: Trainer logs the rate of the first group.
-    ordered = sorted(groups.values(), key=lambda group: -group["lr"])
+    # The highest rate first, as in older checkpoints; under DeepSpeed Trainer logs the rate of the first group.
+    ordered = sorted(groups.values(), key=lambda group: -group["base_multiplier"])
     optimizer = optimizer_cls(ordered, lr=lr, **kwargs)  # type: ignore[call-arg]
-    rates = BlockRates(optimizer, policy, list(units.values()), blocks)
-    if policy.own_loss:
-        rates.watch_loss(model)
+    BlockRates(optimizer, policy, list(units.values()), blocks, model)
     return optimizer
 
 
@@ -128,9 +127,9 @@ def _checked_base_multipliers(policy: Policy, blocks: BlockMap) -> dict[str, flo
                 f"{policy} gives {block!r} a factor, which is no block of {blocks.model_name}. There are: "
                 f"{', '.join(blocks.names)}."
             )
-        if not (math.isfinite(factor) and factor > 0):
+        if not (is_number(factor) and factor > 0):
             raise SurgicalError(
-                f"{policy} gives block {block!r} the factor {factor}: it must be more than 0. To freeze a block, "
+                f"{policy} gives block {block!r} the factor {factor!r}: it must be more than 0. To freeze a block, "
                 "leave it out of `blocks`."
             )
     return multipliers

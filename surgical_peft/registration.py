@@ -16,6 +16,7 @@ from .errors import SurgicalError
 from .loading import watch_reading
 from .model import SurgicalModel
 from .peft_patches import patch_peft
+from .trainer_patch import patch_trainer
 
 
 def register() -> None:
@@ -42,6 +43,7 @@ def register() -> None:
     PEFT_TYPE_TO_PREFIX_MAPPING[key] = SurgicalModel.prefix
     watch_reading()
     patch_peft()
+    patch_trainer()
     keep_cards()
 
 

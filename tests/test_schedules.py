@@ -26,6 +26,7 @@ from surgical_peft import (
 from surgical_peft.policies import ClassBalancedLoss, Stage
 from surgical_peft.policies.policy import Policy
 
+from .test_policies import used_rates
 from .toys import TOYS, Toy
 
 ADAMW = torch.optim.AdamW
@@ -58,7 +59,7 @@ def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def test_discriminative_divides_by_its_factor_from_block_to_block(vit: Toy) -> None:
     _, optimizer = start(vit, policies.discriminative())
-    rates = {group["block"]: group["lr"] for group in optimizer.param_groups}
+    rates = used_rates(optimizer)
     for below, above in zip(("embeddings", *LAYERS), (*LAYERS, "head"), strict=True):
         assert rates[above] / rates[below] == pytest.approx(2.6)
     assert rates["head"] == rates["final_norm"] == 1e-2
