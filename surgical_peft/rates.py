@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -153,7 +153,7 @@ class BlockRates:
         self._enforce(optimizer)
 
     def release(self) -> None:
-        """Lift all masks and take the stages' loss away; for the end of training."""
+        """Lift all masks and take the stages' loss away, for the end of training; later, 0 is only a rate."""
         self.active = self.has_callback = False
         self._put_back()
         self._masks.lift()
@@ -190,6 +190,11 @@ class BlockRates:
                 raise SurgicalError(
                     f"the loss of {self.policy} needs the labels, and the model was called without any: give them as "
                     "`labels=`; with Trainer, leave out compute_loss_func and label_smoothing_factor, which take them."
+                )
+            if not isinstance(outputs, MutableMapping):
+                raise SurgicalError(
+                    f"the loss of {self.policy} takes the place of the model's own, and {self._blocks.model_name} "
+                    f"returned a {type(outputs).__name__}: it must return a dict, as with return_dict=True."
                 )
             if self._step_loss is not None:
                 outputs["loss"] = self._step_loss(outputs, labels, num_items_in_batch=kwargs.get("num_items_in_batch"))

@@ -16,7 +16,6 @@ from .errors import SurgicalError
 from .loading import watch_reading
 from .model import SurgicalModel
 from .peft_patches import patch_peft
-from .trainer_patch import patch_trainer
 
 
 def register() -> None:
@@ -43,7 +42,6 @@ def register() -> None:
     PEFT_TYPE_TO_PREFIX_MAPPING[key] = SurgicalModel.prefix
     watch_reading()
     patch_peft()
-    patch_trainer()
     keep_cards()
 
 
