@@ -113,24 +113,6 @@ def test_rate_times_factor_in_the_log_is_what_was_used(vit: Toy, tmp_path: Path)
         assert len({log["learning_rate"] for log in logs}) > 1
 
 
-def test_smaller_batches_begin_the_schedule_anew(vit: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Trainer begins again within one `train()` when the memory does not do."""
-    monkeypatch.setattr(History, "plot", lambda *_: None)
-    sets: list[set[str]] = []
-
-    class Look(TrainerCallback):
-        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            sets.append({name for name, p in kwargs["model"].named_parameters() if p.requires_grad})
-            if state.train_batch_size == 4 and state.global_step == 3:
-                raise RuntimeError("CUDA out of memory.")
-
-    policy = policies.gradual_unfreezing(every=2)
-    trained(vit, policy, tmp_path, [SurgicalCallback(), Look()], auto_find_batch_size=True)
-    assert len(sets) == 4 + 6
-    assert sets[:4] == sets[4:8]
-    assert sets[4] < sets[6] < sets[8]
-
-
 # ---- trainers that call their model in another way
 
 

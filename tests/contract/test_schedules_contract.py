@@ -274,6 +274,23 @@ def test_wherever_a_trainer_is_interrupted(place: str, loud: bool, tmp_path: Pat
     assert 1 <= len(look.sets) <= 4
 
 
+@pytest.mark.parametrize("name", ["gradual_unfreezing-up", "lisa", "progressive_freezing"])
+def test_smaller_batches_begin_the_schedule_anew(name: str, references: dict[str, Sets], tmp_path: Path) -> None:
+    """Trainer begins again within one `train()` when the memory does not do."""
+
+    class Full(Look):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            super().on_step_begin(args, state, control, **kwargs)
+            if state.train_batch_size == 4 and state.global_step == 3:
+                raise RuntimeError("CUDA out of memory.")
+
+    before, look = Before(), Full()
+    trainer_for(before, MAKERS[name](), Table(), look, tmp_path, auto_find_batch_size=True).train()
+    assert look.sets[:4] == references[name][:4]
+    assert look.sets[4:] == references[name]
+    before.check()
+
+
 @pytest.mark.parametrize("kind", DATA)
 @pytest.mark.parametrize("name", ["gradual_unfreezing", "stages"])
 def test_a_resumed_run_goes_on_as_if_nothing_had_happened(name: str, kind: str, tmp_path: Path) -> None:
