@@ -1,6 +1,6 @@
 """Fully fine-tune only the blocks that new data need; a PEFT method (`peft_type` SURGICAL).
 
-Importing the package registers the method with PEFT.
+Importing the package registers the method with PEFT, and has `Trainer.train` end what a policy began.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from .scores import BlockScores
 from .scoring import score_blocks
 from .search import run_search
 from .selection import Selection, above, top_fraction, top_k, within_budget
+from .trainer_patch import patch_trainer
 
 __version__ = "0.1.0"
 
@@ -47,3 +48,4 @@ __all__ = [
 ]
 
 register()
+patch_trainer()

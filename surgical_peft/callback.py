@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
+from transformers.trainer_utils import has_length
 
-from .batches import LossFunction
+from .batches import LossFunction, model_loss
 from .errors import SurgicalError
+from .master_weights import forget_moments
 from .policies.policy import Policy
 from .policies.stages import check_length
-from .rates import BlockRates
+from .rates import BlockRates, find_rates
 from .report.history import History
+from .scores import BlockScores
 from .scoring import score_blocks
 
 
@@ -39,7 +45,8 @@ class SurgicalCallback(TrainerCallback):
     and what the policy has frozen may be trained again.
 
     Args:
-        loss_fn: `(model, batch) -> loss` to score by, for a Trainer with `compute_loss_func`; default the model's own.
+        loss_fn: `(model, batch) -> loss` to score by, for a Trainer that computes its loss in a way of its own
+            (`compute_loss_func`, SentenceTransformerTrainer); default the model's own, `model(**batch).loss`.
 
     Example:
         >>> Trainer(..., callbacks=[SurgicalCallback()])
@@ -55,12 +62,19 @@ class SurgicalCallback(TrainerCallback):
         """Put the masks in force, and open the history.
 
         Raises:
-            SurgicalError: the training ends before the policy's last stage begins.
+            SurgicalError: the training ends before the policy's last stage begins, or the policy scores on batches
+                that the training set or the model's loss does not allow.
         """
         optimizer, rates = _found(kwargs["optimizer"])
         check_length(rates.policy, state.num_train_epochs, state.max_steps)
+        if rates.has_callback and state.global_step == 0:  # Trainer begins again with smaller batches
+            rates.restart(optimizer)
+        else:
+            rates.resume(optimizer)
         rates.has_callback = True
-        rates.resume(optimizer)
+        if rates.policy.probe_batches:
+            self._check_probe(optimizer, rates, args, state, kwargs)
+        self._history = None
         if state.is_world_process_zero and rates.policy != Policy():
             self._history = History(Path(str(args.output_dir)) / "surgical_history.jsonl", state.global_step)
 
@@ -69,9 +83,9 @@ class SurgicalCallback(TrainerCallback):
     ) -> None:
         """Tell the epoch, and score if it is time."""
         optimizer, rates = _found(kwargs["optimizer"])
-        epoch = int((state.epoch or 0.0) + 1e-6)
-        rates.begin_epoch(optimizer, epoch)
+        rates.begin_epoch(optimizer, state.global_step, _steps_an_epoch(kwargs["train_dataloader"], args))
         if rates.policy.probe_every == "epoch":
+            epoch = optimizer.param_groups[0]["surgical"]["epoch"]
             self._probe(optimizer, rates, epoch, args, state, kwargs)
 
     def on_step_begin(
@@ -79,6 +93,7 @@ class SurgicalCallback(TrainerCallback):
     ) -> None:
         """Score if it is time."""
         optimizer, rates = _found(kwargs["optimizer"])
+        rates.begin_step(optimizer, state.global_step)
         every = rates.policy.probe_every
         if isinstance(every, int) and state.global_step % every == 0:
             self._probe(optimizer, rates, state.global_step, args, state, kwargs)
@@ -134,32 +149,67 @@ class SurgicalCallback(TrainerCallback):
         policy, record = rates.policy, optimizer.param_groups[0]["surgical"]
         if not policy.probe_batches or record["probed"] == at:
             return
-        training = kwargs["train_dataloader"]
-        if isinstance(training.dataset, IterableDataset) or not hasattr(training.dataset, "__getitem__"):
-            raise SurgicalError(
-                f"{policy} scores on training batches and needs a training set that can be indexed, not a stream "
-                f"({type(training.dataset).__name__}): use a policy without a probe, such as auto_rgn(every='step')."
-            )
-        size = args.per_device_train_batch_size if args.world_size > 1 else state.train_batch_size
-        batches = _probe_batches(training, size, args.seed + at, policy.probe_batches, args.process_index, args)
-        scores = score_blocks(
-            kwargs["model"], batches, policy.criterion, policy.granularity, policy.probe_batches, self.loss_fn
-        )
+        scores = self._scores(policy, at, policy.probe_batches, args, state, kwargs)
         run = rates.run(optimizer)
         run.scores.clear()
         run.scores.update({unit.name: scores.values[unit.name] for unit in run.units if unit.name in scores.values})
         if (multipliers := policy.multipliers_from(scores, run)) is not None:
             rates.set_multipliers(optimizer, multipliers)
         if policy.reset_at_probe:
-            optimizer.state.clear()
+            forget_moments(optimizer)
         record["probed"] = at
+
+    def _check_probe(
+        self,
+        optimizer: Optimizer,
+        rates: BlockRates,
+        args: TrainingArguments,
+        state: TrainerState,
+        kwargs: dict[str, Any],
+    ) -> None:
+        policy, data = rates.policy, kwargs["train_dataloader"].dataset
+        if isinstance(data, IterableDataset) or not hasattr(data, "__getitem__"):
+            raise SurgicalError(
+                f"{policy} scores on training batches and needs a training set that can be indexed, not a stream "
+                f"({type(data).__name__}): use a policy without a probe, such as auto_rgn(every='step')."
+            )
+        if optimizer.param_groups[0]["surgical"]["probed"] is not None:  # else its first probe precedes the first step
+            self._scores(policy, state.global_step, 1, args, state, kwargs)
+
+    def _scores(
+        self,
+        policy: Policy,
+        at: int,
+        count: int,
+        args: TrainingArguments,
+        state: TrainerState,
+        kwargs: dict[str, Any],
+    ) -> BlockScores:
+        training = kwargs["train_dataloader"]
+        size = args.per_device_train_batch_size if args.world_size > 1 else state.train_batch_size
+        batches = _probe_batches(training, size, args.seed + at, count, args.process_index, args)
+        loss_fn = self.loss_fn or partial(_own_loss, policy)
+        return score_blocks(kwargs["model"], batches, policy.criterion, policy.granularity, count, loss_fn)
+
+
+def _own_loss(policy: Policy, model: nn.Module, batch: Any) -> Tensor:
+    """The loss that the model computes itself; where Trainer calls it in another way, this cannot work."""
+    try:
+        return model_loss(model, batch)
+    except (SurgicalError, TypeError, AttributeError, KeyError) as error:
+        raise SurgicalError(
+            f"{policy} scores on training batches by the loss of model(**batch), which fails: {error} If the Trainer "
+            "computes its loss in another way, give SurgicalCallback(loss_fn=...), a function (model, batch) -> loss."
+        ) from error
+
+
+def _steps_an_epoch(training: DataLoader, args: TrainingArguments) -> int | None:
+    """As Trainer counts them; None for a stream."""
+    return max(math.ceil(len(training) / args.gradient_accumulation_steps), 1) if has_length(training) else None
 
 
 def _found(optimizer: Any) -> tuple[Optimizer, BlockRates]:
-    # accelerate and DeepSpeed wrap it
-    while not hasattr(optimizer, "block_rates") and hasattr(optimizer, "optimizer"):
-        optimizer = optimizer.optimizer
-    rates = getattr(optimizer, "block_rates", None)
+    optimizer, rates = find_rates(optimizer)
     if rates is None:
         raise SurgicalError(
             "SurgicalCallback found no surgical optimizer: give the Trainer "

@@ -184,6 +184,13 @@ def rounds_stochastically(optimizer: Optimizer) -> bool:
     return any("stochastic" in name and value is True for name, value in settings.items())
 
 
+def forget_moments(optimizer: Optimizer) -> None:
+    """Drop what an optimizer keeps of its weights, all but their masters: they are no memory, but the weights."""
+    masters = {weight: {KEY: state[KEY]} for weight, state in optimizer.state.items() if KEY in state}
+    optimizer.state.clear()
+    optimizer.state.update(masters)
+
+
 def coarse_places(optimizer: Optimizer) -> Iterator[Place]:
     """Where the groups of an optimizer hold 16-bit weights."""
     for group in optimizer.param_groups:

@@ -1,14 +1,13 @@
 """Learning rates by block: one optimizer factory for `Trainer` and any other loop.
 
 Every unit (a block, or a tensor of one), its weights and what has no weight decay apart, is a parameter group.
-Constant factors go into the group's base rate. Changing ones are applied by a hook just before `optimizer.step` and
-taken back just after it (see `rates`), so schedulers, clipping and logging see the rates that they would see without a
-policy, and nothing depends on `Trainer`.
+Factors are applied by a hook just before `optimizer.step` and taken back just after it (see `rates`), so they hold
+whatever sets `lr`; schedulers, clipping and logging see the rates that they would see without a policy, and nothing
+depends on `Trainer`.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,8 +21,9 @@ from transformers.training_args import OptimizerNames
 from .blocks import BlockMap
 from .errors import SurgicalError
 from .master_weights import MasterWeights, is_16_bit, rounds_stochastically
-from .policies.policy import STATE_POLICIES, Policy, Unit, check_word
-from .rates import BlockRates, under_deepspeed
+from .policies.policy import STATE_POLICIES, Policy, Unit, check_word, is_number
+from .processes import under_deepspeed
+from .rates import BlockRates, release_others
 from .wrappers import clean_name
 
 
@@ -41,7 +41,8 @@ def create_surgical_optimizer(
 
     Args:
         model: bare or wrapped; what has `requires_grad` is trained. A policy that freezes changes this as it goes,
-            from here on: build the optimizer last, after everything that reads `requires_grad`.
+            from here on until training ends or the optimizer is gone: build the optimizer last, after everything that
+            reads `requires_grad`. What an earlier optimizer of this model has frozen so is trained again.
         optimizer_cls: any optimizer that takes parameter groups.
         lr: learning rate, more than 0; policies multiply it.
         weight_decay: for weights; biases and norms have none, by `Trainer`'s own rule.
@@ -65,6 +66,7 @@ def create_surgical_optimizer(
     check_word(str(policy), "state_policy", policy.state_policy, STATE_POLICIES)
     _check_number("lr", lr, above=0.0)
     _check_number("weight_decay", weight_decay)
+    release_others(map(id, model.parameters()))
     blocks = BlockMap.find(model)
     base = _checked_base_multipliers(policy, blocks)
     decayed = set(Trainer.get_decay_parameter_names(None, model))  # type: ignore[arg-type]  # uses no self
@@ -78,7 +80,7 @@ def create_surgical_optimizer(
                 if (unit, decays) not in groups:
                     groups[unit, decays] = {
                         "params": [],
-                        "lr": lr * base.get(block, 1.0),
+                        "lr": lr,
                         "weight_decay": weight_decay if decays else 0.0,
                         "unit": unit,
                         "block": block,
@@ -92,8 +94,8 @@ def create_surgical_optimizer(
         raise SurgicalError(
             "nothing to train: no parameter of the model has requires_grad. Wrap it with a SurgicalConfig first."
         )
-    # The highest rate first: Trainer logs the rate of the first group.
-    ordered = sorted(groups.values(), key=lambda group: -group["lr"])
+    # The highest rate first, as in older checkpoints; under DeepSpeed Trainer logs the rate of the first group.
+    ordered = sorted(groups.values(), key=lambda group: -group["base_multiplier"])
     _check_in_memory(groups)
     try:
         optimizer = optimizer_cls(ordered, lr=lr, **kwargs)  # type: ignore[call-arg]
@@ -107,11 +109,9 @@ def create_surgical_optimizer(
     masters = MasterWeights(optimizer) if master_weights and _needs_masters(optimizer) else None
     if masters:  # its hooks around a step are the inner ones: the policy's see the model's own weights
         optimizer.register_step_post_hook(masters.give_back)
-    rates = BlockRates(optimizer, policy, list(units.values()), blocks)
+    BlockRates(optimizer, policy, list(units.values()), blocks, model)
     if masters:
         optimizer.register_step_pre_hook(masters.lend)
-    if policy.own_loss:
-        rates.watch_loss(model)
     return optimizer
 
 
@@ -160,8 +160,7 @@ def _needs_masters(optimizer: Optimizer) -> bool:
 def _check_number(name: str, value: Any, above: float | None = None) -> None:
     """Refuse a rate or a decay that optimizers would stumble over, or take without a word."""
     number = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
-    is_number = isinstance(number, int | float) and not isinstance(number, bool) and math.isfinite(number)
-    if not is_number or number < 0 or number == above:
+    if not is_number(number) or number < 0 or number == above:
         bound = "more than 0" if above is not None else "0 or more"
         raise SurgicalError(f"{name}={value!r} is out of range: a finite number, {bound}.")
 
@@ -184,9 +183,9 @@ def _checked_base_multipliers(policy: Policy, blocks: BlockMap) -> dict[str, flo
                 f"{policy} gives {block!r} a factor, which is no block of {blocks.model_name}. There are: "
                 f"{', '.join(blocks.names)}."
             )
-        if not (math.isfinite(factor) and factor > 0):
+        if not (is_number(factor) and factor > 0):
             raise SurgicalError(
-                f"{policy} gives block {block!r} the factor {factor}: it must be more than 0. To freeze a block, "
+                f"{policy} gives block {block!r} the factor {factor!r}: it must be more than 0. To freeze a block, "
                 "leave it out of `blocks`."
             )
     return multipliers

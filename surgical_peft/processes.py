@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate.utils import send_to_device
+from accelerate.state import AcceleratorState, is_initialized
+from accelerate.utils import DistributedType, send_to_device
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -18,6 +19,11 @@ from .criteria.criterion import Moments
 def several() -> bool:
     """Whether other processes score along."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def under_deepspeed() -> bool:
+    """Whether DeepSpeed will step, with groups and weights of its own."""
+    return is_initialized() and AcceleratorState().distributed_type is DistributedType.DEEPSPEED
 
 
 def without_ddp(model: nn.Module) -> nn.Module:

@@ -2,36 +2,48 @@
 
 from __future__ import annotations
 
-import math
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from typing import Any
 
+import torch
 import torch.distributed as dist
-from accelerate.state import AcceleratorState, is_initialized
-from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .blocks import BlockMap
+from .epochs import Epochs
 from .errors import SurgicalError
-from .policies.policy import Policy, Run, StepLoss, Unit
+from .masks import Masks
+from .policies.policy import Policy, Run, StepLoss, Unit, is_number
+from .processes import under_deepspeed
+
+_living: weakref.WeakSet[BlockRates] = weakref.WeakSet()
 
 
 class BlockRates:
     """A policy at work on one optimizer.
 
     What must outlive the process is in the parameter groups, which every optimizer saves and loads as they are: each
-    group's factor (`lr_multiplier`), and in the first group under `surgical` the steps done, the epoch, the last
-    probe, its scores and the policy's own state. `optimizer.state` would not do: AdamW takes it for its own, and torch
-    casts what is in there to the weights' precision.
+    group's constant factor (`base_multiplier`), its changing one (`lr_multiplier`), and in the first group under
+    `surgical` the steps done, the epoch, the last probe, its scores and the policy's own state. `optimizer.state`
+    would not do: AdamW takes it for its own, and torch casts what is in there to the weights' precision.
+
+    A group's `lr` is the rate without factors, whoever sets it; both are applied while the optimizer steps. Where the
+    group does not say `base_multiplier_at_step`, as under DeepSpeed and in older checkpoints, the constant factor is
+    part of `lr`.
+
+    Masks are lifted by `release`, and when the optimizer is no more. Of several optimizers on the same parameters only
+    the one that began last masks them.
 
     Example:
         >>> optimizer = create_surgical_optimizer(model, torch.optim.SGD, lr=0.1, policy=policies.lisa(every=50))
         >>> optimizer.block_rates.release()  # after training: all that was frozen by turns may be trained again
     """
 
-    def __init__(self, optimizer: Optimizer, policy: Policy, units: Sequence[Unit], blocks: BlockMap) -> None:
+    def __init__(
+        self, optimizer: Optimizer, policy: Policy, units: Sequence[Unit], blocks: BlockMap, model: nn.Module
+    ) -> None:
         if policy.hard and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             raise SurgicalError(
                 f"{policy} freezes and thaws blocks during training, which DistributedDataParallel does not notice: "
@@ -47,23 +59,30 @@ class BlockRates:
             )
         self.policy = policy
         self.has_callback = False
+        self.active = False  # whether it masks and has a say in the loss
         self.used: dict[str, float] = {}  # the factors of the last step, by unit
         self._units = list(units)
         self._blocks = blocks
+        self._model = weakref.ref(model)
+        self._masks = Masks(model, policy.state_policy)
+        self._watch: Any = None  # on the model's forward pass
         self._step_loss: StepLoss | None = None
-        self._active = True
-        self._rates: list[tuple[Any, Any]] = []  # of each group while it steps: its own rate, the scaled one
-        first = optimizer.param_groups[0]
-        first["surgical"] = {"step": 0, "epoch": None, "probed": None, "scores": {}, "state": {}}
-        optimizer.block_rates = self  # type: ignore[attr-defined]
-        if is_deepspeed:  # it steps with groups of its own; constant factors are part of the rates that it took over
-            self.used = {group["unit"]: group["base_multiplier"] for group in optimizer.param_groups}
-        else:
+        self._epochs = Epochs(resumed=False)
+        self._scaled: list[tuple[dict[str, Any], Any, Any]] = []  # each group while it steps: its own rate, the scaled
+        for group in optimizer.param_groups:
+            group["base_multiplier_at_step"] = not is_deepspeed
+            if is_deepspeed:  # it steps with groups of its own, and takes over the rates as they are now
+                group["lr"] = group["lr"] * group["base_multiplier"]
+                self.used[group["unit"]] = group["base_multiplier"]
+        if not is_deepspeed:
             optimizer.register_step_pre_hook(self._before_step)
             optimizer.register_step_post_hook(self._after_step)
+        optimizer.block_rates = self  # type: ignore[attr-defined]
         optimizer.register_load_state_dict_pre_hook(_check_loaded)
         optimizer.register_load_state_dict_post_hook(self.resume)
-        self._plan(optimizer)
+        weakref.finalize(optimizer, self.release).atexit = False  # nothing here may hold the optimizer
+        _living.add(self)
+        self.restart(optimizer)
 
     def run(self, optimizer: Optimizer) -> Run:
         """The training as the policy sees it."""
@@ -76,7 +95,7 @@ class BlockRates:
         """Use these factors, by unit, from now on; units left out keep theirs.
 
         Raises:
-            SurgicalError: a factor that is negative or not finite, a unit that is not trained, or nothing left to
+            SurgicalError: a factor that is no number from 0 upwards, a unit that is not trained, or nothing left to
                 train; the rates stay as they were.
         """
         now = {group["unit"]: group["lr_multiplier"] for group in optimizer.param_groups}
@@ -86,9 +105,9 @@ class BlockRates:
                     f"{self.policy} gives {unit!r} a factor, which is no {self.policy.granularity} that is trained. "
                     f"There are: {', '.join(sorted(now))}."
                 )
-            if not (math.isfinite(factor) and factor >= 0):
+            if not (is_number(factor) and factor >= 0):
                 raise SurgicalError(
-                    f"{self.policy} gives {unit!r} the factor {factor}: it must be a number from 0 upwards."
+                    f"{self.policy} gives {unit!r} the factor {factor!r}: it must be a number from 0 upwards."
                 )
         new = {**now, **multipliers}
         if new == now:
@@ -100,27 +119,48 @@ class BlockRates:
             )
         for group in optimizer.param_groups:
             group["lr_multiplier"] = new[group["unit"]]
-        if self.policy.hard:
-            self._mask(optimizer)
+        self._mask(optimizer)
 
-    def begin_epoch(self, optimizer: Optimizer, epoch: int) -> None:
-        """Tell the policy that this epoch begins, counted from 0; `SurgicalCallback` does."""
-        optimizer.param_groups[0]["surgical"]["epoch"] = epoch
+    def begin_epoch(self, optimizer: Optimizer, step: int, length: int | None = None) -> None:
+        """Tell the policy that the loop begins a pass over the data; `SurgicalCallback` does.
+
+        Args:
+            optimizer: the one that these rates belong to.
+            step: optimizer steps done, as the loop counts them.
+            length: steps of an epoch; None if the loop does not know, as for a stream.
+        """
+        self._epochs.begin(optimizer.param_groups[0]["surgical"], step, length)
         self._plan(optimizer)
+
+    def begin_step(self, optimizer: Optimizer, step: int) -> None:
+        """Tell the policy of epochs that have ended where no pass begins; `SurgicalCallback` does."""
+        if self._epochs.catch_up(optimizer.param_groups[0]["surgical"], step):
+            self._plan(optimizer)
+
+    def restart(self, optimizer: Optimizer) -> None:
+        """Begin the schedule anew, as at the first step; the optimizer's moments stay."""
+        record: dict[str, Any] = {"step": 0, "epoch": None, "epoch_steps": None, "probed": None}
+        optimizer.param_groups[0]["surgical"] = {**record, "scores": {}, "state": {}}
+        for group in optimizer.param_groups:
+            group["lr_multiplier"] = 1.0
+        self._begin(resumed=False)
+        self._plan(optimizer)
+        self._enforce(optimizer)
 
     def resume(self, optimizer: Optimizer) -> None:
         """Put the masks and the loss of the policy in force, as after loading."""
-        self._active = True
+        self._begin(resumed=True)
         self._step_loss = self.policy.loss(self.run(optimizer))
-        if self.policy.hard:
-            self._mask(optimizer)
+        self._enforce(optimizer)
 
     def release(self) -> None:
-        """Lift all masks and take the stages' loss away; for the end of training."""
-        self._active = False
-        if self.policy.hard:
-            for parameter in (parameter for unit in self._units for parameter in unit.parameters):
-                parameter.requires_grad_(True)
+        """Lift all masks and take the stages' loss away, for the end of training; later, 0 is only a rate."""
+        self.active = self.has_callback = False
+        self._put_back()
+        self._masks.lift()
+        if self._watch is not None:
+            self._watch.remove()
+            self._watch = None
 
     def by_block(self, values: Mapping[str, float]) -> dict[str, float]:
         """Values of units as one for each block, first block first: the mean over its entries."""
@@ -131,24 +171,42 @@ class BlockRates:
                 sums[unit.block] = (total + unit.size * values[unit.name], count + unit.size)
         return {block: total / count for block, (total, count) in sums.items()}
 
-    def watch_loss(self, model: nn.Module) -> None:
-        """Compute the loss of the policy on what `model` returns, in place of the model's own, while it trains."""
-        me = weakref.ref(self)  # the model must not keep an optimizer alive
+    def _begin(self, resumed: bool) -> None:
+        release_others({id(parameter) for unit in self._units for parameter in unit.parameters}, self)
+        self.active, self._epochs = True, Epochs(resumed)
 
-        def replace(module: nn.Module, args: Any, kwargs: dict[str, Any], outputs: Any) -> Any:
-            rates = me()
-            if rates is None or not rates._active or rates._step_loss is None or not module.training:
-                return outputs
+    def _enforce(self, optimizer: Optimizer) -> None:
+        model = self._model()
+        if self._watch is None and model is not None and (self.policy.own_loss or self.policy.hard):
+            self._watch = model.register_forward_hook(_watching(self), with_kwargs=True)
+        self._mask(optimizer)
+
+    def _check_outputs(self, module: nn.Module, kwargs: dict[str, Any], outputs: Any) -> None:
+        """In training, put the policy's loss in place of the model's own, and see that it reaches what is trained."""
+        if not module.training:
+            return
+        if self.policy.own_loss:
             labels = kwargs.get("labels")
             if labels is None:
                 raise SurgicalError(
-                    f"the loss of {rates.policy} needs the labels, and the model was called without any: give them as "
+                    f"the loss of {self.policy} needs the labels, and the model was called without any: give them as "
                     "`labels=`; with Trainer, leave out compute_loss_func and label_smoothing_factor, which take them."
                 )
-            outputs["loss"] = rates._step_loss(outputs, labels, num_items_in_batch=kwargs.get("num_items_in_batch"))
-            return outputs
-
-        model.register_forward_hook(replace, with_kwargs=True)
+            if not isinstance(outputs, MutableMapping):
+                raise SurgicalError(
+                    f"the loss of {self.policy} takes the place of the model's own, and {self._blocks.model_name} "
+                    f"returned a {type(outputs).__name__}: it must return a dict, as with return_dict=True."
+                )
+            if self._step_loss is not None:
+                outputs["loss"] = self._step_loss(outputs, labels, num_items_in_batch=kwargs.get("num_items_in_batch"))
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else None
+        if self.policy.hard and torch.is_grad_enabled() and isinstance(loss, Tensor) and not loss.requires_grad:
+            trained = {unit.block for unit in self._units for p in unit.parameters if p.requires_grad}
+            raise SurgicalError(
+                f"the loss of {self._blocks.model_name} does not depend on what {self.policy} trains now: "
+                f"{', '.join(sorted(trained))}. Train a block with it that the loss reaches, or leave these out of "
+                "`blocks`."
+            )
 
     def _plan(self, optimizer: Optimizer) -> None:
         run = self.run(optimizer)
@@ -157,66 +215,74 @@ class BlockRates:
         self._step_loss = self.policy.loss(run)
 
     def _mask(self, optimizer: Optimizer) -> None:
+        if not self.policy.hard:
+            return
         for group in optimizer.param_groups:
+            trained = group["lr_multiplier"] > 0 or not self.active
             for parameter in group["params"]:
-                trained = group["lr_multiplier"] > 0
-                parameter.requires_grad_(trained)
-                if not trained:
-                    parameter.grad = None
-                    if self.policy.state_policy == "reset":
-                        optimizer.state.pop(parameter, None)
-                if self.policy.state_policy == "offload" and parameter in optimizer.state:
-                    _move(optimizer.state[parameter], parameter.device if trained else "cpu")
+                self._masks.set(optimizer, parameter, trained)
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        self._put_back(optimizer)  # a step that raised got no post hook
+        self._put_back()  # a step that raised got no post hook
         policy = self.policy
         if policy.probe_batches and not self.has_callback:
             raise SurgicalError(
                 f"{policy} scores on training batches and needs data for it: add SurgicalCallback() to the Trainer's "
                 "callbacks, or use a policy without a probe, such as auto_rgn(every='step')."
             )
-        if policy.by_epoch and not self.has_callback:
+        if policy.by_epoch and not (self.has_callback and self.run(optimizer).epoch is not None):
             raise SurgicalError(
                 f"{policy} counts epochs, and nobody tells it: add SurgicalCallback() to the Trainer's callbacks, or "
                 "measure in steps."
             )
         if (multipliers := policy.step_multipliers(self.run(optimizer))) is not None:
             self.set_multipliers(optimizer, multipliers)
-        if policy.hard and self._active:  # PEFT lifts masks where it switches adapters, as for DPO's reference
-            self._mask(optimizer)
+        self._mask(optimizer)  # PEFT lifts masks where it switches adapters, as for DPO's reference
         self.used = {}
         for group in optimizer.param_groups:
             rate, factor = group["lr"], group["lr_multiplier"]
             self.used[group["unit"]] = factor * group["base_multiplier"]
-            group["lr"] = rate * factor
-            self._rates.append((rate, group["lr"]))
+            group["lr"] = rate * (self.used[group["unit"]] if group.get("base_multiplier_at_step") else factor)
+            self._scaled.append((group, rate, group["lr"]))
             if policy.skip_idle and factor == 0:
                 for parameter in group["params"]:
                     parameter.grad = None
 
-    def _put_back(self, optimizer: Optimizer) -> None:
-        for group, (rate, scaled) in zip(optimizer.param_groups, self._rates, strict=False):
+    def _put_back(self) -> None:
+        for group, rate, scaled in self._scaled:
             if group["lr"] is scaled:
                 group["lr"] = rate  # the very object, not a quotient: nothing drifts
-        self._rates.clear()
+        self._scaled.clear()
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        self._put_back(optimizer)
+        self._put_back()
         optimizer.param_groups[0]["surgical"]["step"] += 1
         self._plan(optimizer)
 
 
-def under_deepspeed() -> bool:
-    """Whether DeepSpeed will step, with groups and weights of its own."""
-    return is_initialized() and AcceleratorState().distributed_type is DistributedType.DEEPSPEED
+def release_others(parameters: Iterable[int], own: BlockRates | None = None) -> None:
+    """Lift what other optimizers mask that train one of these parameters, by `id`; they mask no more."""
+    parameters = set(parameters)
+    for rates in list(_living):
+        if rates is not own and any(id(p) in parameters for unit in rates._units for p in unit.parameters):
+            rates.release()
 
 
-def _move(state: dict[str, Any], device: Any) -> None:
-    """Moments to a device; single numbers, such as Adam's count of steps, stay where the optimizer wants them."""
-    for key, value in state.items():
-        if isinstance(value, Tensor) and value.dim():
-            state[key] = value.to(device)
+def find_rates(optimizer: Any) -> tuple[Any, BlockRates | None]:
+    """The optimizer within those of accelerate and DeepSpeed that has rates by block, and these."""
+    while not hasattr(optimizer, "block_rates") and hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return optimizer, getattr(optimizer, "block_rates", None)
+
+
+def _watching(rates: BlockRates) -> Any:
+    me = weakref.ref(rates)  # a copy of the model must not copy them
+
+    def watch(module: nn.Module, args: Any, kwargs: dict[str, Any], outputs: Any) -> None:
+        if (rates := me()) is not None:
+            rates._check_outputs(module, kwargs, outputs)
+
+    return watch
 
 
 def _check_loaded(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:

@@ -11,11 +11,11 @@ from peft import get_peft_model
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from surgical_peft import SurgicalCallback, SurgicalConfig, policies, surgical_optimizer
+from surgical_peft import SurgicalCallback, SurgicalConfig, SurgicalError, policies, surgical_optimizer
 from surgical_peft.policies.policy import Policy
-from surgical_peft.report.history import read_history
+from surgical_peft.report.history import History, read_history
 
-from .toys import Toy
+from .toys import TOYS, Toy
 
 BLOCKS = ["0", "5", "head"]
 
@@ -91,6 +91,87 @@ def test_probes_use_the_loss_they_are_given(vit: Toy, tmp_path: Path) -> None:
 
     trained(vit, policies.auto_rgn(every=2, num_batches=3), tmp_path, [SurgicalCallback(loss_fn=loss)])
     assert batches == [4] * 9  # before the steps 1, 3 and 5
+
+
+def test_rate_times_factor_in_the_log_is_what_was_used(vit: Toy, tmp_path: Path) -> None:
+    used: list[dict[str, float]] = []
+
+    class Look(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            kwargs["optimizer"].optimizer.register_step_pre_hook(
+                lambda o, a, k: used.append({group["block"]: group["lr"] for group in o.param_groups})
+            )
+
+    schedule = {"lr_scheduler_type": "cosine_with_restarts", "lr_scheduler_kwargs": {"num_cycles": 2}}
+    for policy in (policies.layer_decay(), policies.auto_rgn()):
+        used.clear()
+        trainer = trained(vit, policy, tmp_path, [SurgicalCallback(), Look()], **schedule)
+        logs = [log for log in trainer.state.log_history if "loss" in log]
+        for log, step in zip(logs, used[1::2], strict=True):
+            told = {block: log["learning_rate"] * log[f"surgical/lr_multiplier/{block}"] for block in BLOCKS}
+            assert told == pytest.approx(step)
+        assert len({log["learning_rate"] for log in logs}) > 1
+
+
+# ---- trainers that call their model in another way
+
+
+class Features(nn.Module):
+    """As a SentenceTransformer: a dict of features, and no loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bert = TOYS["bert"].model()
+
+    def forward(self, features: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {"logits": self.bert(input_ids=features["input_ids"]).logits}
+
+
+class OwnCall(Trainer):
+    """As a SentenceTransformerTrainer."""
+
+    def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return own_loss(model, inputs)
+
+
+def own_loss(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    return nn.functional.cross_entropy(model(batch)["logits"], batch["labels"])
+
+
+PROBING = {
+    "auto_rgn-epoch": policies.auto_rgn(every="epoch", num_batches=1),
+    "auto_rgn-2": policies.auto_rgn(every=2, num_batches=1),
+    "auto_rgn_paper": policies.auto_rgn_paper(),
+    "auto_snr": policies.auto_snr(0.1, num_batches=2, granularity="block"),
+}
+
+
+def own_call(policy: Policy, folder: Path, callback: SurgicalCallback, save: str = "no") -> OwnCall:
+    batch = TOYS["bert"].batch(size=16)
+    data = [{key: value[i] for key, value in batch.items()} for i in range(16)]
+    args = TrainingArguments(
+        str(folder), report_to="none", use_cpu=True, max_steps=6, save_strategy=save, save_steps=3,
+        per_device_train_batch_size=4, disable_tqdm=True, remove_unused_columns=False,
+    )  # fmt: skip
+    extra: dict[str, Any] = {"optimizer_cls_and_kwargs": surgical_optimizer(args, policy)}
+    return OwnCall(model=Features(), args=args, train_dataset=data, callbacks=[callback], **extra)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("policy", PROBING.values(), ids=PROBING)
+def test_a_probe_under_a_trainer_with_a_call_of_its_own(
+    policy: Policy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Refused before the first step, also by a run that resumes; with the loss, it works."""
+    monkeypatch.setattr(History, "plot", lambda *_: None)
+    trainer = own_call(policy, tmp_path, SurgicalCallback(own_loss), save="steps")
+    trainer.train()
+    assert trainer.state.global_step == 6
+    for checkpoint in (None, str(tmp_path / "checkpoint-3")):
+        trainer = own_call(policy, tmp_path / "again", SurgicalCallback())
+        with pytest.raises(SurgicalError, match=r"SurgicalCallback\(loss_fn"):
+            trainer.train(resume_from_checkpoint=checkpoint)
+        assert trainer.state.global_step == (3 if checkpoint else 0)
+        assert all(p.requires_grad for p in trainer.model.parameters())
 
 
 def test_the_papers_auto_rgn_drops_the_moments_at_each_epoch(vit: Toy, tmp_path: Path) -> None:

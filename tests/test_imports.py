@@ -17,9 +17,9 @@ PACKAGE = Path(surgical_peft.__file__).parent
 # A module may import from tiers above its own, and a package (criteria, policies, report) within itself.
 TIERS = [
     ["errors", "memory", "quiet", "threads", "strict_yaml", "rate_grid", "terminal"],
-    ["files", "names", "fingerprint", "patterns", "paired", "step_costs", "class_code", "master_weights"],
+    ["files", "names", "fingerprint", "patterns", "paired", "step_costs", "class_code", "epochs", "master_weights"],
     ["wrappers", "checkpointing", "eval_mode", "foreign_optimizers"],
-    ["lists"],
+    ["lists", "masks"],
     ["stacks", "architecture", "tensors"],
     ["batches", "slots", "offloading", "partition"],
     ["blocks", "parked"],
@@ -44,7 +44,7 @@ TIERS = [
     ["search_result"],
     ["report"],
     ["rates"],
-    ["optim", "callback"],
+    ["optim", "callback", "trainer_patch"],
     ["procedures", "storages"],
     ["studies"],
     ["search"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +12,14 @@ import torch
 from accelerate import Accelerator
 from peft import PeftModel, get_peft_model
 from torch import nn
-from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
+from torch.optim.lr_scheduler import (
+    CosineAnnealingLR,
+    CosineAnnealingWarmRestarts,
+    CyclicLR,
+    LambdaLR,
+    OneCycleLR,
+    ReduceLROnPlateau,
+)
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments, default_data_collator, trainer_optimizer
 from transformers.training_args import OptimizerNames
@@ -28,6 +36,7 @@ from surgical_peft import (
 from surgical_peft.policies.auto_rgn import AutoRGN
 from surgical_peft.policies.policy import Policy, Run
 
+from .test_policies import used_rates
 from .toys import TOYS, Toy
 
 ADAMW = torch.optim.AdamW
@@ -42,6 +51,13 @@ class Scripted(Policy):
 
     def step_multipliers(self, run: Run) -> dict[str, float] | None:
         return next(self.script)  # type: ignore[attr-defined]
+
+
+class DecayedRGN(AutoRGN):
+    """Constant factors and changing ones in one policy."""
+
+    def base_multipliers(self, blocks: BlockMap) -> dict[str, float]:
+        return policies.layer_decay(0.9).base_multipliers(blocks)
 
 
 def wrapped(toy: Toy) -> PeftModel:
@@ -317,16 +333,94 @@ def test_a_refused_state_changes_nothing(vit: Toy) -> None:
 # ---- schedulers and loops
 
 
-def test_lambda_lr_keeps_the_ratio_of_static_rates(vit: Toy) -> None:
+CONSTANT = {
+    "static": policies.static({0: 0.1, -1: 3}),
+    "layer_decay": policies.layer_decay(0.5),
+    "discriminative": policies.discriminative(),
+    "layer_decay and auto_rgn": DecayedRGN(),
+}
+SCHEDULERS: dict[str, Any] = {
+    "lambda": lambda o: LambdaLR(o, lambda step: 1 / (1 + step)),
+    "one cycle": lambda o: OneCycleLR(o, max_lr=1e-2, total_steps=8),
+    "cyclic": lambda o: CyclicLR(o, base_lr=1e-4, max_lr=1e-2, step_size_up=2),
+    "cosine": lambda o: CosineAnnealingLR(o, T_max=9),
+    "warm restarts": lambda o: CosineAnnealingWarmRestarts(o, T_0=3),
+    "plateau": lambda o: ReduceLROnPlateau(o, patience=0, factor=0.5),
+    "by hand": lambda o: ByHand(o),
+}
+
+
+class ByHand:
+    """No scheduler: the loop sets the rate."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer, self.steps = optimizer, 0
+
+    def step(self) -> None:
+        self.steps += 1
+        for group in self.optimizer.param_groups:
+            group["lr"] = 1e-3 / self.steps
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+@pytest.mark.parametrize("policy", CONSTANT)
+def test_a_constant_factor_holds_whatever_sets_the_rate(policy: str, scheduler: str, vit: Toy) -> None:
     model = wrapped(vit)
-    optimizer = create_surgical_optimizer(model, ADAMW, lr=1e-2, policy=policies.static({0: 0.1}))
-    scheduler = LambdaLR(optimizer, lambda step: 1 / (1 + step))
-    for step in range(4):
-        rates = {group["unit"]: group["lr"] for group in optimizer.param_groups}
-        assert rates == {"0": pytest.approx(1e-3 / (1 + step)), "11": pytest.approx(1e-2 / (1 + step))}
-        backward(model, vit)
-        optimizer.step()
-        scheduler.step()
+    optimizer = create_surgical_optimizer(model, ADAMW, lr=1e-2, policy=CONSTANT[policy])
+    plain = ADAMW([torch.zeros(1, requires_grad=True)], lr=1e-2)
+    ours, reference = SCHEDULERS[scheduler](optimizer), SCHEDULERS[scheduler](plain)
+    base = CONSTANT[policy].base_multipliers(BlockMap.find(model))
+    told = []
+    for step in range(7):
+        backward(model, vit, step)
+        used = used_rates(optimizer)
+        plain.step()
+        rate = plain.param_groups[0]["lr"]
+        told.append(rate)
+        changing = {group["unit"]: group["lr_multiplier"] for group in optimizer.param_groups}
+        assert used == pytest.approx({unit: rate * base[unit] * changing[unit] for unit in ("0", "11")}, rel=1e-12)
+        assert optimizer.block_rates.used == pytest.approx({unit: used[unit] / rate for unit in used})  # type: ignore[attr-defined]
+        assert {group["lr"] for group in optimizer.param_groups} == {rate}
+        for each in (ours, reference):
+            each.step(*((1.0,) if scheduler == "plateau" else ()))
+    assert len(set(told)) > 2
+
+
+def test_a_checkpoint_with_the_constant_factor_in_its_rates_goes_on_as_it_began(vit: Toy) -> None:
+    """As versions before wrote them: `lr` and the scheduler's `base_lrs` held the factor."""
+
+    def plain(model: nn.Module) -> tuple[torch.optim.Optimizer, LambdaLR]:
+        own = create_surgical_optimizer(model, ADAMW, lr=1e-2, policy=policies.static({0: 0.3}))
+        groups = [{**group, "lr": 1e-2 * group["base_multiplier"]} for group in own.param_groups]
+        optimizer = ADAMW(groups, lr=1e-2)
+        return optimizer, LambdaLR(optimizer, lambda step: 1 / (1 + step))
+
+    def go(model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: LambdaLR, steps: range) -> None:
+        for step in steps:
+            backward(model, vit, step)
+            optimizer.step()
+            scheduler.step()
+
+    reference = wrapped(vit)
+    optimizer, scheduler = plain(reference)
+    go(reference, optimizer, scheduler, range(3))
+    model = wrapped(vit)
+    model.load_state_dict(reference.state_dict())
+    resumed = create_surgical_optimizer(model, ADAMW, lr=1e-2, policy=policies.static({0: 0.3}))
+    schedule = LambdaLR(resumed, lambda step: 1 / (1 + step))
+    state = copy.deepcopy(optimizer.state_dict())
+    for group in state["param_groups"]:
+        group.pop("base_multiplier_at_step")
+        group["surgical"] = {"step": 3, "epoch": None, "probed": None, "scores": {}, "state": {}}
+    resumed.load_state_dict(state)
+    schedule.load_state_dict(scheduler.state_dict())
+    go(reference, optimizer, scheduler, range(3, 6))
+    go(model, resumed, schedule, range(3, 6))
+    assert_equal_weights(model, reference)
+    assert resumed.block_rates.used == {"0": 0.3, "11": 1.0}  # type: ignore[attr-defined]
+    again = create_surgical_optimizer(model, ADAMW, lr=1e-2, policy=policies.static({0: 0.3}))
+    again.load_state_dict(resumed.state_dict())
+    assert used_rates(again) == pytest.approx({"0": 0.3e-2 / 7, "11": 1e-2 / 7})
 
 
 @pytest.mark.parametrize("granularity", ["block", "tensor"])
@@ -481,7 +575,7 @@ def test_arguments_are_read_when_the_optimizer_is_built(vit: Toy, tmp_path: Any)
     args.learning_rate, args.weight_decay, args.optim = 2e-3, 0.3, OptimizerNames.SGD
     optimizer = trainer.create_optimizer()
     assert isinstance(optimizer, torch.optim.SGD)
-    assert {group["unit"]: group["lr"] for group in optimizer.param_groups} == {"0": 1e-3, "11": 2e-3}
+    assert used_rates(optimizer) == {"0": 1e-3, "11": 2e-3}
     assert {group["weight_decay"] for group in optimizer.param_groups} == {0.0, 0.3}
 
 

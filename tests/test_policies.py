@@ -36,9 +36,20 @@ ADAMW = torch.optim.AdamW
 
 
 def rates(model: nn.Module, policy: Policy, lr: float = 1.0) -> dict[str, float]:
-    """The rate of each block before any step."""
+    """The rate of each block at the first step."""
     optimizer = create_surgical_optimizer(model, ADAMW, lr=lr, policy=policy)
-    return {group["block"]: group["lr"] for group in optimizer.param_groups}
+    return used_rates(optimizer)
+
+
+def used_rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    """The rates at which the next step is made."""
+    found: dict[str, float] = {}
+    hook = optimizer.register_step_pre_hook(
+        lambda o, a, k: found.update((g["block"], g["lr"]) for g in o.param_groups)
+    )
+    optimizer.step()
+    hook.remove()
+    return found
 
 
 def factors(optimizer: torch.optim.Optimizer) -> dict[str, float]:

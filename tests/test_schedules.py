@@ -12,7 +12,25 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
 from torch.nn.functional import cross_entropy
-from transformers import Trainer, TrainingArguments
+from transformers import (
+    AlbertConfig,
+    AlbertModel,
+    BeitConfig,
+    BeitModel,
+    BertConfig,
+    BertModel,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    ConvNextConfig,
+    ConvNextModel,
+    RobertaConfig,
+    RobertaModel,
+    Trainer,
+    TrainingArguments,
+    ViTConfig,
+    ViTModel,
+)
+from transformers.utils import ModelOutput
 
 from surgical_peft import (
     BlockMap,
@@ -26,6 +44,9 @@ from surgical_peft import (
 from surgical_peft.policies import ClassBalancedLoss, Stage
 from surgical_peft.policies.policy import Policy
 
+from .families import FAMILIES
+from .plain import PLAIN, Net
+from .test_policies import used_rates
 from .toys import TOYS, Toy
 
 ADAMW = torch.optim.AdamW
@@ -58,7 +79,7 @@ def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def test_discriminative_divides_by_its_factor_from_block_to_block(vit: Toy) -> None:
     _, optimizer = start(vit, policies.discriminative())
-    rates = {group["block"]: group["lr"] for group in optimizer.param_groups}
+    rates = used_rates(optimizer)
     for below, above in zip(("embeddings", *LAYERS), (*LAYERS, "head"), strict=True):
         assert rates[above] / rates[below] == pytest.approx(2.6)
     assert rates["head"] == rates["final_norm"] == 1e-2
@@ -412,6 +433,46 @@ def test_settings_out_of_range_are_refused(name: str, settings: dict[str, Any], 
         getattr(policies, name)(**settings)
 
 
+@pytest.mark.parametrize("bad", [None, math.nan, math.inf, "0.1", True, -1.0, [0.5]])
+@pytest.mark.parametrize(
+    "make",
+    {
+        "static": lambda bad: policies.static({"head": bad}),
+        "layer_decay": policies.layer_decay,
+        "discriminative": policies.discriminative,
+        "stage": lambda bad: policies.stages([Stage(lr_multiplier=bad)]),
+        "lp_ft": lambda bad: policies.lp_ft(epochs=1, lr_multiplier=bad),
+        "two_stage": lambda bad: policies.two_stage([3, 2, 1], epochs=1, lr_multiplier=bad),
+        "auto_snr": lambda bad: policies.auto_snr(bad),
+        "bvg_ls": policies.bvg_ls,
+        "progressive_freezing": lambda bad: policies.progressive_freezing(percentile=bad),
+        "sample_by_score": lambda bad: policies.sample_by_score(epsilon=bad),
+        "a user's own": lambda bad: Given({"head": bad}),
+        "a user's own, constant": lambda bad: Given(base={"head": bad}),
+    }.items(),
+    ids=lambda pair: pair[0],
+)
+def test_what_is_no_rate_is_refused(make: tuple[str, Any], bad: Any, vit: Toy) -> None:
+    with pytest.raises(SurgicalError) as refused:
+        start(vit, make[1](bad))
+    assert repr(bad) in str(refused.value)
+
+
+class Given(Policy):
+    """Gives the factors that the test says."""
+
+    def __init__(self, factors: Any = None, base: Any = None) -> None:
+        super().__init__()
+        object.__setattr__(self, "factors", factors)
+        object.__setattr__(self, "base", base)
+
+    def base_multipliers(self, blocks: BlockMap) -> dict[str, float]:
+        return self.base or {}  # type: ignore[attr-defined]
+
+    def plan(self, run: Any) -> dict[str, float] | None:
+        return self.factors  # type: ignore[attr-defined]
+
+
 @pytest.mark.parametrize(
     ("policy", "words"),
     [
@@ -517,3 +578,125 @@ def test_a_mask_outlives_a_look_at_the_disabled_adapter() -> None:
         backward(model, toy, seed)
         optimizer.step()
         assert masked and not any(parameter.requires_grad or parameter in optimizer.state for parameter in masked)
+
+
+# ---- heads that a loss does not reach
+
+BERT = {"vocab_size": 24, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 16}
+VISION = {**BERT, "image_size": 8, "patch_size": 4}
+ENCODERS: dict[str, Any] = {
+    "bert": lambda: BertModel(BertConfig(**BERT)),
+    "roberta": lambda: RobertaModel(RobertaConfig(**BERT)),
+    "albert": lambda: AlbertModel(AlbertConfig(**BERT, embedding_size=8)),
+    "vit": lambda: ViTModel(ViTConfig(**VISION)),
+    "beit": lambda: BeitModel(BeitConfig(**VISION)),
+    "clip": lambda: CLIPVisionModel(CLIPVisionConfig(**VISION)),
+    "convnext": lambda: ConvNextModel(
+        ConvNextConfig(hidden_sizes=[8, 16], depths=[1, 2], num_stages=2, num_channels=3)
+    ),
+    "sentence": lambda: Sentences(),
+}
+
+
+class Sentences(nn.Module):
+    """As a SentenceTransformer: takes a dict of features, and pools itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.auto_model = BertModel(BertConfig(**BERT))
+
+    def forward(self, features: dict[str, Any]) -> dict[str, Any]:
+        hidden = self.auto_model(input_ids=features["input_ids"]).last_hidden_state
+        return {"sentence_embedding": hidden.mean(1)}
+
+
+def encoded(model: nn.Module) -> Any:
+    if isinstance(model, Sentences):
+        return model({"input_ids": torch.tensor([[3, 4, 5]])})
+    images = hasattr(model.config, "num_channels")  # type: ignore[union-attr]
+    inputs = {"pixel_values": torch.ones(1, 3, 8, 8)} if images else {"input_ids": torch.tensor([[3, 4, 5]])}
+    return model(**inputs)
+
+
+@pytest.mark.parametrize("direction", ["last_to_first", "first_to_last"])
+@pytest.mark.parametrize("output", ["last_hidden_state", "pooler_output"])
+@pytest.mark.parametrize("name", ENCODERS)
+def test_gradual_unfreezing_of_a_bare_encoder_trains_what_the_loss_reaches(
+    name: str, output: str, direction: str
+) -> None:
+    model = ENCODERS[name]().train()
+    optimizer = create_surgical_optimizer(
+        model, ADAMW, lr=1e-3, policy=policies.gradual_unfreezing(direction, every=1, hard=True)
+    )
+    seen = []
+    for _ in range(5):
+        seen.append(on(optimizer))
+        encoded(model)["sentence_embedding" if name == "sentence" else output].mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert all(one <= other for one, other in itertools.pairwise(seen))
+    assert seen[0] != seen[-1] == {group["unit"] for group in optimizer.param_groups}
+
+
+@pytest.mark.parametrize("policy", [policies.lp_ft(epochs=1), policies.stages([Stage("head", steps=1), Stage()])])
+@pytest.mark.parametrize("name", ["bert", "vit", "sentence"])
+def test_a_pooler_is_no_head_to_train_alone(name: str, policy: Policy) -> None:
+    with pytest.raises(SurgicalError, match="pooler"):
+        create_surgical_optimizer(ENCODERS[name](), ADAMW, lr=1e-3, policy=policy)
+
+
+def test_a_pooler_beside_a_block_or_before_a_classifier_is_trained() -> None:
+    policy = policies.stages([Stage([-1, "head"], steps=1), Stage()])
+    assert on(create_surgical_optimizer(ENCODERS["bert"](), ADAMW, lr=1e-3, policy=policy)) == {"2", "head"}
+    classifier, optimizer = start(TOYS["bert"], policies.gradual_unfreezing(every=1))
+    assert on(optimizer) == {"head"}
+    backward(classifier, TOYS["bert"])
+    clip = FAMILIES["clip"]
+    model, optimizer = start(clip, policies.gradual_unfreezing(every=1))
+    assert on(optimizer) == {"vision_model.final_norm", "head"}  # which is its projections
+    backward(model, clip)
+    optimizer.step()
+
+
+def test_a_loss_that_reaches_nothing_that_a_stage_trains_is_told() -> None:
+    class Cut(Net):
+        def forward(self, inputs: torch.Tensor, labels: torch.Tensor) -> Any:
+            hidden = self.layers[0](self.stem(inputs))
+            logits = self.head(hidden.mean(1))
+            return ModelOutput(logits=logits, loss=cross_entropy(logits, labels))
+
+    model = Cut(*[nn.Linear(8, 8) for _ in range(3)]).train()
+    batch = PLAIN["lstm"].batch()
+    optimizer = create_surgical_optimizer(
+        model, ADAMW, lr=1e-3, policy=policies.stages([Stage([1, 2], steps=1), Stage()])
+    )
+    with pytest.raises(SurgicalError, match="does not depend"):
+        model(**batch)
+    with torch.no_grad():
+        model(**batch)
+    model.eval()(**batch)
+    del optimizer
+    model.train()(**batch).loss.backward()
+
+
+def test_a_loss_of_a_later_stage_is_missed_before_the_first_step(vit: Toy) -> None:
+    """The first stage was trained, and the labels were missed when the second began."""
+    model, _optimizer = start(vit, policies.stages([Stage(steps=1), Stage(loss=own_loss)]))
+    with pytest.raises(SurgicalError, match="labels"):
+        model(pixel_values=vit.batch()["pixel_values"])
+    with pytest.raises(SurgicalError, match="tuple"):
+        model(**vit.batch(), return_dict=False)
+
+
+def test_a_mask_is_not_lifted_off_an_adapter_that_is_parked() -> None:
+    toy = TOYS["llama"]
+    model = get_peft_model(toy.model(), SurgicalConfig(blocks=[0, 1, 2])).train()
+    first = create_surgical_optimizer(model, ADAMW, lr=1e-2, policy=policies.lisa(num_blocks=1, every=1))
+    model.add_adapter("other", SurgicalConfig(blocks=[0]))
+    model.set_adapter("other")
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    second = create_surgical_optimizer(model, ADAMW, lr=1e-2)
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == trained
+    assert sum(len(group["params"]) for group in second.param_groups) == len(trained)
+    model.set_adapter("default")
+    assert all(p.requires_grad for group in first.param_groups for p in group["params"])

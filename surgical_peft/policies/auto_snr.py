@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from .. import criteria
@@ -10,7 +9,7 @@ from ..blocks import is_head
 from ..errors import SurgicalError
 from ..names import resolve
 from ..scores import BlockScores, normalize
-from .policy import STATE_POLICIES, Policy, Run, check_cadence, check_count, check_word
+from .policy import STATE_POLICIES, Policy, Run, check_cadence, check_count, check_word, is_number
 
 
 def auto_snr(
@@ -52,9 +51,9 @@ def auto_snr(
     check_word("auto_snr", "normalized", normalized, ("max", "minmax", None))
     check_word("auto_snr", "state_policy", state_policy, STATE_POLICIES)
     check_count("auto_snr", "num_batches", num_batches, "batches to score on")
-    if not math.isfinite(threshold) or (normalized and not 0 < threshold <= 1):
+    if not is_number(threshold) or (normalized and not 0 < threshold <= 1):
         raise SurgicalError(
-            f"threshold={threshold} is out of range: "
+            f"threshold={threshold!r} is out of range: "
             + (f"normalized={normalized!r} scores lie between 0 and 1." if normalized else "a finite number.")
         )
     return AutoSNR(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import SurgicalError
-from .policy import Policy, Run, check_count, check_word
+from .policy import Policy, Run, check_count, check_word, is_number
 
 
 def bvg_ls(alpha: float = 0.9, num_selected: int = 1, momentum: str = "accumulate") -> Policy:
@@ -41,8 +41,8 @@ def bvg_ls(alpha: float = 0.9, num_selected: int = 1, momentum: str = "accumulat
     """
     check_word("bvg_ls", "momentum", momentum, ("accumulate", "masked"))
     check_count("bvg_ls", "num_selected", num_selected, "blocks a step")
-    if not 0 <= alpha < 1:
-        raise SurgicalError(f"alpha={alpha} is out of range: from 0 to below 1.")
+    if not (is_number(alpha) and 0 <= alpha < 1):
+        raise SurgicalError(f"alpha={alpha!r} is out of range: from 0 to below 1.")
     return BVGLS(alpha=alpha, num_selected=num_selected, skip_idle=momentum == "masked")
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from ..blocks import BlockMap
 from ..errors import SurgicalError
-from .policy import Policy, depths
+from .policy import Policy, depths, is_number
 
 
 def discriminative(factor: float = 2.6) -> Policy:
@@ -24,8 +23,8 @@ def discriminative(factor: float = 2.6) -> Policy:
     Example:
         >>> trainer = Trainer(..., optimizer_cls_and_kwargs=surgical_optimizer(args, policies.discriminative()))
     """
-    if not (math.isfinite(factor) and factor >= 1):
-        raise SurgicalError(f"factor={factor} is out of range: a number from 1 upwards that rates are divided by.")
+    if not (is_number(factor) and factor >= 1):
+        raise SurgicalError(f"factor={factor!r} is out of range: a number from 1 upwards that rates are divided by.")
     return Discriminative(factor=factor)
 
 

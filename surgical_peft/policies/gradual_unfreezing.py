@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .policy import STATE_POLICIES, Policy, Run, check_cadence, check_word, depths
+from ..blocks import is_head
+from .policy import STATE_POLICIES, Policy, Run, check_cadence, check_word, depths, poolers
 
 
 def gradual_unfreezing(
@@ -14,7 +15,8 @@ def gradual_unfreezing(
 
     From last to first, the first interval trains the final norm and the head, the next one also the last repeated
     block, and so on down to the embeddings. From first to last it trains the embeddings and the head, then also the
-    first block, and so on. Blocks that are not tuned at all take no turn.
+    first block, and so on. Blocks that are not tuned at all take no turn. A bare encoder has no head, as its
+    pooler is none: the first interval trains its last block as well, since the loss may reach nothing behind that.
 
     Args:
         direction: `"last_to_first"` (ULMFiT) or `"first_to_last"`.
@@ -45,6 +47,9 @@ class GradualUnfreezing(Policy):
     def plan(self, run: Run) -> dict[str, float] | None:
         turn = (run.epoch or 0) if isinstance(self.every, str) else run.step // self.every
         depth_of = depths(run.blocks)
+        if run.repeated and not run.blocks.tied and {*filter(is_head, run.blocks.names)} <= {*poolers(run.blocks)}:
+            last = max(depth_of[name] for name in run.repeated)  # the loss may reach neither pooler nor final norm
+            depth_of |= {name: min(depth_of[name], last) for name in run.names}
         there = sorted({depth_of[name] for name in run.names}, reverse=self.direction == "last_to_first")
         thawed = set(there[: turn + 1])
         return run.only([*run.heads, *(name for name in run.names if depth_of[name] in thawed)])

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ..blocks import BlockMap
 from ..errors import SurgicalError
-from .policy import Policy, depths
+from .policy import Policy, depths, is_number
 
 
 def layer_decay(decay: float = 0.75) -> Policy:
@@ -23,8 +23,8 @@ def layer_decay(decay: float = 0.75) -> Policy:
     Example:
         >>> trainer = Trainer(..., optimizer_cls_and_kwargs=surgical_optimizer(args, policies.layer_decay(0.75)))
     """
-    if not 0 < decay <= 1:
-        raise SurgicalError(f"decay={decay} is out of range: more than 0, at most 1.")
+    if not (is_number(decay) and 0 < decay <= 1):
+        raise SurgicalError(f"decay={decay!r} is out of range: more than 0, at most 1.")
     return LayerDecay(decay=decay)
 
 

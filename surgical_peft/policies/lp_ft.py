@@ -10,7 +10,7 @@ def lp_ft(epochs: int, lr_multiplier: float = 1.0, hard: bool = True) -> Policy:
     """Linear probing, then fine-tuning: `epochs` epochs train the head alone, the rest everything that is tuned.
 
     So that a new head does not distort the features while it is still random. Needs `SurgicalCallback` among the
-    Trainer's callbacks, and a head among the tuned blocks.
+    Trainer's callbacks, and a head among the tuned blocks; the pooler of a bare encoder is none.
 
     Args:
         epochs: how long the head is trained alone; the paper gives it half of all epochs.

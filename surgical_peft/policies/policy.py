@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from numbers import Real
 from typing import Any
 
 from torch import Tensor, nn
@@ -131,7 +133,7 @@ class Policy:
         return all(getattr(type(self), name) is getattr(Policy, name) for name in asked)
 
     def base_multipliers(self, blocks: BlockMap) -> dict[str, float]:
-        """Constant factors by block, more than 0; blocks left out have 1. They become part of the base rate."""
+        """Constant factors by block, more than 0; blocks left out have 1. Asked once, when the optimizer is made."""
         return {}
 
     def plan(self, run: Run) -> dict[str, float] | None:
@@ -169,6 +171,16 @@ def depths(blocks: BlockMap) -> dict[str, int]:
         depth += name in repeated
         found[name] = depth + (name.rpartition(".")[2] in ("final_norm", "head"))
     return found
+
+
+def poolers(blocks: BlockMap) -> list[str]:
+    """The heads that are a pooler alone, as in a bare encoder; a loss on the hidden states does not reach them."""
+    return [name for name in blocks.names if is_head(name) and all("pool" in path for path in blocks.modules[name])]
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a finite number; a bool, a text or None is not."""
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def check_word(owner: str, name: str, value: Any, known: Sequence[Any]) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from ..errors import SurgicalError
-from .policy import STATE_POLICIES, Policy, Run, check_count, check_word, depths
+from .policy import STATE_POLICIES, Policy, Run, check_count, check_word, depths, is_number
 
 
 def progressive_freezing(
@@ -38,8 +38,8 @@ def progressive_freezing(
     """
     check_count("progressive_freezing", "interval", interval, "steps")
     check_word("progressive_freezing", "state_policy", state_policy, STATE_POLICIES)
-    if not 0 <= percentile <= 100:
-        raise SurgicalError(f"percentile={percentile} is out of range: from 0 to 100.")
+    if not (is_number(percentile) and 0 <= percentile <= 100):
+        raise SurgicalError(f"percentile={percentile!r} is out of range: from 0 to 100.")
     return ProgressiveFreezing(interval=interval, percentile=percentile, hard=hard, state_policy=state_policy)
 
 

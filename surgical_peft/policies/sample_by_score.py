@@ -9,7 +9,17 @@ from dataclasses import dataclass
 import torch
 
 from ..errors import SurgicalError
-from .policy import STATE_POLICIES, Policy, Run, check_cadence, check_count, check_enough, check_word, kept_on
+from .policy import (
+    STATE_POLICIES,
+    Policy,
+    Run,
+    check_cadence,
+    check_count,
+    check_enough,
+    check_word,
+    is_number,
+    kept_on,
+)
 
 _FADE = 0.95  # of epsilon from one draw to the next
 
@@ -51,8 +61,8 @@ def sample_by_score(
     check_count("sample_by_score", "num_blocks", num_blocks, "blocks trained at once")
     check_cadence("sample_by_score", every, ())
     check_word("sample_by_score", "state_policy", state_policy, STATE_POLICIES)
-    if not 0 <= epsilon <= 1:
-        raise SurgicalError(f"epsilon={epsilon} is out of range: a chance from 0 to 1.")
+    if not (is_number(epsilon) and 0 <= epsilon <= 1):
+        raise SurgicalError(f"epsilon={epsilon!r} is out of range: a chance from 0 to 1.")
     return SampleByScore(
         num_blocks=num_blocks,
         every=every,

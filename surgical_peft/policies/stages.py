@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import SurgicalError
 from ..names import nearest, resolve
-from .policy import STATE_POLICIES, Policy, Run, StepLoss, check_count, check_word
+from .policy import STATE_POLICIES, Policy, Run, StepLoss, check_count, check_word, is_number, poolers
 
 
 @dataclass(frozen=True, repr=False)
@@ -144,6 +144,12 @@ def _trained(stage: Stage, run: Run) -> list[str]:
         raise SurgicalError(
             f"{stage} names {missing[0]!r}, which is not trained. Trained: {', '.join(run.names)}; 'all' means these."
         )
+    if set(chosen) <= set(poolers(run.blocks)):
+        raise SurgicalError(
+            f"{stage} trains nothing but the pooler of {run.blocks.model_name} ({', '.join(chosen)}), which is no "
+            "head: a loss on the last hidden states does not reach it. Name another block with it, such as [-1, "
+            f"{chosen[0]!r}], or load a model with a head for the task."
+        )
     return list(chosen)
 
 
@@ -163,9 +169,9 @@ def _checked(stage: Stage | Mapping[str, Any]) -> Stage:
             check_count("stages", name, getattr(stage, name), f"{name} of a stage")
     if stage.epochs and stage.steps:
         raise SurgicalError(f"{stage} has epochs and steps: give one of the two.")
-    if not (math.isfinite(stage.lr_multiplier) and stage.lr_multiplier > 0):
+    if not (is_number(stage.lr_multiplier) and stage.lr_multiplier > 0):
         raise SurgicalError(
-            f"lr_multiplier={stage.lr_multiplier} of a stage is out of range: more than 0. What is to rest is left "
+            f"lr_multiplier={stage.lr_multiplier!r} of a stage is out of range: more than 0. What is to rest is left "
             "out of `blocks`."
         )
     loss = stage.loss

@@ -19,7 +19,7 @@ def static(multipliers: Mapping[int | str, float] | None = None) -> Policy:
     Example:
         >>> policy = policies.static({"0:4": 0.1, "head": 10})
     """
-    return Static(given=tuple((spec, float(factor)) for spec, factor in (multipliers or {}).items()))
+    return Static(given=tuple((spec, factor) for spec, factor in (multipliers or {}).items()))
 
 
 @dataclass(frozen=True)
