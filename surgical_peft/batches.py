@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from .errors import SurgicalError
 from .wrappers import bare
 
 LossFunction = Callable[[nn.Module, Any], Tensor]
+IGNORED = -100  # the label that losses leave out
+SLACK = 0.25  # of the largest loss: how far dropout, or a loss on the load of experts, may move it
 
 
 def model_loss(model: nn.Module, batch: Any) -> Tensor:
     """The loss that the model computes itself.
 
     Raises:
-        SurgicalError: a batch that is no mapping, or that gives no loss.
+        SurgicalError: a batch that is no mapping, or that gives no loss, or with labels that the model does not know.
+            All other errors of the model pass through.
     """
     if not isinstance(batch, Mapping):
         raise SurgicalError(
@@ -30,12 +36,12 @@ def model_loss(model: nn.Module, batch: Any) -> Tensor:
     )
     try:
         loss = getattr(model(**batch), "loss", None)
-    except ValueError as error:  # a sequence-to-sequence model cannot even run without labels
-        if "labels" in batch:
-            raise
-        raise SurgicalError(unlabelled) from error
-    except (IndexError, RuntimeError) as error:
-        wrong = _out_of_range(batch.get("labels"), model)
+    except ValueError as error:
+        if _lacks_labels(batch, model, error):
+            raise SurgicalError(unlabelled) from error
+        raise
+    except (IndexError, torch.AcceleratorError) as error:  # on a GPU, a label out of range fails an assertion
+        wrong = _out_of_range(batch, model)
         if wrong is None:
             raise
         raise SurgicalError(wrong) from error
@@ -44,24 +50,30 @@ def model_loss(model: nn.Module, batch: Any) -> Tensor:
     return loss
 
 
-def _out_of_range(labels: Any, model: nn.Module) -> str | None:
+def _lacks_labels(batch: Mapping[str, Any], model: nn.Module, error: ValueError) -> bool:
+    """Whether the model fails for want of what its decoder reads, which it makes of labels."""
+    own = bare(model)
+    if "labels" in batch or any(key.startswith("decoder_") for key in batch) or not isinstance(own, PreTrainedModel):
+        return False
+    decodes = own.config.is_encoder_decoder or own.config.get_text_config(decoder=True).is_encoder_decoder
+    return decodes and "inputs_embeds" in str(error)
+
+
+def _out_of_range(batch: Mapping[str, Any], model: nn.Module) -> str | None:
     """What to say of labels that the model has no output for; None if there are none. -100 is what losses ignore."""
-    config: Any = getattr(bare(model), "config", None)
-    if not isinstance(labels, Tensor) or labels.is_floating_point() or config is None:
+    labels, own = batch.get("labels"), bare(model)
+    if not isinstance(labels, Tensor) or labels.is_floating_point() or not isinstance(own, PreTrainedModel):
         return None
-    tokens = labels.ndim > 1 and getattr(config, "vocab_size", None) is not None
-    classes = {getattr(config, "num_labels", None)} | ({config.vocab_size} if tokens else set())
-    known = max((number for number in classes if number), default=None)
-    if known is None:
-        return None
-    wrong = sorted({int(label) for label in labels.unique() if label != -100 and not 0 <= label < known})
-    if not wrong:
-        return None
-    shown = ", ".join(map(str, wrong[:5])) + (", ..." if len(wrong) > 5 else "")
-    return (
-        f"labels out of range: {shown}; {type(bare(model)).__name__} has {known} classes, 0 to {known - 1}. Load it "
-        "with num_labels=..., or map the labels."
-    )
+    words = own.get_output_embeddings() is not None
+    config: Any = own.config
+    known = config.get_text_config(decoder=True).vocab_size if words else config.num_labels
+    wrong = labels[(labels != IGNORED) & ((labels < 0) | (labels >= known))].unique()
+    inputs = batch.get("input_ids")
+    if not len(wrong) or (words and isinstance(inputs, Tensor) and bool(torch.isin(wrong, inputs).any())):
+        return None  # or the inputs are out of range too, and at fault
+    shown = ", ".join(map(str, wrong[:5].tolist())) + (", ..." if len(wrong) > 5 else "")
+    cure = "Take the tokenizer of this model" if words else "Load it with num_labels=..., or map the labels"
+    return f"labels out of range: {shown}; {type(own).__name__} has {known} classes, 0 to {known - 1}. {cure}."
 
 
 def to_device(batch: Any, model: nn.Module) -> Any:
@@ -93,3 +105,46 @@ def examples_of(batch: Any) -> Iterator[Any]:
             yield {key: row(column, at) for key, column in batch.items()}
         else:
             yield type(batch)(row(column, at) for column in batch)
+
+
+def all_ignored(batch: Any) -> bool:
+    """Whether losses ignore every label of a batch."""
+    labels = batch.get("labels") if isinstance(batch, Mapping) else None
+    return isinstance(labels, Tensor) and labels.numel() > 0 and bool((labels == IGNORED).all())
+
+
+def check_labelled(batches: Iterable[tuple[int, Any]]) -> None:
+    """Make sure that each batch, given with its place, has a label that losses do not ignore.
+
+    Raises:
+        SurgicalError: one has none.
+    """
+    nothing = [place for place, batch in batches if all_ignored(batch)]
+    if nothing:
+        raise SurgicalError(
+            f"all labels of batch {nothing[0]} are {IGNORED}, which losses ignore: there is nothing to learn from it. "
+            "Look at how labels are made, e.g. whether truncation cuts the answers off, or give larger batches."
+        )
+
+
+@torch.no_grad()
+def check_separable(model: nn.Module, batch: Any, loss_of: LossFunction) -> None:
+    """Make sure that a batch's loss is a mean, or a sum, of the losses of its examples.
+
+    Raises:
+        SurgicalError: it is not, as that of a contrastive loss: for one example it is 0, or NaN.
+    """
+    examples = list(examples_of(batch))
+    if len(examples) < 2:
+        return
+    together, pairs = float(loss_of(model, batch)), [(float(loss_of(model, each)), each) for each in examples]
+    alone = [loss for loss, each in pairs if math.isfinite(loss) or not all_ignored(each)]
+    if not alone or not math.isfinite(together):
+        return
+    slack = SLACK * max(map(abs, (together, *alone)))
+    if not (min(alone) - slack <= together <= max(alone) + slack or abs(together - sum(alone)) <= slack):
+        raise SurgicalError(
+            f"the loss of the first batch is {together:.4g}, that of its examples alone {min(alone):.4g} to "
+            f"{max(alone):.4g}: it exists only over a batch, as a contrastive loss does, and the gradients of single "
+            "examples say nothing. Score with a criterion on the gradients of batches, such as 'adam_gain' or 'bvr'."
+        )

@@ -64,6 +64,11 @@ def union_of_values(values: dict[str, dict[int, float]]) -> dict[str, dict[int, 
     return {name: {at: value for own in _all(values) for at, value in own[name].items()} for name in values}
 
 
+def union_of_names(names: set[str]) -> set[str]:
+    """The names of all processes."""
+    return set().union(*_all(names)) if several() else names
+
+
 def last_of_all(position: int) -> int:
     """The last position that any process has seen."""
     return max(_all(position)) if several() else position

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from .criteria.criterion import Criterion, Moments, Needs, whole
+from .criteria.criterion import Criterion, Moments, Needs, can_train, not_finite, whole
 from .errors import SurgicalError
 from .offloading import Lent, arrivals
 from .processes import last_of_all, merge, union_of_values
@@ -26,11 +26,16 @@ class GradientReader:
 
     Memory: one unit's gradients. Under FSDP2, where gradients arrive sharded, all shards of a process at once, and one
     unit's weights and gradients whole.
+
+    Attributes:
+        reached: the units that had a gradient other than zero in some sample; of the others nothing is known.
     """
 
-    def __init__(self, units: Units, receive: Receiver, lent: list[Lent]) -> None:
+    def __init__(self, units: Units, receive: Receiver, lent: list[Lent], kind: str) -> None:
         self.receive = receive
+        self.kind = kind
         self.sample = 0
+        self.reached: set[str] = set()
         self._units = units
         self._unit_of = {path: name for name, unit in units.items() for path in unit}
         self._lent = lent
@@ -58,7 +63,7 @@ class GradientReader:
                 hook.remove()
 
     def _arrived(self, path: str, weight: nn.Parameter) -> None:
-        if weight.is_floating_point():
+        if can_train(weight):
             weight.requires_grad_(path in self._unit_of)
         if path in self._unit_of and id(weight) not in self._path_of:
             self._places[path].append(weight)
@@ -84,6 +89,8 @@ class GradientReader:
         for name in list(self._awaited):  # what takes no part in this sample, or is sharded
             self._finish(name)
         self._end_loans()
+        if not loss.isfinite():  # its gradient may be zero, as that of a mean over nothing
+            raise not_finite("loss", self.kind, sample)
 
     def _take(self, weight: Tensor) -> None:
         name = self._unit_of[self._path_of[id(weight)]]
@@ -107,6 +114,8 @@ class GradientReader:
             weights.append(whole(weight.detach()))
             grads.append(whole(reduce(torch.add, arrived) if arrived else nothing))
         with torch.no_grad():
+            if name not in self.reached and any(bool(grad.any()) for grad in grads):
+                self.reached.add(name)
             self.receive(name, weights, grads, self.sample)
         for path in self._units[name]:
             for place in self._places[path]:
@@ -142,8 +151,7 @@ class OverSamples:
     def take(self, name: str, weights: list[Tensor], grads: list[Tensor], sample: int) -> None:
         """Let one unit's moments know of one sample."""
         if not all(bool(torch.isfinite(grad).all()) for grad in grads):
-            kind = "batch" if self.needs.samples == "batches" else "example"
-            checked(float("nan"), self.score, name, sample, kind)
+            raise not_finite(f"gradient of {name!r}", kind_of(self.needs), sample)
         if not self.moments[name]:
             self.moments[name] = self._empty(weights)
             self._weights[name] = weights
@@ -170,7 +178,12 @@ class OverSamples:
         return [Moments(weights, self.needs.decay) for _ in range(self.needs.parts)]
 
 
-def checked(value: Any, criterion: Criterion, name: str, sample: int | None = None, kind: str = "batch") -> float:
+def kind_of(needs: Needs) -> str:
+    """How messages call what a criterion sees one by one."""
+    return "batch" if needs.samples == "batches" else "example"
+
+
+def checked(value: Any, criterion: Criterion, name: str, sample: int | None = None) -> float:
     """`value` as a float.
 
     Raises:
@@ -184,10 +197,10 @@ def checked(value: Any, criterion: Criterion, name: str, sample: int | None = No
             "return one number, larger = tune it."
         )
     if not np.isfinite(value):
-        where = f" in {kind} {sample}" if sample is not None else ""
+        where = f" in batch {sample}" if sample is not None else ""
         raise SurgicalError(
             f"the gradient of {name!r}{where} gives the score {value}: it is NaN or infinite. Look "
-            f"at that {kind} for bad inputs or labels, or score in float32 or bfloat16 instead of float16."
+            "at that batch for bad inputs or labels, or score in float32 or bfloat16 instead of float16."
         )
     return float(value)
 

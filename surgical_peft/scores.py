@@ -24,7 +24,8 @@ class BlockScores:
         values: raw score of each unit, in the order of the model.
         sizes: number of parameters of each unit.
         blocks: the block that each unit belongs to.
-        unscored: units left out because their weights are all zero.
+        unscored: units left out because their weights are all zero, the loss reaches none of them, or the criterion
+            does not define a score of them.
         criterion, granularity, num_batches, model_name: what was scored, how, and on how many batches.
 
     Example:
@@ -61,7 +62,10 @@ class BlockScores:
 
     def table(self) -> Table:
         """A table of unit, parameters, score and a bar."""
-        table = Table(title=f"{self.criterion} of {self.model_name}, mean of {self.num_batches} batches")
+        table = Table(
+            title=f"{self.criterion} of {self.model_name}, mean of {self.num_batches} batches",
+            caption=f"without a score: {', '.join(self.unscored)}" if self.unscored else None,
+        )
         table.add_column(self.granularity)
         table.add_column("parameters", justify="right")
         table.add_column("score", justify="right")

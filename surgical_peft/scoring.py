@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
-import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from . import criteria
-from .batches import LossFunction, examples_of, model_loss, to_device
+from .batches import LossFunction, all_ignored, check_labelled, check_separable, examples_of, model_loss, to_device
 from .blocks import BlockMap
-from .criteria.criterion import Criterion, needs_of, reshard, whole
+from .criteria.criterion import NO_GRADIENT, Criterion, can_train, needs_of, not_finite, reshard, tell_unreached, whole
 from .criteria.trial import Trial
 from .errors import SurgicalError
+from .leftovers import as_it_was
 from .names import nearest, resolve
 from .offloading import Lent, lent_weights, stand_ins_kept
-from .processes import dealt, first_says, is_sharded, without_ddp
-from .reading import GradientReader, OverSamples, PerBatch, Units, checked, name_of
+from .processes import dealt, first_says, is_sharded, union_of_names, without_ddp
+from .reading import GradientReader, OverSamples, PerBatch, Units, checked, kind_of, name_of
 from .scores import BlockScores
 from .wrappers import bare, clean_name, idle_parameters, walk
 
@@ -60,10 +58,12 @@ def score_blocks(
 
     Returns:
         The scores, larger = tune it. Units that have none are left out (`scores.unscored`): those whose weights are
-        all zero, and those that the criterion does not define.
+        all zero, those that the loss reaches in no batch, and those that the criterion does not define.
 
     Raises:
-        SurgicalError: empty loader, a batch without labels, a NaN or infinite gradient (names the unit and batch).
+        SurgicalError: empty loader, a batch without labels or with none but ignored ones, a NaN or infinite loss or
+            gradient (names the unit and batch); a criterion that cannot tell: no unit has a gradient, all scores are
+            zero, too few samples for it, or single examples of a loss that exists over a batch only.
 
     Example:
         >>> scores = score_blocks(model, DataLoader(dataset, batch_size=32), num_batches=5)
@@ -84,20 +84,29 @@ def score_blocks(
     model = without_ddp(model)
     reshard(model)
     blocks = BlockMap.find(model)
-    loss_of = loss_fn or model_loss
     lent = lent_weights(model)
-    with _as_it_was(model), stand_ins_kept(model, lent):
+    with as_it_was(model) as untouched, stand_ins_kept(model, lent):
+
+        def loss_of(model: nn.Module, batch: Any) -> Tensor:
+            untouched.clear()  # what one forward pass leaves to the next is stale, or of a graph that is gone
+            return (loss_fn or model_loss)(model, batch)
+
         batches = list(islice(dataloader, wanted)) if wanted and dataloader is not None else []
         ours, total = dealt(batches, everywhere=needs.what == "model" or is_sharded(model))
         if wanted and not total:
             raise SurgicalError("the data loader is empty: scoring needs at least one batch of labelled examples.")
+        if loss_fn is None:
+            check_labelled(ours)
         units = _units(model, blocks, granularity, {each.name for each in lent if each.name != each.path})
         if not units:
             raise SurgicalError(
                 f"{blocks.model_name} has no floating-point weight in use, so there is nothing to score: a quantized "
                 "model has to be scored before it is quantized."
             )
-        block_of = {name: name if granularity == "block" else blocks.block_of(name) for name in units}
+        _check_loaded(blocks, units, lent)
+        block_of = {
+            name: name if granularity == "block" else blocks.block_of(next(iter(unit))) for name, unit in units.items()
+        }
         zero = _zero_units(units, lent)
         scored = {name: unit for name, unit in units.items() if name not in zero}
         for weight in (weight for name in zero for weight in units[name].values()):
@@ -121,11 +130,17 @@ def score_blocks(
             found = _named_values(score(trial), score, scored)
             values = first_says({name: checked(found[name], score, name) for name in scored if name in found})
         else:
+            if needs.samples == "examples" and ours:
+                check_separable(model, to_device(ours[0][1], model), loss_of)
             values = {}
             for group in _groups(scored) if memory == "low" else [scored]:
                 values |= _from_gradients(model, group, score, ours, loss_of, lent)
-    if not values:
-        raise SurgicalError(f"{name_of(score)} scores no {granularity} of {blocks.model_name}.")
+            tell_unreached([name for name in scored if name not in values], scored)
+    if not any(values.values()):
+        found_none = f"is zero for every {granularity}" if values else f"scores no {granularity}"
+        raise SurgicalError(
+            f"{name_of(score)} {found_none} of {blocks.model_name}, so there is nothing to choose by. {NO_GRADIENT}"
+        )
     return BlockScores(
         values=values,
         sizes={name: sum(weight.numel() for weight in scored[name].values()) for name in values},
@@ -151,20 +166,28 @@ def _from_gradients(
     reshard(model)
     inside = {id(weight) for unit in units.values() for weight in unit.values()}
     for parameter in model.parameters():
-        if parameter.is_floating_point():
+        if can_train(parameter):
             parameter.requires_grad_(id(parameter) in inside)
     receiver = PerBatch(score, units) if needs.what == "gradients" else OverSamples(score, needs, units)
-    with GradientReader(units, receiver.take, lent).watching() as reader:
+    with GradientReader(units, receiver.take, lent, kind_of(needs)).watching() as reader:
         examples = 0
         for place, batch in batches:
             batch = to_device(batch, model)
             if needs.samples == "batches":
                 reader.read(loss_of(model, batch), place)
                 continue
+            before = examples
             for example in examples_of(batch):
-                reader.read(loss_of(model, example), examples)
+                loss = loss_of(model, example)
+                if all_ignored(example) and not loss.isfinite():
+                    continue  # it has no part in the loss of its batch either
+                reader.read(loss, examples)
                 examples += 1
-    return receiver.result(alone=is_sharded(model))
+            if examples == before:
+                raise not_finite("loss", "batch", place)
+    reached = union_of_names(reader.reached)
+    values = receiver.result(alone=is_sharded(model))
+    return {name: value for name, value in values.items() if name in reached}
 
 
 def _groups(units: Units) -> Iterator[Units]:
@@ -218,27 +241,11 @@ def _named_values(found: Any, criterion: Criterion, units: Units) -> dict[str, A
     return dict(found)
 
 
-@contextmanager
-def _as_it_was(model: nn.Module) -> Iterator[None]:
-    """Eval mode and all gradients on; then `requires_grad`, `.grad`, modes and random states back as they were."""
-    parameters = [(p, p.requires_grad, p.grad) for p in model.parameters()]
-    modes = [(module, module.training) for module in model.modules()]
-    python_state, numpy_state = random.getstate(), np.random.get_state()
-    devices = sorted({p.device.index for p, _, _ in parameters if p.device.type == "cuda"})
-    with torch.random.fork_rng(devices), torch.enable_grad():
-        try:
-            for parameter, _, _ in parameters:
-                parameter.grad = None
-                if parameter.is_floating_point():
-                    parameter.requires_grad_(True)
-            model.eval()
-            yield
-        finally:
-            reshard(model)
-            for parameter, requires_grad, grad in parameters:
-                parameter.requires_grad_(requires_grad)
-                parameter.grad = grad
-            for module, training in modes:
-                module.training = training
-            random.setstate(python_state)
-            np.random.set_state(numpy_state)
+def _check_loaded(blocks: BlockMap, units: Units, lent: list[Lent]) -> None:
+    stored = {each.path for each in lent}
+    missing = [p for unit in units.values() for p, weight in unit.items() if weight.is_meta and p not in stored]
+    if missing:
+        raise SurgicalError(
+            f"{len(missing)} weights of {blocks.model_name} are on the meta device, which holds no numbers, the first "
+            f"is {missing[0]}: load them before scoring."
+        )

@@ -26,7 +26,7 @@ TIERS = [
     ["layer", "quantised"],
     ["criteria", "mixed_batches"],
     ["scores", "processes"],
-    ["reading"],
+    ["reading", "leftovers"],
     ["scoring", "selection", "prefix_cache"],
     ["signature"],
     ["config"],

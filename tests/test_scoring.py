@@ -91,11 +91,12 @@ def expert_loss(model: nn.Module, batch: tuple[Tensor, int]) -> Tensor:
     return model(*batch)
 
 
-def test_weights_without_a_gradient_count_as_a_zero_one() -> None:
+def test_weights_without_a_gradient_count_as_a_zero_one_and_units_of_no_others_have_no_score() -> None:
     torch.manual_seed(0)
     model, x = Experts(), torch.randn(3, 8)
-    scores = score_blocks(model, [(x, 0), (x, 1)], loss_fn=expert_loss).values
-    assert scores["head"] == 0
+    found = score_blocks(model, [(x, 0), (x, 1)], loss_fn=expert_loss)
+    assert found.unscored == ("head",)
+    scores = found.values
     loss = model(x, 0)
     size = torch.cat([p.flatten() for p in model.layers[1].parameters()]).norm()
     first = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.layers[1][0].parameters()))]).norm()
@@ -388,8 +389,10 @@ def test_units_of_zeros_are_left_out(vit: Toy) -> None:
     assert set(tensors.unscored) == {"classifier.bias", "vit.layers.3.attention.q_proj.weight"}
     assert not set(tensors.unscored) & (set(tensors.values) | set(tensors.sizes) | set(tensors.blocks))
     assert score_blocks(model, batches(vit)).unscored == ()
-    nn.init.zeros_(model.classifier.weight)
-    assert score_blocks(model, batches(vit)).unscored == ("head",)
+    nn.init.zeros_(model.vit.layernorm.weight)
+    nn.init.zeros_(model.vit.layernorm.bias)
+    model.vit.layernorm.register_forward_hook(lambda module, args, output: output + args[0])
+    assert score_blocks(model, batches(vit)).unscored == ("final_norm",)
 
 
 def training_loss(model: nn.Module, batch: Batch) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import SurgicalError
-from .criterion import Moments, over_batches, whole
+from .criterion import NO_GRADIENT, Moments, not_finite, over_batches, tell_unreached, whole
 from .trial import Trial
 
 
@@ -39,32 +39,30 @@ def gain(pull: Tensor, mean: Tensor, square: Tensor) -> float:
 
 
 def gains_of(trial: Trial, ats: Sequence[int]) -> tuple[dict[str, float], float]:
-    """`adam_gain` of each unit on some batches, and their mean loss; leaves no gradient behind.
+    """`adam_gain` of each unit that has a gradient on some batches, and their mean loss; leaves no gradient behind.
 
     Raises:
-        SurgicalError: a loss or a gradient that is NaN or infinite.
+        SurgicalError: a loss or a gradient that is NaN or infinite; no unit has a gradient.
     """
     moments = {name: Moments(list(unit.values())) for name, unit in trial.units.items()}
     total = 0.0
     for at in ats:
         loss = trial.loss(at)
         if not math.isfinite(loss.item()):
-            raise _not_finite("loss", at)
+            raise not_finite("loss", "batch", at)
         total += loss.item()
         loss.backward()
         for name, unit in trial.units.items():
             grads = [torch.zeros_like(w) if w.grad is None else w.grad for w in unit.values()]
             if not all(bool(torch.isfinite(grad).all()) for grad in grads):
-                raise _not_finite(f"gradient of {name!r}", at)
+                raise not_finite(f"gradient of {name!r}", "batch", at)
             moments[name].update(grads, at)
             for weight in unit.values():
                 weight.grad = None
     gains = trial.agreed({name: adam_gain([], each) for name, each in moments.items()})
-    return gains, trial.agreed({"loss": total / len(ats)})["loss"]
-
-
-def _not_finite(what: str, at: int) -> SurgicalError:
-    return SurgicalError(
-        f"the {what} in batch {at} is NaN or infinite. Look at that batch for bad inputs or labels, or score in "
-        "float32 or bfloat16 instead of float16."
-    )
+    if not any(gains.values()):
+        raise SurgicalError(
+            f"no unit has a gradient: the loss does not depend on any weight that is scored. {NO_GRADIENT}"
+        )
+    tell_unreached([name for name, gain in gains.items() if not gain], gains)
+    return {name: gain for name, gain in gains.items() if gain}, trial.agreed({"loss": total / len(ats)})["loss"]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -11,6 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+
+from ..errors import SurgicalError
+
+NO_GRADIENT = (
+    "Look at the labels and at loss_fn; a head of zeros lets no gradient through, and a contrastive loss needs "
+    "batches of several examples."
+)
 
 Criterion = Callable[..., Any]
 C = TypeVar("C", bound=Criterion)
@@ -129,13 +137,28 @@ class Moments:
 
     @property
     def variances(self) -> list[Tensor]:
-        """Of each entry the variance over the samples, divided by their number (or sum of weights)."""
+        """Of each entry the variance over the samples, divided by their number (or sum of weights).
+
+        Raises:
+            SurgicalError: of one sample, of which a variance says nothing.
+        """
+        if self.count < 2:
+            raise SurgicalError(
+                f"the criterion compares a gradient with its variance over the samples, and there is {self.count} "
+                "sample: give a larger num_batches, or more examples."
+            )
         return [spread / self.total for spread in self._spreads]
 
     @property
     def squares(self) -> list[Tensor]:
         """Of each entry the mean of the squared gradient."""
-        return [torch.addcmul(variance, mean, mean) for variance, mean in zip(self.variances, self.means, strict=True)]
+        pairs = zip(self._spreads, self.means, strict=True)
+        return [torch.addcmul(spread / self.total, mean, mean) for spread, mean in pairs]
+
+
+def can_train(weight: Tensor) -> bool:
+    """Whether a weight can have a gradient: integers cannot, nor 8-bit floats, which are packed numbers too."""
+    return weight.is_floating_point() and weight.dtype.itemsize > 1
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -151,3 +174,22 @@ def reshard(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
+
+
+def not_finite(what: str, kind: str, at: int) -> SurgicalError:
+    """What to raise where a loss or a gradient of the batch or example `at` is NaN or infinite."""
+    return SurgicalError(
+        f"the {what} in {kind} {at} is NaN or infinite. Look at that {kind} for bad inputs or labels (a mean over "
+        "labels that are all ignored is NaN), or score in float32 or bfloat16 instead of float16."
+    )
+
+
+def tell_unreached(names: Collection[str], among: Collection[str]) -> None:
+    """Warn that some units, but not all, have no score because their gradient is zero in every batch."""
+    if 0 < len(names) < len(among):
+        some = ", ".join(list(names)[:5]) + (", ..." if len(names) > 5 else "")
+        warnings.warn(
+            f"in these batches the loss reaches no weight of {some} ({len(names)} without a score): of what has no "
+            "gradient nothing is known, and it cannot be chosen.",
+            stacklevel=2,
+        )

@@ -29,7 +29,7 @@ def depth_gain(trial: Trial) -> dict[str, float]:
     of six layers.
 
     Raises:
-        SurgicalError: a loss or a gradient that is NaN or infinite.
+        SurgicalError: a loss or a gradient that is NaN or infinite; no unit has a gradient.
 
     Source: ours. Known disagreement: none.
 
@@ -48,7 +48,7 @@ def by_depth(trial: Trial, gains: Mapping[str, float]) -> dict[str, float]:
     head = sum(gain for block, gain in of_block.items() if is_head(block))
     credit = head / max(of_block.values()) / EVEN if head else math.e
     sizes = {name: sum(weight.numel() for weight in trial.units[name].values()) for name in gains}
-    most, largest = max(gains.values()) or 1.0, max(sizes.values())
+    most, largest = max(gains.values()), max(sizes.values())
     depths = depths_of(trial)
     return {
         name: gain / most * (sizes[name] / largest) ** 0.25 * credit ** depths[trial.blocks[name]]

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from functools import reduce
 
+from ..errors import SurgicalError
 from .criterion import of_model
 from .depth_gain import by_depth
-from .short_run import ShortRun, gains_and_loss, taken
+from .short_run import WORST, ShortRun, gains_and_loss, taken
 from .trial import Trial
 
 PACE = 0.5  # the share of the loss that one step would take away, to first order
@@ -44,7 +45,8 @@ def probe(trial: Trial, *, pace: float = PACE, thrift: float = 0.15) -> dict[str
     float32 numbers for each weight, and on the CPU, twice, the weights in the race with Adam's numbers.
 
     Raises:
-        SurgicalError: fewer than 2 batches; a loss that is not above 0; a loss or a gradient that is NaN or infinite.
+        SurgicalError: fewer than 2 batches; a loss that is not above 0; a loss or a gradient that is NaN or infinite;
+            every training diverged.
 
     Source: ours; after successive halving, Jamieson and Talwalkar 2016. Known disagreement: none.
 
@@ -62,6 +64,11 @@ def probe(trial: Trial, *, pace: float = PACE, thrift: float = 0.15) -> dict[str
     rounds = []
     for done in PASSES:
         left = {name: run.train(trial, done) for name, run in runs.items()}
+        if not any(loss < WORST * start for loss in left.values()):
+            raise SurgicalError(
+                "every short training diverged, so none is better: look at the batches, or give a smaller pace="
+                f"{pace}."
+            )
         found = {n: taken(start, loss) - thrift * math.log(rates[n] / smallest) for n, loss in left.items()}
         rounds.append(found)
         best, *others = ranked(found)[: max(2, math.ceil(len(found) / 2))]

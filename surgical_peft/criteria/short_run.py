@@ -34,9 +34,7 @@ def gains_and_loss(trial: Trial) -> tuple[dict[str, float], float]:
             f"the loss is {loss:.4g} on average, and short trainings are compared by the share of it that they take "
             "away: it must be above 0. Give another loss_fn, or a criterion on gradients: 'adam_gain'."
         )
-    if not any(gains.values()):
-        raise SurgicalError("no unit has a gradient: the loss does not depend on any weight that is scored.")
-    return {name: gain for name, gain in gains.items() if gain > 0}, loss
+    return gains, loss
 
 
 @dataclass

@@ -15,7 +15,7 @@ def snr(weights: Sequence[Tensor], moments: Moments) -> float:
     """`mean_n(g)^2 / Var_n(g)` over the examples `n`, averaged over the entries of the unit.
 
     The variance is divided by the number of examples. An entry whose gradient is zero in all examples counts as 0; the
-    ratio of one that is the same in all of them is bounded by the precision of float32.
+    ratio of one that is the same in all of them is bounded by the precision of float32. Two examples at least.
 
     Range: 0 upwards, no unit; of pure noise over N examples about 1/N. Cost: one forward and backward pass for every
     single example, two float32 numbers for each weight (`memory="low"` keeps them for one group of units at a time).

@@ -10,13 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .criterion import reshard
+from .criterion import not_finite, reshard, tell_unreached
 from .prefix import Prefix
 
 
 @dataclass(frozen=True)
 class Trial:
     """The model as a whole-model criterion gets it: in eval mode, on its device, with all weights trainable.
+
+    16-bit weights are trained through 32-bit masters: steps of Adam are smaller than what 16 bits can tell apart.
 
     Attributes:
         model: to be left as it was; `training` sees to its weights.
@@ -37,6 +39,7 @@ class Trial:
     loss_fn: Callable[[nn.Module, Any], Tensor]
     agreed: Callable[[dict[str, float]], dict[str, float]] = dict
     prefix: Prefix = field(init=False)
+    _masters: list[tuple[nn.Parameter, nn.Parameter]] = field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "prefix", Prefix(self.model, self.layers))
@@ -62,7 +65,10 @@ class Trial:
 
     @contextmanager
     def training(self, *names: str) -> Iterator[dict[str, list[nn.Parameter]]]:
-        """Only these units are trainable inside; afterwards their weights are as before, bit for bit."""
+        """Only these units are trainable inside; afterwards their weights are as before, bit for bit.
+
+        Given are the weights of each to step on: its own, of 16-bit ones float32 masters.
+        """
         reshard(self.model)
         chosen = {name: list(self.units[name].values()) for name in names}
         kept = [(weight, weight.detach().clone()) for weights in chosen.values() for weight in weights]
@@ -71,10 +77,12 @@ class Trial:
         flags = [weight.requires_grad for weight in everything]
         for weight in everything:
             weight.requires_grad_(id(weight) in inside)
+        stepped = {name: [self._master(weight) for weight in weights] for name, weights in chosen.items()}
         try:
             with self.prefix.skipping([weight for weight, _ in kept]):
-                yield chosen
+                yield stepped
         finally:
+            self._masters.clear()
             reshard(self.model)
             with torch.no_grad():
                 for weight, value in kept:
@@ -83,24 +91,58 @@ class Trial:
                 weight.requires_grad_(flag)
                 weight.grad = None
 
+    def _master(self, weight: nn.Parameter) -> nn.Parameter:
+        if weight.dtype.itemsize > 2:
+            return weight
+        master = nn.Parameter(weight.detach().float())
+        self._masters.append((weight, master))
+        return master
+
+    @torch.no_grad()
+    def _round(self) -> None:
+        for weight, master in self._masters:
+            weight.copy_(master)
+
     def steps(
         self, optimizer: torch.optim.Optimizer, ats: Sequence[int], which: range, rate: float, total: int
-    ) -> None:
-        """Train the steps `which` out of `total` on some batches, over and over; the rate falls linearly to 0."""
+    ) -> list[Tensor]:
+        """Train the steps `which` out of `total` on some batches, over and over; the rate falls linearly to 0.
+
+        Returns:
+            The loss before each step.
+        """
+        losses = []
+        self._round()
         for step in which:
             for group in optimizer.param_groups:
                 group["lr"] = rate * (1 - step / total)
             optimizer.zero_grad()
-            self.loss(ats[step % len(ats)]).backward()
+            loss = self.loss(ats[step % len(ats)])
+            loss.backward()
+            for weight, master in self._masters:
+                master.grad = None if weight.grad is None else weight.grad.float()
+                weight.grad = None
             optimizer.step()
+            self._round()
+            losses.append(loss.detach())
+        return losses
 
     def moved(
         self, measure: Callable[[Sequence[Tensor], Sequence[Tensor]], float], steps: int, rate: float
     ) -> dict[str, float]:
-        """`measure(before, after)` of each unit's weights around `steps` steps of Adam on all units together."""
-        before = {name: [weight.detach().clone() for weight in unit.values()] for name, unit in self.units.items()}
+        """`measure(before, after)` of the weights that move in `steps` steps of Adam on all units together.
+
+        Raises:
+            SurgicalError: a loss that is NaN or infinite.
+        """
         with self.training(*self.units) as units:
-            weights = [weight for unit in units.values() for weight in unit]
-            self.steps(torch.optim.Adam(weights, lr=rate), range(len(self.batches)), range(steps), rate, steps)
+            before = {name: [weight.detach().clone() for weight in unit] for name, unit in units.items()}
+            optimizer = torch.optim.Adam([weight for unit in units.values() for weight in unit], lr=rate)
+            ats = range(len(self.batches))
+            for step, loss in enumerate(self.steps(optimizer, ats, range(steps), rate, steps)):
+                if not loss.isfinite():
+                    raise not_finite("loss", "batch", ats[step % len(ats)])
             with torch.no_grad():
-                return {name: measure(before[name], unit) for name, unit in units.items()}
+                found = {name: measure(before[name], unit) for name, unit in units.items()}
+        tell_unreached([name for name, value in found.items() if not value], found)
+        return {name: value for name, value in found.items() if value}

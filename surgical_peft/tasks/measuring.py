@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import default_data_collator
 
+from ..batches import IGNORED
 from ..errors import SurgicalError
 from ..metrics import SHIPPED, load_metric
 from .task import Examples
 
 BATCH_SIZE = 250
-IGNORED = -100  # as a label: not to be learned, nor measured
 Batch = dict[str, Tensor]
 
 

@@ -10,10 +10,11 @@ from numpy.random import Generator
 from torch import nn
 from transformers import AutoModelForSeq2SeqLM, DataCollatorForSeq2Seq
 
+from ..batches import IGNORED
 from ..metrics import load_metric
 from ..recipe import Recipe
 from .data import find_columns, is_text, open_splits
-from .measuring import IGNORED, Batch, Measure, check_metric, read_tokens
+from .measuring import Batch, Measure, check_metric, read_tokens
 from .models import model_loader
 from .task import Task, check_keys
 from .texts import Texts, Tokenizing, plain, refuse_empty, tokenizing

@@ -10,12 +10,13 @@ from numpy.random import Generator
 from torch import nn
 from transformers import AutoModelForTokenClassification, DataCollatorForTokenClassification
 
+from ..batches import IGNORED
 from ..errors import SurgicalError
 from ..metrics import load_metric
 from ..recipe import Recipe
 from .data import find_columns, is_label, is_list_of, is_text, open_splits
 from .labels import class_names, class_numbers, fit_labels
-from .measuring import IGNORED, Batch, Measure, check_metric
+from .measuring import Batch, Measure, check_metric
 from .models import model_loader
 from .task import Task, check_keys
 from .texts import Texts, Tokenizing, plain, refuse_empty, tokenizing
