@@ -68,10 +68,11 @@ class SurgicalConfig(PeftConfig):
         frozen_eval: while training, keep in eval mode what is not tuned and behaves otherwise in training (no dropout,
             still BatchNorm statistics), as in the paper's code. PEFT's default elsewhere is train mode; statistics
             that move then belong to the adapter, too. A model wrapped by transformers' own `add_adapter` has no place
-            for this: there, `train()` is for all modules.
+            for this: there, `train()` is for all modules, and statistics that move are the adapter's.
         selection: filled in by the library: how the blocks were chosen. A record; loading never reads it.
         tuned_modules: filled in by the library: path of each tuned module and the names of its tuned parameters, null
-            for all. A record, by which `export_to_peft` knows them; loading never reads it.
+            for all. A record, by which `export_to_peft` knows them, and loading what belongs to the adapter besides
+            its blocks.
         fingerprint: filled in by the library: digest of the base weights of what is tuned, without `new_weights` and
             `modules_to_save`. Loading on another base warns.
         frozen_fingerprint: filled in by the library: digest of all that the adapter takes from the base, that is of

@@ -9,11 +9,13 @@ from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.integrations.fsdp import is_fsdp_enabled
 
 from .architecture import fixed_by_architecture, outermost_models
 from .config import SurgicalConfig
 from .layer import base_tensors
 from .lists import inside, within
+from .processes import first_says
 from .quantised import WAS_PACKED, FloatLinear
 from .saved import heads_of
 from .tensors import TensorMap
@@ -53,7 +55,8 @@ def newly_initialised(model: nn.Module) -> set[str]:
     base, places = base_tensors(model), TensorMap.find(model).places
     for path, part in outermost_models(model).items():
         weights = [name for name, (place, *_) in places.items() if inside(name, path) and place.is_parameter]
-        read = {name for name in weights if _MARK in base[name].__dict__}
+        # the base's tensor, or the object that it was read into, which the first adapter has and ZeRO-3 copies barely
+        read = {n for n in weights if _MARK in base[n].__dict__ or _MARK in places[n][0].tensor.__dict__}
         fixed = re.compile("|".join(part._keys_to_ignore_on_load_missing or ()) or "(?!)")
         for name in weights if read else ():
             tensor, module = base[name], places[name][0].module
@@ -62,6 +65,8 @@ def newly_initialised(model: nn.Module) -> set[str]:
             ours = isinstance(module, FloatLinear) or WAS_PACKED in module.__dict__
             if name not in read and plain and not ours and not fixed.search(name.removeprefix(f"{path}.")):
                 found.add(name)
+    if is_fsdp_enabled():  # where the first process alone reads the weights
+        found = first_says(found)
     return found - fixed_by_architecture(model, found)[0] if found else found
 
 

@@ -16,8 +16,9 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from surgical_peft import SurgicalConfig, SurgicalError
+from surgical_peft import SurgicalConfig, SurgicalError, new_weights
 from surgical_peft.new_weights import newly_initialised
+from surgical_peft.wrappers import clean_name
 
 from .contract.wrapping import no_warnings, nudge
 from .families import FAMILIES
@@ -168,3 +169,16 @@ def test_added_tokens_are_saved_by_peft(blocks: list[str], tied: bool, tmp_path:
     with no_warnings():
         loaded = PeftModel.from_pretrained(other, tmp_path / "adapter", strict_base=True)
     assert torch.equal(answer(loaded), expected)
+
+
+def test_processes_that_read_no_weights_ask_the_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Under FSDP, transformers lets one process read; in the others all weights are on the meta device, and marked."""
+    T.BertForMaskedLM(T.BertConfig(**BERT)).save_pretrained(tmp_path)
+    found = newly_initialised(T.BertForSequenceClassification.from_pretrained(tmp_path))
+    with torch.device("meta"):
+        other = T.BertForSequenceClassification(T.BertConfig(**BERT))
+    monkeypatch.setattr(new_weights, "is_fsdp_enabled", lambda: True)
+    monkeypatch.setattr(new_weights, "first_says", lambda mine: found | mine)
+    assert newly_initialised(other) == found
+    model = get_peft_model(other, SurgicalConfig(blocks=[0], task_type="SEQ_CLS"))
+    assert found <= {clean_name(name) for name, parameter in model.named_parameters() if parameter.requires_grad}
