@@ -111,7 +111,7 @@ def with_modules_besides(
     elif has_new_head(config):
         found = united(found, _by_module(tensors, others))
     if moving and saved is None:
-        found |= moving_buffers(model, tensors.chosen(united(targets, found)))
+        found = united(found, moving_buffers(model, tensors.chosen(united(targets, found))))
     check_exchangeable(model, tensors, tensors.chosen(found), config)
     every = united(targets, found)
     config.tuned_modules = {path: None if names is None else sorted(names) for path, names in every.items()}

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from surgical_peft import SurgicalConfig, SurgicalError
+from surgical_peft.saved import LoadedBase, read_adapter
 from surgical_peft.wrappers import clean_name
 
 from .contract.wrapping import no_warnings, nudge
@@ -169,6 +170,7 @@ def test_a_new_pooler_in_the_body_is_tuned_and_saved(
     assert new <= {clean_name(n) for n, parameter in model.named_parameters() if parameter.requires_grad}
     expected = answer(nudge(model).eval())
     model.save_pretrained(tmp_path)
+    assert new <= read_adapter(tmp_path).new_to(LoadedBase(two, frozenset()))  # a delta holds it whole
     whole = tmp_path / "whole"
     load(folder, name, "SEQ_CLS", seed=3).save_pretrained(whole)
     for base in (two, load(whole, name, "SEQ_CLS", seed=4), copy.deepcopy(load(folder, name, "SEQ_CLS", seed=5))):
