@@ -11,6 +11,7 @@ from .fit import bare_names, match
 from .layer import SurgicalLayer
 from .lists import join
 from .loading import Shapes
+from .moved_buffers import warn_of_moved_buffers
 from .slots import is_dealt, is_sharded
 from .tensors import TensorMap
 from .wrappers import PARKED, bare, clean_name
@@ -36,6 +37,7 @@ def adapter_weights(
         SurgicalError: a parked tensor of the adapter is dealt out over processes, and not in `state_dict`; or a tuned
             module has been replaced since.
     """
+    warn_of_moved_buffers(bare(model), config)
     found: dict[str, torch.Tensor] = {}
     for path, layer in layers_by_path(model).items():
         for attribute, tensor in layer.tensors(adapter_name).items():
@@ -79,6 +81,9 @@ def load_weights(
     done = f".modules_to_save.{adapter_name}."  # PEFT has found their places already
     ours = bare_names(key for key in state_dict if done not in key)
     saved = {name: tuple(state_dict[key].shape) for name, key in ours.items()}
+    # statistics of frozen modules, of which an adapter that was trained with these in eval mode has none: the base's
+    still = {path for path, tuned in (config.tuned_modules or {}).items() if tuned == []}
+    shapes = {name: shape for name, shape in shapes.items() if name in saved or name.rpartition(".")[0] not in still}
     names = match(model, config, saved, shapes, f"the state dict for adapter {adapter_name!r}")
     values: dict[str, dict[str, torch.Tensor]] = {}
     for key, name in names.items():

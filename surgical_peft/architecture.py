@@ -31,13 +31,10 @@ def fixed_by_architecture(model: nn.Module, names: Collection[str]) -> tuple[set
     """
     fixed: set[str] = set()
     known: list[str] = []
-    outermost: list[str] = []
-    for path, module in walk(model):
-        if isinstance(module, PreTrainedModel) and not any(inside(path, other) for other in outermost):
-            outermost.append(path)
-            if (built := _built_anew(module)) is not None:
-                known.append(path)
-                fixed |= {join(path, name) for name, weight in built.named_parameters() if not weight.requires_grad}
+    for path, module in outermost_models(model).items():
+        if (built := _built_anew(module)) is not None:
+            known.append(path)
+            fixed |= {join(path, name) for name, weight in built.named_parameters() if not weight.requires_grad}
     weights = {
         join(path, name): p for path, module in walk(model) for name, p in module._parameters.items() if p is not None
     }
@@ -45,6 +42,15 @@ def fixed_by_architecture(model: nn.Module, names: Collection[str]) -> tuple[set
         return fixed.intersection(names), []  # frozen as a whole: by a merge, or by hand
     frozen = [name for name in names if name in weights and not weights[name].requires_grad]
     return fixed.intersection(names), [name for name in frozen if not any(inside(name, path) for path in known)]
+
+
+def outermost_models(model: nn.Module) -> dict[str, PreTrainedModel]:
+    """The models of transformers in `model`, by path, without those that lie in another one."""
+    found: dict[str, PreTrainedModel] = {}
+    for path, module in walk(model):
+        if isinstance(module, PreTrainedModel) and not any(inside(path, other) for other in found):
+            found[path] = module
+    return found
 
 
 def _built_anew(model: PreTrainedModel) -> nn.Module | None:

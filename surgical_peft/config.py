@@ -68,12 +68,17 @@ class SurgicalConfig(PeftConfig):
         frozen_eval: while training, keep in eval mode what is not tuned and behaves otherwise in training (no dropout,
             still BatchNorm statistics), as in the paper's code. PEFT's default elsewhere is train mode; statistics
             that move then belong to the adapter, too. A model wrapped by transformers' own `add_adapter` has no place
-            for this: there, `train()` is for all modules.
+            for this: there, `train()` is for all modules, and statistics that move are the adapter's.
         selection: filled in by the library: how the blocks were chosen. A record; loading never reads it.
         tuned_modules: filled in by the library: path of each tuned module and the names of its tuned parameters, null
-            for all. A record, by which `export_to_peft` knows them; loading never reads it.
-        fingerprint: filled in by the library: digest of the base weights of what is tuned. Loading on another base
-            warns.
+            for all. A record, by which `export_to_peft` knows them, and loading what belongs to the adapter besides
+            its blocks.
+        fingerprint: filled in by the library: digest of the base weights of what is tuned, without `new_weights` and
+            `modules_to_save`. Loading on another base warns.
+        frozen_fingerprint: filled in by the library: digest of all that the adapter takes from the base, that is of
+            the parameters and saved buffers which are not in its file.
+        new_weights: filled in by the library: which weights of the adapter the base's checkpoint does not hold, so
+            that they are others in every process. They are the adapter's, whatever `blocks` says.
         strict_base: refuse another base instead, as in `PeftModel.from_pretrained(base, folder, strict_base=True)`; it
             holds for all adapters that are loaded into this model later, too. Not saved.
         read_from: filled in by the library: the file that the config comes from. Not saved.
@@ -113,6 +118,10 @@ class SurgicalConfig(PeftConfig):
         default=None, metadata={"help": "Record of the modules that are tuned, by path."}
     )
     fingerprint: Optional[str] = field(default=None, metadata={"help": "Digest of the base weights of what is tuned."})
+    frozen_fingerprint: Optional[str] = field(default=None, metadata={"help": "Digest of what the base brings."})
+    new_weights: Optional[list[str]] = field(
+        default=None, metadata={"help": "Weights of the adapter that the base's checkpoint does not hold."}
+    )
     strict_base: bool = field(default=False, compare=False, metadata={"help": "Refuse to load on another base."})
     read_from: InitVar[Optional[ReadFrom]] = None
 
@@ -120,6 +129,7 @@ class SurgicalConfig(PeftConfig):
         super().__post_init__()
         self.peft_type = SurgicalPeftType.SURGICAL
         self.read_from = read_from
+        self.buffers: dict[str, str] = {}  # digests of the base's statistics when it was wrapped; not saved
         self.later_fields = {} if read_from is None else read_from.later_fields
         if self.later_fields:
             warnings.warn(  # begins as PEFT's warning of the same does
@@ -168,7 +178,7 @@ class SurgicalConfig(PeftConfig):
 
     def _check_types(self) -> None:
         """Refuse what a file made by hand, or by an attacker, may hold."""
-        for name in ("target_modules", "exclude_modules", "modules_to_save"):
+        for name in ("target_modules", "exclude_modules", "modules_to_save", "new_weights"):
             check_names(name, getattr(self, name))
         check_names("blocks", [str(each) for each in self.blocks] if isinstance(self.blocks, list) else None)
         kinds: dict[str, Any] = {
@@ -178,6 +188,7 @@ class SurgicalConfig(PeftConfig):
             "selection": dict | None,
             "tuned_modules": dict | None,
             "fingerprint": str | None,
+            "frozen_fingerprint": str | None,
             "strict_base": bool,
         }
         for name, kind in kinds.items():

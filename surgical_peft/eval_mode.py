@@ -8,6 +8,7 @@ from typing import Any
 from peft.tuners.lora import LoraLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
+from torch.nn.utils.spectral_norm import SpectralNorm
 
 from .class_code import names_in_code
 
@@ -38,16 +39,19 @@ def _eval_frozen(module: nn.Module, tuned: set[nn.Module]) -> bool:
     own = (parameter.requires_grad for parameter in module._parameters.values() if parameter is not None)
     if any(below) or any(own):
         return True
-    if module.training and not isinstance(module, nn.Embedding) and reads_training(type(module)):
+    if module.training and not isinstance(module, nn.Embedding) and reads_training(module):
         module.training = False
     return False
 
 
-def reads_training(cls: Any) -> bool:
-    """Whether a method of the class, or a function of its module that one of them names, reads `training`.
+def reads_training(module: nn.Module) -> bool:
+    """Whether a method of its class reads `training`, a function of the class's module that one of them names, or
+    the hook of `torch.nn.utils.spectral_norm`.
 
     Example:
-        >>> reads_training(nn.Dropout), reads_training(nn.Linear)
+        >>> reads_training(nn.Dropout()), reads_training(nn.Linear(2, 2))
         (True, False)
     """
-    return "training" in names_in_code(cls)
+    kind: Any = type(module)
+    hooks = module._forward_pre_hooks.values()
+    return "training" in names_in_code(kind) or any(isinstance(hook, SpectralNorm) for hook in hooks)

@@ -1,14 +1,12 @@
-"""Whether a saved adapter belongs to a model: names, shapes and base weights, under today's names of the modules."""
+"""Whether a saved adapter belongs to a model: names and shapes, under today's names of the modules."""
 
 from __future__ import annotations
 
 import itertools
 import re
-import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
-import torch
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
@@ -18,15 +16,13 @@ from transformers.core_model_loading import WeightRenaming, dot_natural_key, ren
 
 from .config import Choice, SurgicalConfig
 from .errors import SurgicalError
-from .fingerprint import differ_in_dtype, fingerprint
-from .layer import SurgicalLayer
-from .lists import join, within
+from .lists import inside, join
 from .loading import Shapes, saved_shapes
+from .new_weights import embeddings
 from .patterns import check_matching
 from .quantised import is_packed
-from .slots import BASE
 from .tensors import Targets, TensorMap
-from .wrappers import bare, clean_name, named_children, seen_through, walk
+from .wrappers import bare, clean_name, walk
 
 _KEYS_SHOWN = 5
 
@@ -43,6 +39,8 @@ def prepare_loading(model: nn.Module, config: SurgicalConfig) -> Shapes | None:
     shapes = saved_shapes(config)
     saved = {name: (shapes or {})[key] for name, key in bare_names(shapes or {}).items()}
     check_matching(_expressions(config), [*(path for path, _ in walk(model)), *saved])
+    if saved:
+        config.new_weights = config.new_weights and sorted(names_today(model, config.new_weights).values())
     if saved and config.target_modules is not None:
         _follow_renames(model, config, saved)
     return None if shapes is None else saved
@@ -152,15 +150,10 @@ def _listed(keys: list[str]) -> str:
 
 def _embeddings(model: nn.Module) -> Shapes:
     """Weights that PEFT saves beside any adapter when the vocabulary was resized."""
-    base = bare(model)
-    if not isinstance(base, PreTrainedModel):
-        return {}
-    try:
-        ends = [base.get_input_embeddings(), base.get_output_embeddings()]
-    except NotImplementedError:  # of a model without
-        return {}
-    found = {path: module for path, module in walk(base) if any(seen_through(end) is module for end in ends if end)}
-    return {f"{path}.{key}": tuple(value.shape) for path, m in found.items() for key, value in m.state_dict().items()}
+    found = embeddings(model).items()
+    return {
+        f"{path}.{key}": tuple(value.shape) for path, module in found for key, value in module.state_dict().items()
+    }
 
 
 def _renamer(model: nn.Module) -> Callable[[str], str]:
@@ -180,11 +173,38 @@ def _renamer(model: nn.Module) -> Callable[[str], str]:
     return rename
 
 
+def names_today(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
+    """By the names that weights of `model` had when an adapter was saved, those that they have now."""
+    known = {clean_name(key) for key in model.state_dict()}
+    rename = _renamer(model)
+    return {key: key if key in known else rename(key) for key in sorted(names, key=dot_natural_key)}
+
+
+def recorded(model: nn.Module, config: SurgicalConfig, today: Mapping[str, str]) -> set[str]:
+    """Today's first names of those weights in an adapter's file that the record in its `config` says are its own.
+
+    Args:
+        today: their names of today, by those in the file.
+    """
+    tensors = TensorMap.find(model)
+    record = config.tuned_modules or {}
+    own = {join(path, name) for path, names in record.items() for name in names or ()}
+    homes = {*(path for path, names in record.items() if not names), *(name.rpartition(".")[0] for name in own)}
+    found = set()
+    for old, name in today.items():
+        if name in tensors.first:
+            first = tensors.first[name]
+            buffer = not tensors.places[first][0].is_parameter
+            whole = any(names is None and inside(old, path) for path, names in record.items())
+            if whole or old in own or (buffer and old.rpartition(".")[0] in homes):
+                found.add(first)
+    return found
+
+
 def _follow_renames(model: nn.Module, config: SurgicalConfig, saved: Shapes) -> None:
     """Replace names in `target_modules` that modules had when the adapter was saved by their paths of today."""
     known = {clean_name(key) for key in model.state_dict()}
-    rename = _renamer(model)
-    now = {key: key if key in known else rename(key) for key in sorted(saved, key=dot_natural_key)}
+    now = names_today(model, saved)
     if all(key == name or name not in known for key, name in now.items()):
         return
     if isinstance(config.target_modules, dict):
@@ -214,70 +234,3 @@ def _homes(names: list[str], known: Collection[str]) -> set[str]:
     together = itertools.takewhile(lambda at: len(set(at)) == 1, zip(*(p.split(".") for p in parents), strict=False))
     common = ".".join(parts[0] for parts in together)
     return {common} if {name for name in known if name.startswith(common + ".")} == set(names) else parents
-
-
-def _base_tensors(model: nn.Module, targets: Targets, without: Collection[str] = ()) -> Iterator[torch.Tensor]:
-    """The base's own parameters that `targets` ask for, also where an adapter's stand; none at the paths `without`."""
-    layers = [module for module in model.modules() if isinstance(module, SurgicalLayer)]
-    slots = {place: slot for layer in layers for slot in layer.slots.values() for place in slot.places}
-    tensors = TensorMap.find(model)
-    for name in [name for name, asked in tensors.chosen(targets).items() if asked and not within(name, without)]:
-        place = tensors.places[name][0]
-        slot = slots.get((place.module, place.attribute))
-        yield place.tensor if slot is None or BASE not in slot else slot.of(BASE)
-
-
-# PEFT's classes for these tasks save a classifier besides, since its weights are new.
-_TASKS_WITH_NEW_HEAD = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
-
-
-def new_head(model: nn.Module, config: SurgicalConfig) -> list[str]:
-    """Paths of what a model has beside the body that it shares with other tasks, if its task has a new head."""
-    task_model = bare(model)
-    body = getattr(task_model, "base_model_prefix", "")
-    if config.task_type not in _TASKS_WITH_NEW_HEAD or body not in task_model._modules:
-        return []
-    return [path for path, _ in named_children(task_model) if path != body]
-
-
-def check_base(model: nn.Module, config: SurgicalConfig, targets: Targets, strict: bool) -> None:
-    """Compare the base weights of the tuned modules with those that the adapter was made from, or note them in it.
-
-    Warns:
-        UserWarning: they are others.
-
-    Raises:
-        SurgicalError: with `strict`: they are others, or that cannot be told.
-    """
-    here = fingerprint(_base_tensors(model, targets, new_head(model, config)))  # which is random in every process
-    if config.read_from is None:
-        config.fingerprint = here
-        return
-    if here == config.fingerprint and here is not None:
-        return
-    if config.fingerprint is not None and config.fingerprint == fingerprint(_base_tensors(model, targets)):
-        return  # as version 0.1.0 made it
-    if here is None or config.fingerprint is None:
-        problem = (
-            "the adapter has no fingerprint of its base model"
-            if config.fingerprint is None
-            else "the weights of this base model cannot be read yet (offloaded or sharded)"
-        )
-        if strict:
-            raise SurgicalError(
-                f"strict_base=True, but {problem}: load without it if you know that the base is right."
-            )
-        return
-    cause = (
-        "The base is loaded in another dtype than the adapter was made in, which may be all: load it in that dtype to "
-        "be sure."
-        if differ_in_dtype(here, config.fingerprint)
-        else "A tuned block in the midst of another model's blocks seldom works: load the base it was made from."
-    )
-    message = (
-        f"the adapter was made from a base model with fingerprint {config.fingerprint} in the tuned blocks, this one "
-        f"has {here}. {cause}"
-    )
-    if strict:
-        raise SurgicalError(message)
-    warnings.warn(message, stacklevel=2)

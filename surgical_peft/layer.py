@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .errors import SurgicalError
 from .parked import ParkedTensors, forget_caches
 from .slots import BASE, Slot
-from .tensors import Place
+from .tensors import Place, TensorMap
 
 NO_BASE = (
     "keep_base='none' trains the chosen modules in place: their original weights are gone, so there is nothing to go "
@@ -252,3 +252,14 @@ class SurgicalLayer(ParkedTensors, BaseTunerLayer):
 
     def extra_repr(self) -> str:
         return f"{', '.join(self.trained)}: {', '.join(self.slots)}"
+
+
+def base_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The base's own parameters and saved buffers by the first of their names, also where an adapter's stand."""
+    layers = [module for module in model.modules() if isinstance(module, SurgicalLayer)]
+    slots = {place: slot for layer in layers for slot in layer.slots.values() for place in slot.places}
+    found: dict[str, Tensor] = {}
+    for name, (place, *_) in TensorMap.find(model).places.items():
+        slot = slots.get((place.module, place.attribute))
+        found[name] = place.tensor if slot is None or BASE not in slot else slot.of(BASE)
+    return found

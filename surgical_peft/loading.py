@@ -98,13 +98,14 @@ def saved_shapes(config: SurgicalConfig) -> Shapes | None:
     return None if file is None else _shapes(file)
 
 
-def saved_lora(config: SurgicalConfig) -> dict[str, Tensor]:
-    """The LoRA weights that belong to `config`, by their names in the base model; none if it is not a saved one."""
+def saved_tensors(config: SurgicalConfig, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
+    """The saved weights whose names in the base model are `wanted`, by these; none if it is not a saved adapter's."""
     file = _weights_of(config)
     if file is None:
         return {}
     with safe_open(file, framework="pt") as weights:
-        return {clean_name(key): weights.get_tensor(key) for key in weights.keys() if ".lora_" in key}  # noqa: SIM118
+        names = {clean_name(key): key for key in weights.keys()}  # noqa: SIM118
+        return {name: weights.get_tensor(key) for name, key in names.items() if wanted(name)}
 
 
 def _weights_of(config: SurgicalConfig) -> Path | None:

@@ -11,7 +11,7 @@ from torch import nn
 
 from .config import SurgicalConfig
 from .errors import SurgicalError
-from .loading import saved_lora
+from .loading import saved_tensors
 from .wrappers import walk
 
 
@@ -54,7 +54,8 @@ def inject_lora(model: nn.Module, config: SurgicalConfig, tuned: Iterable[str], 
         empty = any(
             p.is_meta for name, p in model.named_parameters() if "lora_" in name and f".{adapter_name}." in name
         )
-        if not empty and (weights := saved_lora(config)):  # empty ones are PEFT's own to load (low_cpu_mem_usage)
+        weights = saved_tensors(config, lambda name: ".lora_" in name)
+        if weights and not empty:  # empty ones are PEFT's own to load (low_cpu_mem_usage)
             set_peft_model_state_dict(model, weights, adapter_name)
     finally:
         model.__dict__.pop("peft_config", None)

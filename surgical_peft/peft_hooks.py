@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import torch
+from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
 from torch import nn
 
@@ -16,13 +17,17 @@ from .adapter_weights import adapter_weights, load_weights
 from .attach import Plan, attach, plan_for, requires_grad_by_name
 from .checkpointing import mend_checkpointing
 from .config import SurgicalConfig
-from .fit import check_base, check_fit, prepare_loading
+from .fit import check_fit, names_today, prepare_loading, recorded
 from .foreign_optimizers import tell_of_others
 from .layer import SurgicalLayer
 from .lora import check_lora, inject_lora
+from .moved_buffers import note_buffers
+from .new_weights import newly_initialised, note_new_weights
+from .same_base import check_base
 from .slots import BASE
 from .target_checks import check_adapter_names
-from .targets import modules_besides, modules_to_tune
+from .targets import modules_to_tune, with_modules_besides
+from .tensors import TensorMap
 from .wrappers import seen_through
 
 
@@ -34,6 +39,18 @@ class PeftHooks(BaseTuner):
     target_module_mapping: ClassVar[dict[str, list[str]]] = {}
     _plan: Plan | None = None  # what the adapter that is being injected will have
     _requires_grad: dict[str, bool] | None = None  # before the first adapter came
+
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: PeftConfig | dict[str, PeftConfig],
+        adapter_name: str,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, torch.Tensor] | None = None,
+    ) -> None:
+        # As transformers does by add_adapter, which keeps the model and not us: its train() does not ask ours
+        self._for_others_to_train = isinstance(peft_config, PeftConfig)
+        super().__init__(model, peft_config, adapter_name, low_cpu_mem_usage, state_dict)
 
     def _prepare_adapter_config(self, peft_config: SurgicalConfig, model_config: dict[str, Any]) -> SurgicalConfig:
         return peft_config  # PEFT would look up default target modules by model type; ours are said in blocks
@@ -59,8 +76,12 @@ class PeftHooks(BaseTuner):
     def _look_before_wrapping(self, peft_config: SurgicalConfig, model: nn.Module) -> Plan:
         check_adapter_names(model, self.peft_config, peft_config)
         saved = prepare_loading(model, peft_config)
+        today = None if saved is None else names_today(model, saved)
+        own = None if today is None else recorded(model, peft_config, today)
+        new = newly_initialised(model)
         targets = modules_to_tune(model, peft_config)
-        every = {**targets, **modules_besides(model, peft_config, targets, saved)}
+        moving = not peft_config.frozen_eval or (self._for_others_to_train and not self._empty)
+        every = with_modules_besides(model, peft_config, targets, new, moving, own)
         if peft_config.lora:
             check_lora(model, peft_config, every)
         if saved is not None:
@@ -68,7 +89,10 @@ class PeftHooks(BaseTuner):
         plan = plan_for(model, peft_config, every)
         configs = [config for config in self.peft_config.values() if isinstance(config, SurgicalConfig)]
         strict = any(config.strict_base for config in configs)
-        check_base(model, peft_config, targets, strict)
+        chosen = TensorMap.find(model).chosen(every)
+        note_new_weights(model, peft_config, chosen, new, None if today is None else today.values())
+        check_base(model, peft_config, targets, chosen, today, strict)
+        note_buffers(model, peft_config, chosen)
         return plan
 
     def inject_adapter(

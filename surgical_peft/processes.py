@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -14,6 +14,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from .criteria.criterion import Moments
+
+Told = TypeVar("Told")
 
 
 def several() -> bool:
@@ -87,11 +89,11 @@ def merge(moments: Moments, last: int, alone: bool) -> Moments:
     return merged
 
 
-def first_says(values: dict[str, float]) -> dict[str, float]:
-    """The values of the first process: trained weights may differ in the last bit between machines."""
+def first_says(value: Told) -> Told:
+    """The value of the first process: trained weights may differ in the last bit between machines."""
     if not several():
-        return values
-    box = [values]
+        return value
+    box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
 

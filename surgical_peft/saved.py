@@ -52,7 +52,8 @@ class SavedAdapter:
         """Names of the weights that have no certain value in the base model: LoRA's, and those of new heads."""
         record = self.config.tuned_modules or {}
         known = {*record, *(f"{path}.{name}".lstrip(".") for path, names in record.items() for name in names or ())}
-        return base.undetermined | {name for name in self.tensors if not within(name, known)}
+        new = base.undetermined.union(self.config.new_weights or ())
+        return new | {name for name in self.tensors if not within(name, known)}
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,12 @@ from .blocks import BlockMap
 from .config import Choice, SurgicalConfig
 from .config import Targets as Asked
 from .errors import SurgicalError
-from .fit import new_head
-from .lists import join, within
+from .lists import within
+from .moved_buffers import moving_buffers
+from .new_weights import has_new_head, new_head
+from .saved import heads_of
 from .target_checks import check_at_hand, check_exchangeable, check_separate
-from .tensors import Targets, TensorMap
+from .tensors import Targets, TensorMap, united
 from .wrappers import walk
 
 PARTS = ("all-norm", "all-bias")
@@ -78,27 +80,42 @@ def modules_to_tune(model: nn.Module, config: SurgicalConfig) -> dict[str, set[s
     return targets
 
 
-def modules_besides(
-    model: nn.Module, config: SurgicalConfig, targets: Targets, saved: Collection[str] | None = None
-) -> dict[str, set[str] | None]:
-    """What belongs to the adapter besides the modules that were asked for; notes it in `config.tuned_modules`.
+def with_modules_besides(
+    model: nn.Module,
+    config: SurgicalConfig,
+    targets: Targets,
+    new: Collection[str],
+    moving: bool,
+    saved: Collection[str] | None = None,
+) -> Targets:
+    """All that belongs to the adapter: the modules that were asked for and others; notes it in `config.tuned_modules`.
 
-    These are the layers of a new head that PEFT does not know by their names, and with `frozen_eval=False` the
-    statistics of frozen normalisations, which move in training.
+    The others are the layers of a new head that PEFT does not know by their names, what else is new beside it, and the
+    buffers of frozen modules that move in training.
 
     Args:
         targets: from `modules_to_tune`, which has settled `config`.
-        saved: names of the weights of a saved adapter. What an earlier version did not save is not asked of it.
+        new: names of the weights that are newly initialised.
+        moving: whether frozen modules are in train mode, too.
+        saved: of a saved adapter, today's names of the weights that it says are its own. The others are not asked of
+            it, and neither the base nor who trains it on decides what it holds.
     """
     tensors = TensorMap.find(model)
-    found = _rest_of_new_head(model, config, targets, tensors)
-    if not config.frozen_eval:
-        found |= _statistics(model, tensors.chosen({**targets, **found}))
-    found = {path: n for path, n in found.items() if saved is None or any(within(name, [path]) for name in saved)}
+    found: dict[str, Collection[str] | None]
+    found = {} if saved is not None else {**_rest_of_new_head(model, config, targets, tensors)}
+    chosen = tensors.chosen(united(targets, found))
+    heads = heads_of(config, (path for path, _ in walk(model)))
+    others = [name for name in (new if saved is None else saved) if name not in chosen and not within(name, heads)]
+    if saved is not None:
+        found = _by_module(tensors, others)
+    elif has_new_head(config):
+        found = united(found, _by_module(tensors, others))
+    if moving and saved is None:
+        found = united(found, moving_buffers(model, tensors.chosen(united(targets, found))))
     check_exchangeable(model, tensors, tensors.chosen(found), config)
-    besides = {path: None if names is None else sorted(names) for path, names in found.items()}
-    config.tuned_modules = {**(config.tuned_modules or {}), **besides}
-    return found
+    every = united(targets, found)
+    config.tuned_modules = {path: None if names is None else sorted(names) for path, names in every.items()}
+    return every
 
 
 def _add(targets: dict[str, set[str] | None], path: str, names: set[str] | None) -> None:
@@ -228,15 +245,12 @@ def _rest_of_new_head(
     return tensors.untied(dict.fromkeys(rest), elsewhere)
 
 
-def _statistics(model: nn.Module, chosen: Collection[str]) -> dict[str, set[str] | None]:
-    """Normalisations outside of what is tuned whose statistics move, as they do where frozen blocks train."""
-    return {
-        path: set()
-        for path, module in walk(model)
-        if isinstance(module, nn.modules.batchnorm._NormBase)
-        and module.track_running_stats
-        and join(path, "running_mean") not in chosen
-    }
+def _by_module(tensors: TensorMap, names: Collection[str]) -> dict[str, Collection[str] | None]:
+    found: dict[str, Collection[str] | None] = {}
+    for name in sorted(names):
+        path, _, attribute = name.rpartition(".")
+        found = united(found, {path: [attribute] if tensors.places[name][0].is_parameter else []})
+    return found
 
 
 def _some_names(model: nn.Module, inside: list[str] | None) -> str:

@@ -15,6 +15,20 @@ from .wrappers import walk
 Targets = Mapping[str, Collection[str] | None]  # path of a module -> names of parameters in it; None for all
 
 
+def united(*targets: Targets) -> dict[str, Collection[str] | None]:
+    """What any of `targets` asks for.
+
+    Example:
+        >>> united({"0": ["bias"]}, {"0": ["weight"], "1": None})
+        {'0': ['bias', 'weight'], '1': None}
+    """
+    found: dict[str, Collection[str] | None] = {}
+    for path, names in [item for each in targets for item in each.items()]:
+        before = found.get(path, ())
+        found[path] = None if names is None or before is None else sorted({*before, *names})
+    return found
+
+
 @dataclass(frozen=True)
 class Place:
     """Where a tensor stands: an attribute of a module."""

@@ -199,7 +199,7 @@ def test_frozen_layers_run_in_eval_mode_both_times_and_stay_in_it() -> None:
     gradients(model, LLAMA)
 
     assert modes == [False, False]
-    assert not any(module.training for module in above.modules() if reads_training(type(module)))
+    assert not any(module.training for module in above.modules() if reads_training(module))
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])

@@ -15,6 +15,8 @@ from torch import nn
 from surgical_peft import SurgicalConfig, SurgicalError
 from surgical_peft.fingerprint import differ_in_dtype, fingerprint
 
+from .contract.wrapping import nudge
+from .families import FAMILIES
 from .toys import TOYS
 
 VIT = TOYS["vit"]
@@ -147,12 +149,69 @@ DOORS = ["PeftModel.from_pretrained", "PeftModel.load_adapter", "transformers"]
 @pytest.mark.parametrize("door", DOORS)
 def test_the_same_base_is_silent(door: str, strict: dict[str, Any], tmp_path: Path) -> None:
     saved(tmp_path, blocks=[0, 11])
-    base = VIT.model()
-    with torch.no_grad():
-        base.get_parameter("vit.layers.3.mlp.fc1.weight").zero_()  # not among the tuned
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        load(door, base, tmp_path, **strict)
+        load(door, VIT.model(), tmp_path, **strict)
+
+
+@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize("blocks", [[0, 11], ["embeddings"], "0:11"])
+def test_frozen_weights_count_too(door: str, blocks: Any, tmp_path: Path) -> None:
+    """They passed unnoticed, also with strict_base=True, and the logits were others."""
+    saved(tmp_path, blocks=blocks)
+
+    def other() -> Any:
+        base: Any = VIT.model()
+        with torch.no_grad():
+            base.classifier.bias[0] += 1e-3
+        return base
+
+    with pytest.warns(UserWarning, match="fingerprint float32:.*in what is not tuned") as caught:
+        load(door, other(), tmp_path)
+    assert len([each for each in caught if "fingerprint" in str(each.message)]) == 1
+    with pytest.raises(SurgicalError, match="in what is not tuned"):
+        load(door, other(), tmp_path, strict_base=True)
+
+
+@pytest.mark.parametrize("name", ["resnet", "levit"])
+def test_frozen_statistics_count_too(name: str, tmp_path: Path) -> None:
+    family = FAMILIES[name]
+    saved(tmp_path, family.model(), blocks=[family.first])
+    PeftModel.from_pretrained(family.model(), tmp_path, strict_base=True)
+    base = family.model()
+    next(buffer for key, buffer in reversed([*base.named_buffers()]) if key.endswith("running_var")).mul_(2)
+    with pytest.raises(SurgicalError, match="in what is not tuned"):
+        PeftModel.from_pretrained(base, tmp_path, strict_base=True)
+
+
+def test_where_nothing_is_frozen_there_is_nothing_to_compare(tmp_path: Path) -> None:
+    config = saved(tmp_path, blocks="all")
+    assert config["frozen_fingerprint"] is None
+    PeftModel.from_pretrained(VIT.model(), tmp_path, strict_base=True)
+
+
+@pytest.mark.parametrize("blocks", [[0], "1:"])
+def test_a_second_adapter_is_compared_with_the_base_below_the_first(blocks: Any, tmp_path: Path) -> None:
+    theirs = saved(tmp_path, blocks=[1])["frozen_fingerprint"]
+    model = nudge(get_peft_model(VIT.model(), SurgicalConfig(blocks=blocks)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        model.load_adapter(tmp_path, "second")
+    model.add_adapter("third", SurgicalConfig(blocks=[1]))
+    assert model.peft_config["third"].frozen_fingerprint == theirs is not None
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_an_earlier_version_compared_what_is_tuned(strict: bool, tmp_path: Path) -> None:
+    config = saved(tmp_path, blocks=[0])
+    later = ("new_weights", "frozen_fingerprint")
+    (tmp_path / CONFIG).write_text(json.dumps({name: config[name] for name in config if name not in later}))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        PeftModel.from_pretrained(VIT.model(), tmp_path, strict_base=strict)
+    assert any("earlier version" in str(each.message) for each in caught) is strict
+    with pytest.raises(SurgicalError, match="in the tuned blocks"):
+        PeftModel.from_pretrained(changed(VIT.model()), tmp_path, strict_base=True)
 
 
 @pytest.mark.parametrize("door", DOORS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -14,13 +15,16 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from surgical_peft import SurgicalConfig
+from surgical_peft import SurgicalConfig, SurgicalError
+from surgical_peft.saved import LoadedBase, read_adapter
+from surgical_peft.wrappers import clean_name
 
-from .contract.wrapping import nudge
+from .contract.wrapping import no_warnings, nudge
 
 SMALL = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 BERT_LIKE = {**SMALL, "intermediate_size": 32, "max_position_embeddings": 20}
 IDS = torch.randint(3, 32, (3, 7), generator=torch.Generator().manual_seed(0))
+TASK = "SEQ_CLS"
 FILE = "adapter_model.safetensors"
 BODIES: dict[str, Callable[[], Any]] = {
     "DebertaV2": lambda: T.DebertaV2Model(T.DebertaV2Config(**BERT_LIKE, pooler_hidden_size=16)),
@@ -89,7 +93,7 @@ def test_an_adapter_answers_alike_on_any_new_head(
     assert new <= saved
     before = answer(two)
     assert not torch.allclose(before, untrained)  # the heads are others
-    loaded = PeftModel.from_pretrained(two, tmp_path).eval()
+    loaded = PeftModel.from_pretrained(two, tmp_path, strict_base=True).eval()
     assert torch.equal(answer(loaded), expected)
     merged = loaded.merge_and_unload()
     assert torch.equal(answer(merged), expected)
@@ -132,6 +136,69 @@ def test_two_adapters_have_a_head_each(bodies: dict[str, Path], tmp_path: Path) 
         for adapter in ("two", "one"):
             loaded.set_adapter(adapter)
             assert torch.equal(answer(loaded.eval()), expected[adapter])
+
+
+# Poolers inside the body, which a checkpoint with a head for masked words lacks
+
+
+POOLERS: dict[str, Callable[[], Any]] = {
+    "Bert": lambda: T.BertForMaskedLM(T.BertConfig(**BERT_LIKE)),
+    "Albert": lambda: T.AlbertForMaskedLM(T.AlbertConfig(**BERT_LIKE, embedding_size=8)),
+    "Ernie": lambda: T.ErnieForMaskedLM(T.ErnieConfig(**BERT_LIKE)),
+}
+
+
+@pytest.fixture(scope="module", params=POOLERS)
+def masked(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    folder = tmp_path_factory.mktemp(request.param)
+    torch.manual_seed(0)
+    POOLERS[request.param]().save_pretrained(folder)
+    return request.param, folder
+
+
+@pytest.mark.parametrize("choice", [{"blocks": [-1]}, {"blocks": ["0", "head"]}, {"target_modules": "all-bias"}])
+def test_a_new_pooler_in_the_body_is_tuned_and_saved(
+    choice: dict[str, Any], masked: tuple[str, Path], tmp_path: Path
+) -> None:
+    name, folder = masked
+    one, two = (load(folder, name, "SEQ_CLS", seed) for seed in (1, 2))
+    new = new_names(one, two)
+    assert any("pooler" in key for key in new)
+    config = SurgicalConfig(**{"blocks": ["0"], **choice}, task_type="SEQ_CLS")
+    with no_warnings():
+        model = get_peft_model(one, config)
+    assert new <= {clean_name(n) for n, parameter in model.named_parameters() if parameter.requires_grad}
+    expected = answer(nudge(model).eval())
+    model.save_pretrained(tmp_path)
+    assert new <= read_adapter(tmp_path).new_to(LoadedBase(two, frozenset()))  # a delta holds it whole
+    whole = tmp_path / "whole"
+    load(folder, name, "SEQ_CLS", seed=3).save_pretrained(whole)
+    for base in (two, load(whole, name, "SEQ_CLS", seed=4), copy.deepcopy(load(folder, name, "SEQ_CLS", seed=5))):
+        with no_warnings():
+            loaded = PeftModel.from_pretrained(base, tmp_path, strict_base=True).eval()
+        assert torch.equal(answer(loaded), expected)
+    native = load(folder, name, "SEQ_CLS", seed=6)
+    native.load_adapter(str(tmp_path))
+    assert torch.equal(answer(native.eval()), expected)
+    loaded.save_pretrained(tmp_path / "again")
+    again = PeftModel.from_pretrained(load(folder, name, "SEQ_CLS", seed=7), tmp_path / "again", strict_base=True)
+    assert torch.equal(answer(again.eval()), expected)
+
+
+def test_a_pooler_that_the_base_had_is_missed_where_it_is_new(bodies: dict[str, Path], tmp_path: Path) -> None:
+    """The adapter does not hold it: it is no new one to its base."""
+    with no_warnings():
+        model = get_peft_model(load(bodies["Bert"], "Bert", "SEQ_CLS", 1), SurgicalConfig(blocks=[0], task_type=TASK))
+    model.save_pretrained(tmp_path / "adapter")
+    base = load(bodies["Bert"], "Bert", "SEQ_CLS", seed=1)
+    lacking = {key: value for key, value in base.state_dict().items() if "pooler" not in key}
+    base.save_pretrained(tmp_path / "base", state_dict=lacking)
+    with pytest.warns(UserWarning, match=r"bert\.pooler\.dense\.bias.*not in the checkpoint"):
+        PeftModel.from_pretrained(load(tmp_path / "base", "Bert", "SEQ_CLS", 1), tmp_path / "adapter")
+    with pytest.raises(SurgicalError, match="fingerprint"):
+        PeftModel.from_pretrained(
+            load(tmp_path / "base", "Bert", "SEQ_CLS", 1), tmp_path / "adapter", strict_base=True
+        )
 
 
 @pytest.mark.parametrize("task", [None, "FEATURE_EXTRACTION"])

@@ -100,7 +100,8 @@ def test_the_weights_can_be_had_set_and_injected(saved: Saved) -> None:
     assert [f"base_model.model.{name}" for name in trainable(base)] == trainable(wrap(saved.family))
     state = {key.removeprefix("base_model.model."): tensor for key, tensor in weights(saved.adapter).items()}
     before = {key: tensor.clone() for key, tensor in get_peft_model_state_dict(base).items()}
-    assert before.keys() == state.keys()
+    assert before.keys() >= state.keys()  # BatchNorm in frozen blocks: no one keeps it in eval mode here
+    assert before.keys() - state.keys() <= dict(base.named_buffers()).keys()
 
     result = set_peft_model_state_dict(base, state)
     assert result.unexpected_keys == []
