@@ -202,7 +202,7 @@ def _why(tuned: Tuned) -> str:
     if not plain:
         return ""
     text = f"How the blocks were chosen: {', '.join(f'{name} `{value}`' for name, value in plain.items())}."
-    if isinstance(loss := record.get("joint_loss"), dict):
+    if isinstance(loss := record.get("joint_loss"), dict) and loss:
         left = ", with ".join(f"`{name}` {value:.3g}" for name, value in loss.items())
         text += f" How many: by the loss on held-out batches after short joint trainings: {left}."
     scores = record.get("scores")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from itertools import islice
+from itertools import accumulate, islice
 from typing import Any
 
 import numpy as np
@@ -15,12 +15,14 @@ from torch import nn
 from . import criteria
 from .batches import LossFunction, examples_of, model_loss, to_device
 from .blocks import BlockMap
-from .criteria.criterion import Criterion, needs_of, reshard, whole
+from .criteria.budget import GRADIENTS, Budget
+from .criteria.criterion import Criterion, Needs, needs_of, reshard, whole
 from .criteria.trial import Trial
 from .errors import SurgicalError
 from .names import nearest, resolve
 from .offloading import Lent, lent_weights, stand_ins_kept
-from .processes import dealt, first_says, is_sharded, without_ddp
+from .processes import dealt, first_says, is_sharded, size_of_union, without_ddp
+from .progress import counted
 from .reading import GradientReader, OverSamples, PerBatch, Units, checked, name_of
 from .scores import BlockScores
 from .wrappers import bare, clean_name, idle_parameters, walk
@@ -37,6 +39,7 @@ def score_blocks(
     num_batches: int | None = None,
     loss_fn: LossFunction | None = None,
     memory: str = "normal",
+    budget: float | Budget | None = None,
 ) -> BlockScores:
     """Score every block of `model` on labelled data; the model comes back as it was.
 
@@ -55,6 +58,11 @@ def score_blocks(
             most, as in the paper.
         loss_fn: `(model, batch) -> scalar loss`, any loss, also one without labels such as the entropy of the
             predictions; default `model(**batch).loss`.
+        budget: how many training steps scoring may cost: forward and backward passes of the whole model on one batch,
+            with an update of all weights; more than 0. It is counted, not timed: the choice is the same on every
+            machine. Scoring takes fewer batches to stay within it, `probe` also fewer units and passes, or gradients
+            alone; what was planned and what it took is told (`transformers.utils.logging.disable_progress_bar()`
+            silences it). Default: no limit.
         memory: `"low"` scores groups of units no larger than the largest one, a pass over the batches for each group:
             a criterion that keeps two numbers for each weight then keeps them for one group only.
 
@@ -63,7 +71,8 @@ def score_blocks(
         all zero, and those that the criterion does not define.
 
     Raises:
-        SurgicalError: empty loader, a batch without labels, a NaN or infinite gradient (names the unit and batch).
+        SurgicalError: empty loader, a batch without labels, a NaN or infinite gradient (names the unit and batch),
+            a budget that is no number above 0, or too small for one batch (says what it would take).
 
     Example:
         >>> scores = score_blocks(model, DataLoader(dataset, batch_size=32), num_batches=5)
@@ -86,7 +95,9 @@ def score_blocks(
     blocks = BlockMap.find(model)
     loss_of = loss_fn or model_loss
     lent = lent_weights(model)
-    with _as_it_was(model), stand_ins_kept(model, lent):
+    is_told = budget is not None or needs.what == "model"  # callbacks score by gradients, many times
+    told = counted(budget if is_told else Budget(), f"scores by {name_of(score)}")
+    with _as_it_was(model), stand_ins_kept(model, lent), told as spending:
         batches = list(islice(dataloader, wanted)) if wanted and dataloader is not None else []
         ours, total = dealt(batches, everywhere=needs.what == "model" or is_sharded(model))
         if wanted and not total:
@@ -117,13 +128,19 @@ def score_blocks(
             paths = {path for stack in blocks.stacks.values() for name in stack for path in blocks.modules[name]}
             layers = [layer for path, layer in walk(bare(model)) if path in paths]
             on_device = [to_device(batch, model) for _, batch in ours]
-            trial = Trial(model, at_hand, block_of, layers, on_device, loss_of, first_says)
+            trial = Trial(model, at_hand, block_of, layers, on_device, loss_of, first_says, spending)
             found = _named_values(score(trial), score, scored)
             values = first_says({name: checked(found[name], score, name) for name in scored if name in found})
+            total = len(on_device)  # what the budget has left of them
         else:
             values = {}
-            for group in _groups(scored) if memory == "low" else [scored]:
-                values |= _from_gradients(model, group, score, ours, loss_of, lent)
+            groups = list(_groups(scored)) if memory == "low" else [scored]
+            if spending.is_given:
+                ours = _affordable(ours, needs, len(groups), spending)
+                total = size_of_union(ours, everywhere=is_sharded(model))
+            spending.stage(f"{name_of(score)} on {len(ours)} batches", len(ours) * len(groups) * _cost_of_pass(needs))
+            for group in groups:
+                values |= _from_gradients(model, group, score, ours, loss_of, lent, spending)
     if not values:
         raise SurgicalError(f"{name_of(score)} scores no {granularity} of {blocks.model_name}.")
     return BlockScores(
@@ -145,6 +162,7 @@ def _from_gradients(
     batches: list[tuple[int, Any]],
     loss_of: LossFunction,
     lent: list[Lent],
+    spending: Budget,
 ) -> dict[str, float]:
     """Scores of `units` by a criterion on gradients or their moments, from one pass over the batches."""
     needs = needs_of(score)
@@ -159,12 +177,26 @@ def _from_gradients(
         for place, batch in batches:
             batch = to_device(batch, model)
             if needs.samples == "batches":
+                spending.spend(_cost_of_pass(needs))
                 reader.read(loss_of(model, batch), place)
                 continue
             for example in examples_of(batch):
+                spending.spend(_cost_of_pass(needs))
                 reader.read(loss_of(model, example), examples)
                 examples += 1
     return receiver.result(alone=is_sharded(model))
+
+
+def _cost_of_pass(needs: Needs) -> float:
+    return 1.0 if needs.what == "gradients" else GRADIENTS
+
+
+def _affordable(batches: list[tuple[int, Any]], needs: Needs, groups: int, budget: Budget) -> list[tuple[int, Any]]:
+    """The first batches, as many as can be paid for; at least one."""
+    passes = [1 if needs.samples == "batches" else len(list(examples_of(batch))) for _, batch in batches]
+    costs = [groups * each * _cost_of_pass(needs) for each in passes]
+    budget.affordable(1, costs[0] if costs else 0, "one batch")
+    return [each for each, cost in zip(batches, accumulate(costs), strict=True) if cost <= budget.left]
 
 
 def _groups(units: Units) -> Iterator[Units]:

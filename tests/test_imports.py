@@ -26,7 +26,7 @@ TIERS = [
     ["layer", "quantised"],
     ["criteria", "mixed_batches"],
     ["scores", "processes"],
-    ["reading"],
+    ["reading", "progress"],
     ["scoring", "selection", "prefix_cache"],
     ["signature"],
     ["config"],

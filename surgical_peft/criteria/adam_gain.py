@@ -54,7 +54,7 @@ def gains_of(trial: Trial, ats: Sequence[int]) -> tuple[dict[str, float], float]
         loss.backward()
         for name, unit in trial.units.items():
             grads = [torch.zeros_like(w) if w.grad is None else w.grad for w in unit.values()]
-            if not all(bool(torch.isfinite(grad).all()) for grad in grads):
+            if not all(bool(torch.linalg.vector_norm(grad, math.inf).isfinite()) for grad in grads):
                 raise _not_finite(f"gradient of {name!r}", at)
             moments[name].update(grads, at)
             for weight in unit.values():

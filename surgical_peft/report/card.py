@@ -170,6 +170,8 @@ def _selection(said: _Said, recipe: _Said) -> dict[str, Any] | None:
         loss, refused = record.part("joint_loss"), record.values.get("refused", {})
         tried = sorted(values.keys() - refused, key=lambda block: -values[block])
         tried = tried[: min(int(record.number("k")) + 1, MOST)]
+        if "cost" in record.values:  # the budget may have had no room for all of them
+            tried = []
         missing = [block for block in tried if block not in loss.values]
         # Of blocks with equal scores any may have been the last that was tried.
         wanted = missing[len(loss.values.keys() - set(tried)) :] if missing else []
