@@ -205,6 +205,8 @@ def _why(tuned: Tuned) -> str:
     if isinstance(loss := record.get("joint_loss"), dict) and loss:
         left = ", with ".join(f"`{name}` {value:.3g}" for name, value in loss.items())
         text += f" How many: by the loss on held-out batches after short joint trainings: {left}."
+    if isinstance(cost := record.get("cost"), dict):
+        text += f" That cost {cost['steps']:.3g} training steps, of at most {cost['budget']:.3g}."
     scores = record.get("scores")
     if not isinstance(scores, dict):
         return text
