@@ -198,7 +198,13 @@ def test_nothing_else_is_guessed(report: dict[str, Any]) -> None:
         broken = {name: value for name, value in report.items() if name != key}
         with pytest.raises(SurgicalError, match=f"has no {key}"):
             make_card(broken)
-    parts = {"base_model": {}, "rates": {"policy_options"}, "dataset": {"commit"}, "versions": {}, "selection": {"cost"}}
+    parts = {
+        "base_model": {},
+        "rates": {"policy_options"},
+        "dataset": {"commit"},
+        "versions": {},
+        "selection": {"cost"},
+    }
     for part, keys in parts.items():
         for key in report[part].keys() - keys:  # for a policy, for data of the Hub, and for a budget
             broken = {**report, part: {name: value for name, value in report[part].items() if name != key}}
