@@ -90,7 +90,7 @@ def choose_blocks(
     record: dict[str, Any] = {**chosen.record, "scores": dict(scores.values)}
     if refused:
         record["refused"] = refused
-    if is_open:
+    if loss:
         record["joint_loss"] = loss
     if spending.is_given:
         record["cost"] = {"budget": spending.steps, "steps": spending.spent, "stages": spending.stages}
@@ -103,7 +103,9 @@ def _scores_and_loss(
 ) -> dict[str, float]:
     """The scores, and into `loss` what is left after joint trainings of the best."""
     with trial.budget.holding(_for_joint(trial.budget)):
-        values = score(trial)
+        values: Any = score(trial)
+    if not isinstance(values, dict):  # `score_blocks` will say so
+        return values
     minus = together(trial, ranking=_ranking(values, refused))
     loss |= {name: -value for name, value in minus.items()}
     return values
@@ -146,7 +148,10 @@ def together(trial: Trial, *, ranking: tuple[str, ...]) -> dict[str, float]:
     """
     budget, room = trial.budget, len(trial.batches)
     if budget.is_given and "gains" not in trial.known:
-        trial.keep(min(room, int(budget.left / AT_MOST)))
+        room = min(room, int(budget.left / AT_MOST))
+        if room < 2:
+            return {}
+        trial.keep(room)
     gains, start = gains_and_loss(trial, least=1 if budget.is_given else 2)
     if budget.is_given:  # at least two trainings: of one alone nothing follows
         room = int(budget.left / sum(trial.cost(*ranking[:at]) for at in (1, 2)) * len(trial.batches))
@@ -164,7 +169,7 @@ def together(trial: Trial, *, ranking: tuple[str, ...]) -> dict[str, float]:
             left[name] = ShortRun(names, PACE * start / gain, passes=1).train(trial, 1) if gain else start
             if how_many(list(left.values())) <= at:
                 break
-    return {name: -loss for name, loss in left.items()}
+    return {name: -loss for name, loss in left.items() if math.isfinite(loss)}  # else it diverged, and was the last
 
 
 def how_many(left: list[float]) -> int:

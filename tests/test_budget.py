@@ -155,6 +155,12 @@ def test_joint_trainings_have_a_part_of_the_budget(vit: Toy) -> None:
     assert used == {None: 9, 2: 12}  # of 12 and of 16 steps
 
 
+@pytest.mark.parametrize("criterion", ["angle", "rgn", "weight_snr"])
+def test_joint_trainings_that_have_no_room_are_left_out(criterion: str, vit: Toy) -> None:
+    config, _ = choose_blocks(vit.model(), replace(AUTO, criterion=criterion), batches(vit), budget=5.0)
+    assert len(config.blocks) == 1 and "joint_loss" not in config.selection
+
+
 @pytest.mark.parametrize("is_terminal", [True, False])
 def test_stages_are_told(is_terminal: bool, vit: Toy) -> None:
     out = io.StringIO()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import SurgicalError
+from .budget import GRADIENTS
 from .criterion import Moments, over_batches, whole
 from .trial import Trial
 
@@ -61,6 +62,19 @@ def gains_of(trial: Trial, ats: Sequence[int]) -> tuple[dict[str, float], float]
                 weight.grad = None
     gains = trial.agreed({name: adam_gain([], each) for name, each in moments.items()})
     return gains, trial.agreed({"loss": total / len(ats)})["loss"]
+
+
+def gains_of_all(trial: Trial) -> tuple[dict[str, float], float]:
+    """`gains_of` all batches, computed once.
+
+    Raises:
+        SurgicalError: a loss or a gradient that is NaN or infinite.
+    """
+    if "gains" not in trial.known:
+        count = len(trial.batches)
+        trial.budget.stage(f"gradients of {count} batch{'es' * (count > 1)}", GRADIENTS * count)
+        trial.known["gains"] = gains_of(trial, range(count))
+    return trial.known["gains"]
 
 
 def _not_finite(what: str, at: int) -> SurgicalError:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 
 from ..blocks import is_head
-from .adam_gain import gains_of
+from .adam_gain import gains_of_all
 from .budget import GRADIENTS
 from .criterion import of_model
 from .trial import Trial
@@ -38,8 +38,7 @@ def depth_gain(trial: Trial) -> dict[str, float]:
         >>> scores = score_blocks(model, dataloader, criterion="depth_gain")
     """
     trial.keep(trial.budget.affordable(len(trial.batches), GRADIENTS, "the gradients of one batch"))
-    trial.budget.stage(f"gradients of {len(trial.batches)} batches", GRADIENTS * len(trial.batches))
-    gains, _ = gains_of(trial, range(len(trial.batches)))
+    gains, _ = gains_of_all(trial)
     return by_depth(trial, gains)
 
 

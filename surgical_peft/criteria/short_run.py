@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import SurgicalError
-from .adam_gain import gains_of
-from .budget import GRADIENTS
+from .adam_gain import gains_of_all
 from .trial import Trial
 
 WORST = 1e6  # times the loss before: what a training counts that diverged
@@ -29,11 +28,7 @@ def gains_and_loss(trial: Trial, least: int = 2) -> tuple[dict[str, float], floa
             "a short training is judged on held-out batches and needs at least 2, got 1: give a larger num_batches, "
             "or smaller batches."
         )
-    if "gains" not in trial.known:
-        count = len(trial.batches)
-        trial.budget.stage(f"gradients of {count} batches", GRADIENTS * count)
-        trial.known["gains"] = gains_of(trial, range(count))
-    gains, loss = trial.known["gains"]
+    gains, loss = gains_of_all(trial)
     if not loss > 0:
         raise SurgicalError(
             f"the loss is {loss:.4g} on average, and short trainings are compared by the share of it that they take "
