@@ -170,7 +170,7 @@ def _selection(said: _Said, recipe: _Said) -> dict[str, Any] | None:
         cost.number("steps")
     scores = record.part("scores")
     values = {block: scores.number(block) for block in said.names("scored")}
-    # Without a number, the best were tried together, one more than was worth it, or as many as the budget had room for.
+    # Without a number, the best were tried together, one more than was worth it, or as many as there was budget for.
     is_open = recipe.values.get("num_blocks") is None
     if is_open and (not is_limited or "joint_loss" in record.values):
         loss, refused = record.part("joint_loss"), record.values.get("refused", {})
