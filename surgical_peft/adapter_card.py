@@ -202,9 +202,11 @@ def _why(tuned: Tuned) -> str:
     if not plain:
         return ""
     text = f"How the blocks were chosen: {', '.join(f'{name} `{value}`' for name, value in plain.items())}."
-    if isinstance(loss := record.get("joint_loss"), dict):
+    if isinstance(loss := record.get("joint_loss"), dict) and loss:
         left = ", with ".join(f"`{name}` {value:.3g}" for name, value in loss.items())
         text += f" How many: by the loss on held-out batches after short joint trainings: {left}."
+    if isinstance(cost := record.get("cost"), dict):
+        text += f" That cost {cost['steps']:.3g} training steps, of at most {cost['budget']:.3g}."
     scores = record.get("scores")
     if not isinstance(scores, dict):
         return text

@@ -12,6 +12,7 @@ from torch import nn
 from .batches import LossFunction
 from .choosing import choose_blocks
 from .config import SurgicalConfig
+from .criteria.budget import half_of
 from .errors import SurgicalError
 
 
@@ -22,6 +23,7 @@ def get_surgical_model(
     *,
     num_batches: int | None = None,
     loss_fn: LossFunction | None = None,
+    steps: float | None = None,
     **kwargs: Any,
 ) -> PeftModel:
     """Choose the blocks if the config says `"auto"`, then wrap the model with `peft.get_peft_model`.
@@ -35,16 +37,22 @@ def get_surgical_model(
             test split.
         num_batches: how many batches to score on; default is what the criterion asks for.
         loss_fn: `(model, batch) -> loss`; default is the model's own loss.
+        steps: how many steps the training will have, more than 0, each on a batch as large as those of `dataloader`;
+            with gradient accumulation so many times more. Choosing then costs at most half of that training: on fewer
+            batches, with fewer short trainings, or by gradients alone where that is all there is room for. Default:
+            not known, and no limit.
         **kwargs: passed on to `get_peft_model` (`adapter_name`, ...).
 
     Raises:
-        SurgicalError: `"auto"` without a dataloader, or anything that scoring or wrapping refuses.
+        SurgicalError: `"auto"` without a dataloader, `steps` that are no number above 0 or too few to choose anything
+            by (says how many it takes), or anything that scoring or wrapping refuses.
 
     Example:
         >>> model = get_surgical_model(model, SurgicalConfig(blocks="auto"), dataloader)
         >>> model.peft_config["default"].blocks
         ['head']
     """
+    budget = None if steps is None else half_of(steps)
     config = copy.deepcopy(config)
     if config.blocks == "auto":
         if dataloader is None:
@@ -52,5 +60,5 @@ def get_surgical_model(
                 "blocks='auto' needs data to choose by: get_surgical_model(model, config, dataloader) with labelled "
                 "batches."
             )
-        config, _ = choose_blocks(model, config, dataloader, num_batches, loss_fn)
+        config, _ = choose_blocks(model, config, dataloader, num_batches, loss_fn, budget)
     return get_peft_model(model, config, **kwargs)

@@ -78,7 +78,7 @@ def score(
     if criterion:
         resolve(criterion, criteria)  # an unknown name is said now, not after the data are loaded
         found = replace(found, criterion=criterion, criterion_options={})
-    scores = score_recipe(found)
+    scores = score_recipe(found, Console(stderr=True, quiet=as_json))
     if plot:
         scores.plot(plot)
     if as_json:
@@ -103,7 +103,7 @@ def train(
     from .train import train as train_recipe
 
     with contextlib.redirect_stdout(sys.stderr):  # what Trainer prints must not come between the JSON
-        report = train_recipe(*open_recipe(recipe, tiny, output))
+        report = train_recipe(*open_recipe(recipe, tiny, output), Console(stderr=True, quiet=as_json))
     if as_json:
         print_json(report)
         return

@@ -28,6 +28,11 @@ def under_deepspeed() -> bool:
     return is_initialized() and AcceleratorState().distributed_type is DistributedType.DEEPSPEED
 
 
+def is_first() -> bool:
+    """Whether this is the process that tells what all do."""
+    return not several() or dist.get_rank() == 0
+
+
 def without_ddp(model: nn.Module) -> nn.Module:
     """The model inside DDP, whose backward pass would average the gradients of different batches."""
     return model.module if isinstance(model, DistributedDataParallel) else model
@@ -53,6 +58,11 @@ def dealt(batches: Sequence[Any], everywhere: bool) -> tuple[list[tuple[int, Any
     everyone = _all(send_to_device(list(batches), "cpu"))
     union = {_place(counts, who, turn): batch for who, own in enumerate(everyone) for turn, batch in enumerate(own)}
     return sorted(union.items()), sum(counts)
+
+
+def size_of_union(batches: Sequence[Any], everywhere: bool) -> int:
+    """How many batches all processes look at, of which these are the ones of this process."""
+    return len(batches) if everywhere or not several() else sum(_all(len(batches)))
 
 
 def _place(counts: Sequence[int], rank: int, turn: int) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from itertools import islice
+from itertools import accumulate, islice
 from typing import Any
 
 import torch
@@ -12,13 +12,25 @@ from torch import Tensor, nn
 from . import criteria
 from .batches import LossFunction, all_ignored, check_labelled, check_separable, examples_of, model_loss, to_device
 from .blocks import BlockMap
-from .criteria.criterion import NO_GRADIENT, Criterion, can_train, needs_of, not_finite, reshard, tell_unreached, whole
+from .criteria.budget import GRADIENTS, Budget
+from .criteria.criterion import (
+    NO_GRADIENT,
+    Criterion,
+    Needs,
+    can_train,
+    needs_of,
+    not_finite,
+    reshard,
+    tell_unreached,
+    whole,
+)
 from .criteria.trial import Trial
 from .errors import SurgicalError
 from .leftovers import as_it_was
 from .names import nearest, resolve
 from .offloading import Lent, lent_weights, stand_ins_kept
-from .processes import dealt, first_says, is_sharded, union_of_names, without_ddp
+from .processes import dealt, first_says, is_sharded, size_of_union, union_of_names, without_ddp
+from .progress import counted
 from .reading import GradientReader, OverSamples, PerBatch, Units, checked, kind_of, name_of
 from .scores import BlockScores
 from .wrappers import bare, clean_name, idle_parameters, walk
@@ -35,6 +47,7 @@ def score_blocks(
     num_batches: int | None = None,
     loss_fn: LossFunction | None = None,
     memory: str = "normal",
+    budget: float | Budget | None = None,
 ) -> BlockScores:
     """Score every block of `model` on labelled data; the model comes back as it was.
 
@@ -53,6 +66,11 @@ def score_blocks(
             most, as in the paper.
         loss_fn: `(model, batch) -> scalar loss`, any loss, also one without labels such as the entropy of the
             predictions; default `model(**batch).loss`.
+        budget: how many training steps scoring may cost: forward and backward passes of the whole model on one batch,
+            with an update of all weights; more than 0. It is counted, not timed: the choice is the same on every
+            machine. Scoring takes fewer batches to stay within it, `probe` also fewer units and passes, or gradients
+            alone; what was planned and what it took is told (`transformers.utils.logging.disable_progress_bar()`
+            silences it). Default: no limit.
         memory: `"low"` scores groups of units no larger than the largest one, a pass over the batches for each group:
             a criterion that keeps two numbers for each weight then keeps them for one group only.
 
@@ -63,7 +81,8 @@ def score_blocks(
     Raises:
         SurgicalError: empty loader, a batch without labels or with none but ignored ones, a NaN or infinite loss or
             gradient (names the unit and batch); a criterion that cannot tell: no unit has a gradient, all scores are
-            zero, too few samples for it, or single examples of a loss that exists over a batch only.
+            zero, too few samples for it, or single examples of a loss that exists over a batch only, a budget that
+            is no number above 0, or too small for one batch (says what it would take).
 
     Example:
         >>> scores = score_blocks(model, DataLoader(dataset, batch_size=32), num_batches=5)
@@ -85,7 +104,9 @@ def score_blocks(
     reshard(model)
     blocks = BlockMap.find(model)
     lent = lent_weights(model)
-    with as_it_was(model) as untouched, stand_ins_kept(model, lent):
+    is_told = budget is not None or needs.what == "model"  # callbacks score by gradients, many times
+    told = counted(budget if is_told else Budget(), f"scores by {name_of(score)}")
+    with as_it_was(model) as untouched, stand_ins_kept(model, lent), told as spending:
 
         def loss_of(model: nn.Module, batch: Any) -> Tensor:
             untouched.clear()  # what one forward pass leaves to the next is stale, or of a graph that is gone
@@ -126,15 +147,21 @@ def score_blocks(
             paths = {path for stack in blocks.stacks.values() for name in stack for path in blocks.modules[name]}
             layers = [layer for path, layer in walk(bare(model)) if path in paths]
             on_device = [to_device(batch, model) for _, batch in ours]
-            trial = Trial(model, at_hand, block_of, layers, on_device, loss_of, first_says)
+            trial = Trial(model, at_hand, block_of, layers, on_device, loss_of, first_says, spending)
             found = _named_values(score(trial), score, scored)
             values = first_says({name: checked(found[name], score, name) for name in scored if name in found})
+            total = len(on_device)  # what the budget has left of them
         else:
             if needs.samples == "examples" and ours:
                 check_separable(model, to_device(ours[0][1], model), loss_of)
             values = {}
-            for group in _groups(scored) if memory == "low" else [scored]:
-                values |= _from_gradients(model, group, score, ours, loss_of, lent)
+            groups = list(_groups(scored)) if memory == "low" else [scored]
+            if spending.is_given:
+                ours = _affordable(ours, needs, len(groups), spending)
+                total = size_of_union(ours, everywhere=is_sharded(model))
+            spending.stage(f"{name_of(score)} on {len(ours)} batches", len(ours) * len(groups) * _cost_of_pass(needs))
+            for group in groups:
+                values |= _from_gradients(model, group, score, ours, loss_of, lent, spending)
             tell_unreached([name for name in scored if name not in values], scored)
     if not any(values.values()):
         found_none = f"is zero for every {granularity}" if values else f"scores no {granularity}"
@@ -160,6 +187,7 @@ def _from_gradients(
     batches: list[tuple[int, Any]],
     loss_of: LossFunction,
     lent: list[Lent],
+    spending: Budget,
 ) -> dict[str, float]:
     """Scores of `units` by a criterion on gradients or their moments, from one pass over the batches."""
     needs = needs_of(score)
@@ -174,10 +202,12 @@ def _from_gradients(
         for place, batch in batches:
             batch = to_device(batch, model)
             if needs.samples == "batches":
+                spending.spend(_cost_of_pass(needs))
                 reader.read(loss_of(model, batch), place)
                 continue
             before = examples
             for example in examples_of(batch):
+                spending.spend(_cost_of_pass(needs))
                 loss = loss_of(model, example)
                 if all_ignored(example) and not loss.isfinite():
                     continue  # it has no part in the loss of its batch either
@@ -188,6 +218,18 @@ def _from_gradients(
     reached = union_of_names(reader.reached)
     values = receiver.result(alone=is_sharded(model))
     return {name: value for name, value in values.items() if name in reached}
+
+
+def _cost_of_pass(needs: Needs) -> float:
+    return 1.0 if needs.what == "gradients" else GRADIENTS
+
+
+def _affordable(batches: list[tuple[int, Any]], needs: Needs, groups: int, budget: Budget) -> list[tuple[int, Any]]:
+    """The first batches, as many as can be paid for; at least one."""
+    passes = [1 if needs.samples == "batches" else len(list(examples_of(batch))) for _, batch in batches]
+    costs = [groups * each * _cost_of_pass(needs) for each in passes]
+    budget.affordable(1, costs[0] if costs else 0, "one batch")
+    return [each for each, cost in zip(batches, accumulate(costs), strict=True) if cost <= budget.left]
 
 
 def _groups(units: Units) -> Iterator[Units]:

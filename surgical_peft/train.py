@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from operator import length_hint
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, default_data_collator, set_seed
@@ -16,10 +18,12 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from .auto import get_surgical_model
 from .callback import SurgicalCallback
 from .choosing import CRITERION, choose_blocks
+from .criteria.budget import GRADIENTS, half_of
 from .errors import SurgicalError
 from .files import check_replaceable, whole_folder, write_text
 from .optim import surgical_optimizer
 from .policies.policy import Policy
+from .progress import Stages, TrainingStage, counted
 from .recipe import Recipe
 from .report.card import write_card
 from .run_report import begin, make_report
@@ -31,13 +35,30 @@ from .tasks.models import modules_to_save
 _ADAPTER = "adapter_config.json"  # by which the adapter of an earlier run is known
 
 
-def score(recipe: Recipe) -> BlockScores:
-    """Score the blocks of a recipe's model on its training data, untouched; by `probe` unless the recipe says."""
+def score(recipe: Recipe, console: Console | None = None) -> BlockScores:
+    """Score the blocks of a recipe's model on its training data, untouched; by `probe` unless the recipe says.
+
+    It costs at most half of the planned training; `console` is where to tell of it, as for `train`.
+    """
     task = load_task(recipe, ("train",))
     args = recipe.arguments()
     criterion = recipe.make_criterion() or CRITERION
     model = task.load_model().to(args.device)
-    return score_blocks(model, loader(task, args), criterion, num_batches=recipe.num_batches)
+    batches = loader(task, args)
+    with Stages(console) as stages, counted(budget_of(args, batches), "scoring blocks", stages) as spending:
+        return score_blocks(model, batches, criterion, num_batches=recipe.num_batches, budget=spending)
+
+
+def budget_of(args: TrainingArguments, batches: Iterable[Any]) -> float:
+    """What choosing blocks for a training may cost: half of the batches that it will go through.
+
+    One or two steps are for trying a recipe out; then the gradients of one batch are allowed, which is more.
+    """
+    if args.max_steps > 0:
+        planned = args.max_steps * args.gradient_accumulation_steps
+    else:
+        planned = math.ceil(length_hint(batches) * args.num_train_epochs / args.world_size)
+    return max(half_of(max(planned, 1)), GRADIENTS)
 
 
 def loader(task: Task, args: TrainingArguments) -> DataLoader[Any]:
@@ -51,13 +72,17 @@ def loader(task: Task, args: TrainingArguments) -> DataLoader[Any]:
     )
 
 
-def train(recipe: Recipe, output: str | Path | None = None) -> dict[str, Any]:
+def train(recipe: Recipe, output: str | Path | None = None, console: Console | None = None) -> dict[str, Any]:
     """Choose the blocks, tune them, measure, and save the adapter with its report.
+
+    Choosing the blocks costs at most half of the training.
 
     Args:
         recipe: what to do.
         output: folder to write to; default is the recipe's `output_dir`. It gets `adapter/`, with a model card in it,
             `report.json`, and with `blocks: auto` also `scores.json` and `scores.png`; each whole or not at all.
+        console: where to tell what is done: on a terminal with the time left, elsewhere a line for each stage. Default
+            is the standard error, and nowhere if transformers' progress bars are off.
 
     Returns:
         The report: blocks, numbers of parameters, the metric on validation and test before and after, and all else
@@ -70,19 +95,29 @@ def train(recipe: Recipe, output: str | Path | None = None) -> dict[str, Any]:
     folder = Path(str(args.output_dir))
     policy = recipe.make_policy()
     check_replaceable(folder / "adapter", _ADAPTER)
-    task, beginning = load_task(recipe), begin(recipe)
-    model = task.load_model().to(args.device)
-    size = sum(parameter.numel() for parameter in model.parameters())
-    config, scores = recipe.config(), None
-    config.modules_to_save = modules_to_save(recipe, model)
-    if config.blocks == "auto":
-        config, scores = choose_blocks(model, config, loader(task, args), recipe.num_batches)
-        config.selection = {**(config.selection or {}), "seed": args.seed}
-    wrapped = get_surgical_model(model, config)
-    tuned = sum(parameter.numel() for parameter in wrapped.parameters() if parameter.requires_grad)
-    before = {split: task.measure(wrapped, task.splits[split]) for split in ("validation", "test")}
-    trainer = fit(wrapped, args, task.splits["train"], policy, [SurgicalCallback()], task.collate)
-    after = {split: task.measure(wrapped, task.splits[split]) for split in ("validation", "test")}
+    with Stages(console) as stages:
+        stages.begin(f"load {recipe.model} and {recipe.data}")
+        task, beginning = load_task(recipe), begin(recipe)
+        model = task.load_model().to(args.device)
+        size = sum(parameter.numel() for parameter in model.parameters())
+        config, scores = recipe.config(), None
+        config.modules_to_save = modules_to_save(recipe, model)
+        if config.blocks == "auto":
+            batches = loader(task, args)
+            budget = budget_of(args, batches)
+            config, scores = choose_blocks(model, config, batches, recipe.num_batches, budget=budget, stages=stages)
+            config.selection = {**(config.selection or {}), "seed": args.seed}
+        wrapped = get_surgical_model(model, config)
+        tuned = sum(parameter.numel() for parameter in wrapped.parameters() if parameter.requires_grad)
+
+        def measured(when: str) -> dict[str, float]:
+            stages.begin(f"measure {task.metric} {when} training")
+            return {split: task.measure(wrapped, task.splits[split]) for split in ("validation", "test")}
+
+        before = measured("before")
+        callbacks = [SurgicalCallback(), *([TrainingStage(stages)] if args.disable_tqdm else [])]
+        trainer = fit(wrapped, args, task.splits["train"], policy, callbacks, task.collate)
+        after = measured("after")
     _check_finite(wrapped, args, {f"{task.metric} on {split}": value for split, value in after.items()})
     with whole_folder(folder / "adapter", _ADAPTER) as temporary:
         wrapped.save_pretrained(temporary)

@@ -417,7 +417,9 @@ def played_advice(recipe: Recipe, metrics: float, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(Workbench, "train", lambda self, wrap, **_: (wrap(copy.deepcopy(self.model)), 0))
     monkeypatch.setattr(Judge, "read", lambda self, model: ())
     monkeypatch.setattr(Judge, "metric", lambda self, groups: metrics)
-    monkeypatch.setattr("surgical_peft.methods.chosen.choose_blocks", lambda model, config, *_: (_first(config), None))
+    monkeypatch.setattr(
+        "surgical_peft.methods.chosen.choose_blocks", lambda model, config, *_, **__: (_first(config), None)
+    )
     return advise(recipe, console=QUIET)
 
 

@@ -178,7 +178,7 @@ def test_no_number_is_guessed(report: dict[str, Any]) -> None:
     """Each number of a report in turn missing, null, infinite and text: an error that names it."""
     numbers = [path for path, value in leaves(report) if isinstance(value, int | float) and path[0] != "recipe"]
     numbers = [path for path in numbers if path[-1] != "on_hub"]
-    assert len(numbers) == 28, numbers
+    assert len(numbers) == 30, numbers
     for path in numbers:
         name = re.escape(".".join(path))
         for wrong in (None, float("nan"), float("inf"), "0.9", True):
@@ -198,9 +198,15 @@ def test_nothing_else_is_guessed(report: dict[str, Any]) -> None:
         broken = {name: value for name, value in report.items() if name != key}
         with pytest.raises(SurgicalError, match=f"has no {key}"):
             make_card(broken)
-    parts = {"base_model": {}, "rates": {"policy_options"}, "dataset": {"commit"}, "versions": {}, "selection": {}}
+    parts = {
+        "base_model": {},
+        "rates": {"policy_options"},
+        "dataset": {"commit"},
+        "versions": {},
+        "selection": {"cost"},
+    }
     for part, keys in parts.items():
-        for key in report[part].keys() - keys:  # those are for a policy, and for data of the Hub
+        for key in report[part].keys() - keys:  # for a policy, for data of the Hub, and for a budget
             broken = {**report, part: {name: value for name, value in report[part].items() if name != key}}
             with pytest.raises(SurgicalError, match=rf"has no {part}\.{key}"):
                 make_card(broken)

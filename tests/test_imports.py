@@ -26,7 +26,7 @@ TIERS = [
     ["layer", "quantised"],
     ["criteria", "mixed_batches"],
     ["scores", "processes"],
-    ["reading", "leftovers"],
+    ["reading", "leftovers", "progress"],
     ["scoring", "selection", "prefix_cache"],
     ["signature"],
     ["config"],

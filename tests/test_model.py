@@ -22,6 +22,7 @@ from surgical_peft import (
     score_blocks,
     top_k,
 )
+from surgical_peft.criteria.budget import Budget
 from surgical_peft.eval_mode import reads_training
 from surgical_peft.layer import SurgicalLayer
 
@@ -303,14 +304,14 @@ def test_auto_takes_any_function(vit: Toy) -> None:
 def test_auto_passes_loss_and_batches_on(vit: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[str, Any] = {}
 
-    def fake(model: nn.Module, dataloader: DataLoader, criterion: str, **kwargs: Any) -> BlockScores:
-        seen.update(kwargs, criterion=criterion)
+    def fake(model: nn.Module, dataloader: DataLoader, criterion: str, budget: Budget, **kwargs: Any) -> BlockScores:
+        seen.update(kwargs, criterion=criterion, budget=budget.steps)
         return BlockScores({"3": 1.0}, {"3": 1}, {"3": "3"}, (), "rgn", "block", 7, "ViT")
 
     monkeypatch.setattr("surgical_peft.choosing.score_blocks", fake)
     config = SurgicalConfig(blocks="auto", num_blocks=1)
-    model = get_surgical_model(vit.model(), config, loader(vit), num_batches=7, loss_fn=max)
-    assert seen == {"criterion": "probe", "num_batches": 7, "loss_fn": max}
+    model = get_surgical_model(vit.model(), config, loader(vit), num_batches=7, loss_fn=max, steps=90)
+    assert seen == {"criterion": "probe", "num_batches": 7, "loss_fn": max, "budget": 45.0}
     assert model.peft_config["default"].blocks == ["3"]
 
 

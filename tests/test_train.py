@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from rich.console import Console
 
 from surgical_peft import BlockScores, SurgicalError
 from surgical_peft.recipe import Recipe, load_recipe
@@ -50,7 +52,12 @@ def test_training_learns_saves_and_reports(tmp_path: Path, small_splits: None) -
 
 def test_auto_writes_down_why(tmp_path: Path, small_splits: None) -> None:
     recipe = replace(RECIPE, blocks="auto", num_blocks=3, policy="auto_rgn", policy_options={"every": "epoch"})
-    report = train(replace(recipe, training={**RECIPE.training, "max_steps": 3}), tmp_path)
+    told = io.StringIO()
+    recipe = replace(recipe, training={**RECIPE.training, "max_steps": 6})
+    report = train(recipe, tmp_path, Console(file=told, width=200))
+    stages = ["load", "choosing blocks: at most 3", "gradients", "choosing blocks: took", "measure", "train for 6"]
+    assert all(f"\n{stage}" in "\n" + told.getvalue() for stage in stages)  # a line each
+    assert report["selection"]["cost"]["budget"] == 3 >= report["selection"]["cost"]["steps"]
     scores = BlockScores.load(tmp_path / "scores.json")
     assert report["selection"]["scores"] == scores.values
     assert set(report["blocks"]) == set(sorted(scores.values, key=lambda name: -scores.values[name])[:3])

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import SurgicalError
+from .budget import GRADIENTS
 from .criterion import NO_GRADIENT, Moments, not_finite, over_batches, tell_unreached, whole
 from .trial import Trial
 
@@ -54,7 +55,7 @@ def gains_of(trial: Trial, ats: Sequence[int]) -> tuple[dict[str, float], float]
         loss.backward()
         for name, unit in trial.units.items():
             grads = [torch.zeros_like(w) if w.grad is None else w.grad for w in unit.values()]
-            if not all(bool(torch.isfinite(grad).all()) for grad in grads):
+            if not all(bool(torch.linalg.vector_norm(grad, math.inf).isfinite()) for grad in grads):
                 raise not_finite(f"gradient of {name!r}", "batch", at)
             moments[name].update(grads, at)
             for weight in unit.values():
@@ -66,3 +67,16 @@ def gains_of(trial: Trial, ats: Sequence[int]) -> tuple[dict[str, float], float]
         )
     tell_unreached([name for name, gain in gains.items() if not gain], gains)
     return {name: gain for name, gain in gains.items() if gain}, trial.agreed({"loss": total / len(ats)})["loss"]
+
+
+def gains_of_all(trial: Trial) -> tuple[dict[str, float], float]:
+    """`gains_of` all batches, computed once.
+
+    Raises:
+        SurgicalError: a loss or a gradient that is NaN or infinite.
+    """
+    if "gains" not in trial.known:
+        count = len(trial.batches)
+        trial.budget.stage(f"gradients of {count} batch{'es' * (count > 1)}", GRADIENTS * count)
+        trial.known["gains"] = gains_of(trial, range(count))
+    return trial.known["gains"]

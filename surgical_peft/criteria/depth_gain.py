@@ -6,7 +6,8 @@ import math
 from collections.abc import Mapping
 
 from ..blocks import is_head
-from .adam_gain import gains_of
+from .adam_gain import gains_of_all
+from .budget import GRADIENTS
 from .criterion import of_model
 from .trial import Trial
 
@@ -36,7 +37,8 @@ def depth_gain(trial: Trial) -> dict[str, float]:
     Example:
         >>> scores = score_blocks(model, dataloader, criterion="depth_gain")
     """
-    gains, _ = gains_of(trial, range(len(trial.batches)))
+    trial.keep(trial.budget.affordable(len(trial.batches), GRADIENTS, "the gradients of one batch"))
+    gains, _ = gains_of_all(trial)
     return by_depth(trial, gains)
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from functools import reduce
+from itertools import pairwise
 
 from ..errors import SurgicalError
+from .budget import GRADIENTS
 from .criterion import of_model
 from .depth_gain import by_depth
 from .short_run import WORST, ShortRun, gains_and_loss, taken
@@ -17,6 +19,7 @@ FAVOURITES = 0.1  # of the units: those that are trained because gradients speak
 CHEAP = 0.2  # of the layers: a unit that needs no more of them run is trained, whatever its gradients say
 MARGIN = 0.1  # behind the best one: too far to catch up
 SLOPE = 0.25  # what a logarithm of `depth_gain` is worth in the score
+FEW = 8  # batches: on 5, of 8 images each, a ViT-S chose one of its worst blocks, on 8 a good one
 
 
 @of_model(batches=16)
@@ -38,6 +41,11 @@ def probe(trial: Trial, *, pace: float = PACE, thrift: float = 0.15) -> dict[str
     never trained has the score of the favourite of `depth_gain`, less a quarter for each factor `e` that its
     `depth_gain` is smaller; it may stand above some that were trained.
 
+    Within a budget: as many batches, up to all, as leave room for their gradients and the first round, whichever units
+    the gradients favour; where that is fewer than 8, 8 batches and of the units those with the highest `depth_gain`
+    that fit; later rounds as far as they fit. Where not even two units can be trained: a quarter of the logarithm of
+    `depth_gain`, of as many batches as fit.
+
     Range: any number, no unit; without the second term 0.7 = half of the loss is gone, and a training that diverged
     has -14. Cost: gradients of all batches; as many training steps for each unit that is trained, most of them late
     and cheap, and again, up to three times, for two that are close, each round with a forward pass of the batches;
@@ -53,16 +61,25 @@ def probe(trial: Trial, *, pace: float = PACE, thrift: float = 0.15) -> dict[str
     Example:
         >>> scores = score_blocks(model, dataloader, criterion="probe")
     """
-    gains, start = gains_and_loss(trial)
+    is_race = _fitted(trial)
+    gains, start = gains_and_loss(trial, least=2 if is_race else 1)
     rates = {name: pace * start / gain for name, gain in gains.items()}
     smallest = min(rates.values())
     prior = {name: SLOPE * math.log(value) for name, value in by_depth(trial, gains).items()}
     kept = ranked(prior)[: math.ceil(FAVOURITES * len(prior))]
     favourite = kept[0]
     kept += [name for name in rates if name not in kept and trial.share_run(name) <= CHEAP]
+    if trial.budget.is_given:
+        kept = _paid(trial, [name for name in ranked(prior) if name in kept])
+        if not is_race or favourite not in kept or len(kept) < min(2, len(prior)):
+            return prior
     runs = {name: ShortRun((name,), rates[name], PASSES[-1]) for name in kept}
-    rounds = []
-    for done in PASSES:
+    rounds: list[dict[str, float]] = []
+    for before, done in pairwise((0, *PASSES)):
+        cost = sum(trial.cost(name, passes=done - before) for name in runs)
+        if rounds and cost > trial.budget.left:
+            break
+        trial.budget.stage(f"{len(runs)} units, each trained alone: pass {done} of {PASSES[-1]}", cost)
         left = {name: run.train(trial, done) for name, run in runs.items()}
         if not any(loss < WORST * start for loss in left.values()):
             raise SurgicalError(
@@ -77,6 +94,36 @@ def probe(trial: Trial, *, pace: float = PACE, thrift: float = 0.15) -> dict[str
             break
     scores = reduce(lambda later, earlier: given_up(earlier, later), reversed(rounds))
     return {name: scores.get(name, scores[favourite] + prior[name] - prior[favourite]) for name in rates}
+
+
+def _fitted(trial: Trial) -> bool:
+    """Drop the batches that the budget has no room for; whether there is room for training on those that are left."""
+    budget, count = trial.budget, len(trial.batches)
+    few = min(FEW, count)
+    if not budget.is_given or count < 2:
+        return True
+    if budget.left > GRADIENTS * few:
+        trial.mean_loss(range(1))  # now it is known what has to be run for each unit
+        each = {name: trial.cost(name) / count for name in trial.units}  # of a batch
+        dear = sorted(each.values(), reverse=True)
+        cheap = sum(cost for name, cost in each.items() if trial.share_run(name) <= CHEAP)
+        whole = GRADIENTS + sum(dear[: math.ceil(FAVOURITES * len(dear))]) + cheap
+        room = int(budget.left / whole)
+        if room >= few or budget.left >= few * (GRADIENTS + dear[0] + dear[-1]):
+            trial.keep(max(few, room))
+            return True
+    trial.keep(budget.affordable(count, GRADIENTS, "the gradients of one batch"))
+    return False
+
+
+def _paid(trial: Trial, names: list[str]) -> list[str]:
+    """The units, best first, a first round of which the budget has room for."""
+    paid, left = [], trial.budget.left
+    for name in names:
+        if (cost := trial.cost(name)) <= left:
+            paid.append(name)
+            left -= cost
+    return paid
 
 
 def ranked(scores: dict[str, float]) -> list[str]:

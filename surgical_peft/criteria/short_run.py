@@ -10,25 +10,25 @@ import torch
 from torch import Tensor
 
 from ..errors import SurgicalError
-from .adam_gain import gains_of
+from .adam_gain import gains_of_all
 from .trial import Trial
 
 WORST = 1e6  # times the loss before: what a training counts that diverged
 
 
-def gains_and_loss(trial: Trial) -> tuple[dict[str, float], float]:
+def gains_and_loss(trial: Trial, least: int = 2) -> tuple[dict[str, float], float]:
     """The `adam_gain` of each unit that has a gradient, and the mean loss: by these, short trainings are paced.
 
     Raises:
-        SurgicalError: fewer than 2 batches; a loss that is not above 0; a loss or a gradient that is NaN or infinite;
-            no gradient at all.
+        SurgicalError: fewer than `least` batches; a loss that is not above 0; a loss or a gradient that is NaN or
+            infinite; no gradient at all.
     """
-    if len(trial.batches) < 2:
+    if len(trial.batches) < least:
         raise SurgicalError(
             "a short training is judged on held-out batches and needs at least 2, got 1: give a larger num_batches, "
             "or smaller batches."
         )
-    gains, loss = gains_of(trial, range(len(trial.batches)))
+    gains, loss = gains_of_all(trial)
     if not loss > 0:
         raise SurgicalError(
             f"the loss is {loss:.4g} on average, and short trainings are compared by the share of it that they take "

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .budget import FORWARD, GRADIENTS, Budget
 from .criterion import not_finite, reshard, tell_unreached
 from .prefix import Prefix
 
@@ -27,6 +28,7 @@ class Trial:
         layers: the repeated layers of the model.
         batches: labelled batches, on the model's device.
         loss_fn: `(model, batch) -> scalar loss`.
+        budget: counts what `loss` and the backward pass after it cost.
         agreed: gives all processes the numbers of the first: what is trained next hangs on them, and trained weights
             may differ in the last bit between machines.
     """
@@ -35,17 +37,21 @@ class Trial:
     units: dict[str, dict[str, nn.Parameter]]
     blocks: dict[str, str]
     layers: Sequence[nn.Module]
-    batches: Sequence[Any]
+    batches: list[Any]
     loss_fn: Callable[[nn.Module, Any], Tensor]
     agreed: Callable[[dict[str, float]], dict[str, float]] = dict
+    budget: Budget = field(default_factory=Budget)
     prefix: Prefix = field(init=False)
     _masters: list[tuple[nn.Parameter, nn.Parameter]] = field(init=False, default_factory=list)
+    known: dict[str, Any] = field(init=False, default_factory=dict)  # what need not be computed twice
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "prefix", Prefix(self.model, self.layers))
 
     def loss(self, at: int) -> Tensor:
         """Loss of the batch `at`; what runs before the weights in training comes from memory where that is exact."""
+        step, forward = self.known.get("costs in training", (GRADIENTS, FORWARD))
+        self.budget.spend(step if torch.is_grad_enabled() else forward)
         with self.prefix.of(at):
             return self.loss_fn(self.model, self.batches[at])
 
@@ -56,6 +62,39 @@ class Trial:
         """
         skipped = self.prefix.before(list(self.units[name].values()))
         return 1 - len(skipped) / len(self.layers) if self.layers else 1.0
+
+    def costs(self, *names: str) -> tuple[float, float]:
+        """What a training step of these units alone costs, and a forward pass, in training steps of all of them.
+
+        Once `loss` was called; before, the layers that lie before the units are not known to need no run.
+        """
+        weights = [weight for name in names for weight in self.units[name].values()]
+        skipped = self.prefix.before(weights)
+        size = sum(weight.numel() for weight in self.model.parameters())
+        saved = sum(weight.numel() for layer in skipped for weight in layer.parameters()) / size
+        # All that is no layer is taken for one more: where the model is small, calls cost more than numbers.
+        run = 1 - min(saved, len(skipped) / (len(self.layers) + 1))
+        own = sum(weight.numel() for weight in weights) / size
+        return (1 - FORWARD) * run + FORWARD * own, FORWARD * run
+
+    def cost(self, *names: str, passes: int = 1) -> float:
+        """What it costs to train these units through all batches `passes` times, and then to read the losses."""
+        step, forward = self.costs(*names)
+        return len(self.batches) * (passes * step + forward)
+
+    def keep(self, count: int) -> None:
+        """Go on with the first `count` batches alone."""
+        del self.batches[count:]
+
+    @contextmanager
+    def only(self, count: int) -> Iterator[None]:
+        """There are no more than `count` batches inside."""
+        rest = self.batches[count:]
+        self.keep(count)
+        try:
+            yield
+        finally:
+            self.batches.extend(rest)
 
     @torch.no_grad()
     def mean_loss(self, ats: Sequence[int]) -> float:
@@ -78,11 +117,13 @@ class Trial:
         for weight in everything:
             weight.requires_grad_(id(weight) in inside)
         stepped = {name: [self._master(weight) for weight in weights] for name, weights in chosen.items()}
+        self.known["costs in training"] = self.costs(*names)
         try:
             with self.prefix.skipping([weight for weight, _ in kept]):
                 yield stepped
         finally:
             self._masters.clear()
+            del self.known["costs in training"]
             reshard(self.model)
             with torch.no_grad():
                 for weight, value in kept:
@@ -132,9 +173,13 @@ class Trial:
     ) -> dict[str, float]:
         """`measure(before, after)` of the weights that move in `steps` steps of Adam on all units together.
 
+        Fewer steps, and at least one, where the budget is less.
+
         Raises:
             SurgicalError: a loss that is NaN or infinite.
         """
+        steps = self.budget.affordable(steps, 1.0, "a training step")
+        self.budget.stage(f"{steps} training steps of all units", steps)
         with self.training(*self.units) as units:
             before = {name: [weight.detach().clone() for weight in unit] for name, unit in units.items()}
             optimizer = torch.optim.Adam([weight for unit in units.values() for weight in unit], lr=rate)

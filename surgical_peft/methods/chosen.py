@@ -11,6 +11,7 @@ from typing import Any
 from .. import criteria
 from ..choosing import check_choice, choose_blocks
 from ..config import SurgicalConfig
+from ..criteria.budget import Budget
 from ..errors import SurgicalError
 from ..names import resolve
 from ..objective import RecipeObjective
@@ -22,6 +23,7 @@ from ..search_result import SearchResult
 from ..selection import Selection, check_k
 from ..selection import top_k as take_top_k
 from ..tasks.models import modules_to_save
+from ..train import budget_of
 from .method import Method, Setting, of_known_blocks, parsed
 
 
@@ -67,7 +69,7 @@ def _check_k(k: int, setting: Setting) -> None:
 def auto(criterion: str | None = None, num_blocks: int | None = None, num_batches: int | None = None) -> Method:
     """What `blocks="auto"` takes: blocks and their number by short trainings of each.
 
-    Costs: about half a training, with the default criterion.
+    Costs: at most half a training.
 
     Example:
         methods: [full, auto]
@@ -93,7 +95,9 @@ def _check_auto(config: SurgicalConfig, setting: Setting) -> None:
 
 def _auto(config: SurgicalConfig, num_batches: int | None, setting: Setting) -> Selection:
     config = _with_recipe(config, setting)
-    found, _ = choose_blocks(setting.model, config, setting.batches(), num_batches)
+    batches = setting.batches()
+    budget = Budget(budget_of(setting.recipe.arguments(), batches))  # the command has a bar of its own
+    found, _ = choose_blocks(setting.model, config, batches, num_batches, budget=budget)
     return Selection(setting.blocks.parse(found.blocks or []), found.selection or {})
 
 

@@ -164,11 +164,17 @@ def _selection(said: _Said, recipe: _Said) -> dict[str, Any] | None:
         record.text(key)
     for key in ("k", "num_batches", "seed"):
         record.number(key)
+    if is_limited := "cost" in record.values:
+        cost = record.part("cost")
+        cost.number("budget")
+        cost.number("steps")
     scores = record.part("scores")
     values = {block: scores.number(block) for block in said.names("scored")}
-    if recipe.values.get("num_blocks") is None:  # then the best were tried together, one more than was worth it
+    # Without a number, the best were tried together, one more than was worth it, or as many as there was budget for.
+    is_open = recipe.values.get("num_blocks") is None
+    if is_open and (not is_limited or "joint_loss" in record.values):
         loss, refused = record.part("joint_loss"), record.values.get("refused", {})
-        tried = sorted(values.keys() - refused, key=lambda block: -values[block])
+        tried = [] if is_limited else sorted(values.keys() - refused, key=lambda block: -values[block])
         tried = tried[: min(int(record.number("k")) + 1, MOST)]
         missing = [block for block in tried if block not in loss.values]
         # Of blocks with equal scores any may have been the last that was tried.

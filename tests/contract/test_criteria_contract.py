@@ -21,7 +21,7 @@ from ..toys import TOYS, Toy
 
 Criterion = Callable[..., Any]
 COUNT = 14
-SHARED = {"criterion", "trial", "prefix", "short_run"}  # files of `criteria/` that are no criterion
+SHARED = {"budget", "criterion", "trial", "prefix", "short_run"}  # files of `criteria/` that are no criterion
 
 
 def power(weights: Sequence[Tensor], grads: Sequence[Tensor], exponent: float = 2.0) -> float:

@@ -1,0 +1,122 @@
+"""What scoring may cost, counted in training steps and not timed: every process and machine counts the same."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..errors import SurgicalError
+
+SHARE = 0.5  # of a planned training: what choosing for it may cost
+FORWARD = 1 / 3  # of a training step: a backward pass computes twice as much as a forward pass
+GRADIENTS = (
+    1.25  # training steps: means and squares of all gradients cost more than an update (benchmarks/choosing.md)
+)
+_ROUNDING = 1e-6
+
+
+def _unseen(*args: Any) -> None:
+    """Tells nobody."""
+
+
+@dataclass
+class Budget:
+    """What scoring may cost and what it has cost so far, in training steps.
+
+    A step is a forward pass, a backward pass and an update of the whole model on one batch. A pass through a part of
+    the model counts as that part, by its share of the weights or of the layers, whichever is larger.
+
+    Attributes:
+        steps: what it may cost; infinite if nobody has said.
+        spent: what it has cost.
+        held: what is kept for later.
+        stages: what was done, in words, in order.
+        on_stage: called with the words of a stage and what it costs at most, when it begins.
+        on_spend: called with what was spent.
+    """
+
+    steps: float = math.inf
+    spent: float = 0.0
+    held: float = 0.0
+    stages: list[str] = field(default_factory=list)
+    on_stage: Callable[[str, float], None] = _unseen
+    on_spend: Callable[[float], None] = _unseen
+
+    @property
+    def left(self) -> float:
+        """What may still be spent; with room for rounding."""
+        return self.steps * (1 + _ROUNDING) - self.held - self.spent
+
+    @property
+    def is_given(self) -> bool:
+        """Whether there is a limit."""
+        return self.steps < math.inf
+
+    @contextmanager
+    def holding(self, steps: float) -> Iterator[None]:
+        """So much of the budget is not for what is inside."""
+        self.held = steps
+        try:
+            yield
+        finally:
+            self.held = 0.0
+
+    def stage(self, words: str, cost: float) -> None:
+        """A part of the work begins; `cost` is what it takes at most."""
+        self.stages.append(words)
+        self.on_stage(words, cost)
+
+    def spend(self, cost: float) -> None:
+        """Count what is about to be done.
+
+        Raises:
+            SurgicalError: it is more than what is left.
+        """
+        if cost > self.left:
+            raise self.too_small(self.spent + cost, "what comes next")
+        self.spent += cost
+        self.on_spend(cost)
+
+    def affordable(self, count: int, cost: float, what: str) -> int:
+        """How many of `count` things that cost so much each can be paid for; at least one.
+
+        Raises:
+            SurgicalError: not even one.
+        """
+        if cost > self.left and count:
+            raise self.too_small(self.spent + cost, what)
+        return count if not self.is_given else min(count, int(self.left / cost))
+
+    def too_small(self, needed: float, what: str) -> SurgicalError:
+        """The error that says what it would take."""
+        return SurgicalError(
+            f"a budget of {self.steps:.4g} training steps is too small to choose blocks by: {what} would make it "
+            f"{needed:.4g}. Give at least that, plan for {math.ceil(needed / SHARE)} training steps or more (half is "
+            "the budget), or name the blocks."
+        )
+
+
+def check_steps(name: str, value: Any) -> float:
+    """A number of training steps.
+
+    Raises:
+        SurgicalError: not a finite number above 0.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise SurgicalError(
+            f"{name}={value!r} is no number of training steps: a number above 0, such as {name}=50; leave it out for "
+            "no limit."
+        )
+    return float(value)
+
+
+def half_of(steps: Any) -> float:
+    """The budget for choosing what a training of so many steps tunes.
+
+    Raises:
+        SurgicalError: not a finite number above 0.
+    """
+    return SHARE * check_steps("steps", steps)
