@@ -1,7 +1,7 @@
 """What `blocks="auto"` costs within its budget, half of the planned training, and how good its choice is then.
 
     python benchmarks/real_models.py models           # makes the two models, see there
-    python benchmarks/choosing.py models CIFAR GSM8K   # 40 minutes on one core
+    python benchmarks/choosing.py models CIFAR GSM8K   # an hour on one core
 
 `models` holds `vit-s14` and `smollm2`; CIFAR is a folder with CIFAR-10 as `train.parquet` (columns `image` and
 `label`; `uoft-cs/cifar10` on the Hub), GSM8K one with `train.jsonl` (`question` and `answer`; `openai/gsm8k`). Writes

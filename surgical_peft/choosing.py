@@ -106,7 +106,7 @@ def _scores_and_loss(
         values: Any = score(trial)
     if not isinstance(values, dict):  # `score_blocks` will say so
         return values
-    minus = together(trial, ranking=_ranking(values, refused))
+    minus = together(trial, ranking=_ranking(trial.agreed(values), refused))
     loss |= {name: -value for name, value in minus.items()}
     return values
 

@@ -109,4 +109,5 @@ def counted(budget: float | Budget | None, what: str, stages: Stages | None = No
             told.say(f"{what}: at most {spending.steps:.4g} training steps")
         began = time.perf_counter()
         yield spending
-        told.say(f"{what}: took {spending.spent:.4g} training steps ({time.perf_counter() - began:.0f} s)")
+        if spending.spent:
+            told.say(f"{what}: took {spending.spent:.4g} training steps ({time.perf_counter() - began:.0f} s)")

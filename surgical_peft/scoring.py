@@ -66,13 +66,13 @@ def score_blocks(
             most, as in the paper.
         loss_fn: `(model, batch) -> scalar loss`, any loss, also one without labels such as the entropy of the
             predictions; default `model(**batch).loss`.
+        memory: `"low"` scores groups of units no larger than the largest one, a pass over the batches for each group:
+            a criterion that keeps two numbers for each weight then keeps them for one group only.
         budget: how many training steps scoring may cost: forward and backward passes of the whole model on one batch,
             with an update of all weights; more than 0. It is counted, not timed: the choice is the same on every
             machine. Scoring takes fewer batches to stay within it, `probe` also fewer units and passes, or gradients
             alone; what was planned and what it took is told (`transformers.utils.logging.disable_progress_bar()`
             silences it). Default: no limit.
-        memory: `"low"` scores groups of units no larger than the largest one, a pass over the batches for each group:
-            a criterion that keeps two numbers for each weight then keeps them for one group only.
 
     Returns:
         The scores, larger = tune it. Units that have none are left out (`scores.unscored`): those whose weights are

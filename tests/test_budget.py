@@ -114,6 +114,13 @@ def test_a_budget_that_is_too_small_says_what_it_would_take(criterion: str, vit:
         score_blocks(vit.model(), batches(vit, 4), criterion, budget=0.5)
 
 
+def test_what_is_kept_for_joint_trainings_gives_way_to_the_scores(vit: Toy) -> None:
+    spending = Budget(12.0)
+    data = [vit.batch(seed, 9) for seed in range(2)]  # 9 examples, 11.25 steps, a batch
+    config, scores = choose_blocks(vit.model(), replace(AUTO, criterion="fisher"), data, budget=spending)
+    assert scores.num_batches == 1 and len(config.blocks) == 1 and spending.spent == 11.25
+
+
 def test_a_criterion_of_the_user_cannot_go_beyond(vit: Toy) -> None:
     @of_model(batches=4)
     def greedy(trial: Trial) -> dict[str, float]:
@@ -179,6 +186,7 @@ def test_library_calls_follow_the_switch_of_transformers(
     try:
         with counted(3.0, "here") as budget:
             budget.stage("there", 1.0)
+            budget.spend(1.0)
         score_blocks(vit.model(), batches(vit, 2), "rgn")  # as callbacks do in mid-training: nothing is told
     finally:
         logging.disable_progress_bar()

@@ -12,9 +12,8 @@ from ..errors import SurgicalError
 
 SHARE = 0.5  # of a planned training: what choosing for it may cost
 FORWARD = 1 / 3  # of a training step: a backward pass computes twice as much as a forward pass
-GRADIENTS = (
-    1.25  # training steps: means and squares of all gradients cost more than an update (benchmarks/choosing.md)
-)
+# Training steps that the gradients of a batch count as: means and squares of them cost more than an update.
+GRADIENTS = 1.25
 _ROUNDING = 1e-6
 
 
@@ -81,11 +80,13 @@ class Budget:
         self.on_spend(cost)
 
     def affordable(self, count: int, cost: float, what: str) -> int:
-        """How many of `count` things that cost so much each can be paid for; at least one.
+        """How many of `count` things that cost so much each can be paid for; at least one, if need be of what is held.
 
         Raises:
             SurgicalError: not even one.
         """
+        if cost > self.left:
+            self.held = 0.0
         if cost > self.left and count:
             raise self.too_small(self.spent + cost, what)
         return count if not self.is_given else min(count, int(self.left / cost))
