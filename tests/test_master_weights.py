@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import io
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -35,6 +36,10 @@ OPTIMIZERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "adagrad": (torch.optim.Adagrad, {}),  # makes its state with the optimizer, not at the first step
     "adafactor": (Adafactor, {"relative_step": False, "scale_parameter": False}),
 }
+if find_spec("bitsandbytes") is not None:
+    from bitsandbytes.optim import AdamW8bit
+
+    OPTIMIZERS["8 bit"] = AdamW8bit, {"min_8bit_size": 16}  # loads its state in a way of its own
 
 
 def wrapped(dtype: torch.dtype = BF16, blocks: Any = "all", **kwargs: Any) -> PeftModel:
@@ -382,3 +387,23 @@ def test_weights_on_the_meta_device_are_refused() -> None:
         model = TOYS["llama"].build()
     with pytest.raises(SurgicalError, match="meta"):
         create_surgical_optimizer(model, torch.optim.AdamW, lr=1e-3)
+
+
+def test_float16_under_several_processes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    with pytest.raises(SurgicalError, match="bfloat16"):
+        create_surgical_optimizer(wrapped(FP16), torch.optim.AdamW, lr=1e-3)
+
+
+def test_a_policy_that_forgets_moments_keeps_masters() -> None:
+    model = wrapped()
+    optimizer = create_surgical_optimizer(model, torch.optim.AdamW, lr=1e-4)
+    step(model, optimizer)
+    before = masters(optimizer)
+    master_weights.forget_moments(optimizer)
+    assert {weight: id(master) for weight, master in masters(optimizer).items()} == {
+        w: id(m) for w, m in before.items()
+    }
+    step(model, optimizer)
+    assert all(state["step"] == 1 for state in optimizer.state.values())

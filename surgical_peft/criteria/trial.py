@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..master_weights import is_16_bit
 from .budget import FORWARD, GRADIENTS, Budget
 from .criterion import not_finite, reshard, tell_unreached
 from .prefix import Prefix
@@ -133,7 +134,7 @@ class Trial:
                 weight.grad = None
 
     def _master(self, weight: nn.Parameter) -> nn.Parameter:
-        if weight.dtype.itemsize > 2:
+        if not is_16_bit(weight):
             return weight
         master = nn.Parameter(weight.detach().float())
         self._masters.append((weight, master))
