@@ -51,7 +51,7 @@ CONSTANT = ("static", "layer_decay", "discriminative")
 
 # Imports once, then a process of its own for every variant; nothing but the imports is shared.
 SCRIPT = f"""
-import json, os, sys
+import gc, json, os, sys
 from pathlib import Path
 
 import torch
@@ -119,6 +119,7 @@ def train(how, folder, policy, steps_an_epoch, noise):
     torch.save([state[w].get(KEY, torch.zeros(())) for w in weights], folder / f"{{how}}-masters.pt")
 
 
+gc.freeze()  # Trainer collects garbage around every training: half a second over all that was imported
 root, hows, variants = Path(sys.argv[1]), sys.argv[2].split(","), json.loads(sys.argv[3])
 for how in hows:
     children = {{}}
