@@ -68,9 +68,11 @@ def _out_of_range(batch: Mapping[str, Any], model: nn.Module) -> str | None:
     config: Any = own.config
     known = config.get_text_config(decoder=True).vocab_size if words else config.num_labels
     wrong = labels[(labels != IGNORED) & ((labels < 0) | (labels >= known))].unique()
-    inputs = batch.get("input_ids")
-    if not len(wrong) or (words and isinstance(inputs, Tensor) and bool(torch.isin(wrong, inputs).any())):
-        return None  # or the inputs are out of range too, and at fault
+    inputs, table = batch.get("input_ids"), "input_ids" in batch and own.get_input_embeddings()
+    if isinstance(inputs, Tensor) and isinstance(table, nn.Embedding) and int(inputs.max()) >= table.num_embeddings:
+        return None  # the inputs are at fault
+    if not len(wrong):
+        return None
     shown = ", ".join(map(str, wrong[:5].tolist())) + (", ..." if len(wrong) > 5 else "")
     cure = "Take the tokenizer of this model" if words else "Load it with num_labels=..., or map the labels"
     return f"labels out of range: {shown}; {type(own).__name__} has {known} classes, 0 to {known - 1}. {cure}."

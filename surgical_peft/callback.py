@@ -156,7 +156,7 @@ class SurgicalCallback(TrainerCallback):
         if (multipliers := policy.multipliers_from(scores, run)) is not None:
             rates.set_multipliers(optimizer, multipliers)
         if policy.reset_at_probe:
-            forget_moments(optimizer)
+            forget_moments(optimizer, list(optimizer.state))
         record["probed"] = at
 
     def _check_probe(

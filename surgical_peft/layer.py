@@ -11,6 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from .errors import SurgicalError
+from .foreign_optimizers import tell_of_others
 from .parked import ParkedTensors, forget_caches
 from .slots import BASE, Slot
 from .tensors import Place, TensorMap
@@ -162,8 +163,11 @@ class SurgicalLayer(ParkedTensors, BaseTunerLayer):
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         for adapter in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
-            for attribute, tensor in self.tensors(adapter).items() if adapter in self.trained else ():
+            tensors = self.tensors(adapter) if adapter in self.trained else {}
+            for attribute, tensor in tensors.items():
                 tensor.requires_grad_(requires_grad and attribute in self.trained[adapter])
+            if requires_grad:
+                tell_of_others(tensors.values())
 
     def requires_grad_(self, requires_grad: bool = True) -> SurgicalLayer:
         """For all adapters; transformers calls it when it has loaded one for inference."""

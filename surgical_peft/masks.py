@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from .master_weights import forget_moments
 from .wrappers import idle_parameters
 
 
@@ -40,7 +41,7 @@ class Masks:
                 parameter.requires_grad_(False)
             parameter.grad = None
             if self._state_policy == "reset":
-                optimizer.state.pop(parameter, None)
+                forget_moments(optimizer, [parameter])
         elif self._frozen.pop(id(parameter), None) is not None:
             parameter.requires_grad_(True)
         if self._state_policy == "offload" and parameter in optimizer.state:

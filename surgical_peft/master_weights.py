@@ -56,11 +56,8 @@ class MasterWeights:
         _keep_gradients_in_float32(half)
         weakref.finalize(optimizer, _let_gradients_go, half).atexit = False
         optimizer.register_load_state_dict_post_hook(self._loaded)
-        me = weakref.ref(optimizer)  # what is set on the optimizer must not keep it alive
-        optimizer.load_state_dict = _within(self._loading, "load_state_dict", me)  # type: ignore[method-assign]
-        for name in ("train", "eval"):  # of schedule-free optimizers: they move the weights
-            if hasattr(optimizer, name):
-                setattr(optimizer, name, _within(self._all_lent, name, me))
+        optimizer.master_weights = self  # type: ignore[attr-defined]
+        optimizer.__class__ = _with_masters(type(optimizer))  # type: ignore[arg-type]  # classes have a hash
 
     @torch.no_grad()
     def lend(self, optimizer: Optimizer, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
@@ -68,7 +65,11 @@ class MasterWeights:
         closure = kwargs.get("closure") or next(iter(args[1:]), None)
         self._put_in(optimizer, lambda weight: weight.grad is not None or (closure and weight.requires_grad))
         self._pass_gradients()
-        return None if closure is None else ((optimizer,), {**kwargs, "closure": self._on_the_weights(closure)})
+        return (
+            None
+            if closure is None or not self._lent
+            else ((optimizer,), {**kwargs, "closure": self._on_the_weights(closure)})
+        )
 
     @torch.no_grad()
     def give_back(self, optimizer: Optimizer, args: Any = None, kwargs: Any = None) -> None:
@@ -77,7 +78,6 @@ class MasterWeights:
         self._put_back(optimizer)
 
     def _put_in(self, optimizer: Optimizer, which: Callable[[Tensor], Any]) -> None:
-        self._put_back(optimizer)  # a step that raised got no hook after it
         for params, at, weight in coarse_places(optimizer):
             if which(weight):
                 state = optimizer.state.pop(weight, {})
@@ -138,7 +138,16 @@ class MasterWeights:
         return evaluate
 
     @contextmanager
-    def _all_lent(self, optimizer: Optimizer) -> Iterator[None]:
+    def stepping(self, optimizer: Optimizer) -> Iterator[None]:
+        """Around a step, hooks and all."""
+        try:
+            yield
+        finally:
+            self._put_back(optimizer)  # a step that raised got no hook after it
+
+    @contextmanager
+    def all_lent(self, optimizer: Optimizer) -> Iterator[None]:
+        """Inside, all masters stand in the places of the weights; rounded afterwards."""
         with torch.no_grad():
             self._put_in(optimizer, lambda weight: weight in optimizer.state)
         try:
@@ -147,10 +156,8 @@ class MasterWeights:
             self.give_back(optimizer)
 
     @contextmanager
-    def _loading(self, optimizer: Optimizer) -> Iterator[None]:
+    def loading(self, optimizer: Optimizer) -> Iterator[None]:
         """Inside, what is loaded becomes float32: optimizers load a state in its weight's dtype."""
-        self._put_back(optimizer)
-        self._stand_ins = []
         for params, at, weight in coarse_places(optimizer):
             params[at] = torch.empty(0, dtype=torch.float32, device=weight.device)
             self._stand_ins.append((params, at, weight, params[at]))
@@ -184,11 +191,12 @@ def rounds_stochastically(optimizer: Optimizer) -> bool:
     return any("stochastic" in name and value is True for name, value in settings.items())
 
 
-def forget_moments(optimizer: Optimizer) -> None:
-    """Drop what an optimizer keeps of its weights, all but their masters: they are no memory, but the weights."""
-    masters = {weight: {KEY: state[KEY]} for weight, state in optimizer.state.items() if KEY in state}
-    optimizer.state.clear()
-    optimizer.state.update(masters)
+def forget_moments(optimizer: Optimizer, weights: Iterable[Tensor]) -> None:
+    """Drop what an optimizer keeps of some weights, all but their masters: they are no memory, but the weights."""
+    for weight in weights:
+        state = optimizer.state.pop(weight, {})
+        if KEY in state:
+            optimizer.state[weight] = {KEY: state[KEY]}
 
 
 def coarse_places(optimizer: Optimizer) -> Iterator[Place]:
@@ -230,16 +238,33 @@ def _begin_alike(weights: list[Tensor], masters: list[Tensor]) -> bool:
     return True
 
 
-def _within(context: Any, name: str, me: weakref.ref[Optimizer]) -> Callable[..., Any]:
-    """The method `name` of the optimizer, run within a context."""
-    method = getattr(type(me()), name)
+def _unmade(cls: type[Optimizer]) -> Optimizer:
+    return cls.__new__(cls)
 
-    @functools.wraps(method)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        with context(me()):
-            return method(me(), *args, **kwargs)
 
-    return call
+@functools.cache
+def _with_masters(cls: type[Optimizer]) -> type[Optimizer]:
+    """The class of an optimizer with masters: as `cls`, within the contexts of its `master_weights`.
+
+    A class, since schedulers and accelerate want methods; a copy of such an optimizer, or a pickled one, is of `cls`.
+    """
+
+    def within(context: str, name: str) -> Callable[..., Any]:
+        method = getattr(cls, name)
+
+        @functools.wraps(method)  # with torch's mark on a step that calls the hooks
+        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+            with getattr(self.master_weights, context)(self):
+                return method(self, *args, **kwargs)
+
+        return call
+
+    contexts = {"step": "stepping", "load_state_dict": "loading"}
+    contexts |= {name: "all_lent" for name in ("train", "eval") if hasattr(cls, name)}  # schedule-free: moves weights
+    methods: dict[str, Any] = {name: within(context, name) for name, context in contexts.items()}
+    methods["__reduce_ex__"] = lambda self, protocol: (_unmade, (cls,), self.__getstate__())
+    methods |= {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+    return type(cls.__name__, (cls,), methods)
 
 
 def _keep_gradients_in_float32(weights: Iterable[Tensor]) -> None:

@@ -20,7 +20,7 @@ from transformers.training_args import OptimizerNames
 
 from .blocks import BlockMap
 from .errors import SurgicalError
-from .master_weights import MasterWeights, is_16_bit, rounds_stochastically
+from .master_weights import MasterWeights, rounds_stochastically
 from .policies.policy import STATE_POLICIES, Policy, Unit, check_word, is_number
 from .processes import under_deepspeed
 from .rates import BlockRates, release_others
@@ -49,7 +49,8 @@ def create_surgical_optimizer(
         policy: from `policies`; None = the same rate everywhere.
         master_weights: keep a float32 master of each 16-bit weight that is trained, in the optimizer's state, and step
             on that; False = steps vanish in rounding where they are small. Not needed, and not done, where the
-            optimizer rounds stochastically or DeepSpeed keeps masters of its own.
+            optimizer rounds stochastically or DeepSpeed keeps masters of its own. Change such weights between steps
+            in place or by loading, not entry by entry through `weight.data`, which torch does not tell of.
         **kwargs: for `optimizer_cls`.
 
     Raises:
@@ -106,7 +107,8 @@ def create_surgical_optimizer(
             f"dimensions in {len(ordered)} groups: {error} Take an optimizer that does, such as torch.optim.AdamW, or "
             "tune what it takes: SurgicalConfig(target_modules=...)."
         ) from error
-    masters = MasterWeights(optimizer) if master_weights and _needs_masters(optimizer) else None
+    has_masters = master_weights and not rounds_stochastically(optimizer) and not under_deepspeed()
+    masters = MasterWeights(optimizer) if has_masters else None  # float32 weights may become 16-bit ones yet
     if masters:  # its hooks around a step are the inner ones: the policy's see the model's own weights
         optimizer.register_step_post_hook(masters.give_back)
     BlockRates(optimizer, policy, list(units.values()), blocks, model)
@@ -150,11 +152,6 @@ def surgical_optimizer(
         >>> Trainer(model=model, args=args, optimizer_cls_and_kwargs=surgical_optimizer(args, policies.auto_rgn()))
     """
     return SurgicalOptimizerFactory, {"args": args, "policy": policy, "master_weights": master_weights}
-
-
-def _needs_masters(optimizer: Optimizer) -> bool:
-    coarse = any(is_16_bit(weight) for group in optimizer.param_groups for weight in group["params"])
-    return coarse and not rounds_stochastically(optimizer) and not under_deepspeed()
 
 
 def _check_number(name: str, value: Any, above: float | None = None) -> None:

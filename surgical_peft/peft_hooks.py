@@ -18,7 +18,6 @@ from .attach import Plan, attach, plan_for, requires_grad_by_name
 from .checkpointing import mend_checkpointing
 from .config import SurgicalConfig
 from .fit import check_fit, names_today, prepare_loading, recorded
-from .foreign_optimizers import tell_of_others
 from .layer import SurgicalLayer
 from .lora import check_lora, inject_lora
 from .moved_buffers import note_buffers
@@ -123,7 +122,6 @@ class PeftHooks(BaseTuner):
             inject_lora(model, config, config.tuned_modules or {}, adapter_name)
             self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
         self._renew_modes()  # the model may be in train mode already
-        tell_of_others(parameter for parameter in model.parameters() if parameter.requires_grad)
 
     def _post_injection_hook(self, model: nn.Module, config: SurgicalConfig, adapter_name: str) -> None:
         mend_checkpointing(seen_through(model))

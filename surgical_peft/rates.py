@@ -17,6 +17,7 @@ from .errors import SurgicalError
 from .masks import Masks
 from .policies.policy import Policy, Run, StepLoss, Unit, is_number
 from .processes import under_deepspeed
+from .weak_hook import WeakHook
 
 _living: weakref.WeakSet[BlockRates] = weakref.WeakSet()
 
@@ -178,12 +179,12 @@ class BlockRates:
     def _enforce(self, optimizer: Optimizer) -> None:
         model = self._model()
         if self._watch is None and model is not None and (self.policy.own_loss or self.policy.hard):
-            self._watch = model.register_forward_hook(_watching(self), with_kwargs=True)
+            self._watch = model.register_forward_hook(WeakHook(self._check_outputs), with_kwargs=True)
         self._mask(optimizer)
 
-    def _check_outputs(self, module: nn.Module, kwargs: dict[str, Any], outputs: Any) -> None:
+    def _check_outputs(self, module: nn.Module, args: Any, kwargs: dict[str, Any], outputs: Any) -> None:
         """In training, put the policy's loss in place of the model's own, and see that it reaches what is trained."""
-        if not module.training:
+        if not module.training or module is not self._model():
             return
         if self.policy.own_loss:
             labels = kwargs.get("labels")
@@ -201,6 +202,8 @@ class BlockRates:
                 outputs["loss"] = self._step_loss(outputs, labels, num_items_in_batch=kwargs.get("num_items_in_batch"))
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else None
         if self.policy.hard and torch.is_grad_enabled() and isinstance(loss, Tensor) and not loss.requires_grad:
+            if not any(parameter.requires_grad for parameter in module.parameters()):
+                return  # the adapter is disabled, as for DPO's reference
             trained = {unit.block for unit in self._units for p in unit.parameters if p.requires_grad}
             raise SurgicalError(
                 f"the loss of {self._blocks.model_name} does not depend on what {self.policy} trains now: "
@@ -273,16 +276,6 @@ def find_rates(optimizer: Any) -> tuple[Any, BlockRates | None]:
     while not hasattr(optimizer, "block_rates") and hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
     return optimizer, getattr(optimizer, "block_rates", None)
-
-
-def _watching(rates: BlockRates) -> Any:
-    me = weakref.ref(rates)  # a copy of the model must not copy them
-
-    def watch(module: nn.Module, args: Any, kwargs: dict[str, Any], outputs: Any) -> None:
-        if (rates := me()) is not None:
-            rates._check_outputs(module, kwargs, outputs)
-
-    return watch
 
 
 def _check_loaded(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:

@@ -193,3 +193,8 @@ def test_library_calls_follow_the_switch_of_transformers(
     told = capsys.readouterr()
     assert told.out == ""
     assert [line.split(":")[0] for line in told.err.splitlines()] == (["here", "there", "here"] if is_on else [])
+
+
+def test_what_costs_nothing_is_always_affordable() -> None:
+    """Of several processes one may have no batch."""
+    assert Budget(steps=5.0).affordable(3, 0.0, "one batch") == 3

@@ -3,27 +3,22 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from surgical_peft import create_surgical_optimizer, foreign_optimizers
+from surgical_peft import SurgicalConfig, create_surgical_optimizer, foreign_optimizers
 
 from .test_master_weights import RoundsAtRandom, step, trained, wrapped
 from .toys import TOYS
 
 
 @pytest.fixture
-def untold(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def untold(monkeypatch: pytest.MonkeyPatch) -> None:
     """As in a process where nothing has been told yet."""
-    if foreign_optimizers._watching is not None:
-        foreign_optimizers._watching.remove()
-    monkeypatch.setattr(foreign_optimizers, "_watching", None)
-    yield
-    if foreign_optimizers._watching is not None:
-        foreign_optimizers._watching.remove()
+    monkeypatch.setattr(foreign_optimizers, "_told", False)
 
 
 def told(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
@@ -43,3 +38,14 @@ def test_whoever_tunes_in_16_bit_by_another_optimizer_is_told_once(untold: None)
     assert told(model, RoundsAtRandom(trained(model), lr=1e-3, bf16_stochastic_round=True)) == 0
     assert told(model, torch.optim.SGD(trained(model), lr=1e-3)) == 1
     assert told(model, torch.optim.AdamW(trained(model), lr=1e-3)) == 0
+
+
+def test_an_adapter_or_a_dtype_that_came_later_counts(untold: None) -> None:
+    model = wrapped(torch.float32)
+    model.add_adapter("second", SurgicalConfig(blocks=[0]))
+    model.set_adapter("second")
+    model.to(torch.bfloat16)
+    optimizer = torch.optim.SGD(trained(model), lr=1e-3)
+    remove = register_optimizer_step_pre_hook(lambda *_: None).remove  # torch goes through the hooks meanwhile
+    assert told(model, optimizer) == 1
+    remove()

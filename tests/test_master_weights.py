@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import io
+import pickle
 from importlib.util import find_spec
 from typing import Any
 
@@ -254,7 +255,55 @@ def test_masks_keep_drop_or_move_masters_with_the_moments(state_policy: str) -> 
         step(model, optimizer, seed)
         assert all(torch.equal(weight, value) for weight, value in frozen.items())
     have = {group["block"] for group in optimizer.param_groups for w in group["params"] if w in masters(optimizer)}
-    assert have == (set() if state_policy == "reset" else {"0", "1"})  # the third block's turn has come
+    assert have == {"0", "1"}  # the third block's turn has come
+    assert all(("exp_avg" in state) == (state_policy != "reset") for state in optimizer.state.values())
+
+
+@pytest.mark.parametrize("policy", [policies.badam(every=4), policies.lisa(1, every=4, state_policy="reset")])
+def test_small_steps_add_up_over_the_turns_of_a_block(policy: Any) -> None:
+    moved = []
+    for dtype in (torch.float32, BF16):
+        model = wrapped(dtype, target_modules="all-norm")
+        optimizer = create_surgical_optimizer(model, torch.optim.SGD, lr=2e-3, policy=policy)
+        before = [weight.detach().clone().float() for group in optimizer.param_groups for weight in group["params"]]
+        for seed in range(48):
+            step(model, optimizer, seed % 4)
+        weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+        after = [optimizer.state[weight].get(master_weights.KEY, weight) for weight in weights]
+        moved.append(sum(float((a - b).abs().sum()) for a, b in zip(after, before, strict=True)))
+    assert moved[1] == pytest.approx(moved[0], rel=0.1)
+
+
+def test_a_step_that_raised_leaves_no_master_to_be_taken_for_a_weight() -> None:
+    model = wrapped()
+    optimizer = create_surgical_optimizer(model, torch.optim.AdamW, lr=1e-3)
+    step(model, optimizer)
+    optimizer.param_groups[0]["betas"] = None
+    with pytest.raises(TypeError):
+        step(model, optimizer)
+    assert len(masters(optimizer)) == len(trained(model))
+    optimizer.zero_grad()
+    assert all(weight.grad is None for weight in trained(model))
+
+
+@pytest.mark.parametrize("through", [copy.deepcopy, lambda each: pickle.loads(pickle.dumps(each))])
+def test_a_copy_of_the_optimizer_is_a_plain_one(through: Any) -> None:
+    model = wrapped(torch.float32)
+    optimizer = create_surgical_optimizer(model, torch.optim.AdamW, lr=1e-3)
+    step(model, optimizer)
+    assert isinstance(optimizer, torch.optim.AdamW)
+    again = through(optimizer)
+    assert type(again) is torch.optim.AdamW
+    again.step()
+
+
+def test_a_model_that_is_cast_after_the_optimizer_was_made_gets_masters() -> None:
+    model = wrapped(torch.float32)
+    optimizer = create_surgical_optimizer(model, torch.optim.AdamW, lr=1e-3)
+    step(model, optimizer)
+    model.to(BF16)
+    step(model, optimizer)
+    assert len(masters(optimizer)) == len(trained(model))
 
 
 def test_float16_is_trained_with_a_scaler() -> None:
@@ -401,7 +450,7 @@ def test_a_policy_that_forgets_moments_keeps_masters() -> None:
     optimizer = create_surgical_optimizer(model, torch.optim.AdamW, lr=1e-4)
     step(model, optimizer)
     before = masters(optimizer)
-    master_weights.forget_moments(optimizer)
+    master_weights.forget_moments(optimizer, list(optimizer.state))
     assert {weight: id(master) for weight, master in masters(optimizer).items()} == {
         w: id(m) for w, m in before.items()
     }

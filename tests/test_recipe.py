@@ -100,7 +100,7 @@ def test_a_policy_with_its_options(tmp_path: Path) -> None:
         (MINIMAL + "frozen_eval: nope\n", "frozen_eval: 'nope' is not of the type bool"),
         ("model: m\ndata: d\nblocks: auto\nnum_blocks: two\n", "num_blocks: 'two' is not of the type"),
         (MINIMAL + "policy: layer_decai\n", "did you mean 'layer_decay'"),
-        (MINIMAL + "policy: static\npolicy_options: {multipliers: {0: x}}\n", "do not fit static"),
+        (MINIMAL + "policy: static\npolicy_options: {multipliers: {0: x}}\n", "factor of 0"),
         (
             MINIMAL + "policy: lp_ft\npolicy_options: {epochs: 9}\nnum_train_epochs: 3\n",
             "the last one would never be reached: it begins after 9 epochs, and the training ends with 3",

@@ -252,7 +252,7 @@ def test_grpo_trains_the_blocks_and_compares_with_the_base(tmp_path: Path, token
 
 
 def rates(trainer: Any) -> dict[str, float]:
-    return {group["block"]: group["initial_lr"] for group in trainer.optimizer.param_groups}
+    return {g["block"]: g["initial_lr"] * g["base_multiplier"] for g in trainer.optimizer.param_groups}
 
 
 @pytest.mark.parametrize("by", ["Trainer", "SFTTrainer", "DPOTrainer"])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
+import pickle
 from typing import Any
 
 import numpy as np
@@ -700,3 +702,27 @@ def test_a_mask_is_not_lifted_off_an_adapter_that_is_parked() -> None:
     assert sum(len(group["params"]) for group in second.param_groups) == len(trained)
     model.set_adapter("default")
     assert all(p.requires_grad for group in first.param_groups for p in group["params"])
+
+
+def test_a_reference_pass_with_the_adapter_disabled_is_let_through(vit: Toy) -> None:
+    model = get_peft_model(vit.model(), SurgicalConfig(blocks=[0, 1, "head"])).train()
+    optimizer = create_surgical_optimizer(model, torch.optim.SGD, lr=0.1, policy=policies.lisa(1))
+    loss = model(**vit.batch()).loss
+    with model.disable_adapter():
+        reference = model(**vit.batch()).loss
+    assert not reference.requires_grad
+    loss.backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("through", [copy.deepcopy, lambda each: pickle.loads(pickle.dumps(each))])
+def test_a_copy_of_the_model_is_none_of_the_policys(through: Any, vit: Toy) -> None:
+    model = get_peft_model(vit.model(), SurgicalConfig(blocks=[0, 1, "head"])).train()
+    policy = policies.two_stage(counts=[3, 2, 1], epochs=1)
+    optimizer = create_surgical_optimizer(model, torch.optim.SGD, lr=0.1, policy=policy)
+    copied = through(model).requires_grad_(False)
+    batch = {**vit.batch(), "labels": None}
+    assert copied(**batch).loss is None  # whose loss would need the labels
+    with pytest.raises(SurgicalError, match="labels"):
+        model(**batch)
+    del optimizer

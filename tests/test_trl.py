@@ -28,5 +28,5 @@ def test_the_recipe_tunes_its_blocks_each_at_its_rate(tmp_path: Path, capsys: py
         if name in before:  # not the head, which is tied
             tuned = f".layers.{name.split('.layers.')[-1].split('.')[0]}." in [f".layers.{i}." for i in (0, 1, 26, 27)]
             assert torch.equal(weight, before[name]) != tuned, name
-    rates = {group["block"]: group["initial_lr"] for group in trainer.optimizer.param_groups}
+    rates = {group["block"]: group["base_multiplier"] for group in trainer.optimizer.param_groups}
     assert rates["27"] > rates["26"] > rates["1"] > rates["0"]

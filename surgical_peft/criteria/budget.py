@@ -89,7 +89,7 @@ class Budget:
             self.held = 0.0
         if cost > self.left and count:
             raise self.too_small(self.spent + cost, what)
-        return count if not self.is_given else min(count, int(self.left / cost))
+        return count if not (self.is_given and cost) else min(count, int(self.left / cost))
 
     def too_small(self, needed: float, what: str) -> SurgicalError:
         """The error that says what it would take."""

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..blocks import BlockMap
-from .policy import Policy
+from ..errors import SurgicalError
+from .policy import Policy, is_number
 
 
 def static(multipliers: Mapping[int | str, float] | None = None) -> Policy:
@@ -16,10 +17,16 @@ def static(multipliers: Mapping[int | str, float] | None = None) -> Policy:
         multipliers: block (anything [`BlockMap.parse`][surgical_peft.BlockMap.parse] takes) -> factor, more than 0. A
             block that is not to be trained is left out of `blocks`, not given 0; one named by two keys is an error.
 
+    Raises:
+        SurgicalError: a factor that is no number.
+
     Example:
         >>> policy = policies.static({"0:4": 0.1, "head": 10})
     """
-    return Static(given=tuple((spec, factor) for spec, factor in (multipliers or {}).items()))
+    for spec, factor in (multipliers or {}).items():
+        if not is_number(factor):
+            raise SurgicalError(f"multipliers={multipliers}: the factor of {spec!r} is no number: it must be above 0.")
+    return Static(given=tuple((multipliers or {}).items()))
 
 
 @dataclass(frozen=True)
