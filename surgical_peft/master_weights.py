@@ -65,11 +65,9 @@ class MasterWeights:
         closure = kwargs.get("closure") or next(iter(args[1:]), None)
         self._put_in(optimizer, lambda weight: weight.grad is not None or (closure and weight.requires_grad))
         self._pass_gradients()
-        return (
-            None
-            if closure is None or not self._lent
-            else ((optimizer,), {**kwargs, "closure": self._on_the_weights(closure)})
-        )
+        if closure is None or not self._lent:
+            return None
+        return (optimizer,), {**kwargs, "closure": self._on_the_weights(closure)}
 
     @torch.no_grad()
     def give_back(self, optimizer: Optimizer, args: Any = None, kwargs: Any = None) -> None:
