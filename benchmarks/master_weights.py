@@ -39,6 +39,7 @@ from surgical_peft import SurgicalConfig, create_surgical_optimizer
 HERE = Path(__file__).parent
 NUMBERS = HERE / "master_weights.json"
 STEPS, RATES, NOISE_RATE, ORDERS = 100, (1e-3, 1e-4, 2e-5), 1e-4, (1, 2)
+ORDER_KEYS = [f"order {order}" for order in ORDERS]
 PARTS: dict[str, dict[str, Any]] = {
     "norms": {"blocks": "all", "target_modules": "all-norm"},
     "last two blocks": {"blocks": [-2, -1]},
@@ -186,14 +187,15 @@ def table(numbers: dict[str, Any]) -> str:
     ]
     for source in sources:
         for part in PARTS:
-            if f"{source}, {part}, order {ORDERS[-1]}" not in numbers:
-                continue
-            three = [numbers[f"{source}, {part}, order {order}"][0] for order in ORDERS]
-            three.append(numbers[f"{source}, {part}, {NOISE_RATE}, float32"][0])
+            three = [numbers.get(f"{source}, {part}, {key}") for key in (f"{NOISE_RATE}, float32", *ORDER_KEYS)]
+            noise = "not measured"
+            if all(three):
+                noise = f"{max(each[0] for each in three) - min(each[0] for each in three):.4f}"
             for lr in RATES:
+                if f"{source}, {part}, {lr}, none" not in numbers:
+                    continue
                 both, *others = (numbers[f"{source}, {part}, {lr}, {way}"] for way in WAYS)
                 losses = [f"{loss:.4f}" for loss in (*both, *(each[0] for each in others))]
-                noise = f"{max(three) - min(three):.4f}"
                 lines.append(f"| {source} | {part} | {lr:g} | {' | '.join(losses)} | {noise} |")
     lines += [
         "",

@@ -8,18 +8,17 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
-from torch.utils.weak import WeakIdKeyDictionary
 
-from .errors import SurgicalError
+from .float16_gradients import keep_in_float32, let_go
 
 KEY = "master_weight"  # in a weight's optimizer state, beside what the optimizer keeps there
 Place = tuple[list[Tensor], int, Tensor]  # a group's parameters, the position among them, the weight that is there
@@ -51,11 +50,12 @@ class MasterWeights:
     def __init__(self, optimizer: Optimizer) -> None:
         self._lent: list[tuple[list[Tensor], int, Tensor, Tensor]] = []  # places, with their masters
         self._stand_ins: list[tuple[list[Tensor], int, Tensor, Tensor]] = []
+        self._read: dict[int, Tensor] = {}  # masters that are being loaded, by the weight's number
         self._rounded: dict[int, tuple[int, int]] = {}  # the version of each weight, by id, since its last step
         half = [weight for _, _, weight in coarse_places(optimizer) if weight.dtype == torch.float16]
-        _keep_gradients_in_float32(half)
-        weakref.finalize(optimizer, _let_gradients_go, half).atexit = False
-        optimizer.register_load_state_dict_post_hook(self._loaded)
+        keep_in_float32(half)
+        weakref.finalize(optimizer, let_go, half).atexit = False
+        optimizer.register_load_state_dict_post_hook(self.loaded)
         optimizer.master_weights = self  # type: ignore[attr-defined]
         optimizer.__class__ = _with_masters(type(optimizer))  # type: ignore[arg-type]  # classes have a hash
 
@@ -154,23 +154,41 @@ class MasterWeights:
             self.give_back(optimizer)
 
     @contextmanager
-    def loading(self, optimizer: Optimizer) -> Iterator[None]:
-        """Inside, what is loaded becomes float32: optimizers load a state in its weight's dtype."""
+    def loading(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """Inside, what is loaded becomes float32: optimizers load a state in its weight's dtype.
+
+        Given is the state without the masters: a weight that has nothing else is new to an optimizer.
+        """
         for params, at, weight in coarse_places(optimizer):
             params[at] = torch.empty(0, dtype=torch.float32, device=weight.device)
             self._stand_ins.append((params, at, weight, params[at]))
+        states = state_dict["state"]
+        self._read = {at: state[KEY] for at, state in states.items() if isinstance(state, dict) and KEY in state}
         try:
-            yield
+            yield {**state_dict, "state": without_masters(states)}
         finally:
-            self._loaded(optimizer)
+            self._put_weights(optimizer)
 
-    def _loaded(self, optimizer: Optimizer) -> None:
-        """Put the weights in their places; before the hooks of a policy, which look for them."""
+    def _put_weights(self, optimizer: Optimizer) -> None:
         for params, at, weight, stand_in in self._stand_ins:
             params[at] = weight
             if stand_in in optimizer.state:
                 optimizer.state[weight] = optimizer.state.pop(stand_in)
         self._stand_ins.clear()
+
+    def loaded(self, optimizer: Optimizer) -> None:
+        """Put the weights and the masters in their places; before the hooks of a policy, which look for them."""
+        self._put_weights(optimizer)
+        weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+        for at, master in self._read.items():
+            optimizer.state[weights[at]][KEY] = master.to(weights[at].device, torch.float32, copy=True)
+        self._read = {}
+
+
+def without_masters(states: Mapping[Any, Any]) -> dict[Any, Any]:
+    """The states as the optimizer itself would have them."""
+    rest = {at: {k: v for k, v in state.items() if k != KEY} for at, state in states.items()}
+    return {at: state for at, state in rest.items() if state}
 
 
 def is_16_bit(weight: Tensor) -> bool:
@@ -257,36 +275,18 @@ def _with_masters(cls: type[Optimizer]) -> type[Optimizer]:
 
         return call
 
-    contexts = {"step": "stepping", "load_state_dict": "loading"}
+    def load_state_dict(self: Any, state_dict: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        with self.master_weights.loading(self, state_dict) as rest:
+            cls.load_state_dict(self, rest, *args, **kwargs)
+        self.master_weights.loaded(self)
+
+    def reduce(self: Any, protocol: int) -> tuple[Any, ...]:
+        state = self.__getstate__()
+        return _unmade, (cls,), {**state, "state": defaultdict(dict, without_masters(state["state"]))}
+
+    contexts = {"step": "stepping"}
     contexts |= {name: "all_lent" for name in ("train", "eval") if hasattr(cls, name)}  # schedule-free: moves weights
     methods: dict[str, Any] = {name: within(context, name) for name, context in contexts.items()}
-    methods["__reduce_ex__"] = lambda self, protocol: (_unmade, (cls,), self.__getstate__())
+    methods |= {"load_state_dict": load_state_dict, "__reduce_ex__": reduce}
     methods |= {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
     return type(cls.__name__, (cls,), methods)
-
-
-def _keep_gradients_in_float32(weights: Iterable[Tensor]) -> None:
-    for weight in weights:
-        shared = dist.is_initialized() and dist.get_world_size() > 1
-        if shared or not hasattr(weight, "grad_dtype"):
-            who = "several processes" if shared else f"torch {torch.__version__}"
-            raise SurgicalError(
-                f"float16 weights are tuned here, whose gradients have to be float32, which {who} cannot keep: load "
-                "the model in bfloat16 or float32."
-            )
-        _keepers[weight] = _keepers.get(weight, 0) + 1
-        gradient, weight.grad = weight.grad, None
-        weight.grad_dtype = torch.float32
-        weight.grad = None if gradient is None else gradient.float()
-
-
-def _let_gradients_go(weights: Iterable[Tensor]) -> None:
-    """The last optimizer that kept them in float32 has gone: another one would not take them."""
-    for weight in weights:
-        _keepers[weight] -= 1
-        if not _keepers[weight]:
-            weight.grad = None
-            weight.grad_dtype = weight.dtype
-
-
-_keepers: WeakIdKeyDictionary = WeakIdKeyDictionary()  # of a float16 weight, how many optimizers

@@ -18,6 +18,7 @@ PACKAGE = Path(surgical_peft.__file__).parent
 TIERS = [
     ["errors", "memory", "quiet", "threads", "strict_yaml", "rate_grid", "terminal"],
     ["files", "names", "fingerprint", "patterns", "paired", "step_costs", "class_code", "epochs", "weak_hook"],
+    ["float16_gradients"],
     ["master_weights"],
     ["wrappers", "checkpointing", "eval_mode", "foreign_optimizers"],
     ["lists", "masks"],

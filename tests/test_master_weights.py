@@ -456,3 +456,16 @@ def test_a_policy_that_forgets_moments_keeps_masters() -> None:
     }
     step(model, optimizer)
     assert all(state["step"] == 1 for state in optimizer.state.values())
+
+
+def test_a_weight_that_has_only_a_master_is_saved_and_loaded() -> None:
+    model = wrapped()
+    optimizer = create_surgical_optimizer(model, torch.optim.AdamW, lr=1e-4)
+    step(model, optimizer)
+    master_weights.forget_moments(optimizer, trained(model)[:3])
+    resumed = create_surgical_optimizer(model, torch.optim.AdamW, lr=1e-4)
+    resumed.load_state_dict(saved_and_loaded(optimizer))
+    for weight, master in masters(optimizer).items():
+        assert torch.equal(masters(resumed)[weight], master)
+    copy.deepcopy(optimizer)
+    step(model, resumed)
