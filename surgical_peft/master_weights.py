@@ -163,7 +163,8 @@ class MasterWeights:
             params[at] = torch.empty(0, dtype=torch.float32, device=weight.device)
             self._stand_ins.append((params, at, weight, params[at]))
         states = state_dict["state"]
-        self._read = {at: state[KEY] for at, state in states.items() if isinstance(state, dict) and KEY in state}
+        keys = [key for group in state_dict["param_groups"] for key in group["params"]]  # FSDP2: names
+        self._read = {at: states[key][KEY] for at, key in enumerate(keys) if KEY in states.get(key, {})}
         try:
             yield {**state_dict, "state": without_masters(states)}
         finally:
