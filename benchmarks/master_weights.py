@@ -1,7 +1,7 @@
 """Is a bfloat16 model with 32-bit masters tuned as a float32 one is? And what do the masters cost?
 
     python benchmarks/master_weights.py                # the Llama toy: 3 minutes on one core
-    python benchmarks/master_weights.py models GSM8K   # SmolLM2-135M as well: 2 hours
+    python benchmarks/master_weights.py models GSM8K   # SmolLM2-135M as well: 1.5 hours
 
 `models` holds `smollm2` (python benchmarks/real_models.py models makes it), GSM8K is a folder with `train.jsonl`
 (`openai/gsm8k` on the Hub). Writes `master_weights.json`, an entry for each training, by which it goes on where it
@@ -126,7 +126,6 @@ def smollm2(models: Path, gsm8k: Path) -> Source:
     texts = (f"Question: {each['question']}\nAnswer: {each['answer']}\n\n" for each in map(json.loads, lines))
     stream = torch.tensor([token for text in texts for token in tokenizer(text)["input_ids"]])
     rows = stream[: 216 * 64].view(216, 64)
-    load = lambda: AutoModelForCausalLM.from_pretrained(models / "smollm2", dtype=torch.float32)  # noqa: E731
     load = partial(AutoModelForCausalLM.from_pretrained, models / "smollm2", dtype=torch.float32)
     return Source("SmolLM2-135M", load, rows, 2)
 
