@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from . import criteria, policies, procedures
 from .auto import get_surgical_model
-from .blocks import BlockMap
+from .blocks.block_map import BlockMap
 from .callback import SurgicalCallback
 from .config import SurgicalConfig
 from .errors import SurgicalError

@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from .advice_rows import lines_of, plain, row_of, twin_of
-from .blocks import BlockMap
+from .blocks.block_map import BlockMap
 from .choosing import CRITERION
 from .compare_settings import Comparison
 from .errors import SurgicalError

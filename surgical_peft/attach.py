@@ -11,13 +11,13 @@ import torch
 from torch import nn
 
 from .architecture import fixed_by_architecture
+from .blocks.module_lists import join
+from .blocks.unwrap import PARKED, walk
 from .class_code import names_in_code
 from .config import SurgicalConfig
 from .layer import SurgicalLayer
-from .lists import join
 from .quantised import FloatLinear, is_packed, packed_layers
 from .tensors import Targets, TensorMap
-from .wrappers import PARKED, walk
 
 
 @dataclass(frozen=True)

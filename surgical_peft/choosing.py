@@ -14,7 +14,7 @@ from torch import nn
 
 from . import criteria
 from .batches import LossFunction
-from .blocks import BlockMap
+from .blocks.block_map import BlockMap
 from .config import SurgicalConfig
 from .criteria.budget import FORWARD, GRADIENTS, Budget
 from .criteria.criterion import Criterion, needs_of, of_model

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from . import criteria
-from .blocks import BlockMap
+from .blocks.block_map import BlockMap
 from .cli_many import advise, compare, open_recipe, search
 from .errors import SurgicalError
 from .names import resolve

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch import nn
 
-from .blocks import BlockMap
+from .blocks.block_map import BlockMap
 from .compare_settings import Comparison, Job
 from .errors import SurgicalError
 from .methods import Setting

@@ -14,7 +14,7 @@ from peft import LoraConfig
 from peft.config import PeftConfig
 from peft.utils import CONFIG_NAME
 
-from .blocks import PART
+from .blocks.block_map import PART
 from .errors import SurgicalError
 from .files import write_text
 from .patterns import check_names

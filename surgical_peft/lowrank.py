@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from .blocks.module_lists import within
 from .errors import SurgicalError
-from .lists import within
 from .saved import PREFIX, LoadedBase, SavedAdapter, check_fits, heads_of
 from .stock import check_found_alone, check_untied, stock_config
 

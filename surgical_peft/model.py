@@ -12,6 +12,7 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
 from .attach import restore_requires_grad
+from .blocks.unwrap import seen_through, walk
 from .checkpointing import mend_checkpointing, pause_mending, restore_checkpointing
 from .criteria.criterion import reshard
 from .errors import SurgicalError
@@ -20,7 +21,6 @@ from .layer import NO_BASE, SurgicalLayer
 from .mixed_batches import check_rows, rows_by_adapter
 from .peft_hooks import PeftHooks
 from .quantised import FloatLinear, note_float_layers, unpack
-from .wrappers import seen_through, walk
 
 _NO_HOOKS = nullcontext()  # entered at every call of the model
 

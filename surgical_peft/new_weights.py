@@ -12,14 +12,14 @@ from transformers import PreTrainedModel
 from transformers.integrations.fsdp import is_fsdp_enabled
 
 from .architecture import fixed_by_architecture, outermost_models
+from .blocks.module_lists import inside, within
+from .blocks.unwrap import bare, named_children, seen_through, walk
 from .config import SurgicalConfig
 from .layer import base_tensors
-from .lists import inside, within
 from .processes import first_says
 from .quantised import WAS_PACKED, FloatLinear
 from .saved import heads_of
 from .tensors import TensorMap
-from .wrappers import bare, named_children, seen_through, walk
 
 # PEFT's classes for these tasks save a classifier besides, since its weights are new.
 _TASKS_WITH_NEW_HEAD = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")

@@ -18,13 +18,13 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_optimizer import is_optimizer_factory
 from transformers.training_args import OptimizerNames
 
-from .blocks import BlockMap
+from .blocks.block_map import BlockMap
+from .blocks.unwrap import clean_name
 from .errors import SurgicalError
 from .master_weights import MasterWeights, rounds_stochastically
 from .policies.policy import STATE_POLICIES, Policy, Unit, check_word, is_number
 from .processes import under_deepspeed
 from .rates import BlockRates, release_others
-from .wrappers import clean_name
 
 
 def create_surgical_optimizer(

@@ -15,6 +15,7 @@ from torch import nn
 
 from .adapter_weights import adapter_weights, load_weights
 from .attach import Plan, attach, plan_for, requires_grad_by_name
+from .blocks.unwrap import seen_through
 from .checkpointing import mend_checkpointing
 from .config import SurgicalConfig
 from .fit import check_fit, names_today, prepare_loading, recorded
@@ -27,7 +28,6 @@ from .slots import BASE
 from .target_checks import check_adapter_names
 from .targets import modules_to_tune, with_modules_besides
 from .tensors import TensorMap
-from .wrappers import seen_through
 
 
 class PeftHooks(BaseTuner):

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .blocks import BlockMap
+from .blocks.block_map import BlockMap
 from .epochs import Epochs
 from .errors import SurgicalError
 from .masks import Masks

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from . import procedures
-from .blocks import is_head
+from .blocks.block_map import is_head
 from .errors import SurgicalError
 from .files import check_replaceable, whole_folder
 from .names import resolve

@@ -7,16 +7,16 @@ from collections.abc import Collection, Mapping
 
 from torch import Tensor, nn
 
+from .blocks.module_lists import within
+from .blocks.unwrap import walk
 from .config import SurgicalConfig
 from .errors import SurgicalError
 from .fingerprint import differ_in_dtype, fingerprint
 from .layer import base_tensors
-from .lists import within
 from .loading import saved_tensors
 from .new_weights import new_head
 from .saved import heads_of
 from .tensors import Targets, TensorMap
-from .wrappers import walk
 
 _EFFECT = {
     "fingerprint": "A tuned block in the midst of another model's blocks seldom works",

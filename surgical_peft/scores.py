@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from .blocks import is_head
+from .blocks.block_map import is_head
 from .errors import SurgicalError
 from .files import write_text
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from . import criteria
 from .batches import LossFunction, all_ignored, check_labelled, check_separable, examples_of, model_loss, to_device
-from .blocks import BlockMap
+from .blocks.block_map import BlockMap
+from .blocks.unwrap import bare, clean_name, idle_parameters, walk
 from .criteria.budget import GRADIENTS, Budget
 from .criteria.criterion import (
     NO_GRADIENT,
@@ -33,7 +34,6 @@ from .processes import dealt, first_says, is_sharded, size_of_union, union_of_na
 from .progress import counted
 from .reading import GradientReader, OverSamples, PerBatch, Units, checked, kind_of, name_of
 from .scores import BlockScores
-from .wrappers import bare, clean_name, idle_parameters, walk
 
 GRANULARITIES = ("block", "module", "tensor")
 MEMORY = ("normal", "low")

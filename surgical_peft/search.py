@@ -11,7 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from . import procedures
-from .blocks import BlockMap
+from .blocks.block_map import BlockMap
 from .errors import SurgicalError
 from .procedures.procedure import Procedure, as_procedure
 from .search_result import Candidate, SearchResult, SearchTrial, candidate_of

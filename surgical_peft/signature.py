@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .batches import model_loss, to_device
-from .blocks import BlockMap
+from .blocks.block_map import BlockMap
 from .scoring import score_blocks
 
 EXAMPLES = 256  # of each of the three groups that are compared, at most

@@ -9,9 +9,9 @@ from peft import LoraConfig
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
 
+from .blocks.module_lists import within
 from .config import SurgicalConfig
 from .errors import SurgicalError
-from .lists import within
 from .saved import SavedAdapter, heads_of
 from .tensors import TensorMap
 

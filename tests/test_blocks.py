@@ -28,7 +28,7 @@ from transformers import (
 )
 
 from surgical_peft import BlockMap, SurgicalConfig, SurgicalError
-from surgical_peft.wrappers import clean_name, idle_parameters
+from surgical_peft.blocks.unwrap import clean_name, idle_parameters
 
 from .toys import TOYS, Toy
 

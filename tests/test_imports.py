@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+from graphlib import TopologicalSorter
 from pathlib import Path
 from types import ModuleType
 
@@ -14,67 +15,7 @@ from surgical_peft import methods
 
 PACKAGE = Path(surgical_peft.__file__).parent
 
-# A module may import from tiers above its own, and a package (criteria, policies, report) within itself.
-TIERS = [
-    ["errors", "memory", "quiet", "threads", "strict_yaml", "rate_grid", "terminal"],
-    ["files", "names", "fingerprint", "patterns", "paired", "step_costs", "class_code", "epochs", "weak_hook"],
-    ["float16_gradients"],
-    ["master_weights"],
-    ["wrappers", "checkpointing", "eval_mode", "foreign_optimizers"],
-    ["lists", "masks"],
-    ["stacks", "architecture", "tensors"],
-    ["batches", "slots", "offloading", "partition"],
-    ["blocks", "parked"],
-    ["layer", "quantised"],
-    ["criteria", "mixed_batches"],
-    ["scores", "processes"],
-    ["reading", "leftovers", "progress"],
-    ["scoring", "selection", "prefix_cache"],
-    ["signature"],
-    ["config"],
-    ["saved", "loading", "adapter_card"],
-    ["new_weights", "moved_buffers"],
-    ["fit", "target_checks"],
-    ["stock", "delta", "adapter_weights", "same_base"],
-    ["lowrank"],
-    ["export"],
-    ["targets", "lora", "attach"],
-    ["choosing", "peft_hooks"],
-    ["model"],
-    ["auto", "peft_patches"],
-    ["registration"],
-    ["policies"],
-    ["search_result"],
-    ["report"],
-    ["rates"],
-    ["optim", "callback", "trainer_patch"],
-    ["procedures", "storages"],
-    ["studies"],
-    ["search"],
-    ["shifts", "metrics"],
-    ["recipe_folders"],
-    ["recipe"],
-    ["tasks"],
-    ["run_report", "push", "tiny"],
-    ["train"],
-    ["workbench"],
-    ["objective"],
-    ["recipe_search", "methods"],
-    ["compare_settings", "halving"],
-    ["compare_check"],
-    ["compare_runs", "advice_rows"],
-    ["advise"],
-    ["compare_crew", "compare_report"],
-    ["compare"],
-    ["trials"],
-    ["quickstart"],
-    ["cli_many"],
-    ["cli"],
-    ["__init__"],
-    ["__main__"],
-]
-TIER_OF = {name: number for number, tier in enumerate(TIERS) for name in tier}
-TORCH_ONLY = ["wrappers", "lists", "stacks", "partition", "blocks", "criteria"]  # no transformers, no PEFT
+TORCH_ONLY = ["blocks", "criteria"]  # no transformers, no PEFT
 
 PACKAGES = [surgical_peft, surgical_peft.criteria, surgical_peft.policies, surgical_peft.procedures, methods]
 MODULES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in sorted(PACKAGE.rglob("*.py"))}
@@ -103,47 +44,13 @@ def imported(tree: ast.Module, module: str) -> list[str]:
     return names
 
 
-def violations(module: str, tree: ast.Module) -> list[str]:
-    own = TIER_OF[top(module)]
-    wrong = []
-    for name in imported(tree, module):
-        if not name.startswith("surgical_peft."):
-            continue
-        other = name.split(".")[1]
-        within = "." in module and other == top(module)
-        if not within and TIER_OF.get(other, len(TIERS)) >= own:
-            wrong.append(f"{module} imports {other}")
-    return wrong
-
-
-def test_every_module_has_a_tier() -> None:
-    unknown = sorted({top(module) for module in MODULES} - TIER_OF.keys())
-    assert not unknown, f"{unknown}: add each to TIERS in {__file__}, below everything that it imports"
-    gone = sorted(TIER_OF.keys() - {top(module) for module in MODULES})
-    assert not gone, f"{gone}: no such module, take them out of TIERS in {__file__}"
-
-
-@pytest.mark.parametrize("module", MODULES)
-def test_imports_run_one_way(module: str) -> None:
-    assert violations(module, ast.parse(MODULES[module].read_text())) == []
-
-
-@pytest.mark.parametrize(
-    ("module", "source", "wrong"),
-    [
-        ("scores", "from .scoring import score_blocks", ["scores imports scoring"]),
-        ("scores", "def f():\n    from .report.plots import plot_scores", []),
-        ("blocks", "if True:\n    from . import criteria", ["blocks imports criteria"]),
-        ("criteria.rgn", "from ..scores import BlockScores", ["criteria.rgn imports scores"]),
-        ("criteria.rgn", "from .fisher import fisher\nimport torch", []),
-        ("policies.static", "import surgical_peft.optim", ["policies.static imports optim"]),
-        ("selection", "from .scoring import score_blocks", ["selection imports scoring"]),
-        ("cli", "from .new_module import f", ["cli imports new_module"]),
-        ("config", "from .selection import Selection\nfrom .errors import SurgicalError", []),
-    ],
-)
-def test_the_check_sees(module: str, source: str, wrong: list[str]) -> None:
-    assert violations(module, ast.parse(source)) == wrong
+def test_no_circle() -> None:
+    """Between modules, by what they import when they are imported."""
+    arrows: dict[str, set[str]] = {}
+    for module, path in MODULES.items():
+        names = [name.removeprefix("surgical_peft.") for name in imported(ast.parse(path.read_text()), module)]
+        arrows[module] = {name for name in names if name in MODULES and name != module}
+    TopologicalSorter(arrows).prepare()  # raises CycleError
 
 
 @pytest.mark.parametrize("module", [module for module in MODULES if top(module) in TORCH_ONLY])

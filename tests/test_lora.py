@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from surgical_peft import BlockMap, SurgicalConfig, SurgicalError, create_surgical_optimizer, score_blocks
-from surgical_peft.wrappers import clean_name
+from surgical_peft.blocks.unwrap import clean_name
 
 from .toys import TOYS, Toy
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForImageClassification
 
-from surgical_peft.wrappers import seen_through
+from surgical_peft.blocks.unwrap import seen_through
 
 from .toys import TOYS
 

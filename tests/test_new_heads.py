@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from surgical_peft import SurgicalConfig, SurgicalError
+from surgical_peft.blocks.unwrap import clean_name
 from surgical_peft.saved import LoadedBase, read_adapter
-from surgical_peft.wrappers import clean_name
 
 from .contract.wrapping import no_warnings, nudge
 

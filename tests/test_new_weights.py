@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from surgical_peft import SurgicalConfig, SurgicalError, new_weights
+from surgical_peft.blocks.unwrap import clean_name
 from surgical_peft.new_weights import newly_initialised
-from surgical_peft.wrappers import clean_name
 
 from .contract.wrapping import no_warnings, nudge
 from .families import FAMILIES

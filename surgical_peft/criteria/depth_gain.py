@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from ..blocks import is_head
+from ..blocks.block_map import is_head
 from .adam_gain import gains_of_all
 from .budget import GRADIENTS
 from .criterion import of_model

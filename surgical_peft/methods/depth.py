@@ -6,7 +6,7 @@ import random
 from functools import partial
 from typing import Any
 
-from ..blocks import BlockMap
+from ..blocks.block_map import BlockMap
 from ..errors import SurgicalError
 from ..procedures.procedure import layers
 from ..selection import Selection

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import TrainingArguments
 
 from ..auto import get_surgical_model
-from ..blocks import BlockMap
+from ..blocks.block_map import BlockMap
 from ..config import SurgicalConfig
 from ..errors import SurgicalError
 from ..names import nearest, resolve

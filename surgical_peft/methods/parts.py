@@ -12,7 +12,7 @@ from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
 
 from ..auto import get_surgical_model
-from ..blocks import BlockMap, is_head
+from ..blocks.block_map import BlockMap, is_head
 from ..config import SurgicalConfig
 from ..errors import SurgicalError
 from ..recipe import Recipe

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch._utils import _flatten_dense_tensors
 
-from ..blocks import is_head
+from ..blocks.block_map import is_head
 from ..errors import SurgicalError
 from ..scores import BlockScores, normalize
 from .policy import Policy, Run, Unit, check_cadence, check_count, check_word

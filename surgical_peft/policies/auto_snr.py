@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .. import criteria
-from ..blocks import is_head
+from ..blocks.block_map import is_head
 from ..errors import SurgicalError
 from ..names import resolve
 from ..scores import BlockScores, normalize

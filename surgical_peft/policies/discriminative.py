@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..blocks import BlockMap
+from ..blocks.block_map import BlockMap
 from ..errors import SurgicalError
 from .policy import Policy, depths, is_number
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..blocks import is_head
+from ..blocks.block_map import is_head
 from .policy import STATE_POLICIES, Policy, Run, check_cadence, check_word, depths, poolers
 
 

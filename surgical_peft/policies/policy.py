@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..blocks import BlockMap, is_head
+from ..blocks.block_map import BlockMap, is_head
 from ..errors import SurgicalError
 from ..names import nearest
 from ..scores import BlockScores

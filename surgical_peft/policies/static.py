@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ..blocks import BlockMap
+from ..blocks.block_map import BlockMap
 from ..errors import SurgicalError
 from .policy import Policy, is_number
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import pairwise
 
-from ..blocks import BlockMap
+from ..blocks.block_map import BlockMap
 from ..policies.policy import check_count
 from .procedure import Candidate, Procedure, Proposals, layers
 from .segments import equal_parts

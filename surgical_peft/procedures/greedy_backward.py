@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from ..blocks import BlockMap
+from ..blocks.block_map import BlockMap
 from .procedure import Blocks, Procedure, Proposals, best_of, check_epsilon, falls_short, layers, plain
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from ..blocks import BlockMap
+from ..blocks.block_map import BlockMap
 from ..policies.policy import check_count
 from .procedure import (
     Blocks,

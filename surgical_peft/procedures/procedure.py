@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from ..blocks import BlockMap
+from ..blocks.block_map import BlockMap
 from ..errors import SurgicalError
 from ..names import resolve
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-from ..blocks import BlockMap
+from ..blocks.block_map import BlockMap
 from ..errors import SurgicalError
 from ..policies.policy import check_count
 from .procedure import Blocks, Candidate, Procedure, Proposals, check_fits, layers, plain

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..blocks import BlockMap
+from ..blocks.block_map import BlockMap
 from .procedure import Procedure, Proposals, layers
 
 

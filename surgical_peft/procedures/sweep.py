@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..blocks import BlockMap, is_head
+from ..blocks.block_map import BlockMap, is_head
 from .procedure import Blocks, Procedure, Proposals, layers, plain
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..blocks import BlockMap
+from ..blocks.block_map import BlockMap
 from ..policies.policy import check_count
 from .procedure import Blocks, Procedure, Proposals, best_of, check_fits, layers, plain
 

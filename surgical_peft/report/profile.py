@@ -8,7 +8,7 @@ from pathlib import Path
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from ..blocks import is_head
+from ..blocks.block_map import is_head
 from ..errors import SurgicalError
 from ..files import whole_file
 from ..search_result import SearchResult

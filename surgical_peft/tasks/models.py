@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, TrainingArguments
 
-from ..blocks import BlockMap, is_head
+from ..blocks.block_map import BlockMap, is_head
 from ..errors import SurgicalError
 from ..recipe import Recipe
 from .task import found

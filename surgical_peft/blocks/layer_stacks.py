@@ -11,8 +11,8 @@ from dataclasses import dataclass, field, replace
 
 from torch import nn
 
-from .lists import ModuleRow, is_a, is_list, is_norm, join, members_of, rows_of, size_of
-from .wrappers import seen_through, walk
+from .module_lists import ModuleRow, is_a, is_list, is_norm, join, members_of, rows_of, size_of
+from .unwrap import seen_through, walk
 
 # What a list without attention must hold of all that the lists of its model do: if another has attention, if none has.
 _BULK, _SHARE = 0.5, 0.1

@@ -13,11 +13,11 @@ from typing import Any
 
 from torch import nn
 
-from .errors import SurgicalError
-from .lists import join
+from ..errors import SurgicalError
+from .layer_stacks import find_stacks
+from .module_lists import join
 from .partition import block_owners, ordered, what_there_is
-from .stacks import find_stacks
-from .wrappers import bare, clean_name
+from .unwrap import bare, clean_name
 
 PART = "/"  # between a layer and a part of it
 _STACK_INDEX = re.compile(r"(?P<stack>[^\[\]]+)\[(?P<index>[^\[\]]*)\]")

@@ -7,9 +7,9 @@ from collections.abc import Collection
 
 from torch import nn
 
-from .lists import is_list, is_norm, join
-from .stacks import Stack
-from .wrappers import named_children, seen_through, walk
+from .layer_stacks import Stack
+from .module_lists import is_list, is_norm, join
+from .unwrap import named_children, seen_through, walk
 
 # Where a part is declared says when it runs, but for these names. LFM2's `embedding_norm` is its last norm.
 _EMBEDDING_CLASS = re.compile(r"(Embed|Embedder|Embeddings?)$")

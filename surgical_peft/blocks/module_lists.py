@@ -16,7 +16,7 @@ from typing import TypeGuard
 import torch
 from torch import nn
 
-from .wrappers import named_children, seen_through, walk
+from .unwrap import named_children, seen_through, walk
 
 
 @dataclass(frozen=True)
