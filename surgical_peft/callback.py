@@ -18,9 +18,9 @@ from transformers.trainer_utils import has_length
 
 from .batches import LossFunction, model_loss
 from .errors import SurgicalError
-from .master_weights import forget_moments
 from .policies.policy import Policy
 from .policies.stages import check_length
+from .precision.master_weights import forget_moments
 from .rates import BlockRates, find_rates
 from .report.history import History
 from .scores import BlockScores

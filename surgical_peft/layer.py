@@ -11,8 +11,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from .errors import SurgicalError
-from .foreign_optimizers import tell_of_others
 from .parked import ParkedTensors, forget_caches
+from .precision.foreign_optimizers import tell_of_others
 from .slots import BASE, Slot
 from .tensors import Place, TensorMap
 

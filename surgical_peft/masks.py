@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .blocks.unwrap import idle_parameters
-from .master_weights import forget_moments
+from .precision.master_weights import forget_moments
 
 
 class Masks:

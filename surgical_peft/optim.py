@@ -21,8 +21,8 @@ from transformers.training_args import OptimizerNames
 from .blocks.block_map import BlockMap
 from .blocks.unwrap import clean_name
 from .errors import SurgicalError
-from .master_weights import MasterWeights, rounds_stochastically
 from .policies.policy import STATE_POLICIES, Policy, Unit, check_word, is_number
+from .precision.master_weights import MasterWeights, rounds_stochastically
 from .processes import under_deepspeed
 from .rates import BlockRates, release_others
 

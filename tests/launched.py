@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from surgical_peft import SurgicalConfig, create_surgical_optimizer, policies
 from surgical_peft.criteria.criterion import whole
-from surgical_peft.master_weights import KEY
+from surgical_peft.precision.master_weights import KEY
 
 from .toys import TOYS
 

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from surgical_peft import SurgicalConfig, create_surgical_optimizer, foreign_optimizers
+from surgical_peft import SurgicalConfig, create_surgical_optimizer
+from surgical_peft.precision import foreign_optimizers
 
 from .test_master_weights import RoundsAtRandom, step, trained, wrapped
 from .toys import TOYS

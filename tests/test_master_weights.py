@@ -16,14 +16,8 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 from transformers.optimization import Adafactor
 
-from surgical_peft import (
-    SurgicalConfig,
-    SurgicalError,
-    create_surgical_optimizer,
-    master_weights,
-    policies,
-    surgical_optimizer,
-)
+from surgical_peft import SurgicalConfig, SurgicalError, create_surgical_optimizer, policies, surgical_optimizer
+from surgical_peft.precision import master_weights
 
 from .toys import TOYS
 

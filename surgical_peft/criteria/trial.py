@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..master_weights import is_16_bit
+from ..precision.master_weights import is_16_bit
 from .budget import FORWARD, GRADIENTS, Budget
 from .criterion import not_finite, reshard, tell_unreached
 from .prefix import Prefix

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from .errors import SurgicalError
+from ..errors import SurgicalError
 
 
 def keep_in_float32(weights: Iterable[Tensor]) -> None:
