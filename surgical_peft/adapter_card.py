@@ -18,8 +18,8 @@ from huggingface_hub.errors import HFValidationError
 from peft import PeftModel
 from transformers import PreTrainedModel
 
+from .atomic_files import write_text
 from .config import SurgicalPeftType
-from .files import write_text
 from .tensors import TensorMap
 
 TAG = "surgical-fine-tuning"

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, fields
 from typing import Any
 
+from .atomic_files import finite
 from .config import SurgicalConfig
-from .files import finite
 from .halving import ROUNDS, Judge, Rival
 from .recipe import Recipe
 from .signature import Signature

@@ -23,11 +23,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from .advice_rows import lines_of, plain, row_of, twin_of
+from .atomic_files import check_replaceable, whole_folder
 from .blocks.block_map import BlockMap
 from .choosing import CRITERION
 from .compare_settings import Comparison
 from .errors import SurgicalError
-from .files import check_replaceable, whole_folder
 from .halving import ROUNDS, Judge, Probe, Rival, decide, halve, ordered
 from .methods import Setting
 from .recipe import Recipe

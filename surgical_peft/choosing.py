@@ -19,16 +19,16 @@ from .config import SurgicalConfig
 from .criteria.budget import FORWARD, GRADIENTS, Budget
 from .criteria.criterion import Criterion, needs_of, of_model
 from .criteria.probe import PACE
-from .criteria.short_run import ShortRun, gains_and_loss
-from .criteria.trial import Trial
+from .criteria.short_training.context import Trial
+from .criteria.short_training.short_run import ShortRun, gains_and_loss
 from .errors import SurgicalError
-from .names import resolve
 from .progress import Stages, counted
 from .reading import name_of
 from .scores import BlockScores
 from .scoring import score_blocks
 from .selection import check_k, top_k
 from .targets import modules_to_tune
+from .validation import resolve
 
 CRITERION = "probe"  # the lowest regret on the seen shifts of benchmarks/criteria
 MOST = 4  # blocks that are tried together

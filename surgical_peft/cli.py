@@ -16,9 +16,9 @@ from . import criteria
 from .blocks.block_map import BlockMap
 from .cli_many import advise, compare, open_recipe, search
 from .errors import SurgicalError
-from .names import resolve
 from .quiet import quieten
 from .terminal import AsJson, RecipeFile, Tiny, console, print_json
+from .validation import resolve
 
 app = typer.Typer(
     help="Fully fine-tune only the blocks of a transformer that new data need.",

@@ -14,12 +14,12 @@ from typing import Any
 
 from rich.console import Console
 
+from .atomic_files import check_replaceable, whole_folder
 from .compare_crew import Crew
 from .compare_report import report_of, row_of
 from .compare_runs import Workshop
 from .compare_settings import FULL, Comparison
 from .errors import SurgicalError
-from .files import check_replaceable, whole_folder
 from .rate_grid import MOST, best_rate, is_diverged, next_rate
 from .recipe import Recipe
 from .report.comparison import markdown

@@ -12,10 +12,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from .atomic_files import finite
 from .compare_runs import Workshop
 from .compare_settings import FULL, Comparison, Job
 from .errors import SurgicalError
-from .files import finite
 from .paired import crossed_interval
 from .rate_grid import is_at_edge, is_diverged
 from .report.comparison import has_diverged, interval_in_words, sentences

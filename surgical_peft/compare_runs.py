@@ -15,10 +15,10 @@ from peft import PeftModel
 from torch import nn
 from torch.utils.data import ConcatDataset
 
+from .atomic_files import whole_folder, write_text
 from .compare_check import in_words, make_each, misfits_of, refuse, setting_of
 from .compare_settings import FULL, Comparison, Job
 from .errors import SurgicalError
-from .files import whole_folder, write_text
 from .recipe import Recipe
 from .selection import Selection
 from .step_costs import Watch, step_costs

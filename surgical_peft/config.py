@@ -14,9 +14,9 @@ from peft import LoraConfig
 from peft.config import PeftConfig
 from peft.utils import CONFIG_NAME
 
+from .atomic_files import write_text
 from .blocks.block_map import PART
 from .errors import SurgicalError
-from .files import write_text
 from .patterns import check_names
 from .selection import Selection
 

@@ -16,13 +16,13 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from peft.utils.constants import CONFIG_NAME
 from transformers import PreTrainedModel
 
+from .atomic_files import check_replaceable, whole_folder
 from .delta import DELTA_CONFIG, read_delta, write_delta, write_restored
 from .errors import SurgicalError
-from .files import check_replaceable, whole_folder
 from .lowrank import write_lora
-from .names import nearest
 from .saved import Base, LoadedBase, SavedAdapter, check_fits, load_base, read_adapter, skeleton_of_base
 from .stock import stock_config, whole_modules
+from .validation import nearest
 
 FORMATS = ("peft", "merged", "delta", "lora", "adapter")
 _REPORT = "export.json"  # by which the folder of an earlier export is known

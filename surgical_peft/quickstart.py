@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from . import trials
-from .files import check_replaceable, whole_folder
+from .atomic_files import check_replaceable, whole_folder
 from .report.plots import plot_scores
 from .report.tables import comparison_markdown, comparison_table
 from .scores import BlockScores

@@ -18,12 +18,12 @@ from . import criteria, policies
 from .config import SurgicalConfig
 from .criteria.criterion import Criterion
 from .errors import SurgicalError
-from .names import nearest, resolve
 from .policies.policy import Policy
 from .policies.stages import check_length, planned_length
 from .procedures.procedure import Procedure, as_procedure
 from .recipe_folders import find_folders
 from .strict_yaml import StrictLoader
+from .validation import nearest, resolve
 
 
 @dataclass(frozen=True)

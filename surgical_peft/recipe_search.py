@@ -22,10 +22,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from . import procedures
+from .atomic_files import check_replaceable, whole_folder
 from .blocks.block_map import is_head
 from .errors import SurgicalError
-from .files import check_replaceable, whole_folder
-from .names import resolve
 from .objective import RecipeObjective
 from .quiet import quieten
 from .recipe import Recipe
@@ -34,6 +33,7 @@ from .search import count_trainings, optuna_classes, run_search
 from .search_result import SearchResult, SearchTrial, candidate_of
 from .threads import shared_threads
 from .train import score
+from .validation import resolve
 
 _RESULT = "search.json"  # by which the result of an earlier search is known
 _LAST_WORDS = 30.0  # seconds for the other workers to notice that all is done

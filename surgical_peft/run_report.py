@@ -15,7 +15,7 @@ from transformers import SchedulerType, Trainer
 from transformers.training_args import OptimizerNames
 
 from .adapter_card import origin
-from .files import digest_of
+from .atomic_files import digest_of
 from .recipe import Recipe
 from .report.card import PACKAGES as PACKAGES
 from .report.card import RANDOM_SHIFTS

@@ -11,9 +11,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from .atomic_files import write_text
 from .blocks.block_map import is_head
 from .errors import SurgicalError
-from .files import write_text
 
 
 @dataclass(frozen=True)

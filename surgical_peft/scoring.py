@@ -25,15 +25,15 @@ from .criteria.criterion import (
     tell_unreached,
     whole,
 )
-from .criteria.trial import Trial
+from .criteria.short_training.context import Trial
 from .errors import SurgicalError
 from .leftovers import as_it_was
-from .names import nearest, resolve
 from .offloading import Lent, lent_weights, stand_ins_kept
 from .processes import dealt, first_says, is_sharded, size_of_union, union_of_names, without_ddp
 from .progress import counted
 from .reading import GradientReader, OverSamples, PerBatch, Units, checked, kind_of, name_of
 from .scores import BlockScores
+from .validation import nearest, resolve
 
 GRANULARITIES = ("block", "module", "tensor")
 MEMORY = ("normal", "low")

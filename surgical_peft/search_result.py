@@ -14,8 +14,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from .atomic_files import write_text
 from .errors import SurgicalError
-from .files import write_text
 from .selection import Selection
 
 

@@ -29,12 +29,12 @@ from transformers import (
     ViTImageProcessorPil,
 )
 
+from .atomic_files import check_replaceable, whole_folder
 from .errors import SurgicalError
-from .files import check_replaceable, whole_folder
-from .names import nearest
 from .policies.stages import Stages
 from .recipe import Recipe
 from .tasks import SPLITS
+from .validation import nearest
 
 STEPS = 2
 BATCHES = 4  # of the training split; a criterion judges on some what it trained on others

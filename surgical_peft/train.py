@@ -15,12 +15,12 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, default_data_collator, set_seed
 
+from .atomic_files import check_replaceable, whole_folder, write_text
 from .auto import get_surgical_model
 from .callback import SurgicalCallback
 from .choosing import CRITERION, choose_blocks
 from .criteria.budget import GRADIENTS, half_of
 from .errors import SurgicalError
-from .files import check_replaceable, whole_folder, write_text
 from .optim import surgical_optimizer
 from .policies.policy import Policy
 from .progress import Stages, TrainingStage, counted

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from surgical_peft import SurgicalError
-from surgical_peft.files import check_replaceable, whole_file, whole_folder, write_text
+from surgical_peft.atomic_files import check_replaceable, whole_file, whole_folder, write_text
 
 
 def tree(folder: Path) -> dict[str, str]:

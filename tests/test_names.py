@@ -7,7 +7,7 @@ import math
 import pytest
 
 from surgical_peft import SurgicalError, criteria, policies
-from surgical_peft.names import nearest, resolve
+from surgical_peft.validation import nearest, resolve
 
 
 def test_a_known_name_is_the_function_of_the_package() -> None:

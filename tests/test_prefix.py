@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from surgical_peft import BlockMap
-from surgical_peft.criteria.trial import Trial
+from surgical_peft.criteria.short_training.context import Trial
 
 from .toys import TOYS, Toy
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..errors import SurgicalError
 from .budget import GRADIENTS
 from .criterion import NO_GRADIENT, Moments, not_finite, over_batches, tell_unreached, whole
-from .trial import Trial
+from .short_training.context import Trial
 
 
 @over_batches(batches=8)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .criterion import of_model, whole
-from .trial import Trial
+from .short_training.context import Trial
 
 
 @of_model(batches=16)

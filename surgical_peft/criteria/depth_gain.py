@@ -9,7 +9,7 @@ from ..blocks.block_map import is_head
 from .adam_gain import gains_of_all
 from .budget import GRADIENTS
 from .criterion import of_model
-from .trial import Trial
+from .short_training.context import Trial
 
 EVEN = 1 / 16  # of the largest gain: with so much for the head, early and late units count the same
 

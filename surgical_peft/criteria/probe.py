@@ -10,8 +10,8 @@ from ..errors import SurgicalError
 from .budget import GRADIENTS
 from .criterion import of_model
 from .depth_gain import by_depth
-from .short_run import WORST, ShortRun, gains_and_loss, taken
-from .trial import Trial
+from .short_training.context import Trial
+from .short_training.short_run import WORST, ShortRun, gains_and_loss, taken
 
 PACE = 0.5  # the share of the loss that one step would take away, to first order
 PASSES = (1, 2, 4)  # through the training batches, after which units are compared

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random as chance
 
 from .criterion import of_model
-from .trial import Trial
+from .short_training.context import Trial
 
 
 @of_model(batches=0)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .criterion import of_model, whole
 from .rgn import norm
-from .trial import Trial
+from .short_training.context import Trial
 
 
 @of_model(batches=16)

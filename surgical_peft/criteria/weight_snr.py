@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .criterion import of_model, whole
-from .trial import Trial
+from .short_training.context import Trial
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 

@@ -13,7 +13,6 @@ from ..choosing import check_choice, choose_blocks
 from ..config import SurgicalConfig
 from ..criteria.budget import Budget
 from ..errors import SurgicalError
-from ..names import resolve
 from ..objective import RecipeObjective
 from ..policies.policy import check_count
 from ..procedures.procedure import Procedure, as_procedure
@@ -24,6 +23,7 @@ from ..selection import Selection, check_k
 from ..selection import top_k as take_top_k
 from ..tasks.models import modules_to_save
 from ..train import budget_of
+from ..validation import resolve
 from .method import Method, Setting, of_known_blocks, parsed
 
 

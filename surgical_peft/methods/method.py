@@ -18,11 +18,11 @@ from ..auto import get_surgical_model
 from ..blocks.block_map import BlockMap
 from ..config import SurgicalConfig
 from ..errors import SurgicalError
-from ..names import nearest, resolve
 from ..policies.policy import Policy
 from ..recipe import Recipe
 from ..selection import Selection
 from ..tasks.models import modules_to_save
+from ..validation import nearest, resolve
 
 
 @dataclass(frozen=True)

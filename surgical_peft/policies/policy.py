@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from ..blocks.block_map import BlockMap, is_head
 from ..errors import SurgicalError
-from ..names import nearest
 from ..scores import BlockScores
+from ..validation import nearest
 
 StepLoss = Callable[..., Tensor]
 

@@ -9,7 +9,7 @@ from types import ModuleType
 from typing import Any
 
 from ..errors import SurgicalError
-from ..names import nearest, resolve
+from ..validation import nearest, resolve
 from .policy import STATE_POLICIES, Policy, Run, StepLoss, check_count, check_word, is_number, poolers
 
 

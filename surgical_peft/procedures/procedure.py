@@ -11,7 +11,7 @@ from typing import Any
 
 from ..blocks.block_map import BlockMap
 from ..errors import SurgicalError
-from ..names import resolve
+from ..validation import resolve
 
 Candidate = tuple[str, ...]
 Round = Sequence[Candidate]

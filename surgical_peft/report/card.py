@@ -14,9 +14,9 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..adapter_card import TAG, Tuned, describe
+from ..atomic_files import whole_file, write_text
 from ..choosing import MOST
 from ..errors import SurgicalError
-from ..files import whole_file, write_text
 
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
 REPORT = "report.json"

@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from ..files import whole_file, write_text
+from ..atomic_files import whole_file, write_text
 
 Row = dict[str, Any]
 

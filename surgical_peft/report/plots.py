@@ -8,7 +8,7 @@ from pathlib import Path
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from ..files import whole_file
+from ..atomic_files import whole_file
 from ..scores import BlockScores
 
 

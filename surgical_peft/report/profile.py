@@ -8,9 +8,9 @@ from pathlib import Path
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from ..atomic_files import whole_file
 from ..blocks.block_map import is_head
 from ..errors import SurgicalError
-from ..files import whole_file
 from ..search_result import SearchResult
 
 

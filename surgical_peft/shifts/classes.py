@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import SurgicalError
-from ..names import nearest
+from ..validation import nearest
 
 
 def read_label_map(label_map: Any, classes: Sequence[str]) -> list[int | None]:

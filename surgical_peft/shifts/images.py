@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ..errors import SurgicalError
-from ..names import nearest
+from ..validation import nearest
 
 Pixels = NDArray[np.uint8]
 

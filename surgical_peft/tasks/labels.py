@@ -8,10 +8,10 @@ from typing import Any
 from datasets import ClassLabel, Value
 
 from ..errors import SurgicalError
-from ..names import nearest
 from ..recipe import Recipe
 from ..shifts import keep_share, read_label_map
 from ..shifts.classes import class_number
+from ..validation import nearest
 from .data import open_splits
 
 

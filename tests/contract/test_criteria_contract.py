@@ -15,7 +15,7 @@ from torch import Tensor
 
 from surgical_peft import BlockMap, BlockScores, SurgicalError, criteria, score_blocks, top_k
 from surgical_peft.criteria.criterion import Moments, Needs, needs_of, of_model, over_batches, over_examples
-from surgical_peft.criteria.trial import Trial
+from surgical_peft.criteria.short_training.context import Trial
 
 from ..toys import TOYS, Toy
 

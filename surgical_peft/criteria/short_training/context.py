@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..precision.master_weights import is_16_bit
-from .budget import FORWARD, GRADIENTS, Budget
-from .criterion import not_finite, reshard, tell_unreached
-from .prefix import Prefix
+from ...precision.master_weights import is_16_bit
+from ..budget import FORWARD, GRADIENTS, Budget
+from ..criterion import not_finite, reshard, tell_unreached
+from .frozen_prefix import Prefix
 
 
 @dataclass(frozen=True)

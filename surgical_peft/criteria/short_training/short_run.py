@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import SurgicalError
-from .adam_gain import gains_of_all
-from .trial import Trial
+from ...errors import SurgicalError
+from ..adam_gain import gains_of_all
+from .context import Trial
 
 WORST = 1e6  # times the loss before: what a training counts that diverged
 
