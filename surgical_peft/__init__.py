@@ -15,10 +15,10 @@ from .export import export_to_peft
 from .model import SurgicalModel
 from .optim import SurgicalOptimizerFactory, create_surgical_optimizer, surgical_optimizer
 from .registration import register
-from .scores import BlockScores
-from .scoring import score_blocks
+from .scoring.block_scores import BlockScores
+from .scoring.score import score_blocks
+from .scoring.selection import Selection, above, top_fraction, top_k, within_budget
 from .search import run_search
-from .selection import Selection, above, top_fraction, top_k, within_budget
 from .trainer_patch import patch_trainer
 
 __version__ = "0.1.0"

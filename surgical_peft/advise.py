@@ -33,7 +33,7 @@ from .methods import Setting
 from .recipe import Recipe
 from .report.advice import markdown, plot, sentences
 from .run_report import PACKAGES
-from .selection import Selection
+from .scoring.selection import Selection
 from .signature import EXAMPLES, FEWEST, Batches, Signature, signature
 from .tasks import Examples, load_task
 from .train import loader

@@ -9,11 +9,11 @@ from typing import Any
 from peft import PeftModel, get_peft_model
 from torch import nn
 
-from .batches import LossFunction
 from .choosing import choose_blocks
 from .config import SurgicalConfig
 from .criteria.budget import half_of
 from .errors import SurgicalError
+from .scoring.batches import LossFunction
 
 
 def get_surgical_model(

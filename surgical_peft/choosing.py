@@ -13,7 +13,6 @@ from typing import Any
 from torch import nn
 
 from . import criteria
-from .batches import LossFunction
 from .blocks.block_map import BlockMap
 from .config import SurgicalConfig
 from .criteria.budget import FORWARD, GRADIENTS, Budget
@@ -22,11 +21,12 @@ from .criteria.probe import PACE
 from .criteria.short_training.context import Trial
 from .criteria.short_training.short_run import ShortRun, gains_and_loss
 from .errors import SurgicalError
-from .progress import Stages, counted
-from .reading import name_of
-from .scores import BlockScores
-from .scoring import score_blocks
-from .selection import check_k, top_k
+from .scoring.batches import LossFunction
+from .scoring.block_scores import BlockScores
+from .scoring.gradients import name_of
+from .scoring.progress import Stages, counted
+from .scoring.score import score_blocks
+from .scoring.selection import check_k, top_k
 from .targets import modules_to_tune
 from .validation import resolve
 

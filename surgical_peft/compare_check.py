@@ -14,7 +14,7 @@ from .blocks.block_map import BlockMap
 from .compare_settings import Comparison, Job
 from .errors import SurgicalError
 from .methods import Setting
-from .selection import Selection
+from .scoring.selection import Selection
 from .tasks import Examples
 from .train import loader
 from .workbench import Workbench

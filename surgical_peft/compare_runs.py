@@ -20,7 +20,7 @@ from .compare_check import in_words, make_each, misfits_of, refuse, setting_of
 from .compare_settings import FULL, Comparison, Job
 from .errors import SurgicalError
 from .recipe import Recipe
-from .selection import Selection
+from .scoring.selection import Selection
 from .step_costs import Watch, step_costs
 from .tasks import load_task
 from .workbench import Remembered, Workbench

@@ -18,7 +18,7 @@ from .atomic_files import write_text
 from .blocks.block_map import PART
 from .errors import SurgicalError
 from .patterns import check_names
-from .selection import Selection
+from .scoring.selection import Selection
 
 
 class SurgicalPeftType(str, Enum):

@@ -16,7 +16,7 @@ from torch import nn
 from .errors import SurgicalError
 from .methods import Method
 from .recipe import Recipe
-from .selection import Selection
+from .scoring.selection import Selection
 from .tasks.measuring import Measure
 from .workbench import Workbench
 

@@ -16,9 +16,9 @@ from .blocks.module_lists import inside, within
 from .blocks.unwrap import bare, named_children, seen_through, walk
 from .config import SurgicalConfig
 from .layer import base_tensors
-from .processes import first_says
 from .quantised import WAS_PACKED, FloatLinear
 from .saved import heads_of
+from .scoring.distributed import first_says
 from .tensors import TensorMap
 
 # PEFT's classes for these tasks save a classifier besides, since its weights are new.

@@ -20,7 +20,7 @@ from .errors import SurgicalError
 from .fingerprint import fingerprint
 from .recipe import Recipe
 from .run_report import identity
-from .selection import Selection
+from .scoring.selection import Selection
 from .tasks.models import modules_to_save
 from .workbench import Part, Workbench
 

@@ -23,8 +23,8 @@ from .blocks.unwrap import clean_name
 from .errors import SurgicalError
 from .policies.policy import STATE_POLICIES, Policy, Unit, check_word, is_number
 from .precision.master_weights import MasterWeights, rounds_stochastically
-from .processes import under_deepspeed
 from .rates import BlockRates, release_others
+from .scoring.distributed import under_deepspeed
 
 
 def create_surgical_optimizer(

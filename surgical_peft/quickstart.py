@@ -27,9 +27,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from . import trials
 from .atomic_files import check_replaceable, whole_folder
-from .report.plots import plot_scores
 from .report.tables import comparison_markdown, comparison_table
-from .scores import BlockScores
+from .scoring.block_scores import BlockScores
+from .scoring.plot import plot_scores
 from .trials import METHODS, SHIFTS, Run
 
 SEEDS = (0, 1, 2)

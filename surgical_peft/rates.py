@@ -16,7 +16,7 @@ from .epochs import Epochs
 from .errors import SurgicalError
 from .masks import Masks
 from .policies.policy import Policy, Run, StepLoss, Unit, is_number
-from .processes import under_deepspeed
+from .scoring.distributed import under_deepspeed
 from .weak_hook import WeakHook
 
 _living: weakref.WeakSet[BlockRates] = weakref.WeakSet()

@@ -14,8 +14,8 @@ from . import procedures
 from .blocks.block_map import BlockMap
 from .errors import SurgicalError
 from .procedures.procedure import Procedure, as_procedure
+from .scoring.selection import Selection
 from .search_result import Candidate, SearchResult, SearchTrial, candidate_of
-from .selection import Selection
 
 if TYPE_CHECKING:
     from .studies import Study, Task

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from .atomic_files import write_text
 from .errors import SurgicalError
-from .selection import Selection
+from .scoring.selection import Selection
 
 
 @dataclass(frozen=True)

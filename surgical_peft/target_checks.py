@@ -14,7 +14,7 @@ from .blocks.unwrap import PARKED, walk
 from .config import SurgicalConfig
 from .errors import SurgicalError
 from .layer import SurgicalLayer
-from .offloading import lent_weights
+from .scoring.offload import lent_weights
 from .slots import BASE
 from .tensors import TensorMap, put
 

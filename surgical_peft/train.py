@@ -23,12 +23,12 @@ from .criteria.budget import GRADIENTS, half_of
 from .errors import SurgicalError
 from .optim import surgical_optimizer
 from .policies.policy import Policy
-from .progress import Stages, TrainingStage, counted
 from .recipe import Recipe
 from .report.card import write_card
 from .run_report import begin, make_report
-from .scores import BlockScores
-from .scoring import score_blocks
+from .scoring.block_scores import BlockScores
+from .scoring.progress import Stages, TrainingStage, counted
+from .scoring.score import score_blocks
 from .tasks import Examples, Task, load_task
 from .tasks.models import modules_to_save
 

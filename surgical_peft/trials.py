@@ -26,7 +26,7 @@ from .optim import create_surgical_optimizer
 from .policies.policy import Policy
 from .quiet import quieten
 from .recipe import Recipe
-from .scores import BlockScores
+from .scoring.block_scores import BlockScores
 from .tasks import load_task
 from .tasks.measuring import classification
 from .train import fit

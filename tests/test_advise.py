@@ -28,7 +28,7 @@ from surgical_peft.halving import Judge, Probe, Rival, Round, decide, halve
 from surgical_peft.methods import make_method
 from surgical_peft.recipe import Recipe, load_recipe
 from surgical_peft.report.advice import markdown, recipe_lines, sentences, table
-from surgical_peft.selection import Selection
+from surgical_peft.scoring.selection import Selection
 from surgical_peft.tasks.measuring import Measure
 from surgical_peft.tiny import make_tiny
 from surgical_peft.workbench import Workbench

@@ -20,7 +20,7 @@ from surgical_peft.choosing import choose_blocks
 from surgical_peft.criteria.budget import GRADIENTS, Budget
 from surgical_peft.criteria.criterion import of_model
 from surgical_peft.criteria.short_training.context import Trial
-from surgical_peft.progress import Stages, counted
+from surgical_peft.scoring.progress import Stages, counted
 
 from .families import FAMILIES
 from .toys import TOYS, Toy

@@ -28,7 +28,7 @@ from surgical_peft import (
 )
 from surgical_peft.policies.auto_rgn import _norms_in_one_call, _norms_on_cpu, _ratios
 from surgical_peft.policies.policy import Policy, Run, Unit
-from surgical_peft.scores import BlockScores
+from surgical_peft.scoring.block_scores import BlockScores
 
 from .toys import TOYS, Toy
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from surgical_peft import criteria
-from surgical_peft.processes import several
+from surgical_peft.scoring.distributed import several
 
 REPOSITORY = Path(__file__).parents[1]
 SOME = ("rgn", "bvr", "fisher", "weight_change")

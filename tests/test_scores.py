@@ -11,7 +11,7 @@ import pytest
 import rich.console
 
 from surgical_peft import BlockScores, SurgicalError, score_blocks
-from surgical_peft.report.plots import plot_scores
+from surgical_peft.scoring.plot import plot_scores
 
 from .toys import TOYS, Toy
 

@@ -16,11 +16,11 @@ from ..errors import SurgicalError
 from ..objective import RecipeObjective
 from ..policies.policy import check_count
 from ..procedures.procedure import Procedure, as_procedure
-from ..scoring import score_blocks
+from ..scoring.score import score_blocks
+from ..scoring.selection import Selection, check_k
+from ..scoring.selection import top_k as take_top_k
 from ..search import count_trainings, run_search
 from ..search_result import SearchResult
-from ..selection import Selection, check_k
-from ..selection import top_k as take_top_k
 from ..tasks.models import modules_to_save
 from ..train import budget_of
 from ..validation import resolve

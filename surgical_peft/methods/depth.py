@@ -9,7 +9,7 @@ from typing import Any
 from ..blocks.block_map import BlockMap
 from ..errors import SurgicalError
 from ..procedures.procedure import layers
-from ..selection import Selection
+from ..scoring.selection import Selection
 from .method import Method, Setting, of_known_blocks, parsed
 
 

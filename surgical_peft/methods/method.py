@@ -20,7 +20,7 @@ from ..config import SurgicalConfig
 from ..errors import SurgicalError
 from ..policies.policy import Policy
 from ..recipe import Recipe
-from ..selection import Selection
+from ..scoring.selection import Selection
 from ..tasks.models import modules_to_save
 from ..validation import nearest, resolve
 

@@ -16,7 +16,7 @@ from ..blocks.block_map import BlockMap, is_head
 from ..config import SurgicalConfig
 from ..errors import SurgicalError
 from ..recipe import Recipe
-from ..selection import Selection
+from ..scoring.selection import Selection
 from ..tasks.models import modules_to_save as always_saved
 from .method import Method, of_known_blocks, parsed
 

@@ -12,7 +12,7 @@ from ..errors import SurgicalError
 from ..policies.policy import Policy
 from ..policies.stages import Stage, Stages, check_length, planned_length
 from ..recipe import Recipe
-from ..selection import Selection
+from ..scoring.selection import Selection
 from .method import Method
 
 

@@ -14,7 +14,7 @@ from torch._utils import _flatten_dense_tensors
 
 from ..blocks.block_map import is_head
 from ..errors import SurgicalError
-from ..scores import BlockScores, normalize
+from ..scoring.block_scores import BlockScores, normalize
 from .policy import Policy, Run, Unit, check_cadence, check_count, check_word
 
 

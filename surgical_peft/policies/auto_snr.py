@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from .. import criteria
 from ..blocks.block_map import is_head
 from ..errors import SurgicalError
-from ..scores import BlockScores, normalize
+from ..scoring.block_scores import BlockScores, normalize
 from ..validation import resolve
 from .policy import STATE_POLICIES, Policy, Run, check_cadence, check_count, check_word, is_number
 

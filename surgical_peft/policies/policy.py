@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..blocks.block_map import BlockMap, is_head
 from ..errors import SurgicalError
-from ..scores import BlockScores
+from ..scoring.block_scores import BlockScores
 from ..validation import nearest
 
 StepLoss = Callable[..., Tensor]

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from ..blocks.block_map import BlockMap
 from ..errors import SurgicalError
 from ..policies.policy import check_count
-from ..scores import BlockScores
+from ..scoring.block_scores import BlockScores
 from .greedy_forward import grow
 from .procedure import Blocks, Procedure, Proposals, check_epsilon, check_fits, layers, plain
 

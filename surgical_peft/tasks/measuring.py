@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import default_data_collator
 
-from ..batches import IGNORED
 from ..errors import SurgicalError
 from ..metrics import SHIPPED, load_metric
+from ..scoring.batches import IGNORED
 from .task import Examples
 
 BATCH_SIZE = 250

@@ -10,9 +10,9 @@ from numpy.random import Generator
 from torch import nn
 from transformers import AutoModelForSeq2SeqLM, DataCollatorForSeq2Seq
 
-from ..batches import IGNORED
 from ..metrics import load_metric
 from ..recipe import Recipe
+from ..scoring.batches import IGNORED
 from .data import find_columns, is_text, open_splits
 from .measuring import Batch, Measure, check_metric, read_tokens
 from .models import model_loader

@@ -10,10 +10,10 @@ from numpy.random import Generator
 from torch import nn
 from transformers import AutoModelForTokenClassification, DataCollatorForTokenClassification
 
-from ..batches import IGNORED
 from ..errors import SurgicalError
 from ..metrics import load_metric
 from ..recipe import Recipe
+from ..scoring.batches import IGNORED
 from .data import find_columns, is_label, is_list_of, is_text, open_splits
 from .labels import class_names, class_numbers, fit_labels
 from .measuring import Batch, Measure, check_metric

@@ -251,8 +251,8 @@ def test_deepspeed_is_for_constant_factors(
     name: str, make: Callable[[], Policy], vit: Toy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     state = SimpleNamespace(distributed_type=DistributedType.DEEPSPEED)
-    monkeypatch.setattr("surgical_peft.processes.is_initialized", lambda: True)
-    monkeypatch.setattr("surgical_peft.processes.AcceleratorState", lambda: state)
+    monkeypatch.setattr("surgical_peft.scoring.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("surgical_peft.scoring.distributed.AcceleratorState", lambda: state)
     model, policy = vit.model(), make()
     if name in ("discriminative", "layer_decay", "static"):
         create_surgical_optimizer(model, torch.optim.AdamW, lr=1e-3, policy=policy)

@@ -11,7 +11,7 @@ from accelerate.hooks import AlignDevicesHook, ModelHook, SequentialHook
 from accelerate.utils import retie_parameters
 from torch import Tensor, nn
 
-from .blocks.unwrap import bare, clean_name
+from ..blocks.unwrap import bare, clean_name
 
 Arrival = Callable[[str, nn.Parameter], None]
 

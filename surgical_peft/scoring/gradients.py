@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from .criteria.criterion import Criterion, Moments, Needs, can_train, not_finite, whole
-from .errors import SurgicalError
-from .offloading import Lent, arrivals
-from .processes import last_of_all, merge, union_of_values
+from ..criteria.criterion import Criterion, Moments, Needs, can_train, not_finite, whole
+from ..errors import SurgicalError
+from .distributed import last_of_all, merge, union_of_values
+from .offload import Lent, arrivals
 
 Units = Mapping[str, dict[str, nn.Parameter]]  # for each unit its weights by their names in the bare model
 Receiver = Callable[[str, list[Tensor], list[Tensor], int], None]
@@ -213,7 +213,7 @@ def name_of(criterion: Criterion) -> str:
         settings = {**function.keywords, **settings}
         function = function.func
     function = function if hasattr(function, "__qualname__") else type(function)
-    package = f"{__package__}.criteria."
+    package = "surgical_peft.criteria."
     own = function.__module__.startswith(package)
     name = function.__name__ if own else f"{function.__module__}:{function.__qualname__}"
     return name + (f"({', '.join(f'{key}={value}' for key, value in settings.items())})" if settings else "")

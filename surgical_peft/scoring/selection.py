@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from .errors import SurgicalError
-from .scores import BlockScores, normalize
+from ..errors import SurgicalError
+from .block_scores import BlockScores, normalize
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .blocks.unwrap import bare
-from .errors import SurgicalError
+from ..blocks.unwrap import bare
+from ..errors import SurgicalError
 
 LossFunction = Callable[[nn.Module, Any], Tensor]
 IGNORED = -100  # the label that losses leave out

@@ -11,9 +11,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from .atomic_files import write_text
-from .blocks.block_map import is_head
-from .errors import SurgicalError
+from ..atomic_files import write_text
+from ..blocks.block_map import is_head
+from ..errors import SurgicalError
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class BlockScores:
 
     def plot(self, path: str | Path) -> None:
         """Draw the scores as bars, first block at the top, and write them to `path` (png, pdf or svg)."""
-        from .report.plots import plot_scores
+        from .plot import plot_scores
 
         plot_scores({self.model_name: self}, path)
 

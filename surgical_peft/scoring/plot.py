@@ -9,7 +9,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from ..atomic_files import whole_file
-from ..scores import BlockScores
+from .block_scores import BlockScores
 
 
 def plot_scores(scores: Mapping[str, BlockScores], path: str | Path) -> None:

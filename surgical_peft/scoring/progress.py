@@ -12,8 +12,8 @@ from rich.console import Console
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
-from .criteria.budget import Budget, check_steps
-from .processes import is_first
+from ..criteria.budget import Budget, check_steps
+from .distributed import is_first
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID

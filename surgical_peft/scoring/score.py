@@ -9,12 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import criteria
-from .batches import LossFunction, all_ignored, check_labelled, check_separable, examples_of, model_loss, to_device
-from .blocks.block_map import BlockMap
-from .blocks.unwrap import bare, clean_name, idle_parameters, walk
-from .criteria.budget import GRADIENTS, Budget
-from .criteria.criterion import (
+from .. import criteria
+from ..blocks.block_map import BlockMap
+from ..blocks.unwrap import bare, clean_name, idle_parameters, walk
+from ..criteria.budget import GRADIENTS, Budget
+from ..criteria.criterion import (
     NO_GRADIENT,
     Criterion,
     Needs,
@@ -25,15 +24,16 @@ from .criteria.criterion import (
     tell_unreached,
     whole,
 )
-from .criteria.short_training.context import Trial
-from .errors import SurgicalError
+from ..criteria.short_training.context import Trial
+from ..errors import SurgicalError
+from ..validation import nearest, resolve
+from .batches import LossFunction, all_ignored, check_labelled, check_separable, examples_of, model_loss, to_device
+from .block_scores import BlockScores
+from .distributed import dealt, first_says, is_sharded, size_of_union, union_of_names, without_ddp
+from .gradients import GradientReader, OverSamples, PerBatch, Units, checked, kind_of, name_of
 from .leftovers import as_it_was
-from .offloading import Lent, lent_weights, stand_ins_kept
-from .processes import dealt, first_says, is_sharded, size_of_union, union_of_names, without_ddp
+from .offload import Lent, lent_weights, stand_ins_kept
 from .progress import counted
-from .reading import GradientReader, OverSamples, PerBatch, Units, checked, kind_of, name_of
-from .scores import BlockScores
-from .validation import nearest, resolve
 
 GRANULARITIES = ("block", "module", "tensor")
 MEMORY = ("normal", "low")

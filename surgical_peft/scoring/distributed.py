@@ -13,7 +13,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from .criteria.criterion import Moments
+from ..criteria.criterion import Moments
 
 Told = TypeVar("Told")
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import cache_utils
 
-from .criteria.criterion import can_train, reshard
+from ..criteria.criterion import can_train, reshard
 
 # Not looked at: weights, children, hooks and modes, and how accelerate or we have a module called.
 _NOT_OURS = {*vars(nn.Module()), "forward", "_old_forward", "_hf_hook"} - {"_buffers", "_non_persistent_buffers_set"}
