@@ -9,17 +9,17 @@ from . import criteria, policies, procedures
 from .auto import get_surgical_model
 from .blocks.block_map import BlockMap
 from .callback import SurgicalCallback
-from .config import SurgicalConfig
 from .errors import SurgicalError
 from .export import export_to_peft
-from .model import SurgicalModel
 from .optim import SurgicalOptimizerFactory, create_surgical_optimizer, surgical_optimizer
-from .registration import register
 from .scoring.block_scores import BlockScores
 from .scoring.score import score_blocks
 from .scoring.selection import Selection, above, top_fraction, top_k, within_budget
 from .search import run_search
 from .trainer_patch import patch_trainer
+from .tuner.config import SurgicalConfig
+from .tuner.model import SurgicalModel
+from .tuner.register import register
 
 __version__ = "0.1.0"
 

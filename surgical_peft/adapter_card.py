@@ -19,8 +19,8 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from .atomic_files import write_text
-from .config import SurgicalPeftType
-from .tensors import TensorMap
+from .tuner.config import SurgicalPeftType
+from .tuner.tensors.tuned_tensors import TensorMap
 
 TAG = "surgical-fine-tuning"
 HERE = "this folder or repository"  # in the place of a repository's name, until it is known

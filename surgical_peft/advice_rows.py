@@ -8,10 +8,10 @@ from dataclasses import MISSING, asdict, fields
 from typing import Any
 
 from .atomic_files import finite
-from .config import SurgicalConfig
 from .halving import ROUNDS, Judge, Rival
 from .recipe import Recipe
 from .signature import Signature
+from .tuner.config import SurgicalConfig
 
 _LINES: Mapping[str, dict[str, Any]] = {  # what a recipe says for those that choose no blocks
     "full": {"blocks": "all"},

@@ -10,10 +10,10 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 
 from .choosing import choose_blocks
-from .config import SurgicalConfig
 from .criteria.budget import half_of
 from .errors import SurgicalError
 from .scoring.batches import LossFunction
+from .tuner.config import SurgicalConfig
 
 
 def get_surgical_model(

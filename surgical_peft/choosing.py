@@ -14,7 +14,6 @@ from torch import nn
 
 from . import criteria
 from .blocks.block_map import BlockMap
-from .config import SurgicalConfig
 from .criteria.budget import FORWARD, GRADIENTS, Budget
 from .criteria.criterion import Criterion, needs_of, of_model
 from .criteria.probe import PACE
@@ -27,7 +26,8 @@ from .scoring.gradients import name_of
 from .scoring.progress import Stages, counted
 from .scoring.score import score_blocks
 from .scoring.selection import check_k, top_k
-from .targets import modules_to_tune
+from .tuner.config import SurgicalConfig
+from .tuner.target_modules import modules_to_tune
 from .validation import resolve
 
 CRITERION = "probe"  # the lowest regret on the seen shifts of benchmarks/criteria

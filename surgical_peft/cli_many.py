@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from .config import SurgicalConfig
 from .terminal import AsJson, DryRun, RecipeFile, Tiny, console, in_words, print_json
+from .tuner.config import SurgicalConfig
 
 if TYPE_CHECKING:
     from .recipe import Recipe

@@ -22,10 +22,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .config import SurgicalConfig
 from .errors import SurgicalError
-from .fingerprint import fingerprint
-from .saved import PREFIX, Base, LoadedBase, SavedAdapter, check_fits, load_base, read_json
+from .tuner.config import SurgicalConfig
+from .tuner.loading.fingerprint import fingerprint
+from .tuner.loading.saved_adapter import PREFIX, Base, LoadedBase, SavedAdapter, check_fits, load_base, read_json
 
 DELTA_CONFIG = "delta_config.json"  # the adapter's, under a name that makes it no adapter's folder
 DELTA_WEIGHTS = "delta.safetensors"

@@ -20,8 +20,16 @@ from .atomic_files import check_replaceable, whole_folder
 from .delta import DELTA_CONFIG, read_delta, write_delta, write_restored
 from .errors import SurgicalError
 from .lowrank import write_lora
-from .saved import Base, LoadedBase, SavedAdapter, check_fits, load_base, read_adapter, skeleton_of_base
 from .stock import stock_config, whole_modules
+from .tuner.loading.saved_adapter import (
+    Base,
+    LoadedBase,
+    SavedAdapter,
+    check_fits,
+    load_base,
+    read_adapter,
+    skeleton_of_base,
+)
 from .validation import nearest
 
 FORMATS = ("peft", "merged", "delta", "lora", "adapter")

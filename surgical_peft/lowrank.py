@@ -18,8 +18,8 @@ from transformers.pytorch_utils import Conv1D
 
 from .blocks.module_lists import within
 from .errors import SurgicalError
-from .saved import PREFIX, LoadedBase, SavedAdapter, check_fits, heads_of
 from .stock import check_found_alone, check_untied, stock_config
+from .tuner.loading.saved_adapter import PREFIX, LoadedBase, SavedAdapter, check_fits, heads_of
 
 
 def write_lora(adapter: SavedAdapter, base: LoadedBase, rank: int, folder: Path) -> dict[str, Any]:

@@ -15,13 +15,13 @@ from transformers import TrainerCallback
 
 from .auto import get_surgical_model
 from .blocks.block_map import BlockMap
-from .config import SurgicalConfig
 from .errors import SurgicalError
-from .fingerprint import fingerprint
 from .recipe import Recipe
 from .run_report import identity
 from .scoring.selection import Selection
 from .tasks.models import modules_to_save
+from .tuner.config import SurgicalConfig
+from .tuner.loading.fingerprint import fingerprint
 from .workbench import Part, Workbench
 
 Report = Callable[[float, int], None]

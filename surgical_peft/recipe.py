@@ -15,7 +15,6 @@ import yaml
 from transformers import TrainingArguments
 
 from . import criteria, policies
-from .config import SurgicalConfig
 from .criteria.criterion import Criterion
 from .errors import SurgicalError
 from .policies.policy import Policy
@@ -23,6 +22,7 @@ from .policies.stages import check_length, planned_length
 from .procedures.procedure import Procedure, as_procedure
 from .recipe_folders import find_folders
 from .strict_yaml import StrictLoader
+from .tuner.config import SurgicalConfig
 from .validation import nearest, resolve
 
 

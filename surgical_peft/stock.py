@@ -10,10 +10,10 @@ from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
 
 from .blocks.module_lists import within
-from .config import SurgicalConfig
 from .errors import SurgicalError
-from .saved import SavedAdapter, heads_of
-from .tensors import TensorMap
+from .tuner.config import SurgicalConfig
+from .tuner.loading.saved_adapter import SavedAdapter, heads_of
+from .tuner.tensors.tuned_tensors import TensorMap
 
 _ELSE = "Keep the adapter as it is, or export it with --format merged or delta."
 

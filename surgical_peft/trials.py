@@ -20,7 +20,6 @@ from torch import nn
 from transformers import AutoModelForImageClassification, default_data_collator
 
 from . import policies
-from .config import SurgicalConfig
 from .errors import SurgicalError
 from .optim import create_surgical_optimizer
 from .policies.policy import Policy
@@ -31,6 +30,7 @@ from .tasks import load_task
 from .tasks.measuring import classification
 from .train import fit
 from .train import score as score_recipe
+from .tuner.config import SurgicalConfig
 
 BATCH_SIZE = 32
 SHIFTS: dict[str, dict[str, Any]] = {

@@ -19,12 +19,12 @@ from transformers import TrainerCallback
 
 from .callback import SurgicalCallback
 from .memory import PeakMemory
-from .model import SurgicalModel
 from .policies.policy import Policy
 from .prefix_cache import AT, ROOM, PrefixCache
 from .recipe import Recipe
 from .tasks import Examples, load_task
 from .train import fit
+from .tuner.model import SurgicalModel
 
 Item = dict[str, Any]
 Wrap = Callable[[nn.Module], nn.Module]

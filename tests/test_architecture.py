@@ -15,7 +15,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from surgical_peft import BlockMap, SurgicalConfig
-from surgical_peft.architecture import fixed_by_architecture
+from surgical_peft.tuner.tensors.architecture import fixed_by_architecture
 
 from .contract.wrapping import logits, no_warnings, nudge, same, trainable
 from .families import FAMILIES

@@ -22,14 +22,14 @@ from torch.utils.checkpoint import checkpoint
 from transformers import SwinConfig, SwinForImageClassification, Trainer, TrainingArguments, set_seed
 
 from surgical_peft import BlockMap, SurgicalConfig
-from surgical_peft.checkpointing import (
+from surgical_peft.tuner.eval_mode import reads_training
+from surgical_peft.tuner.gradient_checkpointing import (
     _IN_EVAL,
     _ROUSED,
     CheckpointWhereNeeded,
     mend_checkpointing,
     restore_checkpointing,
 )
-from surgical_peft.eval_mode import reads_training
 
 from .toys import TOYS, Toy
 

@@ -9,7 +9,7 @@ import pytest
 from peft import PeftConfig, get_peft_config
 
 from surgical_peft import Selection, SurgicalConfig, SurgicalError
-from surgical_peft.config import SurgicalPeftType
+from surgical_peft.tuner.config import SurgicalPeftType
 
 
 @pytest.mark.parametrize(

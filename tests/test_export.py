@@ -29,7 +29,7 @@ from transformers import (
 
 from surgical_peft import SurgicalConfig, SurgicalError, delta, export_to_peft, lowrank
 from surgical_peft.export import export
-from surgical_peft.fingerprint import fingerprint
+from surgical_peft.tuner.loading.fingerprint import fingerprint
 
 from .families import FAMILIES
 from .toys import TOYS, Toy

@@ -13,7 +13,7 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 
 from surgical_peft import SurgicalConfig, SurgicalError
-from surgical_peft.fingerprint import differ_in_dtype, fingerprint
+from surgical_peft.tuner.loading.fingerprint import differ_in_dtype, fingerprint
 
 from .contract.wrapping import nudge
 from .families import FAMILIES

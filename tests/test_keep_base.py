@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from transformers import ViTConfig, ViTForImageClassification
 
 from surgical_peft import SurgicalConfig, SurgicalError
-from surgical_peft.config import KEEP_BASE
-from surgical_peft.layer import SurgicalLayer
-from surgical_peft.slots import BASE
+from surgical_peft.tuner.config import KEEP_BASE
+from surgical_peft.tuner.layer import SurgicalLayer
+from surgical_peft.tuner.tensors.slots import BASE
 
 from .toys import Toy
 
@@ -208,7 +208,7 @@ def test_an_adapter_trained_in_place_can_be_loaded_beside_the_base(vit: Toy, tmp
 
 def test_zero_3_refuses_originals_on_the_cpu(monkeypatch: pytest.MonkeyPatch, vit: Toy) -> None:
     """DeepSpeed moves its weights itself; tests/test_deepspeed.py runs the other two."""
-    monkeypatch.setattr("surgical_peft.targets.is_deepspeed_zero3_enabled", lambda: True)
+    monkeypatch.setattr("surgical_peft.tuner.target_modules.is_deepspeed_zero3_enabled", lambda: True)
     model = vit.model()
     before = repr(model)
     with pytest.raises(SurgicalError, match=r"keep_base='cpu' under DeepSpeed's ZeRO-3.*offload_param"):

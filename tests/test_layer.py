@@ -11,9 +11,9 @@ import torch.nn.utils.prune
 from torch import Tensor, nn
 
 from surgical_peft import SurgicalError
-from surgical_peft.layer import SurgicalLayer
-from surgical_peft.slots import BASE
-from surgical_peft.tensors import Place
+from surgical_peft.tuner.layer import SurgicalLayer
+from surgical_peft.tuner.tensors.slots import BASE
+from surgical_peft.tuner.tensors.tuned_tensors import Place
 
 X = torch.ones(1, 3)
 

@@ -25,7 +25,9 @@ from torch import nn
 from transformers import AutoModelForImageClassification
 from transformers.conversion_mapping import get_model_conversion_mapping
 
-from surgical_peft import SurgicalConfig, SurgicalError, loading, patterns
+from surgical_peft import SurgicalConfig, SurgicalError
+from surgical_peft.tuner import name_checks as patterns
+from surgical_peft.tuner.loading import saved_files as loading
 
 from .toys import TOYS, Toy
 

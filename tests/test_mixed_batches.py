@@ -8,7 +8,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from surgical_peft import SurgicalConfig, SurgicalError
-from surgical_peft.mixed_batches import run_by_rows
+from surgical_peft.tuner.mixed_batches import run_by_rows
 
 from .toys import TOYS, Toy
 

@@ -23,8 +23,8 @@ from surgical_peft import (
     top_k,
 )
 from surgical_peft.criteria.budget import Budget
-from surgical_peft.eval_mode import reads_training
-from surgical_peft.layer import SurgicalLayer
+from surgical_peft.tuner.eval_mode import reads_training
+from surgical_peft.tuner.layer import SurgicalLayer
 
 from .toys import TOYS, Batch, Toy
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from surgical_peft import SurgicalConfig, SurgicalError
 from surgical_peft.blocks.unwrap import clean_name
-from surgical_peft.saved import LoadedBase, read_adapter
+from surgical_peft.tuner.loading.saved_adapter import LoadedBase, read_adapter
 
 from .contract.wrapping import no_warnings, nudge
 

@@ -16,9 +16,10 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from surgical_peft import SurgicalConfig, SurgicalError, new_weights
+from surgical_peft import SurgicalConfig, SurgicalError
 from surgical_peft.blocks.unwrap import clean_name
-from surgical_peft.new_weights import newly_initialised
+from surgical_peft.tuner.loading import new_weights
+from surgical_peft.tuner.loading.new_weights import newly_initialised
 
 from .contract.wrapping import no_warnings, nudge
 from .families import FAMILIES

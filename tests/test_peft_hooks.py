@@ -18,10 +18,10 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import save_and_load
 
 import surgical_peft
-from surgical_peft import peft_patches
-from surgical_peft.layer import SurgicalLayer
-from surgical_peft.model import SurgicalModel
-from surgical_peft.peft_hooks import PeftHooks
+from surgical_peft.tuner import peft_patches
+from surgical_peft.tuner.layer import SurgicalLayer
+from surgical_peft.tuner.model import SurgicalModel
+from surgical_peft.tuner.peft_hooks import PeftHooks
 
 PACKAGE = Path(surgical_peft.__file__).parent
 

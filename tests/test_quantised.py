@@ -25,8 +25,8 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from surgical_peft import SurgicalConfig, SurgicalError
-from surgical_peft.config import KEEP_BASE
-from surgical_peft.quantised import FloatLinear, is_packed, note_float_layers, packed_layers
+from surgical_peft.tuner.config import KEEP_BASE
+from surgical_peft.tuner.quantization import FloatLinear, is_packed, note_float_layers, packed_layers
 
 LIBRARY = {"4 bits": "bitsandbytes", "8 bits": "bitsandbytes", "torchao": "torchao"}
 

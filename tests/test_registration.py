@@ -8,8 +8,9 @@ from peft import PeftConfig, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
 import surgical_peft
-from surgical_peft import SurgicalConfig, SurgicalError, SurgicalModel, registration
-from surgical_peft.config import SurgicalPeftType
+from surgical_peft import SurgicalConfig, SurgicalError, SurgicalModel
+from surgical_peft.tuner import register as registration
+from surgical_peft.tuner.config import SurgicalPeftType
 
 from .toys import Toy
 

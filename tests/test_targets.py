@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertForMaskedLM, MambaConfig, MambaForCausalLM
 
 from surgical_peft import BlockMap, SurgicalConfig, SurgicalError
-from surgical_peft.layer import SurgicalLayer
-from surgical_peft.targets import modules_to_tune
+from surgical_peft.tuner.layer import SurgicalLayer
+from surgical_peft.tuner.target_modules import modules_to_tune
 
 from .families import FAMILIES
 from .toys import TOYS, Toy

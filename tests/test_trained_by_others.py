@@ -20,7 +20,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from surgical_peft import SurgicalConfig
-from surgical_peft.layer import SurgicalLayer
+from surgical_peft.tuner.layer import SurgicalLayer
 
 from .launched import BLOCKS, assert_same_adapter, train
 from .toys import TOYS, VOCABULARY

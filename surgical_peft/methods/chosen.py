@@ -10,7 +10,6 @@ from typing import Any
 
 from .. import criteria
 from ..choosing import check_choice, choose_blocks
-from ..config import SurgicalConfig
 from ..criteria.budget import Budget
 from ..errors import SurgicalError
 from ..objective import RecipeObjective
@@ -23,6 +22,7 @@ from ..search import count_trainings, run_search
 from ..search_result import SearchResult
 from ..tasks.models import modules_to_save
 from ..train import budget_of
+from ..tuner.config import SurgicalConfig
 from ..validation import resolve
 from .method import Method, Setting, of_known_blocks, parsed
 

@@ -16,12 +16,12 @@ from transformers import TrainingArguments
 
 from ..auto import get_surgical_model
 from ..blocks.block_map import BlockMap
-from ..config import SurgicalConfig
 from ..errors import SurgicalError
 from ..policies.policy import Policy
 from ..recipe import Recipe
 from ..scoring.selection import Selection
 from ..tasks.models import modules_to_save
+from ..tuner.config import SurgicalConfig
 from ..validation import nearest, resolve
 
 

@@ -11,7 +11,7 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor
 
 from surgical_peft import SurgicalConfig, SurgicalError
-from surgical_peft.slots import BASE
+from surgical_peft.tuner.tensors.slots import BASE
 
 from ..toys import Toy
 from .wrapping import (

@@ -87,5 +87,5 @@ def test_a_fresh_process_loads_the_adapter_under_another_name(directory: Path) -
 def test_without_our_import_peft_does_not_know_the_method_until_a_config_is_unpickled(directory: Path) -> None:
     result = run(WITHOUT_IMPORT, directory)
     assert result["peft"] == result["transformers"] == "KeyError('SURGICAL')"
-    assert result["unpickled"] == ["surgical_peft.config", ["0", "head"], "SURGICAL"]
+    assert result["unpickled"] == ["surgical_peft.tuner.config", ["0", "head"], "SURGICAL"]
     assert result["after"] == "SurgicalConfig"

@@ -24,7 +24,7 @@ from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 from surgical_peft import SurgicalConfig, SurgicalError
-from surgical_peft.slots import BASE
+from surgical_peft.tuner.tensors.slots import BASE
 
 from ..toys import TOYS, Toy
 from .wrapping import (

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from surgical_peft import BlockMap, SurgicalConfig
-from surgical_peft.layer import SurgicalLayer
+from surgical_peft.tuner.layer import SurgicalLayer
 
 from ..toys import Batch, Toy
 

@@ -10,10 +10,10 @@ from typing import Any
 
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
-from .adapter_card import keep_cards
+from ..adapter_card import keep_cards
+from ..errors import SurgicalError
 from .config import SurgicalConfig, SurgicalPeftType
-from .errors import SurgicalError
-from .loading import watch_reading
+from .loading.saved_files import watch_reading
 from .model import SurgicalModel
 from .peft_patches import patch_peft
 

@@ -13,8 +13,8 @@ from peft.utils.integrations import gather_params_ctx
 from torch import Tensor, nn
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
-from .errors import SurgicalError
-from .tensors import put
+from ...errors import SurgicalError
+from .tuned_tensors import put
 
 BASE = "__base__"  # the base model's own set of tensors, as PEFT calls the rows of a batch without an adapter
 

@@ -5,16 +5,16 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from .blocks.module_lists import join
-from .blocks.unwrap import PARKED, bare, clean_name
-from .config import SurgicalConfig
-from .errors import SurgicalError
-from .fit import bare_names, match
-from .layer import SurgicalLayer
-from .loading import Shapes
-from .moved_buffers import warn_of_moved_buffers
-from .slots import is_dealt, is_sharded
-from .tensors import TensorMap
+from ...blocks.module_lists import join
+from ...blocks.unwrap import PARKED, bare, clean_name
+from ...errors import SurgicalError
+from ..config import SurgicalConfig
+from ..layer import SurgicalLayer
+from ..moved_buffers import warn_of_moved_buffers
+from ..tensors.slots import is_dealt, is_sharded
+from ..tensors.tuned_tensors import TensorMap
+from .compatibility import bare_names, match
+from .saved_files import Shapes
 
 
 def layers_by_path(model: nn.Module) -> dict[str, SurgicalLayer]:

@@ -18,12 +18,12 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from .blocks.unwrap import PARKED
-from .errors import SurgicalError
+from ..blocks.unwrap import PARKED
+from ..errors import SurgicalError
 from .layer import SurgicalLayer
 from .model import SurgicalModel
-from .quantised import unpack_idle
-from .slots import BASE
+from .quantization import unpack_idle
+from .tensors.slots import BASE
 
 
 def patch_peft() -> None:

@@ -13,17 +13,17 @@ from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-from .blocks.block_map import BlockMap
-from .blocks.module_lists import within
-from .blocks.unwrap import walk
+from ..blocks.block_map import BlockMap
+from ..blocks.module_lists import within
+from ..blocks.unwrap import walk
+from ..errors import SurgicalError
 from .config import Choice, SurgicalConfig
 from .config import Targets as Asked
-from .errors import SurgicalError
+from .loading.new_weights import has_new_head, new_head
+from .loading.saved_adapter import heads_of
 from .moved_buffers import moving_buffers
-from .new_weights import has_new_head, new_head
-from .saved import heads_of
 from .target_checks import check_at_hand, check_exchangeable, check_separate
-from .tensors import Targets, TensorMap, united
+from .tensors.tuned_tensors import Targets, TensorMap, united
 
 PARTS = ("all-norm", "all-bias")
 _WITHOUT_FORWARD = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterable
 from typing import Any
 
-from .errors import SurgicalError
+from ..errors import SurgicalError
 
 LONGEST_MATCHING = 5.0  # seconds for all modules of a model together; sensible expressions take milliseconds
 

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from transformers import Cache, PreTrainedModel
 
-from .blocks.unwrap import walk
-from .errors import SurgicalError
+from ..blocks.unwrap import walk
+from ..errors import SurgicalError
 from .layer import SurgicalLayer
-from .slots import BASE
+from .tensors.slots import BASE
 
 
 def check_rows(model: nn.Module, adapters: Sequence[str], adapter_names: Sequence[str], inputs: Sequence[Any]) -> None:

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
-from .blocks.module_lists import within
-from .config import SurgicalConfig, SurgicalPeftType
-from .errors import SurgicalError
+from ...blocks.module_lists import within
+from ...errors import SurgicalError
+from ..config import SurgicalConfig, SurgicalPeftType
 
 PREFIX = "base_model.model."  # what PEFT puts before each name of the base model
 Base = str | Path | nn.Module | None  # a folder or Hub id, the model itself, or None for what the adapter names

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .blocks.module_lists import inside, join
-from .blocks.unwrap import walk
-from .errors import SurgicalError
+from ...blocks.module_lists import inside, join
+from ...blocks.unwrap import walk
+from ...errors import SurgicalError
 
 Targets = Mapping[str, Collection[str] | None]  # path of a module -> names of parameters in it; None for all
 

@@ -13,21 +13,21 @@ from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
 from torch import nn
 
-from .adapter_weights import adapter_weights, load_weights
+from ..blocks.unwrap import seen_through
 from .attach import Plan, attach, plan_for, requires_grad_by_name
-from .blocks.unwrap import seen_through
-from .checkpointing import mend_checkpointing
 from .config import SurgicalConfig
-from .fit import check_fit, names_today, prepare_loading, recorded
+from .gradient_checkpointing import mend_checkpointing
 from .layer import SurgicalLayer
+from .loading.adapter_weights import adapter_weights, load_weights
+from .loading.compatibility import check_fit, names_today, prepare_loading, recorded
+from .loading.new_weights import newly_initialised, note_new_weights
+from .loading.same_base import check_base
 from .lora import check_lora, inject_lora
 from .moved_buffers import note_buffers
-from .new_weights import newly_initialised, note_new_weights
-from .same_base import check_base
-from .slots import BASE
 from .target_checks import check_adapter_names
-from .targets import modules_to_tune, with_modules_besides
-from .tensors import TensorMap
+from .target_modules import modules_to_tune, with_modules_besides
+from .tensors.slots import BASE
+from .tensors.tuned_tensors import TensorMap
 
 
 class PeftHooks(BaseTuner):

@@ -11,15 +11,15 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.integrations.fsdp import is_fsdp_enabled
 
-from .architecture import fixed_by_architecture, outermost_models
-from .blocks.module_lists import inside, within
-from .blocks.unwrap import bare, named_children, seen_through, walk
-from .config import SurgicalConfig
-from .layer import base_tensors
-from .quantised import WAS_PACKED, FloatLinear
-from .saved import heads_of
-from .scoring.distributed import first_says
-from .tensors import TensorMap
+from ...blocks.module_lists import inside, within
+from ...blocks.unwrap import bare, named_children, seen_through, walk
+from ...scoring.distributed import first_says
+from ..config import SurgicalConfig
+from ..layer import base_tensors
+from ..quantization import WAS_PACKED, FloatLinear
+from ..tensors.architecture import fixed_by_architecture, outermost_models
+from ..tensors.tuned_tensors import TensorMap
+from .saved_adapter import heads_of
 
 # PEFT's classes for these tasks save a classifier besides, since its weights are new.
 _TASKS_WITH_NEW_HEAD = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")

@@ -9,10 +9,10 @@ from peft import LoraConfig, LoraModel, set_peft_model_state_dict
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
-from .blocks.unwrap import walk
+from ..blocks.unwrap import walk
+from ..errors import SurgicalError
 from .config import SurgicalConfig
-from .errors import SurgicalError
-from .loading import saved_tensors
+from .loading.saved_files import saved_tensors
 
 
 def lora_config(config: SurgicalConfig, tuned: Iterable[str]) -> LoraConfig:

@@ -14,15 +14,15 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, dot_natural_key, rename_source_key
 
-from .blocks.module_lists import inside, join
-from .blocks.unwrap import bare, clean_name, walk
-from .config import Choice, SurgicalConfig
-from .errors import SurgicalError
-from .loading import Shapes, saved_shapes
+from ...blocks.module_lists import inside, join
+from ...blocks.unwrap import bare, clean_name, walk
+from ...errors import SurgicalError
+from ..config import Choice, SurgicalConfig
+from ..name_checks import check_matching
+from ..quantization import is_packed
+from ..tensors.tuned_tensors import Targets, TensorMap
 from .new_weights import embeddings
-from .patterns import check_matching
-from .quantised import is_packed
-from .tensors import Targets, TensorMap
+from .saved_files import Shapes, saved_shapes
 
 _KEYS_SHOWN = 5
 

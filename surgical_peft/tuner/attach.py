@@ -1,4 +1,4 @@
-"""Puts a [`SurgicalLayer`][surgical_peft.layer.SurgicalLayer] into each module that owns tensors of a new adapter."""
+"""Puts a [`SurgicalLayer`][surgical_peft.tuner.layer.SurgicalLayer] into each module that owns tensors of a new adapter."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from .architecture import fixed_by_architecture
-from .blocks.module_lists import join
-from .blocks.unwrap import PARKED, walk
+from ..blocks.module_lists import join
+from ..blocks.unwrap import PARKED, walk
 from .class_code import names_in_code
 from .config import SurgicalConfig
 from .layer import SurgicalLayer
-from .quantised import FloatLinear, is_packed, packed_layers
-from .tensors import Targets, TensorMap
+from .quantization import FloatLinear, is_packed, packed_layers
+from .tensors.architecture import fixed_by_architecture
+from .tensors.tuned_tensors import Targets, TensorMap
 
 
 @dataclass(frozen=True)

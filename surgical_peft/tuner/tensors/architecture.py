@@ -10,8 +10,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from .blocks.module_lists import inside, join
-from .blocks.unwrap import walk
+from ...blocks.module_lists import inside, join
+from ...blocks.unwrap import walk
 
 
 def fixed_by_architecture(model: nn.Module, names: Collection[str]) -> tuple[set[str], list[str]]:

@@ -15,10 +15,10 @@ from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from .blocks.unwrap import PARKED, walk
-from .errors import SurgicalError
-from .slots import BASE
-from .tensors import put
+from ..blocks.unwrap import PARKED, walk
+from ..errors import SurgicalError
+from .tensors.slots import BASE
+from .tensors.tuned_tensors import put
 
 WAS_PACKED = "surgical_was_packed"  # an attribute of float layers that stand where packed ones stood
 

@@ -9,14 +9,14 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
-from .blocks.module_lists import within
-from .blocks.unwrap import PARKED, walk
+from ..blocks.module_lists import within
+from ..blocks.unwrap import PARKED, walk
+from ..errors import SurgicalError
+from ..scoring.offload import lent_weights
 from .config import SurgicalConfig
-from .errors import SurgicalError
 from .layer import SurgicalLayer
-from .scoring.offload import lent_weights
-from .slots import BASE
-from .tensors import TensorMap, put
+from .tensors.slots import BASE
+from .tensors.tuned_tensors import TensorMap, put
 
 
 def check_adapter_names(model: nn.Module, adapters: dict[str, SurgicalConfig], new: SurgicalConfig) -> None:

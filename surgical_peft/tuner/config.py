@@ -14,11 +14,11 @@ from peft import LoraConfig
 from peft.config import PeftConfig
 from peft.utils import CONFIG_NAME
 
-from .atomic_files import write_text
-from .blocks.block_map import PART
-from .errors import SurgicalError
-from .patterns import check_names
-from .scoring.selection import Selection
+from ..atomic_files import write_text
+from ..blocks.block_map import PART
+from ..errors import SurgicalError
+from ..scoring.selection import Selection
+from .name_checks import check_names
 
 
 class SurgicalPeftType(str, Enum):

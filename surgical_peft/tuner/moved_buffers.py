@@ -7,14 +7,14 @@ from collections.abc import Collection
 
 from torch import nn
 
-from .blocks.module_lists import join
-from .blocks.unwrap import walk
+from ..blocks.module_lists import join
+from ..blocks.unwrap import walk
 from .config import SurgicalConfig
 from .eval_mode import reads_training
-from .fingerprint import differ_in_dtype, fingerprint
 from .layer import base_tensors
-from .quantised import is_packed
-from .tensors import TensorMap
+from .loading.fingerprint import differ_in_dtype, fingerprint
+from .quantization import is_packed
+from .tensors.tuned_tensors import TensorMap
 
 _SHOWN = 5
 

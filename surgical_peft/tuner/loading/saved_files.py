@@ -19,9 +19,9 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .blocks.unwrap import clean_name
-from .config import ReadFrom, SurgicalConfig, SurgicalPeftType
-from .errors import SurgicalError
+from ...blocks.unwrap import clean_name
+from ...errors import SurgicalError
+from ..config import ReadFrom, SurgicalConfig, SurgicalPeftType
 
 Shapes = dict[str, tuple[int, ...]]
 

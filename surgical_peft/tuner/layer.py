@@ -10,11 +10,11 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from .errors import SurgicalError
-from .parked import ParkedTensors, forget_caches
-from .precision.foreign_optimizers import tell_of_others
-from .slots import BASE, Slot
-from .tensors import Place, TensorMap
+from ..errors import SurgicalError
+from ..precision.foreign_optimizers import tell_of_others
+from .tensors.parked import ParkedTensors, forget_caches
+from .tensors.slots import BASE, Slot
+from .tensors.tuned_tensors import Place, TensorMap
 
 NO_BASE = (
     "keep_base='none' trains the chosen modules in place: their original weights are gone, so there is nothing to go "

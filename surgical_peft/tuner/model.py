@@ -11,22 +11,22 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
+from ..blocks.unwrap import seen_through, walk
+from ..criteria.criterion import reshard
+from ..errors import SurgicalError
 from .attach import restore_requires_grad
-from .blocks.unwrap import seen_through, walk
-from .checkpointing import mend_checkpointing, pause_mending, restore_checkpointing
-from .criteria.criterion import reshard
-from .errors import SurgicalError
 from .eval_mode import eval_frozen
+from .gradient_checkpointing import mend_checkpointing, pause_mending, restore_checkpointing
 from .layer import NO_BASE, SurgicalLayer
 from .mixed_batches import check_rows, rows_by_adapter
 from .peft_hooks import PeftHooks
-from .quantised import FloatLinear, note_float_layers, unpack
+from .quantization import FloatLinear, note_float_layers, unpack
 
 _NO_HOOKS = nullcontext()  # entered at every call of the model
 
 
 class SurgicalModel(PeftHooks):
-    """Puts a [`SurgicalLayer`][surgical_peft.layer.SurgicalLayer] into each module that owns tuned tensors.
+    """Puts a [`SurgicalLayer`][surgical_peft.tuner.layer.SurgicalLayer] into each module that owns tuned tensors.
 
     Users do not build it: `peft.get_peft_model(model, SurgicalConfig(blocks=[0, 1]))` does.
     """

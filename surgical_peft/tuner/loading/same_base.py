@@ -7,16 +7,16 @@ from collections.abc import Collection, Mapping
 
 from torch import Tensor, nn
 
-from .blocks.module_lists import within
-from .blocks.unwrap import walk
-from .config import SurgicalConfig
-from .errors import SurgicalError
+from ...blocks.module_lists import within
+from ...blocks.unwrap import walk
+from ...errors import SurgicalError
+from ..config import SurgicalConfig
+from ..layer import base_tensors
+from ..tensors.tuned_tensors import Targets, TensorMap
 from .fingerprint import differ_in_dtype, fingerprint
-from .layer import base_tensors
-from .loading import saved_tensors
 from .new_weights import new_head
-from .saved import heads_of
-from .tensors import Targets, TensorMap
+from .saved_adapter import heads_of
+from .saved_files import saved_tensors
 
 _EFFECT = {
     "fingerprint": "A tuned block in the midst of another model's blocks seldom works",

@@ -1,0 +1,1 @@
+"""The PEFT method: config, layer and model of `peft_type` SURGICAL."""

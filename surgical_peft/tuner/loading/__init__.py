@@ -1,0 +1,1 @@
+"""Saving and loading adapters, and whether one belongs to a model."""
