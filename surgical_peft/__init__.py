@@ -8,15 +8,15 @@ from __future__ import annotations
 from . import criteria, policies, procedures
 from .auto import get_surgical_model
 from .blocks.block_map import BlockMap
-from .callback import SurgicalCallback
 from .errors import SurgicalError
 from .export import export_to_peft
-from .optim import SurgicalOptimizerFactory, create_surgical_optimizer, surgical_optimizer
+from .optim.callback import SurgicalCallback
+from .optim.optimizer import SurgicalOptimizerFactory, create_surgical_optimizer, surgical_optimizer
+from .optim.trainer_patch import patch_trainer
 from .scoring.block_scores import BlockScores
 from .scoring.score import score_blocks
 from .scoring.selection import Selection, above, top_fraction, top_k, within_budget
 from .search import run_search
-from .trainer_patch import patch_trainer
 from .tuner.config import SurgicalConfig
 from .tuner.model import SurgicalModel
 from .tuner.register import register

@@ -17,11 +17,11 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from .atomic_files import check_replaceable, whole_folder, write_text
 from .auto import get_surgical_model
-from .callback import SurgicalCallback
 from .choosing import CRITERION, choose_blocks
 from .criteria.budget import GRADIENTS, half_of
 from .errors import SurgicalError
-from .optim import surgical_optimizer
+from .optim.callback import SurgicalCallback
+from .optim.optimizer import surgical_optimizer
 from .policies.policy import Policy
 from .recipe import Recipe
 from .report.card import write_card

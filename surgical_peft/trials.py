@@ -21,7 +21,7 @@ from transformers import AutoModelForImageClassification, default_data_collator
 
 from . import policies
 from .errors import SurgicalError
-from .optim import create_surgical_optimizer
+from .optim.optimizer import create_surgical_optimizer
 from .policies.policy import Policy
 from .quiet import quieten
 from .recipe import Recipe

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import TrainerCallback
 
-from .callback import SurgicalCallback
 from .memory import PeakMemory
+from .optim.callback import SurgicalCallback
 from .policies.policy import Policy
 from .prefix_cache import AT, ROOM, PrefixCache
 from .recipe import Recipe

@@ -12,8 +12,8 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from surgical_peft import SurgicalCallback, SurgicalConfig, SurgicalError, policies, surgical_optimizer
+from surgical_peft.optim.history import History, read_history
 from surgical_peft.policies.policy import Policy
-from surgical_peft.report.history import History, read_history
 
 from .toys import TOYS, Toy
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from surgical_peft.report.history import History, plot_history, read_history
+from surgical_peft.optim.history import History, plot_history, read_history
 
 
 def test_a_line_for_each_change(tmp_path: Path) -> None:

@@ -26,9 +26,9 @@ from transformers import (
 )
 
 from surgical_peft import SurgicalCallback, SurgicalError, create_surgical_optimizer, policies, surgical_optimizer
+from surgical_peft.optim.history import History
 from surgical_peft.policies import Stage
 from surgical_peft.policies.policy import Policy
-from surgical_peft.report.history import History
 
 from ..plain import Net, Plain
 from .test_policies_contract import MAKERS

@@ -18,13 +18,13 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_optimizer import is_optimizer_factory
 from transformers.training_args import OptimizerNames
 
-from .blocks.block_map import BlockMap
-from .blocks.unwrap import clean_name
-from .errors import SurgicalError
-from .policies.policy import STATE_POLICIES, Policy, Unit, check_word, is_number
-from .precision.master_weights import MasterWeights, rounds_stochastically
-from .rates import BlockRates, release_others
-from .scoring.distributed import under_deepspeed
+from ..blocks.block_map import BlockMap
+from ..blocks.unwrap import clean_name
+from ..errors import SurgicalError
+from ..policies.policy import STATE_POLICIES, Policy, Unit, check_word, is_number
+from ..precision.master_weights import MasterWeights, rounds_stochastically
+from ..scoring.distributed import under_deepspeed
+from .block_rates import BlockRates, release_others
 
 
 def create_surgical_optimizer(

@@ -16,15 +16,15 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 from transformers.trainer_utils import has_length
 
-from .errors import SurgicalError
-from .policies.policy import Policy
-from .policies.stages import check_length
-from .precision.master_weights import forget_moments
-from .rates import BlockRates, find_rates
-from .report.history import History
-from .scoring.batches import LossFunction, model_loss
-from .scoring.block_scores import BlockScores
-from .scoring.score import score_blocks
+from ..errors import SurgicalError
+from ..policies.policy import Policy
+from ..policies.stages import check_length
+from ..precision.master_weights import forget_moments
+from ..scoring.batches import LossFunction, model_loss
+from ..scoring.block_scores import BlockScores
+from ..scoring.score import score_blocks
+from .block_rates import BlockRates, find_rates
+from .history import History
 
 
 class SurgicalCallback(TrainerCallback):

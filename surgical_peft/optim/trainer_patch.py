@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import Trainer
 
-from .rates import find_rates
+from .block_rates import find_rates
 
 
 def patch_trainer() -> None:

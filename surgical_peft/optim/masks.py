@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .blocks.unwrap import idle_parameters
-from .precision.master_weights import forget_moments
+from ..blocks.unwrap import idle_parameters
+from ..precision.master_weights import forget_moments
 
 
 class Masks:

@@ -11,12 +11,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .blocks.block_map import BlockMap
+from ..blocks.block_map import BlockMap
+from ..errors import SurgicalError
+from ..policies.policy import Policy, Run, StepLoss, Unit, is_number
+from ..scoring.distributed import under_deepspeed
 from .epochs import Epochs
-from .errors import SurgicalError
 from .masks import Masks
-from .policies.policy import Policy, Run, StepLoss, Unit, is_number
-from .scoring.distributed import under_deepspeed
 from .weak_hook import WeakHook
 
 _living: weakref.WeakSet[BlockRates] = weakref.WeakSet()
