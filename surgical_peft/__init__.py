@@ -16,7 +16,7 @@ from .optim.trainer_patch import patch_trainer
 from .scoring.block_scores import BlockScores
 from .scoring.score import score_blocks
 from .scoring.selection import Selection, above, top_fraction, top_k, within_budget
-from .search import run_search
+from .search.run import run_search
 from .tuner.config import SurgicalConfig
 from .tuner.model import SurgicalModel
 from .tuner.register import register

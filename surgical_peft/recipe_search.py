@@ -29,8 +29,8 @@ from .objective import RecipeObjective
 from .quiet import quieten
 from .recipe import Recipe
 from .report.tables import search_markdown
-from .search import count_trainings, optuna_classes, run_search
-from .search_result import SearchResult, SearchTrial, candidate_of
+from .search.result import SearchResult, SearchTrial, candidate_of
+from .search.run import count_trainings, optuna_classes, run_search
 from .threads import shared_threads
 from .train import score
 from .validation import resolve

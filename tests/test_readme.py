@@ -22,7 +22,7 @@ from transformers import (
 from surgical_peft import SurgicalCallback
 from surgical_peft.recipe import load_recipe
 from surgical_peft.report.tables import comparison_markdown
-from surgical_peft.search_result import SearchResult
+from surgical_peft.search.result import SearchResult
 from surgical_peft.tasks import load_task
 
 from .toys import TOYS

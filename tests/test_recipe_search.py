@@ -24,8 +24,8 @@ from surgical_peft import BlockMap, SurgicalError, procedures, recipe_search
 from surgical_peft.objective import RecipeObjective
 from surgical_peft.recipe import load_recipe
 from surgical_peft.recipe_search import plan, search
-from surgical_peft.search import count_trainings
-from surgical_peft.search_result import SearchResult, SearchTrial
+from surgical_peft.search.result import SearchResult, SearchTrial
+from surgical_peft.search.run import count_trainings
 
 from .test_cli import run
 from .test_search import BLOCKS as MAP

@@ -29,8 +29,9 @@ import pytest
 from optuna.storages.journal import JournalFileBackend, JournalStorage
 from optuna.trial import TrialState
 
-from surgical_peft import BlockMap, Selection, SurgicalConfig, SurgicalError, procedures, run_search, studies
-from surgical_peft.search_result import SearchResult, SearchTrial, candidate_of
+from surgical_peft import BlockMap, Selection, SurgicalConfig, SurgicalError, procedures, run_search
+from surgical_peft.search import study as studies
+from surgical_peft.search.result import SearchResult, SearchTrial, candidate_of
 
 LAYERS = tuple(map(str, range(12)))
 BLOCKS = BlockMap(
@@ -634,7 +635,7 @@ def test_a_full_disk_keeps_what_is_finished(storage: str, tmp_path: Path) -> Non
 
 
 def test_without_optuna_it_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, "surgical_peft.studies")
+    monkeypatch.delitem(sys.modules, "surgical_peft.search.study")
     monkeypatch.setitem(sys.modules, "optuna", None)
     with pytest.raises(SurgicalError, match=r"needs optuna: pip install 'surgical-peft\[search\]'"):
         run_search(SWEEP, Objective(tmp_path))

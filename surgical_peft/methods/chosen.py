@@ -18,8 +18,8 @@ from ..procedures.procedure import Procedure, as_procedure
 from ..scoring.score import score_blocks
 from ..scoring.selection import Selection, check_k
 from ..scoring.selection import top_k as take_top_k
-from ..search import count_trainings, run_search
-from ..search_result import SearchResult
+from ..search.result import SearchResult
+from ..search.run import count_trainings, run_search
 from ..tasks.models import modules_to_save
 from ..train import budget_of
 from ..tuner.config import SurgicalConfig

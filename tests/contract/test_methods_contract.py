@@ -19,7 +19,7 @@ from surgical_peft.compare_settings import Comparison, Job
 from surgical_peft.methods import Method, make_method
 from surgical_peft.policies.stages import Stages
 from surgical_peft.recipe import load_recipe
-from surgical_peft.search_result import SearchResult, SearchTrial
+from surgical_peft.search.result import SearchResult, SearchTrial
 
 from ..tiny import write_recipe
 

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from ..atomic_files import whole_file
 from ..blocks.block_map import is_head
 from ..errors import SurgicalError
-from ..search_result import SearchResult
+from .result import SearchResult
 
 
 def plot_profile(result: SearchResult, path: str | Path) -> None:

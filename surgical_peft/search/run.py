@@ -10,15 +10,15 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from . import procedures
-from .blocks.block_map import BlockMap
-from .errors import SurgicalError
-from .procedures.procedure import Procedure, as_procedure
-from .scoring.selection import Selection
-from .search_result import Candidate, SearchResult, SearchTrial, candidate_of
+from .. import procedures
+from ..blocks.block_map import BlockMap
+from ..errors import SurgicalError
+from ..procedures.procedure import Procedure, as_procedure
+from ..scoring.selection import Selection
+from .result import Candidate, SearchResult, SearchTrial, candidate_of
 
 if TYPE_CHECKING:
-    from .studies import Study, Task
+    from .study import Study, Task
 
 _log = logging.getLogger(__name__)
 _LONGEST_WAIT = 2.0  # seconds between two looks at what the other workers do
@@ -292,7 +292,7 @@ def optuna_classes() -> tuple[type[Study], type[Task]]:
         SurgicalError: the extra is not installed.
     """
     try:
-        from .studies import Study, Task
+        from .study import Study, Task
     except ModuleNotFoundError as error:
         raise SurgicalError(f"run_search needs {error.name}: pip install 'surgical-peft[search]'.") from error
     return Study, Task

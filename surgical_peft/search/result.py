@@ -14,9 +14,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from .atomic_files import write_text
-from .errors import SurgicalError
-from .scoring.selection import Selection
+from ..atomic_files import write_text
+from ..errors import SurgicalError
+from ..scoring.selection import Selection
 
 
 @dataclass(frozen=True)
@@ -215,7 +215,7 @@ class SearchResult:
         Raises:
             SurgicalError: no block was tuned alone, so there is no profile.
         """
-        from .report.profile import plot_profile
+        from .profile_plot import plot_profile
 
         plot_profile(self, path)
 

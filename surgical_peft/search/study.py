@@ -24,9 +24,9 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
-from .errors import SurgicalError
-from .search_result import SearchTrial
-from .storages import lock_and_storage, shown
+from ..errors import SurgicalError
+from .result import SearchTrial
+from .storage import lock_and_storage, shown
 
 _AT_WORK: set[str] = set()  # the searches that run in this process
 

@@ -20,7 +20,7 @@ from optuna.storages.journal import JournalFileBackend, JournalStorage
 from sqlalchemy import Engine, create_engine, make_url, text
 from sqlalchemy.exc import SQLAlchemyError
 
-from .errors import SurgicalError
+from ..errors import SurgicalError
 
 JOURNAL = "journal:///"
 SQLITE = "sqlite:///"
