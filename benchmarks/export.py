@@ -22,7 +22,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers.utils import logging
 
-from surgical_peft.export import export
+from surgical_peft.export.export import export
 from surgical_peft.recipe import load_recipe
 from surgical_peft.tasks import load_task
 from surgical_peft.train import train

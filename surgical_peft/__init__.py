@@ -9,7 +9,7 @@ from . import criteria, policies, procedures
 from .auto import get_surgical_model
 from .blocks.block_map import BlockMap
 from .errors import SurgicalError
-from .export import export_to_peft
+from .export.export import export_to_peft
 from .optim.callback import SurgicalCallback
 from .optim.optimizer import SurgicalOptimizerFactory, create_surgical_optimizer, surgical_optimizer
 from .optim.trainer_patch import patch_trainer

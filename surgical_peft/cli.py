@@ -139,7 +139,7 @@ def export(
     as_json: AsJson = False,
 ) -> None:
     """Write an adapter in a form that others load."""
-    from .export import export as export_adapter
+    from .export.export import export as export_adapter
 
     report = export_adapter(adapter, output, format, base_model=base, rank=rank)
     if as_json:
@@ -186,7 +186,7 @@ def push(
 
     The token is that of `hf auth login`.
     """
-    from .push import push as push_run
+    from .export.push import push as push_run
 
     pushed = push_run(run, repository, public=public)
     if as_json:

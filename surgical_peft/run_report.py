@@ -14,8 +14,8 @@ from peft import PeftModel
 from transformers import SchedulerType, Trainer
 from transformers.training_args import OptimizerNames
 
-from .adapter_card import origin
 from .atomic_files import digest_of
+from .export.adapter_card import origin
 from .recipe import Recipe
 from .report.card import PACKAGES as PACKAGES
 from .report.card import RANDOM_SHIFTS

@@ -27,8 +27,10 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
-from surgical_peft import SurgicalConfig, SurgicalError, delta, export_to_peft, lowrank
-from surgical_peft.export import export
+from surgical_peft import SurgicalConfig, SurgicalError, export_to_peft
+from surgical_peft.export import delta
+from surgical_peft.export import low_rank as lowrank
+from surgical_peft.export.export import export
 from surgical_peft.tuner.loading.fingerprint import fingerprint
 
 from .families import FAMILIES

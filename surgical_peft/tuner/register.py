@@ -10,8 +10,8 @@ from typing import Any
 
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
-from ..adapter_card import keep_cards
 from ..errors import SurgicalError
+from ..export.adapter_card import keep_cards
 from .config import SurgicalConfig, SurgicalPeftType
 from .loading.saved_files import watch_reading
 from .model import SurgicalModel

@@ -18,9 +18,9 @@ from huggingface_hub.errors import HFValidationError
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from .atomic_files import write_text
-from .tuner.config import SurgicalPeftType
-from .tuner.tensors.tuned_tensors import TensorMap
+from ..atomic_files import write_text
+from ..tuner.config import SurgicalPeftType
+from ..tuner.tensors.tuned_tensors import TensorMap
 
 TAG = "surgical-fine-tuning"
 HERE = "this folder or repository"  # in the place of a repository's name, until it is known

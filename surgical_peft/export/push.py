@@ -10,8 +10,8 @@ from pathlib import Path
 from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError  # type: ignore[attr-defined]
 
+from ..errors import SurgicalError
 from .adapter_card import HERE
-from .errors import SurgicalError
 
 
 @dataclass(frozen=True)

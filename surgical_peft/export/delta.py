@@ -22,14 +22,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .errors import SurgicalError
-from .tuner.config import SurgicalConfig
-from .tuner.loading.fingerprint import fingerprint
-from .tuner.loading.saved_adapter import PREFIX, Base, LoadedBase, SavedAdapter, check_fits, load_base, read_json
+from ..errors import SurgicalError
+from ..tuner.config import SurgicalConfig
+from ..tuner.loading.fingerprint import fingerprint
+from ..tuner.loading.saved_adapter import PREFIX, Base, LoadedBase, SavedAdapter, check_fits, load_base, read_json
 
 DELTA_CONFIG = "delta_config.json"  # the adapter's, under a name that makes it no adapter's folder
 DELTA_WEIGHTS = "delta.safetensors"
-_FORMAT = "surgical_peft.delta.1"
+_FORMAT = "surgical_peft.export.delta.1"
 _CORRUPT = (SafetensorError, OSError, ValueError, LookupError, TypeError, RuntimeError, MemoryError, zlib.error)
 
 

@@ -9,11 +9,11 @@ from peft import LoraConfig
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
 
-from .blocks.module_lists import within
-from .errors import SurgicalError
-from .tuner.config import SurgicalConfig
-from .tuner.loading.saved_adapter import SavedAdapter, heads_of
-from .tuner.tensors.tuned_tensors import TensorMap
+from ..blocks.module_lists import within
+from ..errors import SurgicalError
+from ..tuner.config import SurgicalConfig
+from ..tuner.loading.saved_adapter import SavedAdapter, heads_of
+from ..tuner.tensors.tuned_tensors import TensorMap
 
 _ELSE = "Keep the adapter as it is, or export it with --format merged or delta."
 

@@ -16,10 +16,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .blocks.module_lists import within
-from .errors import SurgicalError
-from .stock import check_found_alone, check_untied, stock_config
-from .tuner.loading.saved_adapter import PREFIX, LoadedBase, SavedAdapter, check_fits, heads_of
+from ..blocks.module_lists import within
+from ..errors import SurgicalError
+from ..tuner.loading.saved_adapter import PREFIX, LoadedBase, SavedAdapter, check_fits, heads_of
+from .stock_peft import check_found_alone, check_untied, stock_config
 
 
 def write_lora(adapter: SavedAdapter, base: LoadedBase, rank: int, folder: Path) -> dict[str, Any]:

@@ -16,12 +16,9 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from peft.utils.constants import CONFIG_NAME
 from transformers import PreTrainedModel
 
-from .atomic_files import check_replaceable, whole_folder
-from .delta import DELTA_CONFIG, read_delta, write_delta, write_restored
-from .errors import SurgicalError
-from .lowrank import write_lora
-from .stock import stock_config, whole_modules
-from .tuner.loading.saved_adapter import (
+from ..atomic_files import check_replaceable, whole_folder
+from ..errors import SurgicalError
+from ..tuner.loading.saved_adapter import (
     Base,
     LoadedBase,
     SavedAdapter,
@@ -30,7 +27,10 @@ from .tuner.loading.saved_adapter import (
     read_adapter,
     skeleton_of_base,
 )
-from .validation import nearest
+from ..validation import nearest
+from .delta import DELTA_CONFIG, read_delta, write_delta, write_restored
+from .low_rank import write_lora
+from .stock_peft import stock_config, whole_modules
 
 FORMATS = ("peft", "merged", "delta", "lora", "adapter")
 _REPORT = "export.json"  # by which the folder of an earlier export is known
