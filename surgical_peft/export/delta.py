@@ -29,7 +29,7 @@ from ..tuner.loading.saved_adapter import PREFIX, Base, LoadedBase, SavedAdapter
 
 DELTA_CONFIG = "delta_config.json"  # the adapter's, under a name that makes it no adapter's folder
 DELTA_WEIGHTS = "delta.safetensors"
-_FORMAT = "surgical_peft.export.delta.1"
+_FORMAT = "surgical_peft.delta.1"
 _CORRUPT = (SafetensorError, OSError, ValueError, LookupError, TypeError, RuntimeError, MemoryError, zlib.error)
 
 

@@ -1,4 +1,4 @@
-"""Puts a [`SurgicalLayer`][surgical_peft.tuner.layer.SurgicalLayer] into each module that owns tensors of a new adapter."""
+"""Puts a [`SurgicalLayer`][surgical_peft.tuner.layer.SurgicalLayer] into each module that owns tensors to tune."""
 
 from __future__ import annotations
 
