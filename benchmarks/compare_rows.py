@@ -22,7 +22,7 @@ from typing import Any
 from surgical_peft.compare import compare, write_report
 from surgical_peft.compare_report import report_of
 from surgical_peft.compare_settings import FULL, Comparison
-from surgical_peft.recipe import load_recipe
+from surgical_peft.experiments.recipe.recipe import load_recipe
 from surgical_peft.report.comparison import markdown
 
 HERE = Path(__file__).parent / "compare"

@@ -22,9 +22,9 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers.utils import logging
 
+from surgical_peft.experiments.recipe.recipe import load_recipe
+from surgical_peft.experiments.tasks import load_task
 from surgical_peft.export.export import export
-from surgical_peft.recipe import load_recipe
-from surgical_peft.tasks import load_task
 from surgical_peft.train import train
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "label_map.yaml"

@@ -8,8 +8,8 @@ from dataclasses import MISSING, asdict, fields
 from typing import Any
 
 from .atomic_files import finite
+from .experiments.recipe.recipe import Recipe
 from .halving import ROUNDS, Judge, Rival
-from .recipe import Recipe
 from .signature import Signature
 from .tuner.config import SurgicalConfig
 

@@ -28,14 +28,14 @@ from .blocks.block_map import BlockMap
 from .choosing import CRITERION
 from .compare_settings import Comparison
 from .errors import SurgicalError
+from .experiments.recipe.recipe import Recipe
+from .experiments.tasks import Examples, load_task
 from .halving import ROUNDS, Judge, Probe, Rival, decide, halve, ordered
 from .methods import Setting
-from .recipe import Recipe
 from .report.advice import markdown, plot, sentences
 from .run_report import PACKAGES
 from .scoring.selection import Selection
 from .signature import EXAMPLES, FEWEST, Batches, Signature, signature
-from .tasks import Examples, load_task
 from .train import loader
 from .workbench import Workbench
 

@@ -41,7 +41,7 @@ def blocks(
     as_json: AsJson = False,
 ) -> None:
     """List the blocks of a model: names, modules, parameters and their share."""
-    from .tasks import model_of_config
+    from .experiments.tasks import model_of_config
 
     network = model_of_config(model)
     found = BlockMap.find(network)
@@ -69,7 +69,7 @@ def score(
     as_json: AsJson = False,
 ) -> None:
     """Score the blocks of a recipe's model on its training data."""
-    from .recipe import load_recipe
+    from .experiments.recipe.recipe import load_recipe
     from .train import score as score_recipe
 
     if plot and plot.suffix not in (".png", ".pdf", ".svg"):

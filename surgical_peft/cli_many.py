@@ -14,12 +14,12 @@ from .terminal import AsJson, DryRun, RecipeFile, Tiny, console, in_words, print
 from .tuner.config import SurgicalConfig
 
 if TYPE_CHECKING:
-    from .recipe import Recipe
+    from .experiments.recipe.recipe import Recipe
 
 
 def open_recipe(path: Path, tiny: bool, output: Path | None) -> tuple[Recipe, Path | None]:
     """The recipe in a file and the folder for its results; with `tiny` one that needs no network, said plainly."""
-    from .recipe import load_recipe
+    from .experiments.recipe.recipe import load_recipe
 
     recipe = load_recipe(path)
     if not tiny:

@@ -20,8 +20,8 @@ from .compare_report import report_of, row_of
 from .compare_runs import Workshop
 from .compare_settings import FULL, Comparison
 from .errors import SurgicalError
+from .experiments.recipe.recipe import Recipe
 from .rate_grid import MOST, best_rate, is_diverged, next_rate
-from .recipe import Recipe
 from .report.comparison import markdown
 from .report.comparison_plot import plot
 from .threads import shared_threads

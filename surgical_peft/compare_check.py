@@ -13,9 +13,9 @@ from torch import nn
 from .blocks.block_map import BlockMap
 from .compare_settings import Comparison, Job
 from .errors import SurgicalError
+from .experiments.tasks import Examples
 from .methods import Setting
 from .scoring.selection import Selection
-from .tasks import Examples
 from .train import loader
 from .workbench import Workbench
 

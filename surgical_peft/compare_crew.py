@@ -17,8 +17,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from .compare_runs import Workshop
 from .compare_settings import Comparison, Job
 from .errors import SurgicalError
+from .experiments.recipe.recipe import Recipe
 from .quiet import quieten
-from .recipe import Recipe
 
 _OWN: list[Workshop] = []  # of a worker process
 

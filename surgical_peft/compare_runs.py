@@ -19,10 +19,10 @@ from .atomic_files import whole_folder, write_text
 from .compare_check import in_words, make_each, misfits_of, refuse, setting_of
 from .compare_settings import FULL, Comparison, Job
 from .errors import SurgicalError
-from .recipe import Recipe
+from .experiments.recipe.recipe import Recipe
+from .experiments.tasks import load_task
 from .scoring.selection import Selection
 from .step_costs import Watch, step_costs
-from .tasks import load_task
 from .workbench import Remembered, Workbench
 
 _TIMED = 3  # batches of an epoch whose steps are timed

@@ -14,9 +14,9 @@ from transformers import TrainingArguments
 
 from .atomic_files import digest_of
 from .errors import SurgicalError
+from .experiments.recipe.recipe import Recipe
+from .experiments.tasks import load_task
 from .methods import Method, make_method
-from .recipe import Recipe
-from .tasks import load_task
 from .validation import nearest
 
 FULL = "full fine-tuning"  # what all others are compared with

@@ -14,10 +14,10 @@ from typing import Any
 from torch import nn
 
 from .errors import SurgicalError
+from .experiments.recipe.recipe import Recipe
+from .experiments.tasks.evaluation import Measure
 from .methods import Method
-from .recipe import Recipe
 from .scoring.selection import Selection
-from .tasks.measuring import Measure
 from .workbench import Workbench
 
 GROUPS = 25  # of validation examples, each left out once

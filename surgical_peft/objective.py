@@ -16,10 +16,10 @@ from transformers import TrainerCallback
 from .auto import get_surgical_model
 from .blocks.block_map import BlockMap
 from .errors import SurgicalError
-from .recipe import Recipe
+from .experiments.recipe.recipe import Recipe
+from .experiments.tasks.source_model import modules_to_save
 from .run_report import identity
 from .scoring.selection import Selection
-from .tasks.models import modules_to_save
 from .tuner.config import SurgicalConfig
 from .tuner.loading.fingerprint import fingerprint
 from .workbench import Part, Workbench

@@ -25,9 +25,9 @@ from . import procedures
 from .atomic_files import check_replaceable, whole_folder
 from .blocks.block_map import is_head
 from .errors import SurgicalError
+from .experiments.recipe.recipe import Recipe
 from .objective import RecipeObjective
 from .quiet import quieten
-from .recipe import Recipe
 from .report.tables import search_markdown
 from .search.result import SearchResult, SearchTrial, candidate_of
 from .search.run import count_trainings, optuna_classes, run_search

@@ -15,11 +15,11 @@ from transformers import SchedulerType, Trainer
 from transformers.training_args import OptimizerNames
 
 from .atomic_files import digest_of
+from .experiments.recipe.recipe import Recipe
+from .experiments.tasks import Task
 from .export.adapter_card import origin
-from .recipe import Recipe
 from .report.card import PACKAGES as PACKAGES
 from .report.card import RANDOM_SHIFTS
-from .tasks import Task
 
 
 @dataclass(frozen=True)

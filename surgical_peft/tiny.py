@@ -31,9 +31,9 @@ from transformers import (
 
 from .atomic_files import check_replaceable, whole_folder
 from .errors import SurgicalError
+from .experiments.recipe.recipe import Recipe
+from .experiments.tasks import SPLITS
 from .policies.stages import Stages
-from .recipe import Recipe
-from .tasks import SPLITS
 from .validation import nearest
 
 STEPS = 2

@@ -20,17 +20,17 @@ from .auto import get_surgical_model
 from .choosing import CRITERION, choose_blocks
 from .criteria.budget import GRADIENTS, half_of
 from .errors import SurgicalError
+from .experiments.recipe.recipe import Recipe
+from .experiments.tasks import Examples, Task, load_task
+from .experiments.tasks.source_model import modules_to_save
 from .optim.callback import SurgicalCallback
 from .optim.optimizer import surgical_optimizer
 from .policies.policy import Policy
-from .recipe import Recipe
 from .report.card import write_card
 from .run_report import begin, make_report
 from .scoring.block_scores import BlockScores
 from .scoring.progress import Stages, TrainingStage, counted
 from .scoring.score import score_blocks
-from .tasks import Examples, Task, load_task
-from .tasks.models import modules_to_save
 
 _ADAPTER = "adapter_config.json"  # by which the adapter of an earlier run is known
 

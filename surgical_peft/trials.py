@@ -21,13 +21,13 @@ from transformers import AutoModelForImageClassification, default_data_collator
 
 from . import policies
 from .errors import SurgicalError
+from .experiments.recipe.recipe import Recipe
+from .experiments.tasks import load_task
+from .experiments.tasks.evaluation import classification
 from .optim.optimizer import create_surgical_optimizer
 from .policies.policy import Policy
 from .quiet import quieten
-from .recipe import Recipe
 from .scoring.block_scores import BlockScores
-from .tasks import load_task
-from .tasks.measuring import classification
 from .train import fit
 from .train import score as score_recipe
 from .tuner.config import SurgicalConfig

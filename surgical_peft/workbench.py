@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import TrainerCallback
 
+from .experiments.recipe.recipe import Recipe
+from .experiments.tasks import Examples, load_task
 from .memory import PeakMemory
 from .optim.callback import SurgicalCallback
 from .policies.policy import Policy
 from .prefix_cache import AT, ROOM, PrefixCache
-from .recipe import Recipe
-from .tasks import Examples, load_task
 from .train import fit
 from .tuner.model import SurgicalModel
 

@@ -19,14 +19,15 @@ from huggingface_hub.repocard_data import model_index_to_eval_results
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import Trainer, TrainingArguments
 
-from surgical_peft import SurgicalConfig, SurgicalError, tasks
+from surgical_peft import SurgicalConfig, SurgicalError
 from surgical_peft.cli import main
+from surgical_peft.experiments import tasks
+from surgical_peft.experiments.recipe.recipe import Recipe, load_recipe
+from surgical_peft.experiments.tasks import load_task
 from surgical_peft.export import adapter_card
 from surgical_peft.export.adapter_card import BEGIN, END, HERE, keep_cards, origin
-from surgical_peft.recipe import Recipe, load_recipe
 from surgical_peft.report.card import make_card, write_card
 from surgical_peft.run_report import identity
-from surgical_peft.tasks import load_task
 from surgical_peft.train import train
 
 from .families import FAMILIES

@@ -18,8 +18,8 @@ from surgical_peft import SurgicalError
 from surgical_peft.compare import compare
 from surgical_peft.compare_runs import Workshop
 from surgical_peft.compare_settings import Job
-from surgical_peft.recipe import Recipe
-from surgical_peft.tasks import load_task
+from surgical_peft.experiments.recipe.recipe import Recipe
+from surgical_peft.experiments.tasks import load_task
 
 from .test_compare import QUIET, timeless
 from .toy_tasks import bert, words, write_model

@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
-from surgical_peft import SurgicalError, metrics
-from surgical_peft.metrics import SHIPPED, load_metric
+from surgical_peft import SurgicalError
+from surgical_peft.experiments import metrics
+from surgical_peft.experiments.metrics import SHIPPED, load_metric
 
 FOLDER = Path(load_metric.__code__.co_filename).parent
 CLASSES = {

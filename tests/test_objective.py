@@ -19,9 +19,9 @@ from surgical_peft import (
     run_search,
 )
 from surgical_peft import workbench as module
+from surgical_peft.experiments.recipe.recipe import load_recipe
+from surgical_peft.experiments.tasks import load_task
 from surgical_peft.objective import RecipeObjective, folds_of
-from surgical_peft.recipe import load_recipe
-from surgical_peft.tasks import load_task
 from surgical_peft.train import fit
 
 from .tiny import write_data, write_recipe

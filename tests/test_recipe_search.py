@@ -21,8 +21,8 @@ import pytest
 from rich.console import Console
 
 from surgical_peft import BlockMap, SurgicalError, procedures, recipe_search
+from surgical_peft.experiments.recipe.recipe import load_recipe
 from surgical_peft.objective import RecipeObjective
-from surgical_peft.recipe import load_recipe
 from surgical_peft.recipe_search import plan, search
 from surgical_peft.search.result import SearchResult, SearchTrial
 from surgical_peft.search.run import count_trainings

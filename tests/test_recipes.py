@@ -26,9 +26,9 @@ from transformers import BertConfig, BertForSequenceClassification, PreTrainedTo
 
 from surgical_peft.cli import main
 from surgical_peft.compare_settings import SHIFTS, Comparison
-from surgical_peft.recipe import load_recipe
-from surgical_peft.strict_yaml import StrictLoader
-from surgical_peft.tasks import load_task
+from surgical_peft.experiments.recipe.recipe import load_recipe
+from surgical_peft.experiments.recipe.strict_yaml import StrictLoader
+from surgical_peft.experiments.tasks import load_task
 
 ROOT = Path(__file__).parents[1]
 PATHS = sorted((ROOT / "recipes").rglob("*.yaml"))

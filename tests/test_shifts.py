@@ -10,7 +10,7 @@ from numpy.random import Generator
 from PIL import Image
 
 from surgical_peft import SurgicalError
-from surgical_peft.shifts import (
+from surgical_peft.experiments.shifts import (
     CORRUPTIONS,
     casing,
     character_noise,
@@ -20,7 +20,7 @@ from surgical_peft.shifts import (
     keep_share,
     read_label_map,
 )
-from surgical_peft.shifts.classes import class_number
+from surgical_peft.experiments.shifts.classes import class_number
 
 OURS = ("gaussian_noise", "contrast")
 THEIRS = tuple(name for name in CORRUPTIONS if name not in OURS)

@@ -24,9 +24,9 @@ from transformers import (
 )
 
 from surgical_peft import SurgicalConfig, SurgicalError
-from surgical_peft.recipe import Recipe
-from surgical_peft.shifts import casing, character_noise
-from surgical_peft.tasks import load_task
+from surgical_peft.experiments.recipe.recipe import Recipe
+from surgical_peft.experiments.shifts import casing, character_noise
+from surgical_peft.experiments.tasks import load_task
 
 from .toy_tasks import SIZES, TAGS, TOY_TASKS, bert, write_data, write_model
 

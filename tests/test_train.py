@@ -12,8 +12,8 @@ from peft import PeftModel
 from rich.console import Console
 
 from surgical_peft import BlockScores, SurgicalError
-from surgical_peft.recipe import Recipe, load_recipe
-from surgical_peft.tasks import load_task
+from surgical_peft.experiments.recipe.recipe import Recipe, load_recipe
+from surgical_peft.experiments.tasks import load_task
 from surgical_peft.train import score, train
 
 SHIPPED = Path(__file__).parents[1] / "recipes" / "fashion_mnist"

@@ -28,7 +28,7 @@ from transformers import (
     ViTImageProcessorPil,
 )
 
-from surgical_peft.recipe import Recipe
+from surgical_peft.experiments.recipe.recipe import Recipe
 
 WORDS = ("free", "money", "win", "now", "meet", "us", "at", "noon", "Ada", "Berlin", "in", "lives")
 SIZES = {"train": 12, "validation": 6, "test": 6}

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 from transformers import AutoImageProcessor
 
-from surgical_peft.shifts import gaussian_noise
+from surgical_peft.experiments.shifts import gaussian_noise
 
 RECIPES = Path(__file__).parents[2] / "recipes" / "fashion_mnist"
 SEVERITY = 5  # of the noise
@@ -175,7 +175,7 @@ def splits(shift: str, seed: int) -> dict[str, dict[str, torch.Tensor]]:
     prepared = {}
     for split, data in datasets.load_dataset(str(RECIPES / f"target-{seed}")).items():
         labels = np.array([what.labels[label] for label in data["label"]])
-        # As in surgical_peft.tasks: the noise on an image depends on its place and split alone.
+        # As in surgical_peft.experiments.tasks: the noise on an image depends on its place and split alone.
         noise = zlib.crc32(split.encode())
         pixels = [
             what.change(np.asarray(image), np.random.default_rng((noise, index)))[..., None]

@@ -18,7 +18,7 @@ from numpy.random import Generator
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from surgical_peft.shifts import character_noise
+from surgical_peft.experiments.shifts import character_noise
 
 sys.path.append(str(Path(__file__).parents[2] / "recipes" / "mail"))  # the mails are those of its recipes
 from make_data import SOURCE, draw, read_mails

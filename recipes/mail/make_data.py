@@ -149,8 +149,8 @@ def train_source(work: Path) -> None:
     """Tune the encoder, with a new head, on the source mails, and write down how well it does."""
     from transformers import AutoTokenizer  # here, because the rest does without them
 
-    from surgical_peft.recipe import load_recipe
-    from surgical_peft.tasks import load_task
+    from surgical_peft.experiments.recipe.recipe import load_recipe
+    from surgical_peft.experiments.tasks import load_task
     from surgical_peft.train import fit
 
     recipe = load_recipe(Path(__file__).with_name("source.yaml"))

@@ -17,10 +17,10 @@ from transformers import TrainingArguments
 from ..auto import get_surgical_model
 from ..blocks.block_map import BlockMap
 from ..errors import SurgicalError
+from ..experiments.recipe.recipe import Recipe
+from ..experiments.tasks.source_model import modules_to_save
 from ..policies.policy import Policy
-from ..recipe import Recipe
 from ..scoring.selection import Selection
-from ..tasks.models import modules_to_save
 from ..tuner.config import SurgicalConfig
 from ..validation import nearest, resolve
 

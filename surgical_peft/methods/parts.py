@@ -14,9 +14,9 @@ from torch import nn
 from ..auto import get_surgical_model
 from ..blocks.block_map import BlockMap, is_head
 from ..errors import SurgicalError
-from ..recipe import Recipe
+from ..experiments.recipe.recipe import Recipe
+from ..experiments.tasks.source_model import modules_to_save as always_saved
 from ..scoring.selection import Selection
-from ..tasks.models import modules_to_save as always_saved
 from ..tuner.config import SurgicalConfig
 from .method import Method, of_known_blocks, parsed
 

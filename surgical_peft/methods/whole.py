@@ -9,9 +9,9 @@ from transformers import TrainingArguments
 
 from .. import policies
 from ..errors import SurgicalError
+from ..experiments.recipe.recipe import Recipe
 from ..policies.policy import Policy
 from ..policies.stages import Stage, Stages, check_length, planned_length
-from ..recipe import Recipe
 from ..scoring.selection import Selection
 from .method import Method
 

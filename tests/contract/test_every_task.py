@@ -10,9 +10,10 @@ import pytest
 import torch
 from peft import get_peft_model
 
-from surgical_peft import BlockMap, SurgicalConfig, tasks
-from surgical_peft.recipe import Recipe
-from surgical_peft.tasks import load_task
+from surgical_peft import BlockMap, SurgicalConfig
+from surgical_peft.experiments import tasks
+from surgical_peft.experiments.recipe.recipe import Recipe
+from surgical_peft.experiments.tasks import load_task
 from surgical_peft.train import fit, score
 
 from ..toy_tasks import SIZES, TOY_TASKS

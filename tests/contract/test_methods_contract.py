@@ -16,9 +16,9 @@ from transformers import TrainingArguments
 from surgical_peft import BlockMap, Selection, SurgicalError, methods
 from surgical_peft.compare_runs import Workshop
 from surgical_peft.compare_settings import Comparison, Job
+from surgical_peft.experiments.recipe.recipe import load_recipe
 from surgical_peft.methods import Method, make_method
 from surgical_peft.policies.stages import Stages
-from surgical_peft.recipe import load_recipe
 from surgical_peft.search.result import SearchResult, SearchTrial
 
 from ..tiny import write_recipe

@@ -10,8 +10,8 @@ from numpy.random import Generator
 from numpy.typing import NDArray
 from PIL import Image
 
-from ..errors import SurgicalError
-from ..validation import nearest
+from ...errors import SurgicalError
+from ...validation import nearest
 
 Pixels = NDArray[np.uint8]
 

@@ -10,16 +10,16 @@ from numpy.random import Generator
 from torch import nn
 from transformers import AutoModelForTokenClassification, DataCollatorForTokenClassification
 
-from ..errors import SurgicalError
+from ...errors import SurgicalError
+from ...scoring.batches import IGNORED
 from ..metrics import load_metric
-from ..recipe import Recipe
-from ..scoring.batches import IGNORED
-from .data import find_columns, is_label, is_list_of, is_text, open_splits
+from ..recipe.recipe import Recipe
+from .columns import find_columns, is_label, is_list_of, is_text, open_splits
+from .evaluation import Batch, Measure, check_metric
 from .labels import class_names, class_numbers, fit_labels
-from .measuring import Batch, Measure, check_metric
-from .models import model_loader
+from .source_model import model_loader
 from .task import Task, check_keys
-from .texts import Texts, Tokenizing, plain, refuse_empty, tokenizing
+from .text_examples import Texts, Tokenizing, plain, refuse_empty, tokenizing
 
 BATCH_SIZE = 64  # of measuring
 _BY_WORD = ("accuracy", "macro_f1", "matthews_correlation")

@@ -10,13 +10,13 @@ from numpy.random import Generator
 from torch import nn
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding
 
-from ..recipe import Recipe
-from .data import find_columns, is_label, is_text, open_splits
+from ..recipe.recipe import Recipe
+from .columns import find_columns, is_label, is_text, open_splits
+from .evaluation import classification
 from .labels import label_rows
-from .measuring import classification
-from .models import model_loader
+from .source_model import model_loader
 from .task import Task, check_keys
-from .texts import Texts, Tokenizing, plain, refuse_empty, tokenizing
+from .text_examples import Texts, Tokenizing, plain, refuse_empty, tokenizing
 
 BATCH_SIZE = 64  # of measuring
 

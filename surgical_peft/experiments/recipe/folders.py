@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from .metrics import SHIPPED
+from ..metrics import SHIPPED
 
 _FOLDERS = ("model", "data", "sources", "draws", "test_data", "source_data")
 

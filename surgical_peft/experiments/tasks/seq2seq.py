@@ -10,14 +10,14 @@ from numpy.random import Generator
 from torch import nn
 from transformers import AutoModelForSeq2SeqLM, DataCollatorForSeq2Seq
 
+from ...scoring.batches import IGNORED
 from ..metrics import load_metric
-from ..recipe import Recipe
-from ..scoring.batches import IGNORED
-from .data import find_columns, is_text, open_splits
-from .measuring import Batch, Measure, check_metric, read_tokens
-from .models import model_loader
+from ..recipe.recipe import Recipe
+from .columns import find_columns, is_text, open_splits
+from .evaluation import Batch, Measure, check_metric, read_tokens
+from .source_model import model_loader
 from .task import Task, check_keys
-from .texts import Texts, Tokenizing, plain, refuse_empty, tokenizing
+from .text_examples import Texts, Tokenizing, plain, refuse_empty, tokenizing
 
 BATCH_SIZE = 8  # of measuring
 _BY_TOKEN = ("accuracy", "log_likelihood")

@@ -13,8 +13,8 @@ from typing import Any
 
 from huggingface_hub.constants import HF_HUB_OFFLINE
 
-from ..errors import SurgicalError
-from ..validation import nearest
+from ...errors import SurgicalError
+from ...validation import nearest
 
 _FOLDER = Path(__file__).parent
 SHIPPED = tuple(sorted(path.stem for path in _FOLDER.glob("*/*.py")))

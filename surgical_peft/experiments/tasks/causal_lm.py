@@ -10,12 +10,12 @@ from numpy.random import Generator
 from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq
 
 from ..metrics import load_metric
-from ..recipe import Recipe
-from .data import find_columns, is_text, open_splits
-from .measuring import Measure, check_metric, read_tokens
-from .models import model_loader
+from ..recipe.recipe import Recipe
+from .columns import find_columns, is_text, open_splits
+from .evaluation import Measure, check_metric, read_tokens
+from .source_model import model_loader
 from .task import Task, check_keys
-from .texts import Texts, Tokenizing, plain, refuse_empty, tokenizing
+from .text_examples import Texts, Tokenizing, plain, refuse_empty, tokenizing
 
 BATCH_SIZE = 8  # of measuring; the logits of a batch have as many columns as the vocabulary has words
 

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 from transformers import AutoConfig, TrainingArguments
 
-from ..blocks.block_map import BlockMap, is_head
-from ..errors import SurgicalError
-from ..recipe import Recipe
+from ...blocks.block_map import BlockMap, is_head
+from ...errors import SurgicalError
+from ..recipe.recipe import Recipe
 from .task import found
 
 

@@ -14,16 +14,16 @@ import torch
 import yaml
 from transformers import TrainingArguments
 
-from . import criteria, policies
-from .criteria.criterion import Criterion
-from .errors import SurgicalError
-from .policies.policy import Policy
-from .policies.stages import check_length, planned_length
-from .procedures.procedure import Procedure, as_procedure
-from .recipe_folders import find_folders
+from ... import criteria, policies
+from ...criteria.criterion import Criterion
+from ...errors import SurgicalError
+from ...policies.policy import Policy
+from ...policies.stages import check_length, planned_length
+from ...procedures.procedure import Procedure, as_procedure
+from ...tuner.config import SurgicalConfig
+from ...validation import nearest, resolve
+from .folders import find_folders
 from .strict_yaml import StrictLoader
-from .tuner.config import SurgicalConfig
-from .validation import nearest, resolve
 
 
 @dataclass(frozen=True)

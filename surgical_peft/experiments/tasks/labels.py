@@ -7,12 +7,12 @@ from typing import Any
 
 from datasets import ClassLabel, Value
 
-from ..errors import SurgicalError
-from ..recipe import Recipe
+from ...errors import SurgicalError
+from ...validation import nearest
+from ..recipe.recipe import Recipe
 from ..shifts import keep_share, read_label_map
 from ..shifts.classes import class_number
-from ..validation import nearest
-from .data import open_splits
+from .columns import open_splits
 
 
 @dataclass(frozen=True)

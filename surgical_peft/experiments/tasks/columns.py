@@ -8,9 +8,9 @@ from typing import Any
 
 from datasets import ClassLabel, LargeList, List, Value, load_dataset, load_dataset_builder
 
-from ..errors import SurgicalError
-from ..recipe import Recipe
-from ..validation import nearest
+from ...errors import SurgicalError
+from ...validation import nearest
+from ..recipe.recipe import Recipe
 from .task import found
 
 Fits = Callable[[Any], bool]

@@ -18,8 +18,8 @@ from datasets.exceptions import DatasetsError
 from torch import Tensor, nn
 from transformers import AutoConfig
 
-from ..errors import SurgicalError
-from ..recipe import Recipe
+from ...errors import SurgicalError
+from ..recipe.recipe import Recipe
 
 SPLITS = ("train", "validation", "test")
 

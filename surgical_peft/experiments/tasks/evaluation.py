@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import default_data_collator
 
-from ..errors import SurgicalError
+from ...errors import SurgicalError
+from ...scoring.batches import IGNORED
 from ..metrics import SHIPPED, load_metric
-from ..scoring.batches import IGNORED
 from .task import Examples
 
 BATCH_SIZE = 250

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import SurgicalError
-from ..validation import nearest
+from ...errors import SurgicalError
+from ...validation import nearest
 
 
 def read_label_map(label_map: Any, classes: Sequence[str]) -> list[int | None]:

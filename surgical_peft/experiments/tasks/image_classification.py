@@ -14,13 +14,13 @@ from PIL import Image as PILImage
 from torch.utils.data import Dataset
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, default_data_collator
 
-from ..errors import SurgicalError
-from ..recipe import Recipe
+from ...errors import SurgicalError
+from ..recipe.recipe import Recipe
 from ..shifts import corruption
-from .data import find_columns, is_label, open_splits
+from .columns import find_columns, is_label, open_splits
+from .evaluation import classification
 from .labels import label_rows
-from .measuring import classification
-from .models import model_loader
+from .source_model import model_loader
 from .task import Examples, Task, check_keys, found
 
 _MODES = {1: "L", 3: "RGB"}

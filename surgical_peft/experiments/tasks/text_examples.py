@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import AutoConfig, AutoTokenizer
 
-from ..errors import SurgicalError
-from ..recipe import Recipe
+from ...errors import SurgicalError
+from ..recipe.recipe import Recipe
 from ..shifts import casing, character_noise
 from .task import found
 

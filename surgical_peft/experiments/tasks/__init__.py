@@ -8,8 +8,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from ..recipe import Recipe
-from ..validation import resolve
+from ...validation import resolve
+from ..recipe.recipe import Recipe
 from .causal_lm import causal_lm
 from .image_classification import image_classification
 from .seq2seq import seq2seq
