@@ -23,7 +23,7 @@ from typing import Any
 from surgical_peft.advise import advise
 from surgical_peft.compare import compare
 from surgical_peft.experiments.recipe.recipe import load_recipe
-from surgical_peft.quiet import quieten
+from surgical_peft.experiments.training.quiet import quieten
 from surgical_peft.report.tables import mean_and_spread
 
 HERE = Path(__file__).parent / "advise"

@@ -24,8 +24,8 @@ from transformers.utils import logging
 
 from surgical_peft.experiments.recipe.recipe import load_recipe
 from surgical_peft.experiments.tasks import load_task
+from surgical_peft.experiments.training.train import train
 from surgical_peft.export.export import export
-from surgical_peft.train import train
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "label_map.yaml"
 RATES = (3e-3, 3e-4, 3e-5)

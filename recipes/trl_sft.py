@@ -19,7 +19,7 @@ from trl import SFTConfig, SFTTrainer
 
 from surgical_peft import SurgicalConfig, policies, surgical_optimizer
 from surgical_peft.experiments.recipe.recipe import Recipe
-from surgical_peft.tiny import NOTICE, STEPS, make_tiny
+from surgical_peft.experiments.training.tiny import NOTICE, STEPS, make_tiny
 
 MODEL = "Qwen/Qwen3-0.6B"
 DATA = "trl-lib/Capybara"

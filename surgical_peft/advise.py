@@ -30,14 +30,14 @@ from .compare_settings import Comparison
 from .errors import SurgicalError
 from .experiments.recipe.recipe import Recipe
 from .experiments.tasks import Examples, load_task
+from .experiments.training.report import PACKAGES
+from .experiments.training.runner import Workbench
+from .experiments.training.train import loader
 from .halving import ROUNDS, Judge, Probe, Rival, decide, halve, ordered
 from .methods import Setting
 from .report.advice import markdown, plot, sentences
-from .run_report import PACKAGES
 from .scoring.selection import Selection
 from .signature import EXAMPLES, FEWEST, Batches, Signature, signature
-from .train import loader
-from .workbench import Workbench
 
 CANDIDATES = ("nothing", "full", "layer_decay", "head", "first", "middle", "last", "auto")
 _MOST_RATES = 3

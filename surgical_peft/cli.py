@@ -16,7 +16,7 @@ from . import criteria
 from .blocks.block_map import BlockMap
 from .cli_many import advise, compare, open_recipe, search
 from .errors import SurgicalError
-from .quiet import quieten
+from .experiments.training.quiet import quieten
 from .terminal import AsJson, RecipeFile, Tiny, console, print_json
 from .validation import resolve
 
@@ -70,7 +70,7 @@ def score(
 ) -> None:
     """Score the blocks of a recipe's model on its training data."""
     from .experiments.recipe.recipe import load_recipe
-    from .train import score as score_recipe
+    from .experiments.training.train import score as score_recipe
 
     if plot and plot.suffix not in (".png", ".pdf", ".svg"):
         raise SurgicalError(f"--plot {str(plot)!r}: the name must end in .png, .pdf or .svg.")
@@ -100,7 +100,7 @@ def train(
     as_json: AsJson = False,
 ) -> None:
     """Choose the blocks, tune them, measure, and save the adapter."""
-    from .train import train as train_recipe
+    from .experiments.training.train import train as train_recipe
 
     with contextlib.redirect_stdout(sys.stderr):  # what Trainer prints must not come between the JSON
         report = train_recipe(*open_recipe(recipe, tiny, output), Console(stderr=True, quiet=as_json))
@@ -164,7 +164,7 @@ def export(
 @app.command()
 def card(run: RunFolder, as_json: AsJson = False) -> None:
     """Write the model card of a training, from its report.json; `train` has done so, this does it again."""
-    from .report.card import write_card
+    from .experiments.training.card import write_card
 
     path = write_card(run)
     if as_json:

@@ -24,7 +24,7 @@ def open_recipe(path: Path, tiny: bool, output: Path | None) -> tuple[Recipe, Pa
     recipe = load_recipe(path)
     if not tiny:
         return recipe, output
-    from .tiny import NOTICE, make_tiny
+    from .experiments.training.tiny import NOTICE, make_tiny
 
     Console(stderr=True).print(NOTICE, style="bold yellow")
     return make_tiny(recipe, output), None

@@ -21,10 +21,10 @@ from .compare_runs import Workshop
 from .compare_settings import FULL, Comparison
 from .errors import SurgicalError
 from .experiments.recipe.recipe import Recipe
+from .experiments.training.threads import shared_threads
 from .rate_grid import MOST, best_rate, is_diverged, next_rate
 from .report.comparison import markdown
 from .report.comparison_plot import plot
-from .threads import shared_threads
 
 _TABLE = "table.md"  # by which an earlier comparison is known
 

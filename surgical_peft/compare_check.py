@@ -14,10 +14,10 @@ from .blocks.block_map import BlockMap
 from .compare_settings import Comparison, Job
 from .errors import SurgicalError
 from .experiments.tasks import Examples
+from .experiments.training.runner import Workbench
+from .experiments.training.train import loader
 from .methods import Setting
 from .scoring.selection import Selection
-from .train import loader
-from .workbench import Workbench
 
 
 def setting_of(comparison: Comparison, job: Job, bench: Workbench, folder: Path) -> Setting:

@@ -18,7 +18,7 @@ from .compare_runs import Workshop
 from .compare_settings import Comparison, Job
 from .errors import SurgicalError
 from .experiments.recipe.recipe import Recipe
-from .quiet import quieten
+from .experiments.training.quiet import quieten
 
 _OWN: list[Workshop] = []  # of a worker process
 

@@ -16,11 +16,11 @@ from .atomic_files import finite
 from .compare_runs import Workshop
 from .compare_settings import FULL, Comparison, Job
 from .errors import SurgicalError
+from .experiments.training.profiling import ms_ratio
+from .experiments.training.report import PACKAGES
 from .paired import crossed_interval
 from .rate_grid import is_at_edge, is_diverged
 from .report.comparison import has_diverged, interval_in_words, sentences
-from .run_report import PACKAGES
-from .step_costs import ms_ratio
 
 
 def row_of(workshop: Workshop, title: str, rates: dict[float, float], jobs: Sequence[Job]) -> dict[str, Any]:

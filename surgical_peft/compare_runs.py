@@ -21,9 +21,9 @@ from .compare_settings import FULL, Comparison, Job
 from .errors import SurgicalError
 from .experiments.recipe.recipe import Recipe
 from .experiments.tasks import load_task
+from .experiments.training.profiling import Watch, step_costs
+from .experiments.training.runner import Remembered, Workbench
 from .scoring.selection import Selection
-from .step_costs import Watch, step_costs
-from .workbench import Remembered, Workbench
 
 _TIMED = 3  # batches of an epoch whose steps are timed
 _AT_MOST = 12  # steps, where a recipe counts them

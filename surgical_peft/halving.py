@@ -16,9 +16,9 @@ from torch import nn
 from .errors import SurgicalError
 from .experiments.recipe.recipe import Recipe
 from .experiments.tasks.evaluation import Measure
+from .experiments.training.runner import Workbench
 from .methods import Method
 from .scoring.selection import Selection
-from .workbench import Workbench
 
 GROUPS = 25  # of validation examples, each left out once
 FEWEST = 12  # of them

@@ -18,11 +18,11 @@ from .blocks.block_map import BlockMap
 from .errors import SurgicalError
 from .experiments.recipe.recipe import Recipe
 from .experiments.tasks.source_model import modules_to_save
-from .run_report import identity
+from .experiments.training.report import identity
+from .experiments.training.runner import Part, Workbench
 from .scoring.selection import Selection
 from .tuner.config import SurgicalConfig
 from .tuner.loading.fingerprint import fingerprint
-from .workbench import Part, Workbench
 
 Report = Callable[[float, int], None]
 

@@ -26,13 +26,13 @@ from .atomic_files import check_replaceable, whole_folder
 from .blocks.block_map import is_head
 from .errors import SurgicalError
 from .experiments.recipe.recipe import Recipe
+from .experiments.training.quiet import quieten
+from .experiments.training.threads import shared_threads
+from .experiments.training.train import score
 from .objective import RecipeObjective
-from .quiet import quieten
 from .report.tables import search_markdown
 from .search.result import SearchResult, SearchTrial, candidate_of
 from .search.run import count_trainings, optuna_classes, run_search
-from .threads import shared_threads
-from .train import score
 from .validation import resolve
 
 _RESULT = "search.json"  # by which the result of an earlier search is known

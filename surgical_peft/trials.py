@@ -24,12 +24,12 @@ from .errors import SurgicalError
 from .experiments.recipe.recipe import Recipe
 from .experiments.tasks import load_task
 from .experiments.tasks.evaluation import classification
+from .experiments.training.quiet import quieten
+from .experiments.training.train import fit
+from .experiments.training.train import score as score_recipe
 from .optim.optimizer import create_surgical_optimizer
 from .policies.policy import Policy
-from .quiet import quieten
 from .scoring.block_scores import BlockScores
-from .train import fit
-from .train import score as score_recipe
 from .tuner.config import SurgicalConfig
 
 BATCH_SIZE = 32

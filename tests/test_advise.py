@@ -26,12 +26,12 @@ from surgical_peft.advise import CANDIDATES, advise, plan
 from surgical_peft.cli import main
 from surgical_peft.experiments.recipe.recipe import Recipe, load_recipe
 from surgical_peft.experiments.tasks.evaluation import Measure
+from surgical_peft.experiments.training.runner import Workbench
+from surgical_peft.experiments.training.tiny import make_tiny
 from surgical_peft.halving import Judge, Probe, Rival, Round, decide, halve
 from surgical_peft.methods import make_method
 from surgical_peft.report.advice import markdown, recipe_lines, sentences, table
 from surgical_peft.scoring.selection import Selection
-from surgical_peft.tiny import make_tiny
-from surgical_peft.workbench import Workbench
 
 from .tiny import write_data, write_recipe
 

@@ -24,11 +24,11 @@ from surgical_peft.cli import main
 from surgical_peft.experiments import tasks
 from surgical_peft.experiments.recipe.recipe import Recipe, load_recipe
 from surgical_peft.experiments.tasks import load_task
+from surgical_peft.experiments.training.card import make_card, write_card
+from surgical_peft.experiments.training.report import identity
+from surgical_peft.experiments.training.train import train
 from surgical_peft.export import adapter_card
 from surgical_peft.export.adapter_card import BEGIN, END, HERE, keep_cards, origin
-from surgical_peft.report.card import make_card, write_card
-from surgical_peft.run_report import identity
-from surgical_peft.train import train
 
 from .families import FAMILIES
 from .toy_tasks import TOY_TASKS
@@ -53,7 +53,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         return replace(task, splits={name: [each[i] for i in range(100)] for name, each in task.splits.items()})
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("surgical_peft.train.load_task", small)
+        patch.setattr("surgical_peft.experiments.training.train.load_task", small)
         train(recipe, folder)
     return folder
 

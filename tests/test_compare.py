@@ -33,11 +33,11 @@ from surgical_peft.compare_runs import Workshop
 from surgical_peft.compare_settings import Comparison, Job
 from surgical_peft.experiments.recipe.recipe import load_recipe
 from surgical_peft.experiments.tasks.image_classification import _Images
+from surgical_peft.experiments.training.profiling import LEAST, MOST, LiveTensors, ms_ratio, step_costs
 from surgical_peft.methods import Method, make_method
 from surgical_peft.paired import crossed_interval, t_interval, t_quantile
 from surgical_peft.rate_grid import best_rate, is_at_edge, next_rate
 from surgical_peft.report.comparison import markdown, sentences, table
-from surgical_peft.step_costs import LEAST, MOST, LiveTensors, ms_ratio, step_costs
 
 from .tiny import write_data, write_recipe
 
@@ -702,8 +702,10 @@ def steps_of(speed: Callable[[int], float], monkeypatch: pytest.MonkeyPatch, **m
 
         return train
 
-    monkeypatch.setattr("surgical_peft.step_costs.time", SimpleNamespace(perf_counter=lambda: now[0]))
-    monkeypatch.setattr("surgical_peft.step_costs._peak", lambda train: 7)
+    monkeypatch.setattr(
+        "surgical_peft.experiments.training.profiling.time", SimpleNamespace(perf_counter=lambda: now[0])
+    )
+    monkeypatch.setattr("surgical_peft.experiments.training.profiling._peak", lambda train: 7)
     return step_costs({name: training(each) for name, each in ms.items()})
 
 

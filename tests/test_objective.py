@@ -9,20 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from surgical_peft import (
-    Selection,
-    SurgicalConfig,
-    SurgicalError,
-    get_surgical_model,
-    prefix_cache,
-    procedures,
-    run_search,
-)
-from surgical_peft import workbench as module
+from surgical_peft import Selection, SurgicalConfig, SurgicalError, get_surgical_model, procedures, run_search
 from surgical_peft.experiments.recipe.recipe import load_recipe
 from surgical_peft.experiments.tasks import load_task
+from surgical_peft.experiments.training import activation_cache as prefix_cache
+from surgical_peft.experiments.training import runner as module
+from surgical_peft.experiments.training.train import fit
 from surgical_peft.objective import RecipeObjective, folds_of
-from surgical_peft.train import fit
 
 from .tiny import write_data, write_recipe
 

@@ -21,8 +21,9 @@ from transformers import (
     MixtralForCausalLM,
 )
 
-from surgical_peft import BlockMap, SurgicalConfig, get_surgical_model, prefix_cache
-from surgical_peft.prefix_cache import AT, PrefixCache
+from surgical_peft import BlockMap, SurgicalConfig, get_surgical_model
+from surgical_peft.experiments.training import activation_cache as prefix_cache
+from surgical_peft.experiments.training.activation_cache import AT, PrefixCache
 
 from .toys import VOCABULARY, Batch, Toy
 

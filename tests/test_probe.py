@@ -15,7 +15,7 @@ from surgical_peft import BlockMap, SurgicalError, score_blocks
 from surgical_peft.criteria.criterion import of_model
 from surgical_peft.criteria.short_training.context import Trial
 from surgical_peft.experiments.recipe.recipe import load_recipe
-from surgical_peft.train import score
+from surgical_peft.experiments.training.train import score
 
 from .test_criteria import plain_depth_gain
 from .toys import TOYS, Toy

@@ -19,7 +19,7 @@ from surgical_peft import SurgicalError
 from surgical_peft.cli import main
 from surgical_peft.experiments.recipe.recipe import Recipe, load_recipe
 from surgical_peft.experiments.tasks import load_task
-from surgical_peft.tiny import BATCHES, MEASURED, NOTICE, make_tiny
+from surgical_peft.experiments.training.tiny import BATCHES, MEASURED, NOTICE, make_tiny
 
 SMALL = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 MODELS: dict[str, dict[str, Any]] = {

@@ -14,7 +14,7 @@ from rich.console import Console
 from surgical_peft import BlockScores, SurgicalError
 from surgical_peft.experiments.recipe.recipe import Recipe, load_recipe
 from surgical_peft.experiments.tasks import load_task
-from surgical_peft.train import score, train
+from surgical_peft.experiments.training.train import score, train
 
 SHIPPED = Path(__file__).parents[1] / "recipes" / "fashion_mnist"
 RECIPE = Recipe(
@@ -34,7 +34,7 @@ def small_splits(monkeypatch: pytest.MonkeyPatch) -> None:
         task = load_task(recipe)
         return replace(task, splits={name: [each[i] for i in range(200)] for name, each in task.splits.items()})
 
-    monkeypatch.setattr("surgical_peft.train.load_task", small)
+    monkeypatch.setattr("surgical_peft.experiments.training.train.load_task", small)
 
 
 def test_training_learns_saves_and_reports(tmp_path: Path, small_splits: None) -> None:

@@ -27,8 +27,8 @@ from transformers import TrainingArguments
 from transformers.utils import logging
 
 from surgical_peft import SurgicalCallback, SurgicalConfig, get_surgical_model, policies
+from surgical_peft.experiments.training.train import fit
 from surgical_peft.policies.policy import Policy
-from surgical_peft.train import fit
 
 FOLDER = Path(__file__).parent
 sys.path.append(str(FOLDER.parent / "criteria"))  # the shifts are those of benchmarks/criteria

@@ -151,7 +151,7 @@ def train_source(work: Path) -> None:
 
     from surgical_peft.experiments.recipe.recipe import load_recipe
     from surgical_peft.experiments.tasks import load_task
-    from surgical_peft.train import fit
+    from surgical_peft.experiments.training.train import fit
 
     recipe = load_recipe(Path(__file__).with_name("source.yaml"))
     task = load_task(recipe)

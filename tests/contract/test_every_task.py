@@ -14,7 +14,7 @@ from surgical_peft import BlockMap, SurgicalConfig
 from surgical_peft.experiments import tasks
 from surgical_peft.experiments.recipe.recipe import Recipe
 from surgical_peft.experiments.tasks import load_task
-from surgical_peft.train import fit, score
+from surgical_peft.experiments.training.train import fit, score
 
 from ..toy_tasks import SIZES, TOY_TASKS
 

@@ -14,12 +14,12 @@ from peft import PeftModel
 from transformers import SchedulerType, Trainer
 from transformers.training_args import OptimizerNames
 
-from .atomic_files import digest_of
-from .experiments.recipe.recipe import Recipe
-from .experiments.tasks import Task
-from .export.adapter_card import origin
-from .report.card import PACKAGES as PACKAGES
-from .report.card import RANDOM_SHIFTS
+from ...atomic_files import digest_of
+from ...export.adapter_card import origin
+from ..recipe.recipe import Recipe
+from ..tasks import Task
+from .card import PACKAGES as PACKAGES
+from .card import RANDOM_SHIFTS
 
 
 @dataclass(frozen=True)

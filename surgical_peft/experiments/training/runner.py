@@ -17,14 +17,14 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import TrainerCallback
 
-from .experiments.recipe.recipe import Recipe
-from .experiments.tasks import Examples, load_task
+from ...optim.callback import SurgicalCallback
+from ...policies.policy import Policy
+from ...tuner.model import SurgicalModel
+from ..recipe.recipe import Recipe
+from ..tasks import Examples, load_task
+from .activation_cache import AT, ROOM, PrefixCache
 from .memory import PeakMemory
-from .optim.callback import SurgicalCallback
-from .policies.policy import Policy
-from .prefix_cache import AT, ROOM, PrefixCache
 from .train import fit
-from .tuner.model import SurgicalModel
 
 Item = dict[str, Any]
 Wrap = Callable[[nn.Module], nn.Module]

@@ -15,22 +15,22 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, default_data_collator, set_seed
 
-from .atomic_files import check_replaceable, whole_folder, write_text
-from .auto import get_surgical_model
-from .choosing import CRITERION, choose_blocks
-from .criteria.budget import GRADIENTS, half_of
-from .errors import SurgicalError
-from .experiments.recipe.recipe import Recipe
-from .experiments.tasks import Examples, Task, load_task
-from .experiments.tasks.source_model import modules_to_save
-from .optim.callback import SurgicalCallback
-from .optim.optimizer import surgical_optimizer
-from .policies.policy import Policy
-from .report.card import write_card
-from .run_report import begin, make_report
-from .scoring.block_scores import BlockScores
-from .scoring.progress import Stages, TrainingStage, counted
-from .scoring.score import score_blocks
+from ...atomic_files import check_replaceable, whole_folder, write_text
+from ...auto import get_surgical_model
+from ...choosing import CRITERION, choose_blocks
+from ...criteria.budget import GRADIENTS, half_of
+from ...errors import SurgicalError
+from ...optim.callback import SurgicalCallback
+from ...optim.optimizer import surgical_optimizer
+from ...policies.policy import Policy
+from ...scoring.block_scores import BlockScores
+from ...scoring.progress import Stages, TrainingStage, counted
+from ...scoring.score import score_blocks
+from ..recipe.recipe import Recipe
+from ..tasks import Examples, Task, load_task
+from ..tasks.source_model import modules_to_save
+from .card import write_card
+from .report import begin, make_report
 
 _ADAPTER = "adapter_config.json"  # by which the adapter of an earlier run is known
 

@@ -29,12 +29,12 @@ from transformers import (
     ViTImageProcessorPil,
 )
 
-from .atomic_files import check_replaceable, whole_folder
-from .errors import SurgicalError
-from .experiments.recipe.recipe import Recipe
-from .experiments.tasks import SPLITS
-from .policies.stages import Stages
-from .validation import nearest
+from ...atomic_files import check_replaceable, whole_folder
+from ...errors import SurgicalError
+from ...policies.stages import Stages
+from ...validation import nearest
+from ..recipe.recipe import Recipe
+from ..tasks import SPLITS
 
 STEPS = 2
 BATCHES = 4  # of the training split; a criterion judges on some what it trained on others

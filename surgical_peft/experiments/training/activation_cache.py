@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .blocks.block_map import BlockMap
-from .blocks.unwrap import PARKED
-from .criteria.short_training.frozen_prefix import Prefix, answering
+from ...blocks.block_map import BlockMap
+from ...blocks.unwrap import PARKED
+from ...criteria.short_training.frozen_prefix import Prefix, answering
 
 ROOM = 2 * 2**30  # bytes; a search keeps no more activations than that
 _FEW = 4  # examples on which skipping is tried out

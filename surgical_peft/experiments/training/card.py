@@ -13,10 +13,10 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from ..atomic_files import whole_file, write_text
-from ..choosing import MOST
-from ..errors import SurgicalError
-from ..export.adapter_card import TAG, Tuned, describe
+from ...atomic_files import whole_file, write_text
+from ...choosing import MOST
+from ...errors import SurgicalError
+from ...export.adapter_card import TAG, Tuned, describe
 
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
 REPORT = "report.json"

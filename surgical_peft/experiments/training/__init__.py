@@ -1,0 +1,1 @@
+"""One training of a recipe, its report and its card."""
