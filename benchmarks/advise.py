@@ -20,11 +20,11 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from surgical_peft.advise import advise
-from surgical_peft.compare import compare
+from surgical_peft.experiments.advise.advise import advise
+from surgical_peft.experiments.compare.compare import compare
+from surgical_peft.experiments.quickstart.tables import mean_and_spread
 from surgical_peft.experiments.recipe.recipe import load_recipe
 from surgical_peft.experiments.training.quiet import quieten
-from surgical_peft.report.tables import mean_and_spread
 
 HERE = Path(__file__).parent / "advise"
 RUNS = Path("runs/advise")

@@ -19,11 +19,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from surgical_peft.compare import compare, write_report
-from surgical_peft.compare_report import report_of
-from surgical_peft.compare_settings import FULL, Comparison
+from surgical_peft.experiments.compare.compare import compare, write_report
+from surgical_peft.experiments.compare.comparison import FULL, Comparison
+from surgical_peft.experiments.compare.results import report_of
+from surgical_peft.experiments.compare.tables import markdown
 from surgical_peft.experiments.recipe.recipe import load_recipe
-from surgical_peft.report.comparison import markdown
 
 HERE = Path(__file__).parent / "compare"
 

@@ -19,11 +19,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from surgical_peft.experiments.quickstart.tables import mean_and_spread
 from surgical_peft.experiments.recipe.recipe import Recipe, load_recipe
 from surgical_peft.experiments.tasks import load_task
 from surgical_peft.experiments.training.quiet import quieten
 from surgical_peft.experiments.training.train import train
-from surgical_peft.report.tables import mean_and_spread
 
 HERE = Path(__file__).parent
 RUNS = Path("runs/recipes")

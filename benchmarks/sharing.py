@@ -17,10 +17,10 @@ import torch
 
 from surgical_peft import Selection, SurgicalConfig, get_surgical_model, procedures
 from surgical_peft.experiments.recipe.recipe import Recipe, load_recipe
+from surgical_peft.experiments.search.objective import RecipeObjective
 from surgical_peft.experiments.tasks import load_task
 from surgical_peft.experiments.training.quiet import quieten
 from surgical_peft.experiments.training.train import fit
-from surgical_peft.objective import RecipeObjective
 
 ROOT = Path(__file__).parent
 

@@ -203,8 +203,8 @@ def quickstart(
     as_json: AsJson = False,
 ) -> None:
     """Show on real images which blocks matter, and what tuning only them gives; about 3 minutes on 2 cores."""
-    from .quickstart import EPOCHS
-    from .quickstart import quickstart as run_quickstart
+    from .experiments.quickstart.quickstart import EPOCHS
+    from .experiments.quickstart.quickstart import quickstart as run_quickstart
 
     report = run_quickstart(output, Console(stderr=True, quiet=True) if as_json else console, epochs or EPOCHS)
     if as_json:

@@ -54,8 +54,8 @@ def search(
     as_json: AsJson = False,
 ) -> None:
     """Find the blocks to tune by trying them; the same command again resumes."""
-    from .recipe_search import plan
-    from .recipe_search import search as search_recipe
+    from .experiments.search.search import plan
+    from .experiments.search.search import search as search_recipe
 
     found, output = open_recipe(recipe, tiny, output)
     if procedure and procedure != found.procedure:
@@ -103,9 +103,9 @@ def compare(
     as_json: AsJson = False,
 ) -> None:
     """Compare a recipe's methods, each at its best rate, with full fine-tuning; the same command again resumes."""
-    from .compare import compare as compare_recipe
-    from .compare import plan
-    from .report.comparison import table
+    from .experiments.compare.compare import compare as compare_recipe
+    from .experiments.compare.compare import plan
+    from .experiments.compare.tables import table
 
     found, output = open_recipe(recipe, tiny, output)
     if dry_run:
@@ -136,9 +136,9 @@ def advise(
     as_json: AsJson = False,
 ) -> None:
     """Say which blocks to tune on a recipe's data, or that surgery is not for it, after a few short trainings."""
-    from .advise import advise as advise_on
-    from .advise import plan
-    from .report.advice import not_tried, recipe_lines, table
+    from .experiments.advise.advise import advise as advise_on
+    from .experiments.advise.advise import plan
+    from .experiments.advise.report import not_tried, recipe_lines, table
 
     found, output = open_recipe(recipe, tiny, output)
     if dry_run:

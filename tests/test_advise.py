@@ -19,18 +19,19 @@ import torch
 import yaml
 from rich.console import Console
 
-from surgical_peft import SurgicalConfig, SurgicalError, halving
-from surgical_peft import advise as advising
-from surgical_peft.advice_rows import lines_of, twin_of
-from surgical_peft.advise import CANDIDATES, advise, plan
+from surgical_peft import SurgicalConfig, SurgicalError
 from surgical_peft.cli import main
+from surgical_peft.experiments.advise import advise as advising
+from surgical_peft.experiments.advise import successive_halving as halving
+from surgical_peft.experiments.advise.advise import CANDIDATES, advise, plan
+from surgical_peft.experiments.advise.report import markdown, recipe_lines, sentences, table
+from surgical_peft.experiments.advise.rows import lines_of, twin_of
+from surgical_peft.experiments.advise.successive_halving import Judge, Probe, Rival, Round, decide, halve
+from surgical_peft.experiments.compare.methods import make_method
 from surgical_peft.experiments.recipe.recipe import Recipe, load_recipe
 from surgical_peft.experiments.tasks.evaluation import Measure
 from surgical_peft.experiments.training.runner import Workbench
 from surgical_peft.experiments.training.tiny import make_tiny
-from surgical_peft.halving import Judge, Probe, Rival, Round, decide, halve
-from surgical_peft.methods import make_method
-from surgical_peft.report.advice import markdown, recipe_lines, sentences, table
 from surgical_peft.scoring.selection import Selection
 
 from .tiny import write_data, write_recipe
@@ -418,7 +419,8 @@ def played_advice(recipe: Recipe, metrics: float, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(Judge, "read", lambda self, model: ())
     monkeypatch.setattr(Judge, "metric", lambda self, groups: metrics)
     monkeypatch.setattr(
-        "surgical_peft.methods.chosen.choose_blocks", lambda model, config, *_, **__: (_first(config), None)
+        "surgical_peft.experiments.compare.methods.chosen.choose_blocks",
+        lambda model, config, *_, **__: (_first(config), None),
     )
     return advise(recipe, console=QUIET)
 

@@ -28,16 +28,16 @@ from scipy import stats
 from transformers import ViTConfig, ViTForImageClassification
 
 from surgical_peft import SurgicalError
-from surgical_peft.compare import compare, plan
-from surgical_peft.compare_runs import Workshop
-from surgical_peft.compare_settings import Comparison, Job
+from surgical_peft.experiments.compare.compare import compare, plan
+from surgical_peft.experiments.compare.comparison import Comparison, Job
+from surgical_peft.experiments.compare.jobs import Workshop
+from surgical_peft.experiments.compare.lr_grid import best_rate, is_at_edge, next_rate
+from surgical_peft.experiments.compare.methods import Method, make_method
+from surgical_peft.experiments.compare.statistics import crossed_interval, t_interval, t_quantile
+from surgical_peft.experiments.compare.tables import markdown, sentences, table
 from surgical_peft.experiments.recipe.recipe import load_recipe
 from surgical_peft.experiments.tasks.image_classification import _Images
 from surgical_peft.experiments.training.profiling import LEAST, MOST, LiveTensors, ms_ratio, step_costs
-from surgical_peft.methods import Method, make_method
-from surgical_peft.paired import crossed_interval, t_interval, t_quantile
-from surgical_peft.rate_grid import best_rate, is_at_edge, next_rate
-from surgical_peft.report.comparison import markdown, sentences, table
 
 from .tiny import write_data, write_recipe
 

@@ -15,9 +15,9 @@ from datasets import ClassLabel, Dataset, Features, Value, load_dataset
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertForSequenceClassification
 
 from surgical_peft import SurgicalError
-from surgical_peft.compare import compare
-from surgical_peft.compare_runs import Workshop
-from surgical_peft.compare_settings import Job
+from surgical_peft.experiments.compare.compare import compare
+from surgical_peft.experiments.compare.comparison import Job
+from surgical_peft.experiments.compare.jobs import Workshop
 from surgical_peft.experiments.recipe.recipe import Recipe
 from surgical_peft.experiments.tasks import load_task
 

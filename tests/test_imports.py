@@ -11,7 +11,7 @@ from types import ModuleType
 import pytest
 
 import surgical_peft
-from surgical_peft import methods
+from surgical_peft.experiments.compare import methods
 
 PACKAGE = Path(surgical_peft.__file__).parent
 

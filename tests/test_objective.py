@@ -11,11 +11,11 @@ import torch
 
 from surgical_peft import Selection, SurgicalConfig, SurgicalError, get_surgical_model, procedures, run_search
 from surgical_peft.experiments.recipe.recipe import load_recipe
+from surgical_peft.experiments.search.objective import RecipeObjective, folds_of
 from surgical_peft.experiments.tasks import load_task
 from surgical_peft.experiments.training import activation_cache as prefix_cache
 from surgical_peft.experiments.training import runner as module
 from surgical_peft.experiments.training.train import fit
-from surgical_peft.objective import RecipeObjective, folds_of
 
 from .tiny import write_data, write_recipe
 

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from surgical_peft import SurgicalError, trials
-from surgical_peft.quickstart import best_surgical_run, quickstart, runs_at_best_rates
-from surgical_peft.trials import METHODS, SHIFTS, Run
+from surgical_peft import SurgicalError
+from surgical_peft.experiments.quickstart import trials
+from surgical_peft.experiments.quickstart.quickstart import best_surgical_run, quickstart, runs_at_best_rates
+from surgical_peft.experiments.quickstart.trials import METHODS, SHIFTS, Run
 
 
 def test_a_short_quickstart_writes_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,9 +20,9 @@ from transformers import (
 )
 
 from surgical_peft import SurgicalCallback
+from surgical_peft.experiments.quickstart.tables import comparison_markdown
 from surgical_peft.experiments.recipe.recipe import load_recipe
 from surgical_peft.experiments.tasks import load_task
-from surgical_peft.report.tables import comparison_markdown
 from surgical_peft.search.result import SearchResult
 
 from .toys import TOYS

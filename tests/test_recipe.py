@@ -7,9 +7,9 @@ from datasets import load_dataset_builder
 from transformers import AutoConfig
 
 from surgical_peft import SurgicalError, criteria, policies
+from surgical_peft.experiments.compare.methods import make_method
 from surgical_peft.experiments.recipe.recipe import Recipe, load_recipe
 from surgical_peft.experiments.tasks.task import found
-from surgical_peft.methods import make_method
 
 MINIMAL = "model: m\ndata: d\nblocks: [0]\n"
 

@@ -20,10 +20,11 @@ import optuna
 import pytest
 from rich.console import Console
 
-from surgical_peft import BlockMap, SurgicalError, procedures, recipe_search
+from surgical_peft import BlockMap, SurgicalError, procedures
 from surgical_peft.experiments.recipe.recipe import load_recipe
-from surgical_peft.objective import RecipeObjective
-from surgical_peft.recipe_search import plan, search
+from surgical_peft.experiments.search import search as recipe_search
+from surgical_peft.experiments.search.objective import RecipeObjective
+from surgical_peft.experiments.search.search import plan, search
 from surgical_peft.search.result import SearchResult, SearchTrial
 from surgical_peft.search.run import count_trainings
 

@@ -25,7 +25,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 
 from surgical_peft.cli import main
-from surgical_peft.compare_settings import SHIFTS, Comparison
+from surgical_peft.experiments.compare.comparison import SHIFTS, Comparison
 from surgical_peft.experiments.recipe.recipe import load_recipe
 from surgical_peft.experiments.recipe.strict_yaml import StrictLoader
 from surgical_peft.experiments.tasks import load_task
@@ -185,7 +185,9 @@ def test_two_steps(name: str, tree: Path, tmp_path: Path, monkeypatch: pytest.Mo
     keys, command = shortened(name), command_of(name)
     # What a step costs is measured in test_compare.py; here it would be most of the time.
     free = {"ms": 1.0, "peak_bytes": 0.0}
-    monkeypatch.setattr("surgical_peft.compare_runs.step_costs", lambda trainings: dict.fromkeys(trainings, free))
+    monkeypatch.setattr(
+        "surgical_peft.experiments.compare.jobs.step_costs", lambda trainings: dict.fromkeys(trainings, free)
+    )
     recipe = tree / "recipes" / name
     recipe.parent.mkdir(exist_ok=True)
     recipe.write_text(yaml.safe_dump(keys, sort_keys=False), encoding="utf-8")

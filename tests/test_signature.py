@@ -12,9 +12,9 @@ from scipy import stats
 from transformers import BertConfig, BertForSequenceClassification
 
 from surgical_peft import score_blocks
+from surgical_peft.experiments.advise.shift_signature import Batches, Signature, energy_coefficient, signature
 from surgical_peft.experiments.recipe.recipe import Recipe
 from surgical_peft.experiments.tasks import load_task
-from surgical_peft.signature import Batches, Signature, energy_coefficient, signature
 
 IMAGES = Path(__file__).parents[1] / "recipes" / "fashion_mnist"
 COUNT = 64

@@ -13,11 +13,12 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import TrainingArguments
 
-from surgical_peft import BlockMap, Selection, SurgicalError, methods
-from surgical_peft.compare_runs import Workshop
-from surgical_peft.compare_settings import Comparison, Job
+from surgical_peft import BlockMap, Selection, SurgicalError
+from surgical_peft.experiments.compare import methods
+from surgical_peft.experiments.compare.comparison import Comparison, Job
+from surgical_peft.experiments.compare.jobs import Workshop
+from surgical_peft.experiments.compare.methods import Method, make_method
 from surgical_peft.experiments.recipe.recipe import load_recipe
-from surgical_peft.methods import Method, make_method
 from surgical_peft.policies.stages import Stages
 from surgical_peft.search.result import SearchResult, SearchTrial
 
@@ -100,9 +101,11 @@ def test_every_public_function_is_a_method_and_is_tried_here() -> None:
     made = {
         name
         for path in package.glob("*.py")
-        for name, each in vars(__import__(f"surgical_peft.methods.{path.stem}", fromlist=["x"])).items()
+        for name, each in vars(
+            __import__(f"surgical_peft.experiments.compare.methods.{path.stem}", fromlist=["x"])
+        ).items()
         if inspect.isfunction(each)
-        and each.__module__.startswith("surgical_peft.methods.")
+        and each.__module__.startswith("surgical_peft.experiments.compare.methods.")
         and inspect.signature(each).return_annotation in (Method, "Method")
     } - {"make_method", "of_known_blocks"}  # make any
     assert made == set(methods.__all__) and len(made) == COUNT

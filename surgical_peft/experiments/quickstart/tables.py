@@ -13,7 +13,7 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from ..search.result import SearchResult, state_of
+from ...search.result import SearchResult, state_of
 
 
 def comparison_table(report: dict[str, Any]) -> Table:

@@ -21,19 +21,19 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from . import procedures
-from .atomic_files import check_replaceable, whole_folder
-from .blocks.block_map import is_head
-from .errors import SurgicalError
-from .experiments.recipe.recipe import Recipe
-from .experiments.training.quiet import quieten
-from .experiments.training.threads import shared_threads
-from .experiments.training.train import score
+from ... import procedures
+from ...atomic_files import check_replaceable, whole_folder
+from ...blocks.block_map import is_head
+from ...errors import SurgicalError
+from ...search.result import SearchResult, SearchTrial, candidate_of
+from ...search.run import count_trainings, optuna_classes, run_search
+from ...validation import resolve
+from ..quickstart.tables import search_markdown
+from ..recipe.recipe import Recipe
+from ..training.quiet import quieten
+from ..training.threads import shared_threads
+from ..training.train import score
 from .objective import RecipeObjective
-from .report.tables import search_markdown
-from .search.result import SearchResult, SearchTrial, candidate_of
-from .search.run import count_trainings, optuna_classes, run_search
-from .validation import resolve
 
 _RESULT = "search.json"  # by which the result of an earlier search is known
 _LAST_WORDS = 30.0  # seconds for the other workers to notice that all is done

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .blocks.block_map import BlockMap
-from .scoring.batches import model_loss, to_device
-from .scoring.score import score_blocks
+from ...blocks.block_map import BlockMap
+from ...scoring.batches import model_loss, to_device
+from ...scoring.score import score_blocks
 
 EXAMPLES = 256  # of each of the three groups that are compared, at most
 FEWEST = 32  # below, chance moves features as far as many a shift

@@ -11,8 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from ..atomic_files import whole_file
-from .comparison import has_diverged, scale_of, trainings_of
+from ...atomic_files import whole_file
+from .tables import has_diverged, scale_of, trainings_of
 
 _FULL, _OTHER = "#222222", "#4477aa"
 

@@ -12,12 +12,12 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from .atomic_files import digest_of
-from .errors import SurgicalError
-from .experiments.recipe.recipe import Recipe
-from .experiments.tasks import load_task
+from ...atomic_files import digest_of
+from ...errors import SurgicalError
+from ...validation import nearest
+from ..recipe.recipe import Recipe
+from ..tasks import load_task
 from .methods import Method, make_method
-from .validation import nearest
 
 FULL = "full fine-tuning"  # what all others are compared with
 SHIFTS = ("corruption", "severity", "character_noise", "casing", "label_map", "shift_seed", "columns")

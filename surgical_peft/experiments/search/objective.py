@@ -13,16 +13,16 @@ import numpy as np
 from torch import nn
 from transformers import TrainerCallback
 
-from .auto import get_surgical_model
-from .blocks.block_map import BlockMap
-from .errors import SurgicalError
-from .experiments.recipe.recipe import Recipe
-from .experiments.tasks.source_model import modules_to_save
-from .experiments.training.report import identity
-from .experiments.training.runner import Part, Workbench
-from .scoring.selection import Selection
-from .tuner.config import SurgicalConfig
-from .tuner.loading.fingerprint import fingerprint
+from ...auto import get_surgical_model
+from ...blocks.block_map import BlockMap
+from ...errors import SurgicalError
+from ...scoring.selection import Selection
+from ...tuner.config import SurgicalConfig
+from ...tuner.loading.fingerprint import fingerprint
+from ..recipe.recipe import Recipe
+from ..tasks.source_model import modules_to_save
+from ..training.report import identity
+from ..training.runner import Part, Workbench
 
 Report = Callable[[float, int], None]
 

@@ -7,12 +7,12 @@ from functools import partial
 from torch import nn
 from transformers import TrainingArguments
 
-from .. import policies
-from ..errors import SurgicalError
-from ..experiments.recipe.recipe import Recipe
-from ..policies.policy import Policy
-from ..policies.stages import Stage, Stages, check_length, planned_length
-from ..scoring.selection import Selection
+from .... import policies
+from ....errors import SurgicalError
+from ....policies.policy import Policy
+from ....policies.stages import Stage, Stages, check_length, planned_length
+from ....scoring.selection import Selection
+from ...recipe.recipe import Recipe
 from .method import Method
 
 

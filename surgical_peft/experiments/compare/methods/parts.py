@@ -11,13 +11,13 @@ from peft import LoraConfig, get_peft_model
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
 
-from ..auto import get_surgical_model
-from ..blocks.block_map import BlockMap, is_head
-from ..errors import SurgicalError
-from ..experiments.recipe.recipe import Recipe
-from ..experiments.tasks.source_model import modules_to_save as always_saved
-from ..scoring.selection import Selection
-from ..tuner.config import SurgicalConfig
+from ....auto import get_surgical_model
+from ....blocks.block_map import BlockMap, is_head
+from ....errors import SurgicalError
+from ....scoring.selection import Selection
+from ....tuner.config import SurgicalConfig
+from ...recipe.recipe import Recipe
+from ...tasks.source_model import modules_to_save as always_saved
 from .method import Method, of_known_blocks, parsed
 
 

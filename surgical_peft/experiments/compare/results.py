@@ -12,15 +12,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from .atomic_files import finite
-from .compare_runs import Workshop
-from .compare_settings import FULL, Comparison, Job
-from .errors import SurgicalError
-from .experiments.training.profiling import ms_ratio
-from .experiments.training.report import PACKAGES
-from .paired import crossed_interval
-from .rate_grid import is_at_edge, is_diverged
-from .report.comparison import has_diverged, interval_in_words, sentences
+from ...atomic_files import finite
+from ...errors import SurgicalError
+from ..training.profiling import ms_ratio
+from ..training.report import PACKAGES
+from .comparison import FULL, Comparison, Job
+from .jobs import Workshop
+from .lr_grid import is_at_edge, is_diverged
+from .statistics import crossed_interval
+from .tables import has_diverged, interval_in_words, sentences
 
 
 def row_of(workshop: Workshop, title: str, rates: dict[float, float], jobs: Sequence[Job]) -> dict[str, Any]:

@@ -22,22 +22,22 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from .advice_rows import lines_of, plain, row_of, twin_of
-from .atomic_files import check_replaceable, whole_folder
-from .blocks.block_map import BlockMap
-from .choosing import CRITERION
-from .compare_settings import Comparison
-from .errors import SurgicalError
-from .experiments.recipe.recipe import Recipe
-from .experiments.tasks import Examples, load_task
-from .experiments.training.report import PACKAGES
-from .experiments.training.runner import Workbench
-from .experiments.training.train import loader
-from .halving import ROUNDS, Judge, Probe, Rival, decide, halve, ordered
-from .methods import Setting
-from .report.advice import markdown, plot, sentences
-from .scoring.selection import Selection
-from .signature import EXAMPLES, FEWEST, Batches, Signature, signature
+from ...atomic_files import check_replaceable, whole_folder
+from ...blocks.block_map import BlockMap
+from ...choosing import CRITERION
+from ...errors import SurgicalError
+from ...scoring.selection import Selection
+from ..compare.comparison import Comparison
+from ..compare.methods import Setting
+from ..recipe.recipe import Recipe
+from ..tasks import Examples, load_task
+from ..training.report import PACKAGES
+from ..training.runner import Workbench
+from ..training.train import loader
+from .report import markdown, plot, sentences
+from .rows import lines_of, plain, row_of, twin_of
+from .shift_signature import EXAMPLES, FEWEST, Batches, Signature, signature
+from .successive_halving import ROUNDS, Judge, Probe, Rival, decide, halve, ordered
 
 CANDIDATES = ("nothing", "full", "layer_decay", "head", "first", "middle", "last", "auto")
 _MOST_RATES = 3

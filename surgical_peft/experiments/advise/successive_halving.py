@@ -13,12 +13,12 @@ from typing import Any
 
 from torch import nn
 
-from .errors import SurgicalError
-from .experiments.recipe.recipe import Recipe
-from .experiments.tasks.evaluation import Measure
-from .experiments.training.runner import Workbench
-from .methods import Method
-from .scoring.selection import Selection
+from ...errors import SurgicalError
+from ...scoring.selection import Selection
+from ..compare.methods import Method
+from ..recipe.recipe import Recipe
+from ..tasks.evaluation import Measure
+from ..training.runner import Workbench
 
 GROUPS = 25  # of validation examples, each left out once
 FEWEST = 12  # of them

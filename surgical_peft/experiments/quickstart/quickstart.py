@@ -25,11 +25,11 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from ...atomic_files import check_replaceable, whole_folder
+from ...scoring.block_scores import BlockScores
+from ...scoring.plot import plot_scores
 from . import trials
-from .atomic_files import check_replaceable, whole_folder
-from .report.tables import comparison_markdown, comparison_table
-from .scoring.block_scores import BlockScores
-from .scoring.plot import plot_scores
+from .tables import comparison_markdown, comparison_table
 from .trials import METHODS, SHIFTS, Run
 
 SEEDS = (0, 1, 2)

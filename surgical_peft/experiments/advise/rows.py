@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, fields
 from typing import Any
 
-from .atomic_files import finite
-from .experiments.recipe.recipe import Recipe
-from .halving import ROUNDS, Judge, Rival
-from .signature import Signature
-from .tuner.config import SurgicalConfig
+from ...atomic_files import finite
+from ...tuner.config import SurgicalConfig
+from ..recipe.recipe import Recipe
+from .shift_signature import Signature
+from .successive_halving import ROUNDS, Judge, Rival
 
 _LINES: Mapping[str, dict[str, Any]] = {  # what a recipe says for those that choose no blocks
     "full": {"blocks": "all"},

@@ -10,14 +10,14 @@ from pathlib import Path
 
 from torch import nn
 
-from .blocks.block_map import BlockMap
-from .compare_settings import Comparison, Job
-from .errors import SurgicalError
-from .experiments.tasks import Examples
-from .experiments.training.runner import Workbench
-from .experiments.training.train import loader
+from ...blocks.block_map import BlockMap
+from ...errors import SurgicalError
+from ...scoring.selection import Selection
+from ..tasks import Examples
+from ..training.runner import Workbench
+from ..training.train import loader
+from .comparison import Comparison, Job
 from .methods import Setting
-from .scoring.selection import Selection
 
 
 def setting_of(comparison: Comparison, job: Job, bench: Workbench, folder: Path) -> Setting:

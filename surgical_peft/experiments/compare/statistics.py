@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .errors import SurgicalError
+from ...errors import SurgicalError
 
 CONFIDENCE = 0.95
 

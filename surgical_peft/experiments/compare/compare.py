@@ -14,17 +14,17 @@ from typing import Any
 
 from rich.console import Console
 
-from .atomic_files import check_replaceable, whole_folder
-from .compare_crew import Crew
-from .compare_report import report_of, row_of
-from .compare_runs import Workshop
-from .compare_settings import FULL, Comparison
-from .errors import SurgicalError
-from .experiments.recipe.recipe import Recipe
-from .experiments.training.threads import shared_threads
-from .rate_grid import MOST, best_rate, is_diverged, next_rate
-from .report.comparison import markdown
-from .report.comparison_plot import plot
+from ...atomic_files import check_replaceable, whole_folder
+from ...errors import SurgicalError
+from ..recipe.recipe import Recipe
+from ..training.threads import shared_threads
+from .comparison import FULL, Comparison
+from .jobs import Workshop
+from .lr_grid import MOST, best_rate, is_diverged, next_rate
+from .plot import plot
+from .pool import Crew
+from .results import report_of, row_of
+from .tables import markdown
 
 _TABLE = "table.md"  # by which an earlier comparison is known
 

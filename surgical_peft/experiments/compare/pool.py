@@ -14,11 +14,11 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from .compare_runs import Workshop
-from .compare_settings import Comparison, Job
-from .errors import SurgicalError
-from .experiments.recipe.recipe import Recipe
-from .experiments.training.quiet import quieten
+from ...errors import SurgicalError
+from ..recipe.recipe import Recipe
+from ..training.quiet import quieten
+from .comparison import Comparison, Job
+from .jobs import Workshop
 
 _OWN: list[Workshop] = []  # of a worker process
 

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from ..atomic_files import whole_file
+from ...atomic_files import whole_file
 
 _CLEAR = 2.0  # standard errors
 _COLUMNS = ("method", "{metric}", "to the best", "rate", "tuned", "")

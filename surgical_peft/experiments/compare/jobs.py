@@ -15,15 +15,15 @@ from peft import PeftModel
 from torch import nn
 from torch.utils.data import ConcatDataset
 
-from .atomic_files import whole_folder, write_text
-from .compare_check import in_words, make_each, misfits_of, refuse, setting_of
-from .compare_settings import FULL, Comparison, Job
-from .errors import SurgicalError
-from .experiments.recipe.recipe import Recipe
-from .experiments.tasks import load_task
-from .experiments.training.profiling import Watch, step_costs
-from .experiments.training.runner import Remembered, Workbench
-from .scoring.selection import Selection
+from ...atomic_files import whole_folder, write_text
+from ...errors import SurgicalError
+from ...scoring.selection import Selection
+from ..recipe.recipe import Recipe
+from ..tasks import load_task
+from ..training.profiling import Watch, step_costs
+from ..training.runner import Remembered, Workbench
+from .comparison import FULL, Comparison, Job
+from .preflight import in_words, make_each, misfits_of, refuse, setting_of
 
 _TIMED = 3  # batches of an epoch whose steps are timed
 _AT_MOST = 12  # steps, where a recipe counts them

@@ -14,15 +14,15 @@ from typing import Any
 from torch import nn
 from transformers import TrainingArguments
 
-from ..auto import get_surgical_model
-from ..blocks.block_map import BlockMap
-from ..errors import SurgicalError
-from ..experiments.recipe.recipe import Recipe
-from ..experiments.tasks.source_model import modules_to_save
-from ..policies.policy import Policy
-from ..scoring.selection import Selection
-from ..tuner.config import SurgicalConfig
-from ..validation import nearest, resolve
+from ....auto import get_surgical_model
+from ....blocks.block_map import BlockMap
+from ....errors import SurgicalError
+from ....policies.policy import Policy
+from ....scoring.selection import Selection
+from ....tuner.config import SurgicalConfig
+from ....validation import nearest, resolve
+from ...recipe.recipe import Recipe
+from ...tasks.source_model import modules_to_save
 
 
 @dataclass(frozen=True)

@@ -8,22 +8,22 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .. import criteria
-from ..choosing import check_choice, choose_blocks
-from ..criteria.budget import Budget
-from ..errors import SurgicalError
-from ..experiments.tasks.source_model import modules_to_save
-from ..experiments.training.train import budget_of
-from ..objective import RecipeObjective
-from ..policies.policy import check_count
-from ..procedures.procedure import Procedure, as_procedure
-from ..scoring.score import score_blocks
-from ..scoring.selection import Selection, check_k
-from ..scoring.selection import top_k as take_top_k
-from ..search.result import SearchResult
-from ..search.run import count_trainings, run_search
-from ..tuner.config import SurgicalConfig
-from ..validation import resolve
+from .... import criteria
+from ....choosing import check_choice, choose_blocks
+from ....criteria.budget import Budget
+from ....errors import SurgicalError
+from ....policies.policy import check_count
+from ....procedures.procedure import Procedure, as_procedure
+from ....scoring.score import score_blocks
+from ....scoring.selection import Selection, check_k
+from ....scoring.selection import top_k as take_top_k
+from ....search.result import SearchResult
+from ....search.run import count_trainings, run_search
+from ....tuner.config import SurgicalConfig
+from ....validation import resolve
+from ...search.objective import RecipeObjective
+from ...tasks.source_model import modules_to_save
+from ...training.train import budget_of
 from .method import Method, Setting, of_known_blocks, parsed
 
 

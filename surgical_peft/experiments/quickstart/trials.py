@@ -19,18 +19,18 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForImageClassification, default_data_collator
 
-from . import policies
-from .errors import SurgicalError
-from .experiments.recipe.recipe import Recipe
-from .experiments.tasks import load_task
-from .experiments.tasks.evaluation import classification
-from .experiments.training.quiet import quieten
-from .experiments.training.train import fit
-from .experiments.training.train import score as score_recipe
-from .optim.optimizer import create_surgical_optimizer
-from .policies.policy import Policy
-from .scoring.block_scores import BlockScores
-from .tuner.config import SurgicalConfig
+from ... import policies
+from ...errors import SurgicalError
+from ...optim.optimizer import create_surgical_optimizer
+from ...policies.policy import Policy
+from ...scoring.block_scores import BlockScores
+from ...tuner.config import SurgicalConfig
+from ..recipe.recipe import Recipe
+from ..tasks import load_task
+from ..tasks.evaluation import classification
+from ..training.quiet import quieten
+from ..training.train import fit
+from ..training.train import score as score_recipe
 
 BATCH_SIZE = 32
 SHIFTS: dict[str, dict[str, Any]] = {

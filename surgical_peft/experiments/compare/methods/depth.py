@@ -6,10 +6,10 @@ import random
 from functools import partial
 from typing import Any
 
-from ..blocks.block_map import BlockMap
-from ..errors import SurgicalError
-from ..procedures.procedure import layers
-from ..scoring.selection import Selection
+from ....blocks.block_map import BlockMap
+from ....errors import SurgicalError
+from ....procedures.procedure import layers
+from ....scoring.selection import Selection
 from .method import Method, Setting, of_known_blocks, parsed
 
 

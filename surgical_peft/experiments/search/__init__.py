@@ -1,0 +1,1 @@
+"""`surgical-peft search`."""
