@@ -20,7 +20,7 @@ import yaml
 from rich.console import Console
 
 from surgical_peft import SurgicalConfig, SurgicalError
-from surgical_peft.cli import main
+from surgical_peft.cli.main import main
 from surgical_peft.experiments.advise import advise as advising
 from surgical_peft.experiments.advise import successive_halving as halving
 from surgical_peft.experiments.advise.advise import CANDIDATES, advise, plan

@@ -20,7 +20,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import Trainer, TrainingArguments
 
 from surgical_peft import SurgicalConfig, SurgicalError
-from surgical_peft.cli import main
+from surgical_peft.cli.main import main
 from surgical_peft.experiments import tasks
 from surgical_peft.experiments.recipe.recipe import Recipe, load_recipe
 from surgical_peft.experiments.tasks import load_task

@@ -11,8 +11,9 @@ import torch
 from peft import get_peft_model
 from transformers import AutoModelForImageClassification
 
-from surgical_peft import SurgicalConfig, cli
-from surgical_peft.cli import main
+from surgical_peft import SurgicalConfig
+from surgical_peft.cli import main as cli
+from surgical_peft.cli.main import main
 
 ROOT = Path(__file__).parents[1]
 VIT = ROOT / "recipes" / "fashion_mnist" / "vit"

@@ -19,7 +19,7 @@ from peft import get_peft_model
 from transformers import AutoModelForImageClassification
 
 from surgical_peft import SurgicalConfig, SurgicalError, export_to_peft
-from surgical_peft.cli import main
+from surgical_peft.cli.main import main
 from surgical_peft.export.adapter_card import END, HERE
 from surgical_peft.export.push import push
 

@@ -24,7 +24,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 
-from surgical_peft.cli import main
+from surgical_peft.cli.main import main
 from surgical_peft.experiments.compare.comparison import SHIFTS, Comparison
 from surgical_peft.experiments.recipe.recipe import load_recipe
 from surgical_peft.experiments.recipe.strict_yaml import StrictLoader

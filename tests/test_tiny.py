@@ -16,7 +16,7 @@ from peft import PeftModel
 from transformers import AutoModelForTokenClassification, AutoTokenizer
 
 from surgical_peft import SurgicalError
-from surgical_peft.cli import main
+from surgical_peft.cli.main import main
 from surgical_peft.experiments.recipe.recipe import Recipe, load_recipe
 from surgical_peft.experiments.tasks import load_task
 from surgical_peft.experiments.training.tiny import BATCHES, MEASURED, NOTICE, make_tiny

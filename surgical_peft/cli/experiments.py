@@ -10,21 +10,21 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from .terminal import AsJson, DryRun, RecipeFile, Tiny, console, in_words, print_json
-from .tuner.config import SurgicalConfig
+from ..tuner.config import SurgicalConfig
+from .options import AsJson, DryRun, RecipeFile, Tiny, console, in_words, print_json
 
 if TYPE_CHECKING:
-    from .experiments.recipe.recipe import Recipe
+    from ..experiments.recipe.recipe import Recipe
 
 
 def open_recipe(path: Path, tiny: bool, output: Path | None) -> tuple[Recipe, Path | None]:
     """The recipe in a file and the folder for its results; with `tiny` one that needs no network, said plainly."""
-    from .experiments.recipe.recipe import load_recipe
+    from ..experiments.recipe.recipe import load_recipe
 
     recipe = load_recipe(path)
     if not tiny:
         return recipe, output
-    from .experiments.training.tiny import NOTICE, make_tiny
+    from ..experiments.training.tiny import NOTICE, make_tiny
 
     Console(stderr=True).print(NOTICE, style="bold yellow")
     return make_tiny(recipe, output), None
@@ -54,8 +54,8 @@ def search(
     as_json: AsJson = False,
 ) -> None:
     """Find the blocks to tune by trying them; the same command again resumes."""
-    from .experiments.search.search import plan
-    from .experiments.search.search import search as search_recipe
+    from ..experiments.search.search import plan
+    from ..experiments.search.search import search as search_recipe
 
     found, output = open_recipe(recipe, tiny, output)
     if procedure and procedure != found.procedure:
@@ -103,9 +103,9 @@ def compare(
     as_json: AsJson = False,
 ) -> None:
     """Compare a recipe's methods, each at its best rate, with full fine-tuning; the same command again resumes."""
-    from .experiments.compare.compare import compare as compare_recipe
-    from .experiments.compare.compare import plan
-    from .experiments.compare.tables import table
+    from ..experiments.compare.compare import compare as compare_recipe
+    from ..experiments.compare.compare import plan
+    from ..experiments.compare.tables import table
 
     found, output = open_recipe(recipe, tiny, output)
     if dry_run:
@@ -136,9 +136,9 @@ def advise(
     as_json: AsJson = False,
 ) -> None:
     """Say which blocks to tune on a recipe's data, or that surgery is not for it, after a few short trainings."""
-    from .experiments.advise.advise import advise as advise_on
-    from .experiments.advise.advise import plan
-    from .experiments.advise.report import not_tried, recipe_lines, table
+    from ..experiments.advise.advise import advise as advise_on
+    from ..experiments.advise.advise import plan
+    from ..experiments.advise.report import not_tried, recipe_lines, table
 
     found, output = open_recipe(recipe, tiny, output)
     if dry_run:

@@ -12,13 +12,13 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from . import criteria
-from .blocks.block_map import BlockMap
-from .cli_many import advise, compare, open_recipe, search
-from .errors import SurgicalError
-from .experiments.training.quiet import quieten
-from .terminal import AsJson, RecipeFile, Tiny, console, print_json
-from .validation import resolve
+from .. import criteria
+from ..blocks.block_map import BlockMap
+from ..errors import SurgicalError
+from ..experiments.training.quiet import quieten
+from ..validation import resolve
+from .experiments import advise, compare, open_recipe, search
+from .options import AsJson, RecipeFile, Tiny, console, print_json
 
 app = typer.Typer(
     help="Fully fine-tune only the blocks of a transformer that new data need.",
@@ -41,7 +41,7 @@ def blocks(
     as_json: AsJson = False,
 ) -> None:
     """List the blocks of a model: names, modules, parameters and their share."""
-    from .experiments.tasks import model_of_config
+    from ..experiments.tasks import model_of_config
 
     network = model_of_config(model)
     found = BlockMap.find(network)
@@ -69,8 +69,8 @@ def score(
     as_json: AsJson = False,
 ) -> None:
     """Score the blocks of a recipe's model on its training data."""
-    from .experiments.recipe.recipe import load_recipe
-    from .experiments.training.train import score as score_recipe
+    from ..experiments.recipe.recipe import load_recipe
+    from ..experiments.training.train import score as score_recipe
 
     if plot and plot.suffix not in (".png", ".pdf", ".svg"):
         raise SurgicalError(f"--plot {str(plot)!r}: the name must end in .png, .pdf or .svg.")
@@ -100,7 +100,7 @@ def train(
     as_json: AsJson = False,
 ) -> None:
     """Choose the blocks, tune them, measure, and save the adapter."""
-    from .experiments.training.train import train as train_recipe
+    from ..experiments.training.train import train as train_recipe
 
     with contextlib.redirect_stdout(sys.stderr):  # what Trainer prints must not come between the JSON
         report = train_recipe(*open_recipe(recipe, tiny, output), Console(stderr=True, quiet=as_json))
@@ -139,7 +139,7 @@ def export(
     as_json: AsJson = False,
 ) -> None:
     """Write an adapter in a form that others load."""
-    from .export.export import export as export_adapter
+    from ..export.export import export as export_adapter
 
     report = export_adapter(adapter, output, format, base_model=base, rank=rank)
     if as_json:
@@ -164,7 +164,7 @@ def export(
 @app.command()
 def card(run: RunFolder, as_json: AsJson = False) -> None:
     """Write the model card of a training, from its report.json; `train` has done so, this does it again."""
-    from .experiments.training.card import write_card
+    from ..experiments.training.card import write_card
 
     path = write_card(run)
     if as_json:
@@ -186,7 +186,7 @@ def push(
 
     The token is that of `hf auth login`.
     """
-    from .export.push import push as push_run
+    from ..export.push import push as push_run
 
     pushed = push_run(run, repository, public=public)
     if as_json:
@@ -203,8 +203,8 @@ def quickstart(
     as_json: AsJson = False,
 ) -> None:
     """Show on real images which blocks matter, and what tuning only them gives; about 3 minutes on 2 cores."""
-    from .experiments.quickstart.quickstart import EPOCHS
-    from .experiments.quickstart.quickstart import quickstart as run_quickstart
+    from ..experiments.quickstart.quickstart import EPOCHS
+    from ..experiments.quickstart.quickstart import quickstart as run_quickstart
 
     report = run_quickstart(output, Console(stderr=True, quiet=True) if as_json else console, epochs or EPOCHS)
     if as_json:
