@@ -19,8 +19,8 @@ from surgical_peft import Selection, SurgicalConfig, get_surgical_model, procedu
 from surgical_peft.experiments.recipe.recipe import Recipe, load_recipe
 from surgical_peft.experiments.search.objective import RecipeObjective
 from surgical_peft.experiments.tasks import load_task
-from surgical_peft.experiments.training.quiet import quieten
 from surgical_peft.experiments.training.train import fit
+from surgical_peft.experiments.training.workers import quieten
 
 ROOT = Path(__file__).parent
 

@@ -1,19 +1,42 @@
-"""`get_surgical_model`: choose the blocks if the config leaves it open, then wrap the model."""
+"""`blocks="auto"`: score the blocks, decide which to take, and wrap the model."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+import math
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
+from functools import partial
+from itertools import islice
+from operator import length_hint
 from typing import Any
 
 from peft import PeftModel, get_peft_model
 from torch import nn
 
-from .choosing import choose_blocks
-from .criteria.budget import half_of
+from . import criteria
+from .blocks.block_map import BlockMap
+from .criteria.budget import FORWARD, GRADIENTS, Budget, half_of
+from .criteria.criterion import Criterion, needs_of, of_model
+from .criteria.probe import PACE
+from .criteria.short_training.context import Trial
+from .criteria.short_training.short_run import ShortRun, gains_and_loss
 from .errors import SurgicalError
 from .scoring.batches import LossFunction
+from .scoring.block_scores import BlockScores
+from .scoring.gradients import name_of
+from .scoring.progress import Stages, counted
+from .scoring.score import score_blocks
+from .scoring.selection import check_k, top_k
 from .tuner.config import SurgicalConfig
+from .tuner.target_modules import modules_to_tune
+from .validation import resolve
+
+CRITERION = "probe"  # the lowest regret on the seen shifts of benchmarks/criteria
+MOST = 4  # blocks that are tried together
+FOR_JOINT = 0.25  # of a budget: what joint trainings are sure of
+AT_MOST = GRADIENTS + 2 * (1 + FORWARD)  # training steps for each batch: its gradients, and two joint trainings of all
+LEAST = 0.1  # what one more block must take of the loss that is left
 
 
 def get_surgical_model(
@@ -62,3 +85,173 @@ def get_surgical_model(
             )
         config, _ = choose_blocks(model, config, dataloader, num_batches, loss_fn, budget)
     return get_peft_model(model, config, **kwargs)
+
+
+def choose_blocks(
+    model: nn.Module,
+    config: SurgicalConfig,
+    dataloader: Iterable[Any],
+    num_batches: int | None = None,
+    loss_fn: LossFunction | None = None,
+    budget: float | Budget | None = None,
+    stages: Stages | None = None,
+) -> tuple[SurgicalConfig, BlockScores]:
+    """The config with block names in the place of `blocks="auto"`, and the scores that led to them.
+
+    `config.criterion` (default `probe`) scores the blocks; those that cannot be tuned (tied weights) are left out; the
+    `config.num_blocks` highest are taken. Without a number, short joint trainings decide it: of the best block, the
+    best two and so on, judged on held-out batches as the probe does.
+
+    Args:
+        model, config, dataloader, num_batches, loss_fn: as for `get_surgical_model`.
+        budget: how many training steps all this may cost, as for `score_blocks`. A quarter is for the joint trainings;
+            where they have no room, one block is taken. What it was and what it took is in the record.
+        stages: where to tell what is done.
+
+    Raises:
+        SurgicalError: what scoring refuses, no block that can be tuned, or more blocks asked for than there are.
+    """
+    score = resolve(config.criterion, criteria) if isinstance(config.criterion, str) else config.criterion
+    score = score or getattr(criteria, CRITERION)
+    needs, joint = needs_of(score), needs_of(together)
+    is_open = config.num_blocks is None
+    wanted = needs.batches if num_batches is None else num_batches
+    batches = list(islice(dataloader, max(wanted, joint.batches if is_open else 0)))
+    if is_open:
+        _check_enough(len(batches))
+    unfit = _refused(model, config, [name for name, each in BlockMap.find(model).parameters(model).items() if each])
+    loss: dict[str, float] = {}
+    with counted(budget, "choosing blocks", stages) as spending:
+        run = partial(score_blocks, model, batches, loss_fn=loss_fn, budget=spending)
+        if is_open and (needs.what, wanted) == (joint.what, joint.batches):  # then gradients are computed once
+            both = partial(_scores_and_loss, score=score, refused=tuple(unfit), loss=loss)
+            scores = replace(run(both), criterion=_named(config.criterion or CRITERION))
+        else:
+            with spending.holding(_for_joint(spending) if is_open else 0.0):
+                scores = run(config.criterion or CRITERION, num_batches=num_batches)
+            if is_open and spending.left >= 2 * AT_MOST:
+                ranking = _ranking(scores.values, unfit)
+                loss |= {name: -minus for name, minus in run(partial(together, ranking=ranking)).values.items()}
+    refused = {name: why for name, why in unfit.items() if name in scores.values}
+    left = {name: value for name, value in scores.values.items() if name not in refused}
+    candidates = replace(scores, values=left, unscored=(*scores.unscored, *refused))
+    loss = {name: loss[name] for name in _ranking(left, ()) if name in loss}  # by the last block of each trial
+    chosen = top_k(candidates, config.num_blocks or how_many(list(loss.values())))
+    record: dict[str, Any] = {**chosen.record, "scores": dict(scores.values)}
+    if refused:
+        record["refused"] = refused
+    if loss:
+        record["joint_loss"] = loss
+    if spending.is_given:
+        record["cost"] = {"budget": spending.steps, "steps": spending.spent, "stages": spending.stages}
+    return replace(config, blocks=list(chosen.blocks), selection=record, criterion=None, num_blocks=None), scores
+
+
+@of_model(batches=16)
+def _scores_and_loss(
+    trial: Trial, *, score: Criterion, refused: tuple[str, ...], loss: dict[str, float]
+) -> dict[str, float]:
+    """The scores, and into `loss` what is left after joint trainings of the best."""
+    with trial.budget.holding(_for_joint(trial.budget)):
+        values: Any = score(trial)
+    if not isinstance(values, dict):  # `score_blocks` will say so
+        return values
+    minus = together(trial, ranking=_ranking(trial.agreed(values), refused))
+    loss |= {name: -value for name, value in minus.items()}
+    return values
+
+
+def _named(criterion: str | Criterion) -> str:
+    return criterion if isinstance(criterion, str) else name_of(criterion)
+
+
+def _ranking(values: Mapping[str, float], refused: Collection[str]) -> tuple[str, ...]:
+    """The blocks that may be tried together, best first."""
+    left = [name for name in values if name not in refused]
+    return tuple(sorted(left, key=lambda name: -values[name])[:MOST])
+
+
+def _for_joint(budget: Budget) -> float:
+    """What to keep for the joint trainings; nothing where it would not be enough for them."""
+    return FOR_JOINT * budget.steps if 2 * AT_MOST <= budget.steps < math.inf else 0.0
+
+
+def check_choice(model: nn.Module, config: SurgicalConfig, dataloader: Iterable[Any]) -> None:
+    """Refuse what `choose_blocks` would refuse that takes no scores to see; reads no data.
+
+    Raises:
+        SurgicalError: no block that can be tuned, more blocks asked for than there are, or too few batches.
+    """
+    names = [name for name, weights in BlockMap.find(model).parameters(model).items() if weights]
+    left = len(names) - len(_refused(model, config, names))
+    if config.num_blocks is None:
+        _check_enough(length_hint(dataloader, 2))
+    else:
+        check_k(config.num_blocks, left)
+
+
+@of_model(batches=16)
+def together(trial: Trial, *, ranking: tuple[str, ...]) -> dict[str, float]:
+    """Minus the held-out loss after a short training of the first block of `ranking`, the first two, and so on.
+
+    Each stands under the name of the last block in it. It ends where a block more takes too little.
+    """
+    budget, room = trial.budget, len(trial.batches)
+    if budget.is_given and "gains" not in trial.known:
+        room = min(room, int(budget.left / AT_MOST))
+        if room < 2:
+            return {}
+        trial.keep(room)
+    gains, start = gains_and_loss(trial, least=1 if budget.is_given else 2)
+    if budget.is_given:  # at least two trainings: of one alone nothing follows
+        room = int(budget.left / sum(trial.cost(*ranking[:at]) for at in (1, 2)) * len(trial.batches))
+        if room < 2:
+            return {}
+    left: dict[str, float] = {}
+    with trial.only(room):
+        for at, name in enumerate(ranking):
+            names = ranking[: at + 1]
+            cost = trial.cost(*names)
+            if cost > budget.left:
+                break
+            budget.stage(f"the best {at + 1} trained together", cost)
+            gain = sum(gains.get(each, 0.0) for each in names)  # gains add up
+            left[name] = ShortRun(names, PACE * start / gain, passes=1).train(trial, 1) if gain else start
+            if how_many(list(left.values())) <= at:
+                break
+    return {name: -loss for name, loss in left.items() if math.isfinite(loss)}  # else it diverged, and was the last
+
+
+def how_many(left: list[float]) -> int:
+    """How many blocks to take, given the loss left by the first, by the first two, and so on."""
+    count = 1
+    while count < len(left) and left[count] < (1 - LEAST) * left[count - 1]:
+        count += 1
+    return count
+
+
+def _check_enough(batches: int) -> None:
+    if batches < 2:
+        raise SurgicalError(
+            f"num_blocks=None lets short trainings decide how many blocks to take, which needs 2 batches or more, "
+            f"and there are {batches}: give num_blocks, or more and smaller batches."
+        )
+
+
+def _refused(model: nn.Module, config: SurgicalConfig, names: Collection[str]) -> dict[str, str]:
+    """The blocks that cannot be tuned, and why; some can."""
+    refused = {name: reason for name in names if (reason := _refusal(model, config, name))}
+    if len(refused) == len(names):
+        raise SurgicalError(
+            f"no block of {BlockMap.find(model).model_name} can be tuned: {next(iter(refused.values()))}"
+        )
+    return refused
+
+
+def _refusal(model: nn.Module, config: SurgicalConfig, block: str) -> str | None:
+    """Why a block cannot be tuned, if it cannot."""
+    try:
+        modules_to_tune(model, replace(config, blocks=[block], criterion=None, num_blocks=None))
+    except SurgicalError as error:
+        return str(error)
+    return None

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from surgical_peft import BlockMap, SurgicalConfig, SurgicalError, criteria, get_surgical_model, score_blocks
-from surgical_peft.choosing import choose_blocks
+from surgical_peft.auto import choose_blocks
 from surgical_peft.criteria.budget import GRADIENTS, Budget
 from surgical_peft.criteria.criterion import of_model
 from surgical_peft.criteria.short_training.context import Trial

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from surgical_peft import SurgicalConfig, SurgicalError, criteria, get_surgical_model, score_blocks
-from surgical_peft.choosing import choose_blocks, how_many, together
+from surgical_peft.auto import choose_blocks, how_many, together
 
 from .toys import TOYS, Toy
 

@@ -87,7 +87,7 @@ def test_the_scripts_come_with_the_wheel(tmp_path: Path) -> None:
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
-    assert {f"surgical_peft/metrics/{name}/{name}.py" for name in SHIPPED} < names
+    assert {f"surgical_peft/experiments/metrics/{name}/{name}.py" for name in SHIPPED} < names
 
 
 def test_every_metric_that_ships_is_tested_here() -> None:

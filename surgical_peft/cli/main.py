@@ -15,7 +15,7 @@ from rich.table import Table
 from .. import criteria
 from ..blocks.block_map import BlockMap
 from ..errors import SurgicalError
-from ..experiments.training.quiet import quieten
+from ..experiments.training.workers import quieten
 from ..validation import resolve
 from .experiments import advise, compare, open_recipe, search
 from .options import AsJson, RecipeFile, Tiny, console, print_json

@@ -1,1 +1,1 @@
-"""The lab: recipes, tasks, trainings, searches, comparisons and advice. `import surgical_peft` brings in none of it."""
+"""The lab: recipes, tasks, trainings, searches, comparisons, advice; `import surgical_peft` brings in none of it."""

@@ -23,8 +23,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ...atomic_files import check_replaceable, whole_folder
+from ...auto import CRITERION
 from ...blocks.block_map import BlockMap
-from ...choosing import CRITERION
 from ...errors import SurgicalError
 from ...scoring.selection import Selection
 from ..compare.comparison import Comparison

@@ -17,7 +17,7 @@ from rich.console import Console
 from ...atomic_files import check_replaceable, whole_folder
 from ...errors import SurgicalError
 from ..recipe.recipe import Recipe
-from ..training.threads import shared_threads
+from ..training.workers import shared_threads
 from .comparison import FULL, Comparison
 from .jobs import Workshop
 from .lr_grid import MOST, best_rate, is_diverged, next_rate

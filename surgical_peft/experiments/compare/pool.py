@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ...errors import SurgicalError
 from ..recipe.recipe import Recipe
-from ..training.quiet import quieten
+from ..training.workers import quieten
 from .comparison import Comparison, Job
 from .jobs import Workshop
 

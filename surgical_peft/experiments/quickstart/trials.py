@@ -28,9 +28,9 @@ from ...tuner.config import SurgicalConfig
 from ..recipe.recipe import Recipe
 from ..tasks import load_task
 from ..tasks.evaluation import classification
-from ..training.quiet import quieten
 from ..training.train import fit
 from ..training.train import score as score_recipe
+from ..training.workers import quieten
 
 BATCH_SIZE = 32
 SHIFTS: dict[str, dict[str, Any]] = {
@@ -109,7 +109,7 @@ def shipped(name: str) -> Path:
     Raises:
         SurgicalError: it is in neither.
     """
-    package = Path(__file__).parent
+    package = Path(__file__).parents[2]
     for folder in (package.parent / "recipes", package / "shipped"):
         if (folder / name).exists():
             return folder / name

@@ -22,8 +22,7 @@ from ...policies.stages import check_length, planned_length
 from ...procedures.procedure import Procedure, as_procedure
 from ...tuner.config import SurgicalConfig
 from ...validation import nearest, resolve
-from .folders import find_folders
-from .strict_yaml import StrictLoader
+from .load import StrictLoader, find_folders
 
 
 @dataclass(frozen=True)

@@ -30,9 +30,8 @@ from ...search.run import count_trainings, optuna_classes, run_search
 from ...validation import resolve
 from ..quickstart.tables import search_markdown
 from ..recipe.recipe import Recipe
-from ..training.quiet import quieten
-from ..training.threads import shared_threads
 from ..training.train import score
+from ..training.workers import quieten, shared_threads
 from .objective import RecipeObjective
 
 _RESULT = "search.json"  # by which the result of an earlier search is known

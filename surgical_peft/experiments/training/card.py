@@ -14,7 +14,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ...atomic_files import whole_file, write_text
-from ...choosing import MOST
+from ...auto import MOST
 from ...errors import SurgicalError
 from ...export.adapter_card import TAG, Tuned, describe
 

@@ -23,7 +23,7 @@ from ...tuner.model import SurgicalModel
 from ..recipe.recipe import Recipe
 from ..tasks import Examples, load_task
 from .activation_cache import AT, ROOM, PrefixCache
-from .memory import PeakMemory
+from .profiling import PeakMemory
 from .train import fit
 
 Item = dict[str, Any]

@@ -16,8 +16,7 @@ from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, default_data_collator, set_seed
 
 from ...atomic_files import check_replaceable, whole_folder, write_text
-from ...auto import get_surgical_model
-from ...choosing import CRITERION, choose_blocks
+from ...auto import CRITERION, choose_blocks, get_surgical_model
 from ...criteria.budget import GRADIENTS, half_of
 from ...errors import SurgicalError
 from ...optim.callback import SurgicalCallback

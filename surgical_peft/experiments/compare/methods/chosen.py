@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .... import criteria
-from ....choosing import check_choice, choose_blocks
+from ....auto import check_choice, choose_blocks
 from ....criteria.budget import Budget
 from ....errors import SurgicalError
 from ....policies.policy import check_count
