@@ -9,6 +9,7 @@ from . import criteria, policies, procedures
 from .auto import get_surgical_model
 from .blocks.block_map import BlockMap
 from .errors import SurgicalError
+from .export.adapter_card import keep_cards
 from .export.export import export_to_peft
 from .optim.callback import SurgicalCallback
 from .optim.optimizer import SurgicalOptimizerFactory, create_surgical_optimizer, surgical_optimizer
@@ -48,4 +49,5 @@ __all__ = [
 ]
 
 register()
+keep_cards()
 patch_trainer()

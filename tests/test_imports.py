@@ -15,6 +15,12 @@ from surgical_peft.experiments.compare import methods
 
 PACKAGE = Path(surgical_peft.__file__).parent
 
+# A room imports from those before it, and within itself.
+ROOMS = (
+    "errors atomic_files validation blocks precision criteria scoring tuner policies procedures optim search export"
+)
+ROOMS = [*ROOMS.split(), "auto", "experiments", "cli", "__init__", "__main__"]
+LAB = ["shifts", "metrics", "recipe", "tasks", "training", "search", "compare", "advise", "quickstart"]
 TORCH_ONLY = ["blocks", "criteria"]  # no transformers, no PEFT
 
 PACKAGES = [surgical_peft, surgical_peft.criteria, surgical_peft.policies, surgical_peft.procedures, methods]
@@ -42,6 +48,29 @@ def imported(tree: ast.Module, module: str) -> list[str]:
             names += [".".join(source)] if node.module else [".".join([*source, alias.name]) for alias in node.names]
         ahead += ast.iter_child_nodes(node)
     return names
+
+
+def upwards(rooms: list[str], within: str = "") -> list[str]:
+    """Imports of a room from one that is not before it."""
+    wrong = []
+    for module, path in MODULES.items():
+        names = [name.removeprefix("surgical_peft.") for name in imported(ast.parse(path.read_text()), module)]
+        names = [name.removeprefix(within) for name in names if name.startswith(within)]
+        own = top(module.removeprefix(within))
+        if own in rooms and module.startswith(within):
+            later = [name for name in names if top(name) in rooms[rooms.index(own) + 1 :]]
+            wrong += [f"{module} imports {name}" for name in later]
+    return wrong
+
+
+def test_every_module_is_in_a_room() -> None:
+    assert {top(module) for module in MODULES} == set(ROOMS)
+    assert {module.split(".")[1] for module in MODULES if module.startswith("experiments.")} == {*LAB, "__init__"}
+
+
+def test_imports_run_one_way() -> None:
+    assert upwards(ROOMS) == []
+    assert upwards(LAB, "experiments.") == []
 
 
 def test_no_circle() -> None:

@@ -11,7 +11,6 @@ from typing import Any
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
 from ..errors import SurgicalError
-from ..export.adapter_card import keep_cards
 from .config import SurgicalConfig, SurgicalPeftType
 from .loading.saved_files import watch_reading
 from .model import SurgicalModel
@@ -42,7 +41,6 @@ def register() -> None:
     PEFT_TYPE_TO_PREFIX_MAPPING[key] = SurgicalModel.prefix
     watch_reading()
     patch_peft()
-    keep_cards()
 
 
 def _full_name(cls: type) -> str:
