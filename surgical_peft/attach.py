@@ -15,6 +15,7 @@ from .class_code import names_in_code
 from .config import SurgicalConfig
 from .layer import SurgicalLayer
 from .lists import join
+from .masks import unmask
 from .quantised import FloatLinear, is_packed, packed_layers
 from .tensors import Targets, TensorMap
 from .wrappers import PARKED, walk
@@ -134,4 +135,5 @@ def restore_requires_grad(model: nn.Module, before: Mapping[str, bool]) -> None:
     for path, module in walk(model):
         for name, parameter in module._parameters.items():
             if parameter is not None and not is_packed(parameter):
+                unmask(parameter)
                 parameter.requires_grad_(before.get(join(path, name), parameter.requires_grad))

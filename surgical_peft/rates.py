@@ -66,7 +66,7 @@ class BlockRates:
         self._units = list(units)
         self._blocks = blocks
         self._model = weakref.ref(model)
-        self._masks = Masks(model, policy.state_policy)
+        self._masks = Masks(policy.state_policy)
         self._watch: Any = None  # on the model's forward pass
         self._step_loss: StepLoss | None = None
         self._epochs = Epochs(resumed=False)
@@ -164,7 +164,7 @@ class BlockRates:
         """Lift all masks and take the stages' loss away, for the end of training; later, 0 is only a rate."""
         self.active = self.has_callback = False
         self._put_back()
-        self._masks.lift()
+        self._masks.lift(parameter for unit in self._units for parameter in unit.parameters)
         if self._watch is not None:
             self._watch.remove()
             self._watch = None
@@ -253,7 +253,7 @@ class BlockRates:
             )
         if (multipliers := policy.step_multipliers(self.run(optimizer))) is not None:
             self.set_multipliers(optimizer, multipliers)
-        self._mask(optimizer)  # PEFT lifts masks where it switches adapters, as for DPO's reference
+        self._mask(optimizer)  # what was thawed by hand meanwhile
         self.used = {}
         for group in optimizer.param_groups:
             rate, factor = group["lr"], group["lr_multiplier"]

@@ -16,19 +16,8 @@ PACKAGE = Path(surgical_peft.__file__).parent
 
 # A module may import from tiers above its own, and a package (criteria, policies, report) within itself.
 TIERS = [
-    ["errors", "memory", "quiet", "weight_versions", "threads", "strict_yaml", "rate_grid", "terminal"],
-    [
-        "files",
-        "names",
-       
-        "fingerprint",
-        "patterns",
-        "paired",
-        "step_costs",
-        "class_code",
-        "epochs",
-        "weak_hook",
-    ],
+    ["errors", "memory", "quiet", "threads", "strict_yaml", "rate_grid", "terminal", "weight_versions"],
+    ["files", "names", "fingerprint", "patterns", "paired", "step_costs", "class_code", "epochs", "weak_hook"],
     ["float16_gradients", "origin"],
     ["master_weights"],
     ["wrappers", "checkpointing", "eval_mode", "foreign_optimizers"],
