@@ -142,6 +142,8 @@ class MasterWeights:
     @contextmanager
     def stepping(self, optimizer: Optimizer) -> Iterator[None]:
         """Around a step, hooks and all."""
+        if hasattr(optimizer, "check_overrides"):
+            _note_overrides(optimizer)
         try:
             yield
         finally:
@@ -231,6 +233,19 @@ def coarse_places(optimizer: Optimizer) -> Iterator[Place]:
 def _as_float32(value: Any, weight: Tensor) -> Any:
     """What an optimizer made for the weight before it had a master: Adagrad's sums."""
     return value.float() if isinstance(value, Tensor) and value.dtype == weight.dtype else value
+
+
+def _note_overrides(optimizer: Any) -> None:
+    """Tell bitsandbytes the places of weights with settings of their own, which it looks for by `id` in a step."""
+    optimizer.check_overrides()
+    settings = optimizer.mng.pid2config
+    places = {
+        (at, number): settings[id(weight)]
+        for at, group in enumerate(optimizer.param_groups)
+        for number, weight in enumerate(group["params"])
+        if id(weight) in settings
+    }
+    optimizer.mng.index2config = places  # those of other optimizers' groups are no places here
 
 
 def _copied(cls: type[Optimizer], state: dict[str, Any]) -> Optimizer:

@@ -389,6 +389,36 @@ def test_what_an_optimizer_does_when_it_is_switched_happens_to_the_masters() -> 
         assert torch.equal(weight, master.to(BF16))
 
 
+@pytest.mark.skipif("8 bit" not in OPTIMIZERS, reason="needs bitsandbytes")
+@pytest.mark.parametrize("dtype", [torch.float32, BF16])
+@pytest.mark.parametrize("by_module", [True, False])
+def test_settings_of_single_weights_hold(by_module: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """bitsandbytes knows the weights by their ids, or by their places in the groups, which here are ours."""
+    from bitsandbytes.optim import GlobalOptimManager
+
+    monkeypatch.setattr(GlobalOptimManager, "_instance", None)
+    manager = GlobalOptimManager.get_instance()
+    model = wrapped(dtype)
+    cls, kwargs = OPTIMIZERS["8 bit"]
+    layers = model.get_base_model().model.layers
+    chosen, late = layers[1].mlp.up_proj, layers[2].mlp.up_proj
+    manager.override_config(late.weight, "optim_bits", 32)
+    manager.register_parameters(model.parameters())
+    optimizer = create_surgical_optimizer(model, cls, lr=1e-3, **kwargs)
+    if by_module:
+        manager.register_module_override(chosen, "weight", {"optim_bits": 32})
+    else:
+        manager.override_config(chosen.weight, "optim_bits", 32)
+    step(model, optimizer)
+    large = {weight for weight in trained(model) if weight.numel() >= 16}
+    whole = {weight for weight in large if optimizer.state[weight]["state1"].dtype == torch.float32}
+    assert whole == {chosen.weight, late.weight}
+    before = chosen.weight.detach().clone()
+    manager.override_config(chosen.weight, "lr", 1e-30)
+    step(model, optimizer)
+    assert torch.equal(chosen.weight, before)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, BF16])
 def test_no_masters_where_none_are_needed_or_wanted(dtype: torch.dtype) -> None:
     model = wrapped(dtype)
