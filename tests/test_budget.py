@@ -17,7 +17,7 @@ from transformers.utils import logging
 
 from surgical_peft import BlockMap, SurgicalConfig, SurgicalError, criteria, get_surgical_model, score_blocks
 from surgical_peft.auto import choose_blocks
-from surgical_peft.criteria.budget import GRADIENTS, Budget
+from surgical_peft.criteria.budget import FORWARD, GRADIENTS, READING, Budget
 from surgical_peft.criteria.criterion import of_model
 from surgical_peft.criteria.short_training.context import Trial
 from surgical_peft.scoring.progress import Stages, counted
@@ -109,16 +109,33 @@ def test_a_race_on_fewer_batches_is_that_on_these_alone(vit: Toy) -> None:
 
 @pytest.mark.parametrize("criterion", ["probe", "depth_gain", "rgn", "fisher", "angle"])
 def test_a_budget_that_is_too_small_says_what_it_would_take(criterion: str, vit: Toy) -> None:
-    needed = {"rgn": "1", "angle": "1", "fisher": "5"}.get(criterion, "1.25")
+    needed = {"rgn": "1", "angle": "1", "fisher": "2.667"}.get(criterion, "1.25")
     with pytest.raises(SurgicalError, match=rf"0\.5 .* {needed}\. .*{math.ceil(2 * float(needed))} training steps"):
         score_blocks(vit.model(), batches(vit, 4), criterion, budget=0.5)
 
 
 def test_what_is_kept_for_joint_trainings_gives_way_to_the_scores(vit: Toy) -> None:
-    spending = Budget(12.0)
-    data = [vit.batch(seed, 9) for seed in range(2)]  # 9 examples, 11.25 steps, a batch
+    spending = Budget(4.0)
+    data = [vit.batch(seed, 9) for seed in range(2)]  # 9 examples a batch, each a ninth of a step and its reading
     config, scores = choose_blocks(vit.model(), replace(AUTO, criterion="fisher"), data, budget=spending)
-    assert scores.num_batches == 1 and len(config.blocks) == 1 and spending.spent == 11.25
+    assert scores.num_batches == 1 and len(config.blocks) == 1
+    assert spending.spent == pytest.approx(2 / 3 + 1 + 9 * READING)
+
+
+@pytest.mark.parametrize("criterion", ["fisher", "snr"])
+@pytest.mark.parametrize("size", [2, 16])
+def test_single_examples_cost_what_they_are_of_their_batch(criterion: str, size: int, vit: Toy) -> None:
+    """A pass of one example is no step on a batch; the passes that look whether losses can be told apart count."""
+    model, spending, rows = vit.model(), Budget(), {True: 0, False: 0}
+    data = [vit.batch(seed, size) for seed in range(2)]
+
+    def count(module: nn.Module, args: Any, output: Tensor) -> None:
+        rows[output.requires_grad] += len(output)
+
+    model.vit.embeddings.register_forward_hook(count)
+    score_blocks(model, data, criterion, budget=spending)
+    read = (rows[True] + FORWARD * rows[False]) / size
+    assert spending.spent == pytest.approx(read + READING * 2 * size)
 
 
 def test_a_criterion_of_the_user_cannot_go_beyond(vit: Toy) -> None:

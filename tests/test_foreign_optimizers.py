@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from surgical_peft import SurgicalConfig, create_surgical_optimizer
+from surgical_peft import SurgicalConfig, SurgicalError, create_surgical_optimizer
 from surgical_peft.precision import foreign_optimizers
 
 from .test_master_weights import RoundsAtRandom, step, trained, wrapped
@@ -50,3 +51,27 @@ def test_an_adapter_or_a_dtype_that_came_later_counts(untold: None) -> None:
     remove = register_optimizer_step_pre_hook(lambda *_: None).remove  # torch goes through the hooks meanwhile
     assert told(model, optimizer) == 1
     remove()
+
+
+@pytest.mark.parametrize("wrap", [True, False])
+@pytest.mark.parametrize("cls", [torch.optim.AdamW, torch.optim.SGD])
+def test_another_optimizer_beside_ours_on_float16_weights_is_refused(wrap: bool, cls: Any) -> None:
+    """Gradients are float32 for ours, which others stumble over or not, as they are."""
+    model = wrapped(torch.float16) if wrap else TOYS["llama"].model().half()
+    weights = trained(model)
+    others = [
+        cls(weights, lr=1e-3),
+        create_surgical_optimizer(model, cls, lr=1e-3, master_weights=False),
+    ]
+    ours = create_surgical_optimizer(model, torch.optim.SGD, lr=1e-3)
+    for other in others:
+        before = [weight.detach().clone() for weight in weights]
+        with pytest.raises(SurgicalError, match="float16"):
+            step(model, other)
+        assert all(torch.equal(weight, value) for weight, value in zip(weights, before, strict=True))
+    step(model, ours)
+    elsewhere = wrapped(torch.float16)
+    step(elsewhere, cls(trained(elsewhere), lr=1e-3))
+    del ours
+    for other in others:
+        step(model, other)

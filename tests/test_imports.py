@@ -16,10 +16,10 @@ from surgical_peft.experiments.compare import methods
 PACKAGE = Path(surgical_peft.__file__).parent
 
 # A room imports from those before it, and within itself.
-ROOMS = (
-    "errors atomic_files validation blocks precision criteria scoring tuner policies procedures optim search export"
-)
-ROOMS = [*ROOMS.split(), "auto", "experiments", "cli", "__init__", "__main__"]
+ROOMS = [
+    *("errors", "atomic_files", "validation", "blocks", "precision", "masks", "criteria", "scoring", "tuner"),
+    *("policies", "procedures", "optim", "search", "export", "auto", "experiments", "cli", "__init__", "__main__"),
+]
 LAB = ["shifts", "metrics", "recipe", "tasks", "training", "search", "compare", "advise", "quickstart"]
 TORCH_ONLY = ["blocks", "criteria"]  # no transformers, no PEFT
 

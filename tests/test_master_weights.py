@@ -271,14 +271,61 @@ def test_small_steps_add_up_over_the_turns_of_a_block(policy: Any) -> None:
 
 
 @pytest.mark.parametrize("through", [copy.deepcopy, lambda each: pickle.loads(pickle.dumps(each))])
-def test_a_copy_of_the_optimizer_is_a_plain_one(through: Any) -> None:
-    model = wrapped(torch.float32)
+@pytest.mark.parametrize("dtype", [torch.float32, BF16, FP16])
+def test_a_copy_of_model_and_optimizer_goes_on_as_they_do(through: Any, dtype: torch.dtype) -> None:
+    model = wrapped(dtype)
     optimizer = create_surgical_optimizer(model, torch.optim.AdamW, lr=1e-3)
     step(model, optimizer)
-    assert isinstance(optimizer, torch.optim.AdamW)
-    again = through(optimizer)
-    assert type(again) is torch.optim.AdamW
-    again.step()
+    again, other = through((model, optimizer))
+    assert isinstance(other, torch.optim.AdamW)
+    for seed in range(1, 3):
+        step(model, optimizer, seed)
+        step(again, other, seed)
+    for one, copied in zip(trained(model), trained(again), strict=True):
+        assert torch.equal(one, copied)
+        assert optimizer.state[one].keys() == other.state[copied].keys()
+        for key, value in optimizer.state[one].items():
+            assert torch.equal(value, other.state[copied][key])
+    through(optimizer).step()  # alone: on weights of its own
+    through(other).step()
+
+
+@pytest.mark.parametrize("master_weights", [True, False])
+def test_no_copy_leaves_its_policy_behind(master_weights: bool) -> None:
+    model = wrapped()
+    for policy in (policies.layer_decay(0.5), policies.lisa(1)):
+        optimizer = create_surgical_optimizer(
+            model, torch.optim.SGD, lr=0.1, policy=policy, master_weights=master_weights
+        )
+        for through in (copy.deepcopy, copy.copy, pickle.dumps):
+            with pytest.raises(SurgicalError, match="load_state_dict"):
+                through(optimizer)
+
+
+@pytest.mark.parametrize(
+    "policy", [None, policies.layer_decay(0.5), policies.badam(every=1), policies.auto_rgn("step")]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, BF16, FP16])
+def test_a_group_that_is_added_later_is_trained_at_its_own_rate(policy: Any, dtype: torch.dtype) -> None:
+    model = wrapped(dtype, blocks=[1, 2])
+    optimizer = create_surgical_optimizer(model, torch.optim.SGD, lr=0.1, policy=policy)
+    late = list(model.get_base_model().model.layers[0].requires_grad_(True).parameters())
+    optimizer.add_param_group({"params": late, "lr": 0.25})
+    seen: list[float] = []
+    optimizer.register_step_pre_hook(lambda *_: seen.append(optimizer.param_groups[-1]["lr"]))
+    kept = [weight.detach().float().clone() for weight in late]
+    for seed in range(2):
+        step(model, optimizer, seed)
+        kept = [value - 0.25 * weight.grad.float() for value, weight in zip(kept, late, strict=True)]
+    assert seen == [0.25, 0.25]
+    for value, weight in zip(kept, late, strict=True):
+        assert weight.requires_grad
+        torch.testing.assert_close(optimizer.state[weight].get(master_weights.KEY, weight.detach()), value)
+    if dtype == FP16:
+        assert all(weight.grad.dtype == torch.float32 for weight in late)
+    again = create_surgical_optimizer(wrapped(dtype, blocks=[1, 2]), torch.optim.SGD, lr=0.1, policy=policy)
+    with pytest.raises(SurgicalError, match="added"):
+        again.load_state_dict(optimizer.state_dict())
 
 
 def test_a_model_that_is_cast_after_the_optimizer_was_made_gets_masters() -> None:
@@ -334,6 +381,36 @@ def test_what_an_optimizer_does_when_it_is_switched_happens_to_the_masters() -> 
     for weight, master in masters(optimizer).items():
         assert torch.equal(master, before[weight] + 1e-4)
         assert torch.equal(weight, master.to(BF16))
+
+
+@pytest.mark.skipif("8 bit" not in OPTIMIZERS, reason="needs bitsandbytes")
+@pytest.mark.parametrize("dtype", [torch.float32, BF16])
+@pytest.mark.parametrize("by_module", [True, False])
+def test_settings_of_single_weights_hold(by_module: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """bitsandbytes knows the weights by their ids, or by their places in the groups, which here are ours."""
+    from bitsandbytes.optim import GlobalOptimManager
+
+    monkeypatch.setattr(GlobalOptimManager, "_instance", None)
+    manager = GlobalOptimManager.get_instance()
+    model = wrapped(dtype)
+    cls, kwargs = OPTIMIZERS["8 bit"]
+    layers = model.get_base_model().model.layers
+    chosen, late = layers[1].mlp.up_proj, layers[2].mlp.up_proj
+    manager.override_config(late.weight, "optim_bits", 32)
+    manager.register_parameters(model.parameters())
+    optimizer = create_surgical_optimizer(model, cls, lr=1e-3, **kwargs)
+    if by_module:
+        manager.register_module_override(chosen, "weight", {"optim_bits": 32})
+    else:
+        manager.override_config(chosen.weight, "optim_bits", 32)
+    step(model, optimizer)
+    large = {weight for weight in trained(model) if weight.numel() >= 16}
+    whole = {weight for weight in large if optimizer.state[weight]["state1"].dtype == torch.float32}
+    assert whole == {chosen.weight, late.weight}
+    before = chosen.weight.detach().clone()
+    manager.override_config(chosen.weight, "lr", 1e-30)
+    step(model, optimizer)
+    assert torch.equal(chosen.weight, before)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, BF16])
@@ -451,5 +528,5 @@ def test_a_weight_that_has_only_a_master_is_saved_and_loaded() -> None:
     resumed.load_state_dict(saved_and_loaded(optimizer))
     for weight, master in masters(optimizer).items():
         assert torch.equal(masters(resumed)[weight], master)
-    copy.deepcopy(optimizer)
+    assert len(masters(copy.deepcopy(optimizer))) == len(trained(model))
     step(model, resumed)

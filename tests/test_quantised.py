@@ -394,6 +394,26 @@ def test_weights_that_cannot_be_dequantised_are_named(dtype: torch.dtype) -> Non
     get_peft_model(module, SurgicalConfig(target_modules=["1"]))
 
 
+class Table(nn.Module):
+    """A layer with numbers of places, as a parameter."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.places = nn.Parameter(torch.zeros(3).to(dtype), requires_grad=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int16, torch.bool])
+def test_integers_that_are_no_packed_weights_are_told_as_such(dtype: torch.dtype) -> None:
+    module = nn.Sequential(nn.Sequential(Table(dtype), nn.LayerNorm(2)))
+    with pytest.raises(SurgicalError, match=rf"0\.0\.places holds integers .*{dtype}.* exclude_modules=\['0\.0'\]"):
+        get_peft_model(module, SurgicalConfig(target_modules=["0"]))
+    model = get_peft_model(module, SurgicalConfig(target_modules=["0"], exclude_modules=["0.0"]))
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == {
+        "base_model.model.0.1.weight",
+        "base_model.model.0.1.bias",
+    }
+
+
 def test_complex_weights_are_no_packed_ones() -> None:
     class Filter(nn.Module):
         def __init__(self) -> None:

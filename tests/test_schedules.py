@@ -693,13 +693,19 @@ def test_a_loss_of_a_later_stage_is_missed_before_the_first_step(vit: Toy) -> No
 def test_a_mask_is_not_lifted_off_an_adapter_that_is_parked() -> None:
     toy = TOYS["llama"]
     model = get_peft_model(toy.model(), SurgicalConfig(blocks=[0, 1, 2])).train()
-    first = create_surgical_optimizer(model, ADAMW, lr=1e-2, policy=policies.lisa(num_blocks=1, every=1))
+    first: Any = create_surgical_optimizer(model, ADAMW, lr=1e-2, policy=policies.lisa(num_blocks=1, every=1))
+    masked = [p.requires_grad for group in first.param_groups for p in group["params"]]
     model.add_adapter("other", SurgicalConfig(blocks=[0]))
     model.set_adapter("other")
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     second = create_surgical_optimizer(model, ADAMW, lr=1e-2)
     assert {name for name, p in model.named_parameters() if p.requires_grad} == trained
     assert sum(len(group["params"]) for group in second.param_groups) == len(trained)
+    model.set_adapter("default")
+    assert [p.requires_grad for group in first.param_groups for p in group["params"]] == masked
+    model.set_adapter("other")
+    first.block_rates.release()
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == trained
     model.set_adapter("default")
     assert all(p.requires_grad for group in first.param_groups for p in group["params"])
 

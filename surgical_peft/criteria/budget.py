@@ -14,6 +14,7 @@ SHARE = 0.5  # of a planned training: what choosing for it may cost
 FORWARD = 1 / 3  # of a training step: a backward pass computes twice as much as a forward pass
 # Training steps that the gradients of a batch count as: means and squares of them cost more than an update.
 GRADIENTS = 1.25
+READING = GRADIENTS - 1  # of which so much for each backward pass, however few examples it is of
 _ROUNDING = 1e-6
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -13,10 +13,11 @@ from torch.optim import Optimizer
 
 from ..blocks.block_map import BlockMap
 from ..errors import SurgicalError
+from ..masks import Masks
 from ..policies.policy import Policy, Run, StepLoss, Unit, is_number
 from ..scoring.distributed import under_deepspeed
 from .epochs import Epochs
-from .masks import Masks
+from .origin import check_loaded
 from .weak_hook import WeakHook
 
 _living: weakref.WeakSet[BlockRates] = weakref.WeakSet()
@@ -65,7 +66,7 @@ class BlockRates:
         self._units = list(units)
         self._blocks = blocks
         self._model = weakref.ref(model)
-        self._masks = Masks(model, policy.state_policy)
+        self._masks = Masks(policy.state_policy)
         self._watch: Any = None  # on the model's forward pass
         self._step_loss: StepLoss | None = None
         self._epochs = Epochs(resumed=False)
@@ -78,8 +79,13 @@ class BlockRates:
         if not is_deepspeed:
             optimizer.register_step_pre_hook(self._before_step)
             optimizer.register_step_post_hook(self._after_step)
+        # For groups that are added later; what a policy plans does not reach them
+        optimizer.defaults |= dict.fromkeys(("unit", "block"), "added") | {"policy": str(policy)}
+        optimizer.defaults |= dict.fromkeys(("base_multiplier", "lr_multiplier"), 1.0)
+        if policy != Policy():
+            optimizer.__getstate__ = self._refuse_copy  # type: ignore[method-assign]
         optimizer.block_rates = self  # type: ignore[attr-defined]
-        optimizer.register_load_state_dict_pre_hook(_check_loaded)
+        optimizer.register_load_state_dict_pre_hook(check_loaded)
         optimizer.register_load_state_dict_post_hook(self.resume)
         weakref.finalize(optimizer, self.release).atexit = False  # nothing here may hold the optimizer
         _living.add(self)
@@ -158,7 +164,7 @@ class BlockRates:
         """Lift all masks and take the stages' loss away, for the end of training; later, 0 is only a rate."""
         self.active = self.has_callback = False
         self._put_back()
-        self._masks.lift()
+        self._masks.lift(parameter for unit in self._units for parameter in unit.parameters)
         if self._watch is not None:
             self._watch.remove()
             self._watch = None
@@ -171,6 +177,13 @@ class BlockRates:
                 total, count = sums.get(unit.block, (0.0, 0))
                 sums[unit.block] = (total + unit.size * values[unit.name], count + unit.size)
         return {block: total / count for block, (total, count) in sums.items()}
+
+    def _refuse_copy(self) -> NoReturn:
+        raise SurgicalError(
+            f"{self.policy} would not be in force in a copy of its optimizer, since torch leaves hooks out of copies: "
+            "make another one with create_surgical_optimizer, on a copy of the model, and give it this one's state by "
+            "load_state_dict(optimizer.state_dict())."
+        )
 
     def _begin(self, resumed: bool) -> None:
         release_others({id(parameter) for unit in self._units for parameter in unit.parameters}, self)
@@ -240,7 +253,7 @@ class BlockRates:
             )
         if (multipliers := policy.step_multipliers(self.run(optimizer))) is not None:
             self.set_multipliers(optimizer, multipliers)
-        self._mask(optimizer)  # PEFT lifts masks where it switches adapters, as for DPO's reference
+        self._mask(optimizer)  # what was thawed by hand meanwhile
         self.used = {}
         for group in optimizer.param_groups:
             rate, factor = group["lr"], group["lr_multiplier"]
@@ -276,18 +289,3 @@ def find_rates(optimizer: Any) -> tuple[Any, BlockRates | None]:
     while not hasattr(optimizer, "block_rates") and hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
     return optimizer, getattr(optimizer, "block_rates", None)
-
-
-def _check_loaded(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
-    saved, own = _origin(state_dict["param_groups"]), _origin(optimizer.param_groups)
-    if saved != own:
-        raise SurgicalError(
-            f"this checkpoint was trained under {saved}, not under {own}: resume with what wrote it, or start anew."
-        )
-
-
-def _origin(groups: list[dict[str, Any]]) -> str:
-    if "policy" not in groups[0]:
-        return "another optimizer"
-    blocks = dict.fromkeys(group["block"] for group in groups)
-    return f"{groups[0]['policy']} on the blocks {', '.join(blocks)}"

@@ -67,7 +67,7 @@ class SurgicalCallback(TrainerCallback):
         """
         optimizer, rates = _found(kwargs["optimizer"])
         check_length(rates.policy, state.num_train_epochs, state.max_steps)
-        if rates.has_callback and state.global_step == 0:  # Trainer begins again with smaller batches
+        if rates.has_callback and state.global_step == 0:  # a loop of one's own begins again
             rates.restart(optimizer)
         else:
             rates.resume(optimizer)

@@ -42,7 +42,9 @@ def create_surgical_optimizer(
     Args:
         model: bare or wrapped; what has `requires_grad` is trained. A policy that freezes changes this as it goes,
             from here on until training ends or the optimizer is gone: build the optimizer last, after everything that
-            reads `requires_grad`. What an earlier optimizer of this model has frozen so is trained again.
+            reads `requires_grad`. What an earlier optimizer of this model has frozen so is trained again, and so is a
+            weight that you freeze while the policy rests it, unless the whole model is frozen: call
+            `optimizer.block_rates.release()` first.
         optimizer_cls: any optimizer that takes parameter groups.
         lr: learning rate, more than 0; policies multiply it.
         weight_decay: for weights; biases and norms have none, by `Trainer`'s own rule.
@@ -52,6 +54,10 @@ def create_surgical_optimizer(
             optimizer rounds stochastically or DeepSpeed keeps masters of its own. Change such weights between steps
             in place or by loading, not entry by entry through `weight.data`, which torch does not tell of.
         **kwargs: for `optimizer_cls`.
+
+    Weights that `optimizer.add_param_group` adds later are trained at the rate of their group, with masters, and no
+    policy reaches them. A copy or a pickled one keeps its masters; under a policy, which copies would lose, it is
+    refused.
 
     Raises:
         SurgicalError: nothing to train, a rate or a factor of the policy that is not a finite number above 0, weights

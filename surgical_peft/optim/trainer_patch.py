@@ -1,4 +1,4 @@
-"""Where Trainer itself is changed: a policy's schedule begins with `train()` and ends with it, however it ends.
+"""Where Trainer itself is changed: a policy's schedule begins with the training and ends with it, however it ends.
 
 Callbacks would not do: they may be absent, are not called when a training is interrupted, and get no trainer.
 """
@@ -6,17 +6,38 @@ Callbacks would not do: they may be absent, are not called when a training is in
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 from transformers import Trainer
 
 from .block_rates import find_rates
 
+# Within one `train()`, Trainer begins the loop again when the memory does not do for its batches.
+_TRAININGS = ("train", "_inner_training_loop")
+
 
 def patch_trainer() -> None:
-    """Replace `Trainer.train`; a second call changes nothing."""
-    original = getattr(Trainer.train, "_surgical_original", Trainer.train)
+    """Wrap what trains in Trainer and in its subclasses, also in those to come; a second call changes nothing."""
+    known = [Trainer]
+    for cls in known:
+        _wrap(cls)
+        known += cls.__subclasses__()
+    Trainer.__init_subclass__ = classmethod(_begin_subclass)  # type: ignore[assignment]
 
+
+def _begin_subclass(cls: type[Trainer], **kwargs: Any) -> None:
+    super(Trainer, cls).__init_subclass__(**kwargs)
+    _wrap(cls)
+
+
+def _wrap(cls: type[Trainer]) -> None:
+    for name in _TRAININGS:
+        if not hasattr(getattr(cls, name), "_surgical_original"):
+            setattr(cls, name, _bounded(getattr(cls, name)))
+
+
+def _bounded(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def train(self: Trainer, *args: Any, **kwargs: Any) -> Any:
         optimizer, rates = find_rates(self.optimizer)
@@ -30,4 +51,4 @@ def patch_trainer() -> None:
                 rates.release()
 
     train._surgical_original = original  # type: ignore[attr-defined]
-    Trainer.train = train  # type: ignore[method-assign]
+    return train

@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from .float16_gradients import keep_in_float32, let_go
+from .weight_versions import begin_alike, local, version
 
 KEY = "master_weight"  # in a weight's optimizer state, beside what the optimizer keeps there
 Place = tuple[list[Tensor], int, Tensor]  # a group's parameters, the position among them, the weight that is there
@@ -52,12 +52,16 @@ class MasterWeights:
         self._stand_ins: list[tuple[list[Tensor], int, Tensor, Tensor]] = []
         self._read: dict[int, Tensor] = {}  # masters that are being loaded, by the weight's number
         self._rounded: dict[int, tuple[int, int]] = {}  # the version of each weight, by id, since its last step
-        half = [weight for _, _, weight in coarse_places(optimizer) if weight.dtype == torch.float16]
-        keep_in_float32(half)
-        weakref.finalize(optimizer, let_go, half).atexit = False
+        self.look_after(optimizer, optimizer.param_groups)
         optimizer.register_load_state_dict_post_hook(self.loaded)
         optimizer.master_weights = self  # type: ignore[attr-defined]
         optimizer.__class__ = _with_masters(type(optimizer))  # type: ignore[arg-type]  # classes have a hash
+
+    def look_after(self, optimizer: Optimizer, groups: Iterable[Mapping[str, Any]]) -> None:
+        """Keep the gradients of these groups in a precision that can be unscaled, while the optimizer lives."""
+        half = [weight for group in groups for weight in group["params"] if weight.dtype == torch.float16]
+        keep_in_float32(half)
+        weakref.finalize(optimizer, let_go, half).atexit = False
 
     @torch.no_grad()
     def lend(self, optimizer: Optimizer, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
@@ -104,20 +108,20 @@ class MasterWeights:
             weights, masters = self._pairs()
             torch._foreach_copy_(weights, masters)
         for _, _, weight, _ in self._lent:
-            self._rounded[id(weight)] = _version(weight)
+            self._rounded[id(weight)] = version(weight)
 
     def _follow(self) -> None:
         """Where something else has changed a weight, its master becomes the weight."""
-        new = [place for place in self._lent if self._rounded.get(id(place[2])) != _version(place[2])]
-        if not new and self._lent and not _begin_alike(*self._pairs()):
+        new = [place for place in self._lent if self._rounded.get(id(place[2])) != version(place[2])]
+        if not new and self._lent and not begin_alike(*self._pairs()):
             new = self._lent
         for _, _, weight, master in new:
-            there, ours = _local(weight), _local(master)
+            there, ours = local(weight), local(master)
             ours.copy_(torch.where(ours.to(there.dtype) == there, ours, there.float()))
 
     def _pairs(self) -> tuple[list[Tensor], list[Tensor]]:
         """The weights and their masters, of what is sharded this process's share."""
-        return [_local(weight) for _, _, weight, _ in self._lent], [_local(master) for *_, master in self._lent]
+        return [local(weight) for _, _, weight, _ in self._lent], [local(master) for *_, master in self._lent]
 
     def _on_the_weights(self, closure: Callable[[], Any]) -> Callable[[], Any]:
         """The closure of a step, which runs the model and looks at the weights and their gradients."""
@@ -138,6 +142,8 @@ class MasterWeights:
     @contextmanager
     def stepping(self, optimizer: Optimizer) -> Iterator[None]:
         """Around a step, hooks and all."""
+        if hasattr(optimizer, "check_overrides"):
+            _note_overrides(optimizer)
         try:
             yield
         finally:
@@ -229,41 +235,38 @@ def _as_float32(value: Any, weight: Tensor) -> Any:
     return value.float() if isinstance(value, Tensor) and value.dtype == weight.dtype else value
 
 
-def _local(tensor: Tensor) -> Tensor:
-    """This process's share of what FSDP2 has sharded."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+def _note_overrides(optimizer: Any) -> None:
+    """Tell bitsandbytes the places of weights with settings of their own, which it looks for by `id` in a step."""
+    optimizer.check_overrides()
+    settings = optimizer.mng.pid2config
+    places = {
+        (at, number): settings[id(weight)]
+        for at, group in enumerate(optimizer.param_groups)
+        for number, weight in enumerate(group["params"])
+        if id(weight) in settings
+    }
+    optimizer.mng.index2config = places  # those of other optimizers' groups are no places here
 
 
-def _version(weight: Tensor) -> tuple[int, int]:
-    """Another one after the weight was changed, but for writes to `weight.data`, which torch does not count."""
-    return _local(weight)._version, _local(weight).data_ptr()
-
-
-def _begin_alike(weights: list[Tensor], masters: list[Tensor]) -> bool:
-    """Whether the first entries of each weight are what its master rounds to.
-
-    They tell of weights that were copied in through `data`; to look at all entries takes as long as a step of Adam.
-    """
-    kinds: dict[Any, list[tuple[Tensor, Tensor]]] = {}
-    for weight, master in zip(weights, masters, strict=True):
-        few = ((min(64, weight.numel()),), (1,))
-        kinds.setdefault((weight.device, weight.dtype), []).append((weight.as_strided(*few), master.as_strided(*few)))
-    for (_, dtype), pairs in kinds.items():
-        begin, rounded = (torch.cat(each) for each in zip(*pairs, strict=True))
-        if not torch.equal(begin, rounded.to(dtype)):
-            return False
-    return True
-
-
-def _unmade(cls: type[Optimizer]) -> Optimizer:
-    return cls.__new__(cls)
+def _copied(cls: type[Optimizer], state: dict[str, Any]) -> Optimizer:
+    """An optimizer with masters from what torch keeps in a copy, which is all but the hooks."""
+    optimizer = cls.__new__(cls)
+    states = state["state"]
+    optimizer.__setstate__({**state, "state": defaultdict(dict, without_masters(states))})
+    for weight, kept in states.items():
+        if KEY in kept:
+            optimizer.state[weight][KEY] = kept[KEY]
+    masters = MasterWeights(optimizer)
+    optimizer.register_step_post_hook(masters.give_back)
+    optimizer.register_step_pre_hook(masters.lend)
+    return optimizer
 
 
 @functools.cache
 def _with_masters(cls: type[Optimizer]) -> type[Optimizer]:
     """The class of an optimizer with masters: as `cls`, within the contexts of its `master_weights`.
 
-    A class, since schedulers and accelerate want methods; a copy of such an optimizer, or a pickled one, is of `cls`.
+    A class, since schedulers and accelerate want methods.
     """
 
     def within(context: str, name: str) -> Callable[..., Any]:
@@ -282,12 +285,15 @@ def _with_masters(cls: type[Optimizer]) -> type[Optimizer]:
         self.master_weights.loaded(self)
 
     def reduce(self: Any, protocol: int) -> tuple[Any, ...]:
-        state = self.__getstate__()
-        return _unmade, (cls,), {**state, "state": defaultdict(dict, without_masters(state["state"]))}
+        return _copied, (cls, self.__getstate__())
+
+    def add_param_group(self: Any, param_group: dict[str, Any]) -> None:
+        cls.add_param_group(self, param_group)
+        self.master_weights.look_after(self, self.param_groups[-1:])
 
     contexts = {"step": "stepping"}
     contexts |= {name: "all_lent" for name in ("train", "eval") if hasattr(cls, name)}  # schedule-free: moves weights
     methods: dict[str, Any] = {name: within(context, name) for name, context in contexts.items()}
-    methods |= {"load_state_dict": load_state_dict, "__reduce_ex__": reduce}
+    methods |= {"load_state_dict": load_state_dict, "add_param_group": add_param_group, "__reduce_ex__": reduce}
     methods |= {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
     return type(cls.__name__, (cls,), methods)

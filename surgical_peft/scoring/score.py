@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .. import criteria
 from ..blocks.block_map import BlockMap
 from ..blocks.unwrap import bare, clean_name, idle_parameters, walk
-from ..criteria.budget import GRADIENTS, Budget
+from ..criteria.budget import FORWARD, READING, Budget
 from ..criteria.criterion import (
     NO_GRADIENT,
     Criterion,
@@ -152,14 +152,19 @@ def score_blocks(
             values = first_says({name: checked(found[name], score, name) for name in scored if name in found})
             total = len(on_device)  # what the budget has left of them
         else:
-            if needs.samples == "examples" and ours:
-                check_separable(model, to_device(ours[0][1], model), loss_of)
             values = {}
             groups = list(_groups(scored)) if memory == "low" else [scored]
-            if spending.is_given:
-                ours = _affordable(ours, needs, len(groups), spending)
+            checking = 2 * FORWARD if needs.samples == "examples" and ours else 0.0
+            costs = [len(groups) * _cost(batch, needs) for _, batch in ours]
+            if spending.is_given and ours:
+                spending.affordable(1, checking + costs[0], "one batch")
+                sums = list(accumulate(costs, initial=checking))
+                ours = [each for each, cost in zip(ours, sums[1:], strict=True) if cost <= spending.left]
                 total = size_of_union(ours, everywhere=is_sharded(model))
-            spending.stage(f"{name_of(score)} on {len(ours)} batches", len(ours) * len(groups) * _cost_of_pass(needs))
+            spending.stage(f"{name_of(score)} on {len(ours)} batches", checking + sum(costs[: len(ours)]))
+            if checking:
+                spending.spend(checking)
+                check_separable(model, to_device(ours[0][1], model), loss_of)
             for group in groups:
                 values |= _from_gradients(model, group, score, ours, loss_of, lent, spending)
             tell_unreached([name for name in scored if name not in values], scored)
@@ -202,12 +207,13 @@ def _from_gradients(
         for place, batch in batches:
             batch = to_device(batch, model)
             if needs.samples == "batches":
-                spending.spend(_cost_of_pass(needs))
+                spending.spend(_cost(batch, needs))
                 reader.read(loss_of(model, batch), place)
                 continue
             before = examples
-            for example in examples_of(batch):
-                spending.spend(_cost_of_pass(needs))
+            alone = list(examples_of(batch))
+            for example in alone:
+                spending.spend(_cost(batch, needs) / len(alone))
                 loss = loss_of(model, example)
                 if all_ignored(example) and not loss.isfinite():
                     continue  # it has no part in the loss of its batch either
@@ -220,16 +226,11 @@ def _from_gradients(
     return {name: value for name, value in values.items() if name in reached}
 
 
-def _cost_of_pass(needs: Needs) -> float:
-    return 1.0 if needs.what == "gradients" else GRADIENTS
-
-
-def _affordable(batches: list[tuple[int, Any]], needs: Needs, groups: int, budget: Budget) -> list[tuple[int, Any]]:
-    """The first batches, as many as can be paid for; at least one."""
-    passes = [1 if needs.samples == "batches" else len(list(examples_of(batch))) for _, batch in batches]
-    costs = [groups * each * _cost_of_pass(needs) for each in passes]
-    budget.affordable(1, costs[0] if costs else 0, "one batch")
-    return [each for each, cost in zip(batches, accumulate(costs), strict=True) if cost <= budget.left]
+def _cost(batch: Any, needs: Needs) -> float:
+    """What it costs to read the gradients of a batch, in training steps on it."""
+    if needs.what == "gradients":
+        return 1.0
+    return 1.0 + READING * (1 if needs.samples == "batches" else len(list(examples_of(batch))))
 
 
 def _groups(units: Units) -> Iterator[Units]:

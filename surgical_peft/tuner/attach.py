@@ -12,6 +12,7 @@ from torch import nn
 
 from ..blocks.module_lists import join
 from ..blocks.unwrap import PARKED, walk
+from ..masks import unmask
 from .class_code import names_in_code
 from .config import SurgicalConfig
 from .layer import SurgicalLayer
@@ -46,10 +47,11 @@ def plan_for(model: nn.Module, config: SurgicalConfig, targets: Targets) -> Plan
             anew.
 
     Raises:
-        SurgicalError: quantised weights that cannot be made float.
+        SurgicalError: quantised weights that cannot be made float, and integers.
     """
     tensors = TensorMap.find(model)
     chosen = tensors.chosen(targets)
+    packed = packed_layers(model, targets, chosen)
     fixed, unknown = fixed_by_architecture(model, [name for name, asked in chosen.items() if asked])
     if unknown:
         shown = ", ".join(unknown[:5]) + (", ..." if len(unknown) > 5 else "")
@@ -59,11 +61,7 @@ def plan_for(model: nn.Module, config: SurgicalConfig, targets: Targets) -> Plan
             "target_modules or exclude_modules, or freeze them again after wrapping.",
             stacklevel=2,
         )
-    return Plan(
-        targets,
-        {name: asked and name not in fixed for name, asked in chosen.items()},
-        packed_layers(model, targets, chosen),
-    )
+    return Plan(targets, {name: asked and name not in fixed for name, asked in chosen.items()}, packed)
 
 
 def attach(model: nn.Module, plan: Plan, config: SurgicalConfig, adapter: str, like: str, empty: bool) -> None:
@@ -134,4 +132,5 @@ def restore_requires_grad(model: nn.Module, before: Mapping[str, bool]) -> None:
     for path, module in walk(model):
         for name, parameter in module._parameters.items():
             if parameter is not None and not is_packed(parameter):
+                unmask(parameter)
                 parameter.requires_grad_(before.get(join(path, name), parameter.requires_grad))

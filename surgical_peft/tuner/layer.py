@@ -11,6 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from ..errors import SurgicalError
+from ..masks import set_requires_grad
 from ..precision.foreign_optimizers import tell_of_others
 from .tensors.parked import ParkedTensors, forget_caches
 from .tensors.slots import BASE, Slot
@@ -165,7 +166,7 @@ class SurgicalLayer(ParkedTensors, BaseTunerLayer):
         for adapter in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
             tensors = self.tensors(adapter) if adapter in self.trained else {}
             for attribute, tensor in tensors.items():
-                tensor.requires_grad_(requires_grad and attribute in self.trained[adapter])
+                set_requires_grad(tensor, requires_grad and attribute in self.trained[adapter])
             if requires_grad:
                 tell_of_others(tensors.values())
 

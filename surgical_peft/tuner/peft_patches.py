@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..blocks.unwrap import PARKED
 from ..errors import SurgicalError
+from ..masks import set_requires_grad
 from .layer import SurgicalLayer
 from .model import SurgicalModel
 from .quantization import unpack_idle
@@ -33,6 +34,7 @@ def patch_peft() -> None:
     _replace(peft.utils.save_and_load._get_adapter_state_dict_key_prefixes, _only_of_the_base)
     _replace(peft.utils.other._set_trainable, _set_trainable)
     _replace(peft.tuners.tuners_utils.delete_adapter, _delete_adapter)
+    _replace(peft.utils.other._set_layer_requires_grad, _set_layer_requires_grad)
 
 
 def _replace(current: Callable[..., Any], ours: Callable[..., Any]) -> None:
@@ -94,6 +96,13 @@ def _set_trainable(
         tuned = tuner.peft_config[adapter_name].tuned_modules or {}
         module_names = [name for name in module_names or [] if not any(path.endswith(name) for path in tuned)]
     original(model, adapter_name, module_names, *args, **kwargs)
+
+
+def _set_layer_requires_grad(original: Callable[..., Any], layer: nn.Module | Tensor, requires_grad: bool) -> None:
+    # By it PEFT thaws LoRA and heads each time that it enables or switches adapters, masked or not
+    for parameter in [layer] if isinstance(layer, Tensor) else layer.parameters():
+        if parameter.is_leaf:
+            set_requires_grad(parameter, requires_grad)
 
 
 def _delete_adapter(

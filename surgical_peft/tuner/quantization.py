@@ -133,7 +133,7 @@ def packed_layers(model: nn.Module, paths: Iterable[str], names: Collection[str]
     the model: it is that of the activations.
 
     Raises:
-        SurgicalError: packed weights of another kind.
+        SurgicalError: packed weights of another kind, or integers that are none.
     """
     modules = dict(walk(model))
     found: dict[str, torch.dtype] = {}
@@ -144,6 +144,12 @@ def packed_layers(model: nn.Module, paths: Iterable[str], names: Collection[str]
             home = name.rpartition(".")[0]
             if name in names and is_packed(parameter) and home not in found:
                 weight = _dequantised(module) if isinstance(module, nn.Linear) else None
+                of_torch = type(parameter) in (Tensor, nn.Parameter) and parameter.dtype.itemsize > 1
+                if weight is None and (of_torch or parameter.dtype == torch.bool):
+                    raise SurgicalError(
+                        f"{name} holds integers ({parameter.dtype}), which no gradient can change: leave it out, by "
+                        f"exclude_modules=[{home!r}], or make it a buffer."
+                    )
                 if weight is None:
                     raise SurgicalError(
                         f"{name} is packed ({type(parameter).__name__}, {parameter.dtype}) and cannot be dequantised: "

@@ -274,8 +274,11 @@ def test_wherever_a_trainer_is_interrupted(place: str, loud: bool, tmp_path: Pat
     assert 1 <= len(look.sets) <= 4
 
 
+@pytest.mark.parametrize("loud", [True, False], ids=["callback", "alone"])
 @pytest.mark.parametrize("name", ["gradual_unfreezing-up", "lisa", "progressive_freezing"])
-def test_smaller_batches_begin_the_schedule_anew(name: str, references: dict[str, Sets], tmp_path: Path) -> None:
+def test_smaller_batches_begin_the_schedule_anew(
+    name: str, loud: bool, references: dict[str, Sets], tmp_path: Path
+) -> None:
     """Trainer begins again within one `train()` when the memory does not do."""
 
     class Full(Look):
@@ -285,10 +288,42 @@ def test_smaller_batches_begin_the_schedule_anew(name: str, references: dict[str
                 raise RuntimeError("CUDA out of memory.")
 
     before, look = Before(), Full()
-    trainer_for(before, MAKERS[name](), Table(), look, tmp_path, auto_find_batch_size=True).train()
+    trainer_for(before, MAKERS[name](), Table(), look, tmp_path, loud, auto_find_batch_size=True).train()
     assert look.sets[:4] == references[name][:4]
     assert look.sets[4:] == references[name]
     before.check()
+
+
+class Own:
+    """What trains in a way of its own, for a Trainer to inherit."""
+
+    def train(self: Any) -> None:
+        self.create_optimizer()
+        Look().see(self.model, self.optimizer)
+        for _ in range(2):
+            self.model(**TOY.batch()).loss.backward()
+            self.optimizer.step()
+
+
+class Mixed(Own, Trainer): ...
+
+
+class Overriding(Trainer):
+    train = Own.train  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("kind", [Mixed, Overriding])
+def test_a_trainer_that_trains_in_a_way_of_its_own_leaves_nothing_behind(kind: type[Trainer], tmp_path: Path) -> None:
+    before, policy = Before(), policies.lisa(1, every=1)
+    args = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True, learning_rate=1e-3)
+    made = surgical_optimizer(args, policy)
+    trainer = kind(model=before.model, args=args, optimizer_cls_and_kwargs=made)  # type: ignore[arg-type]
+    trainer.train()
+    before.check()
+    assert trainer.optimizer.param_groups[0]["surgical"]["step"] == 2
+    trainer.train()
+    before.check()
+    assert trainer.optimizer.param_groups[0]["surgical"]["step"] == 2  # it began anew
 
 
 @pytest.mark.parametrize("kind", DATA)
