@@ -118,8 +118,8 @@ WITH_CODE = [name for name in PAGES if code_of(name)]
 def run_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], list[dict[str, Any]]]:
     """Runs the Python blocks of a page in turn, in an empty folder with the shipped recipes.
 
-    Imports hold for the rest of the page; model, data and arguments are there anew for each block. A block that starts
-    with `# needs` is not run. Returns what each block left behind.
+    Each block has its own imports, so that it can be copied, and finds model, data and arguments anew; files stay. One
+    that starts with `# needs` is not run. Returns what each block left behind.
     """
     monkeypatch.chdir(tmp_path)
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
@@ -127,7 +127,7 @@ def run_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str],
     monkeypatch.setattr(auto, "from_pretrained", lambda *_, **__: TOYS["bert"].model())
 
     def run(name: str) -> list[dict[str, Any]]:
-        left: list[dict[str, Any]] = [{"__name__": "__main__"}]  # as in a script
+        left: list[dict[str, Any]] = []
         for code in code_of(name):
             compile(code, name, "exec")
             lab = "surgical_peft.experiments" in code and find_spec("surgical_peft.experiments") is None
@@ -135,9 +135,9 @@ def run_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str],
                 continue
             code = re.sub(r"num_train_epochs=\d+", "max_steps=2, use_cpu=True", code)
             toy = TOYS["llama" if "q_proj" in code else TOY_OF.get(name, "vit")]
-            left.append({**left[-1], **at_hand(toy)})
+            left.append(at_hand(toy))
             exec(code, left[-1])
-        return left[1:]
+        return left
 
     return run
 
@@ -147,6 +147,7 @@ def at_hand(toy: Toy) -> dict[str, Any]:
     batch = toy.batch(size=16)
     train = [{name: tensor[i] for name, tensor in batch.items()} for i in range(16)]
     return {
+        "__name__": "__main__",  # as in a script
         "model": toy.model(),
         "base_model": toy.model(),
         "train": train,
@@ -331,6 +332,12 @@ def test_what_is_said_of_the_headline_is_that_of_its_tables(results: Any) -> Non
     early, late = (float(noise[f"{part} third"]["accuracy, %"].split()[0]) for part in ("first", "last"))
     assert f"early blocks beat late ones by {early - late:.1f} points" in told("docs/results.md")
     assert f"the first layer alone, is {lost('auto', noise)} behind" in told("docs/results.md")
+
+
+def test_what_is_said_of_the_probe_at_its_worst_is_that_of_the_scores() -> None:
+    regrets = load(BENCHMARKS / "criteria" / "criteria.json")["probe"].values()
+    worst = max(shift["regret"] for shift in regrets)
+    assert f"at most {worst:.1f} points behind the best block on {len(regrets)} shifts" in told("docs/index.md")
 
 
 def test_what_is_said_of_choosing_is_that_of_its_table() -> None:
