@@ -16,6 +16,8 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
+from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 from transformers import (
     AutoModelForSequenceClassification,
@@ -58,6 +60,11 @@ def load(path: Path) -> Any:
 def test_the_readme_is_one_page() -> None:
     text = README.read_bytes()
     assert len(text.splitlines()) <= 150 and len(text) <= 8000
+
+
+def test_citation_and_changelog_are_of_this_version() -> None:
+    assert yaml.safe_load(read("CITATION.cff"))["version"] == surgical_peft.__version__
+    assert re.findall(r"^## ([\d.]+)", read("CHANGELOG.md"), re.MULTILINE)[0] == surgical_peft.__version__
 
 
 def anchors(path: Path) -> set[str]:
@@ -123,8 +130,9 @@ def run_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str],
     """
     monkeypatch.chdir(tmp_path)
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
-    auto = AutoModelForSequenceClassification
-    monkeypatch.setattr(auto, "from_pretrained", lambda *_, **__: TOYS["bert"].model())
+    TOYS["bert"].model().bert.save_pretrained("encoder")  # type: ignore[union-attr,operator]
+    load = AutoModelForSequenceClassification.from_pretrained  # makes a new head
+    monkeypatch.setattr(AutoModelForSequenceClassification, "from_pretrained", lambda _, **how: load("encoder", **how))
 
     def run(name: str) -> list[dict[str, Any]]:
         left: list[dict[str, Any]] = []
@@ -168,12 +176,11 @@ def test_the_code_runs(name: str, run_page: Callable[[str], list[dict[str, Any]]
 def of_readme(left: list[dict[str, Any]]) -> None:
     trained, loaded, chosen = left
     assert trained["model"].peft_config["default"].blocks == ["1", "2"]
+    saved = load_file("adapter/adapter_model.safetensors")
+    assert {"base_model.model.classifier.weight", "base_model.model.classifier.bias"} < saved.keys()
+    assert not any("layer.0." in name or "embeddings" in name for name in saved)
     tuned, again = (each["model"].merge_and_unload().state_dict() for each in (trained, loaded))
-    untouched = TOYS["bert"].model().state_dict()
     assert all(torch.equal(tuned[key], again[key]) for key in tuned)
-    assert not torch.equal(
-        tuned["bert.encoder.layer.2.output.dense.weight"], untouched["bert.encoder.layer.2.output.dense.weight"]
-    )
     assert len(chosen["config"].blocks) == 2
 
 
@@ -328,7 +335,9 @@ def test_what_is_said_of_the_headline_is_that_of_its_tables(results: Any) -> Non
     assert wrong in told("README.md")
     share = int(label_map["auto"]["tuned"]) / int(label_map["full fine-tuning"]["tuned"].replace(",", ""))
     assert label_map["auto"]["accuracy, %"] == label_map["head"]["accuracy, %"]
-    assert f"full fine-tuning with {share:.1%} of the parameters".replace("%", " %") in told("README.md")
+    better = label_map["head"]["to full"].split()[0].removeprefix("+")
+    claim = f"is {better} points better than full fine-tuning, with {100 * share:.1f} % of the parameters"
+    assert claim in told("README.md")
     early, late = (float(noise[f"{part} third"]["accuracy, %"].split()[0]) for part in ("first", "last"))
     assert f"early blocks beat late ones by {early - late:.1f} points" in told("docs/results.md")
     assert f"the first layer alone, is {lost('auto', noise)} behind" in told("docs/results.md")
