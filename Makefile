@@ -1,5 +1,5 @@
 # Needs python3 and make, nothing else. Every target installs what it needs into .venv, once.
-.PHONY: quickstart sweeps mail cards test quality style install clean
+.PHONY: quickstart sweeps mail cards test quality style docs install clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -41,6 +41,14 @@ style: install  ## fix what lint and format can fix
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: $(VENV)/docs  ## tables from benchmarks/ and the pages, into site/; a broken link is an error
+	$(BIN)/python docs/results.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+$(VENV)/docs: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[docs]"
+	touch $@
+
 install: $(VENV)/installed
 
 # torch first: once it is there, nothing else pulls another build of it.
@@ -51,4 +59,4 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) quickstart
+	rm -rf $(VENV) quickstart site

@@ -152,7 +152,8 @@ def surgical_optimizer(
 
     Args:
         args: the Trainer's; read when it makes its optimizer.
-        policy, master_weights: as in [`create_surgical_optimizer`][surgical_peft.create_surgical_optimizer].
+        policy: as in [`create_surgical_optimizer`][surgical_peft.create_surgical_optimizer].
+        master_weights: as there.
 
     Example:
         >>> Trainer(model=model, args=args, optimizer_cls_and_kwargs=surgical_optimizer(args, policies.auto_rgn()))

@@ -27,7 +27,8 @@ def by_score_then_greedy(
     Args:
         scores: what `score_blocks` found, by block, or a score for each block name; larger = tune it.
         num_candidates: blocks that the scores leave to choose from.
-        num_blocks, epsilon: as for `greedy_forward`.
+        num_blocks: as for `greedy_forward`.
+        epsilon: as for `greedy_forward`.
         candidates: the blocks to rank by score, as `BlockMap.parse` takes them; default the repeated layers, since
             the head would come first by most criteria whatever the data.
 

@@ -1,4 +1,4 @@
-"""Puts a [`SurgicalLayer`][surgical_peft.tuner.layer.SurgicalLayer] into each module that owns tensors to tune."""
+"""Puts a `SurgicalLayer` into each module that owns tensors to tune."""
 
 from __future__ import annotations
 

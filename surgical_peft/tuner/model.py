@@ -26,7 +26,7 @@ _NO_HOOKS = nullcontext()  # entered at every call of the model
 
 
 class SurgicalModel(PeftHooks):
-    """Puts a [`SurgicalLayer`][surgical_peft.tuner.layer.SurgicalLayer] into each module that owns tuned tensors.
+    """Puts a `SurgicalLayer` into each module that owns tuned tensors.
 
     Users do not build it: `peft.get_peft_model(model, SurgicalConfig(blocks=[0, 1]))` does.
     """
