@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 CARDS := auto bvg_ls imbalance_two_stages label_map layer_decay lp_ft mail_char_noise mail_hard_ham mail_label_map noise rgn subclass
 export HF_HUB_OFFLINE ?= 1
 
-quickstart: install  ## score, tune and compare on the shipped images: about 3 minutes on 2 cores
+quickstart: $(VENV)/experiments  ## score, tune and compare on the shipped images: about 3 minutes on 2 cores
 	$(BIN)/surgical-peft quickstart
 
 mail: install  ## fetch the mails and the text encoder and train the source model, into data/mail: about 5 minutes on 2 cores
@@ -52,9 +52,13 @@ $(VENV)/docs: $(VENV)/installed
 install: $(VENV)/installed
 
 # torch first: once it is there, nothing else pulls another build of it.
-$(VENV)/installed: pyproject.toml constraints.txt
+$(VENV)/experiments: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[experiments]"
+	touch $@
+
+$(VENV)/installed: $(VENV)/experiments
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	touch $@
 

@@ -23,7 +23,7 @@ from surgical_peft.experiments.quickstart.tables import mean_and_spread
 from surgical_peft.experiments.recipe.recipe import Recipe, load_recipe
 from surgical_peft.experiments.tasks import load_task
 from surgical_peft.experiments.training.train import train
-from surgical_peft.experiments.training.workers import quieten
+from surgical_peft.quiet import quieten
 
 HERE = Path(__file__).parent
 RUNS = Path("runs/recipes")

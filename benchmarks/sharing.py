@@ -20,7 +20,7 @@ from surgical_peft.experiments.recipe.recipe import Recipe, load_recipe
 from surgical_peft.experiments.search.objective import RecipeObjective
 from surgical_peft.experiments.tasks import load_task
 from surgical_peft.experiments.training.train import fit
-from surgical_peft.experiments.training.workers import quieten
+from surgical_peft.quiet import quieten
 
 ROOT = Path(__file__).parent
 

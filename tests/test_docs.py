@@ -9,7 +9,6 @@ import re
 import statistics
 import subprocess
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -138,8 +137,7 @@ def run_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str],
         left: list[dict[str, Any]] = []
         for code in code_of(name):
             compile(code, name, "exec")
-            lab = "surgical_peft.experiments" in code and find_spec("surgical_peft.experiments") is None
-            if code.startswith("# needs ") or lab:
+            if code.startswith("# needs "):
                 continue
             code = re.sub(r"num_train_epochs=\d+", "max_steps=2, use_cpu=True", code)
             toy = TOYS["llama" if "q_proj" in code else TOY_OF.get(name, "vit")]

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import ast
 import inspect
+import json
+import subprocess
+import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
 from types import ModuleType
@@ -17,8 +20,9 @@ PACKAGE = Path(surgical_peft.__file__).parent
 
 # A room imports from those before it, and within itself.
 ROOMS = [
-    *("errors", "atomic_files", "validation", "blocks", "precision", "masks", "criteria", "scoring", "tuner"),
-    *("policies", "procedures", "optim", "search", "export", "auto", "experiments", "cli", "__init__", "__main__"),
+    *("errors", "quiet", "atomic_files", "validation", "rendering", "blocks", "precision", "masks", "criteria"),
+    *("scoring", "tuner", "policies", "procedures", "optim", "search", "export", "auto", "experiments", "cli"),
+    *("__init__", "__main__"),
 ]
 LAB = ["shifts", "metrics", "recipe", "tasks", "training", "search", "compare", "advise", "quickstart"]
 TORCH_ONLY = ["blocks", "criteria"]  # no transformers, no PEFT
@@ -114,3 +118,42 @@ def test_every_public_name_is_documented(package: ModuleType) -> None:
                 key for key, value in own.items() if inspect.isfunction(value) or isinstance(value, classmethod)
             ]
             assert all(inspect.getdoc(getattr(public, key)) for key in methods), name
+
+
+FRESH = """
+import json, sys
+import accelerate, peft, torch, transformers
+from transformers import PreTrainedModel, Trainer
+before = set(sys.modules)
+import surgical_peft
+new = sorted({name.partition(".")[0] for name in sys.modules.keys() - before})
+for name in MISSING:
+    sys.modules[name] = None
+says = {}
+def told(what, run):
+    try:
+        run()
+    except surgical_peft.SurgicalError as error:
+        says[what] = str(error)
+def draw():
+    from surgical_peft.rendering import new_figure
+    with new_figure("bars.png", 2, 2):
+        pass
+def lab():
+    import surgical_peft.experiments
+told("draw", draw)
+told("lab", lab)
+print(json.dumps({"new": new, "says": says}))
+"""
+
+
+def test_the_library_stands_alone(tmp_path: Path) -> None:
+    """It brings in nothing of the lab's, and what needs an extra that is missing says which."""
+    script = FRESH.replace("MISSING", '["matplotlib", "evaluate"]')
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True, timeout=300)
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["new"] == ["surgical_peft"]
+    assert result["says"].keys() == {"draw", "lab"}
+    assert all("surgical-peft[experiments]" in said for said in result["says"].values())
+    assert list(tmp_path.iterdir()) == []

@@ -15,9 +15,10 @@ from PIL import Image
 from transformers import AutoImageProcessor
 
 from surgical_peft import SurgicalError
+from surgical_peft.cli.architectures import model_of_config
 from surgical_peft.experiments.recipe.recipe import Recipe, load_recipe
 from surgical_peft.experiments.shifts import gaussian_noise
-from surgical_peft.experiments.tasks import Task, load_task, model_of_config
+from surgical_peft.experiments.tasks import Task, load_task
 from surgical_peft.experiments.tasks.columns import open_splits
 from surgical_peft.experiments.tasks.image_classification import convert
 

@@ -15,7 +15,7 @@ from rich.table import Table
 from .. import criteria
 from ..blocks.block_map import BlockMap
 from ..errors import SurgicalError
-from ..experiments.training.workers import quieten
+from ..quiet import quieten
 from ..validation import resolve
 from .experiments import advise, compare, open_recipe, search
 from .options import AsJson, RecipeFile, Tiny, console, print_json
@@ -41,7 +41,7 @@ def blocks(
     as_json: AsJson = False,
 ) -> None:
     """List the blocks of a model: names, modules, parameters and their share."""
-    from ..experiments.tasks import model_of_config
+    from .architectures import model_of_config
 
     network = model_of_config(model)
     found = BlockMap.find(network)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator
 from functools import partial
 from itertools import islice
@@ -20,6 +21,7 @@ from ..errors import SurgicalError
 from ..policies.policy import Policy
 from ..policies.stages import check_length
 from ..precision.master_weights import forget_moments
+from ..rendering import NO_FIGURES, can_draw
 from ..scoring.batches import LossFunction, model_loss
 from ..scoring.block_scores import BlockScores
 from ..scoring.score import score_blocks
@@ -76,6 +78,8 @@ class SurgicalCallback(TrainerCallback):
             self._check_probe(optimizer, rates, args, state, kwargs)
         self._history = None
         if state.is_world_process_zero and rates.policy != Policy():
+            if not can_draw():
+                warnings.warn(f"the policy's history is kept without its picture: {NO_FIGURES}", stacklevel=2)
             self._history = History(Path(str(args.output_dir)) / "surgical_history.jsonl", state.global_step)
 
     def on_epoch_begin(
@@ -134,7 +138,7 @@ class SurgicalCallback(TrainerCallback):
         """Lift the masks, and draw the history."""
         _, rates = _found(kwargs["optimizer"])
         rates.release()
-        if self._history is not None and self._history.rows:
+        if self._history is not None and self._history.rows and can_draw():
             self._history.plot(state.global_step, str(rates.policy).partition("(")[0])
 
     def _probe(

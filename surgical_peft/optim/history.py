@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
-from ..atomic_files import whole_file, write_text
+from ..atomic_files import write_text
+from ..rendering import new_figure
 
 Row = dict[str, Any]
 
@@ -72,30 +71,27 @@ def plot_history(rows: Sequence[Row], steps: int, path: str | Path, title: str) 
     starts = [row["step"] for row in rows]
     lengths = np.diff([*starts, max(steps, starts[-1]) + 1])
     shares = (values > 0) @ lengths / lengths.sum()
-    figure = Figure(figsize=(10, 1.6 + 0.28 * len(blocks)), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2, sharey=True, width_ratios=[3, 1])
-    mesh = left.imshow(
-        np.repeat(values, lengths, axis=1),
-        aspect="auto",
-        cmap="viridis",
-        vmin=0,
-        vmax=max(1.0, values.max()),
-        interpolation="nearest",
-        extent=(starts[0] - 0.5, starts[0] + lengths.sum() - 0.5, len(blocks) - 0.5, -0.5),
-    )
-    figure.colorbar(mesh, ax=left, label="factor on the learning rate", pad=0.01)
-    left.set_yticks(range(len(blocks)), blocks)
-    left.set_xlabel("optimizer step")
-    left.set_ylabel("block")
-    left.set_title(title, fontsize=10)
-    bars = right.barh(range(len(blocks)), 100 * shares, color="#4477aa")
-    right.bar_label(bars, fmt="{:.0f}", padding=3, fontsize=8)
-    right.set_xlim(0, 115)
-    right.set_xticks([0, 50, 100])
-    right.set_xlabel("steps trained, %")
-    right.set_title("how often selected", fontsize=10)
-    right.spines[["top", "right"]].set_visible(False)
-    right.tick_params(axis="y", labelleft=False)
-    with whole_file(path) as temporary:
-        figure.savefig(temporary)
+    with new_figure(path, 10, 1.6 + 0.28 * len(blocks)) as figure:
+        left, right = figure.subplots(1, 2, sharey=True, width_ratios=[3, 1])
+        mesh = left.imshow(
+            np.repeat(values, lengths, axis=1),
+            aspect="auto",
+            cmap="viridis",
+            vmin=0,
+            vmax=max(1.0, values.max()),
+            interpolation="nearest",
+            extent=(starts[0] - 0.5, starts[0] + lengths.sum() - 0.5, len(blocks) - 0.5, -0.5),
+        )
+        figure.colorbar(mesh, ax=left, label="factor on the learning rate", pad=0.01)
+        left.set_yticks(range(len(blocks)), blocks)
+        left.set_xlabel("optimizer step")
+        left.set_ylabel("block")
+        left.set_title(title, fontsize=10)
+        bars = right.barh(range(len(blocks)), 100 * shares, color="#4477aa")
+        right.bar_label(bars, fmt="{:.0f}", padding=3, fontsize=8)
+        right.set_xlim(0, 115)
+        right.set_xticks([0, 50, 100])
+        right.set_xlabel("steps trained, %")
+        right.set_title("how often selected", fontsize=10)
+        right.spines[["top", "right"]].set_visible(False)
+        right.tick_params(axis="y", labelleft=False)

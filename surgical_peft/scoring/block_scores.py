@@ -7,13 +7,14 @@ import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
-
-from rich.console import Console
-from rich.table import Table
+from typing import TYPE_CHECKING
 
 from ..atomic_files import write_text
 from ..blocks.block_map import is_head
 from ..errors import SurgicalError
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,8 @@ class BlockScores:
 
     def table(self) -> Table:
         """A table of unit, parameters, score and a bar."""
+        from rich.table import Table
+
         table = Table(
             title=f"{self.criterion} of {self.model_name}, mean of {self.num_batches} batches",
             caption=f"without a score: {', '.join(self.unscored)}" if self.unscored else None,
@@ -77,6 +80,8 @@ class BlockScores:
         return table
 
     def __str__(self) -> str:
+        from rich.console import Console
+
         text = io.StringIO()  # wide enough for any name; a notebook would otherwise get the table beside the string
         Console(file=text, width=1000, color_system=None, force_jupyter=False).print(self.table())
         return text.getvalue().rstrip()

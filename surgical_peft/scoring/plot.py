@@ -5,10 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-
-from ..atomic_files import whole_file
+from ..rendering import new_figure
 from .block_scores import BlockScores
 
 
@@ -18,20 +15,17 @@ def plot_scores(scores: Mapping[str, BlockScores], path: str | Path) -> None:
     longest = max(len(name) for each in scores.values() for name in each.values)
     row_height, font_size = (0.28, 10) if rows <= 40 else (0.18, 7)
     width, height = len(scores) * (3.9 + 0.0075 * font_size * longest), 1.2 + row_height * rows
-    figure = Figure(figsize=(width, height), dpi=min(150, 2**16 / height - 1), layout="constrained")  # PNG's limit
-    FigureCanvasAgg(figure)
-    for axes, (title, each) in zip(figure.subplots(1, len(scores), squeeze=False)[0], scores.items(), strict=True):
-        bars = axes.barh(list(each.values), list(each.values.values()), color="#4477aa")
-        axes.bar_label(bars, fmt="{:.3g}", padding=3, fontsize=0.8 * font_size)
-        axes.set_ylim(len(each.values) - 0.4, -0.6)
-        axes.margins(x=0.22)
-        if min(each.values.values()) >= 0:
-            axes.set_xlim(left=0)
-        axes.locator_params(axis="x", nbins=6)
-        axes.tick_params(axis="y", labelsize=font_size)
-        axes.set_title(title, fontsize=10)
-        axes.set_xlabel(f"{each.criterion}\nmean of {each.num_batches} batches")
-        axes.set_ylabel(each.granularity)
-        axes.spines[["top", "right"]].set_visible(False)
-    with whole_file(path) as temporary:
-        figure.savefig(temporary)
+    with new_figure(path, width, height, dpi=min(150, 2**16 / height - 1)) as figure:  # PNG's limit
+        for axes, (title, each) in zip(figure.subplots(1, len(scores), squeeze=False)[0], scores.items(), strict=True):
+            bars = axes.barh(list(each.values), list(each.values.values()), color="#4477aa")
+            axes.bar_label(bars, fmt="{:.3g}", padding=3, fontsize=0.8 * font_size)
+            axes.set_ylim(len(each.values) - 0.4, -0.6)
+            axes.margins(x=0.22)
+            if min(each.values.values()) >= 0:
+                axes.set_xlim(left=0)
+            axes.locator_params(axis="x", nbins=6)
+            axes.tick_params(axis="y", labelsize=font_size)
+            axes.set_title(title, fontsize=10)
+            axes.set_xlabel(f"{each.criterion}\nmean of {each.num_batches} batches")
+            axes.set_ylabel(each.granularity)
+            axes.spines[["top", "right"]].set_visible(False)

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
@@ -16,6 +15,7 @@ from ..criteria.budget import Budget, check_steps
 from .distributed import is_first
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.progress import Progress, TaskID
 
 
@@ -33,6 +33,8 @@ class Stages:
     """
 
     def __init__(self, console: Console | None = None) -> None:
+        from rich.console import Console
+
         is_told = (console or logging.is_progress_bar_enabled()) and is_first()
         self.console = (console or Console(stderr=True)) if is_told else Console(stderr=True, quiet=True)
         self._bar: Progress | None = None

@@ -5,12 +5,9 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-
-from ..atomic_files import whole_file
 from ..blocks.block_map import is_head
 from ..errors import SurgicalError
+from ..rendering import new_figure
 from .result import SearchResult
 
 
@@ -42,30 +39,34 @@ def plot_profile(result: SearchResult, path: str | Path) -> None:
     longest = max(map(len, bars))
     is_turned = longest > 4 and len(bars) > 3
     size = max(5.0, 1.8 + 0.42 * len(bars)), 3.6 + (0.09 * longest if is_turned else 0)
-    figure = Figure(figsize=size, dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    places = range(len(bars))
-    heights = [0.0 if math.isnan(metric) else metric - floor for metric in bars.values()]
-    axes.bar(places, heights, bottom=floor, color="#4477aa", width=0.7)
-    for place, (metric, width) in enumerate(zip(bars.values(), spread, strict=True)):
-        if width and math.isfinite(metric):
-            axes.errorbar(place, metric, yerr=width, color="#222222", capsize=3, linewidth=1.2)
-        if math.isnan(metric):
-            white = {"facecolor": "white", "edgecolor": "none", "pad": 1}
-            axes.text(
-                place, floor + margin / 4, "no metric", rotation=90, ha="center", va="bottom", fontsize=8, bbox=white
-            )
-    lines = {name: line for name, line in lines.items() if math.isfinite(line[0])}
-    for name, (metric, colour) in lines.items():
-        axes.axhline(metric, color=colour, linestyle="--", linewidth=1.2, label=f"{name} {metric:.3g}")
-    axes.set_ylim(floor, max(ends) + margin)
-    axes.set_xticks(places, list(bars), rotation=90 if is_turned else 0)
-    axes.set_xlabel("block tuned alone")
-    axes.set_ylabel("validation metric")
-    axes.set_title(result.procedure if len(result.procedure) <= 70 else result.procedure[:67] + "...", fontsize=10)
-    axes.spines[["top", "right"]].set_visible(False)
-    if lines:
-        axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    with whole_file(path) as temporary:
-        figure.savefig(temporary)
+    with new_figure(path, *size) as figure:
+        axes = figure.subplots()
+        places = range(len(bars))
+        heights = [0.0 if math.isnan(metric) else metric - floor for metric in bars.values()]
+        axes.bar(places, heights, bottom=floor, color="#4477aa", width=0.7)
+        for place, (metric, width) in enumerate(zip(bars.values(), spread, strict=True)):
+            if width and math.isfinite(metric):
+                axes.errorbar(place, metric, yerr=width, color="#222222", capsize=3, linewidth=1.2)
+            if math.isnan(metric):
+                white = {"va": "bottom", "bbox": {"facecolor": "white", "edgecolor": "none", "pad": 1}}
+                axes.text(
+                    place,
+                    floor + margin / 4,
+                    "no metric",
+                    rotation=90,
+                    ha="center",
+                    va="bottom",
+                    fontsize=8,
+                    bbox=white,
+                )
+        lines = {name: line for name, line in lines.items() if math.isfinite(line[0])}
+        for name, (metric, colour) in lines.items():
+            axes.axhline(metric, color=colour, linestyle="--", linewidth=1.2, label=f"{name} {metric:.3g}")
+        axes.set_ylim(floor, max(ends) + margin)
+        axes.set_xticks(places, list(bars), rotation=90 if is_turned else 0)
+        axes.set_xlabel("block tuned alone")
+        axes.set_ylabel("validation metric")
+        axes.set_title(result.procedure if len(result.procedure) <= 70 else result.procedure[:67] + "...", fontsize=10)
+        axes.spines[["top", "right"]].set_visible(False)
+        if lines:
+            axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))

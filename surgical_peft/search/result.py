@@ -9,14 +9,14 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
-
-from rich.console import Console
-from rich.table import Table
+from typing import TYPE_CHECKING, Any
 
 from ..atomic_files import write_text
 from ..errors import SurgicalError
 from ..scoring.selection import Selection
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 
 @dataclass(frozen=True)
@@ -139,6 +139,8 @@ class SearchResult:
 
     def table(self) -> Table:
         """A table of the candidates in the order of the proposals; the chosen one is marked."""
+        from rich.table import Table
+
         has_rates = any(trial.rate is not None for trial in self.trials)
         table = Table(title=f"{self.procedure}: {self.trainings} trainings in {self.seconds:.1f} s")
         table.add_column("")
@@ -164,6 +166,8 @@ class SearchResult:
         return "all" if blocks == self.blocks else ", ".join(blocks)
 
     def __str__(self) -> str:
+        from rich.console import Console
+
         text = io.StringIO()  # as that of BlockScores
         Console(file=text, width=1000, color_system=None, force_jupyter=False).print(self.table())
         return text.getvalue().rstrip()

@@ -8,12 +8,10 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from ...atomic_files import whole_file
+from ...rendering import markdown_row, new_figure
 
 _CLEAR = 2.0  # standard errors
 _COLUMNS = ("method", "{metric}", "to the best", "rate", "tuned", "")
@@ -35,8 +33,8 @@ def markdown(advice: dict[str, Any]) -> str:
     lines = [" ".join(advice["sentences"]), ""]
     if recommended["lines"]:
         lines += ["```yaml", *recipe_lines(advice), "```", ""]
-    lines += [_line(_header(advice)), _line(["---", *["---:"] * 4, "---"])]
-    lines += [_line(row) for row in _rows(advice, "**{}**")]
+    lines += [markdown_row(_header(advice)), markdown_row(["---", *["---:"] * 4, "---"])]
+    lines += [markdown_row(row) for row in _rows(advice, "**{}**")]
     cost, signature = advice["cost"], advice["signature"]
     lines += [
         "",
@@ -50,11 +48,11 @@ def markdown(advice: dict[str, Any]) -> str:
     lines += [""] if advice["unfit"] else []
     scores, moved, floor = advice["scores"]["values"], signature["moved"] or {}, signature["floor"] or {}
     header = ["block", f"score ({advice['scores']['criterion']})", "gradient (rgn)"]
-    lines += [_line([*header, *(["features moved", "chance"] if moved else [])])]
-    lines += [_line(["---", *["---:"] * (2 + 2 * bool(moved))])]
+    lines += [markdown_row([*header, *(["features moved", "chance"] if moved else [])])]
+    lines += [markdown_row(["---", *["---:"] * (2 + 2 * bool(moved))])]
     for name, gradient in signature["gradients"].items():
         values = [scores.get(name), gradient, *([moved.get(name), floor.get(name)] if moved else [])]
-        lines.append(_line([name, *("-" if value is None else f"{value:.3g}" for value in values)]))
+        lines.append(markdown_row([name, *("-" if value is None else f"{value:.3g}" for value in values)]))
     lines += ["", "![signature](signature.png)", ""]
     versions = ", ".join(f"{name} {number}" for name, number in advice["versions"].items())
     return "\n".join([*lines, f"{advice['date']}, {versions}; {advice['machine']}."]) + "\n"
@@ -155,24 +153,21 @@ def plot(advice: dict[str, Any], path: str | Path) -> None:
         panels.append(("features, source to target", found["moved"]))
     names = list(dict.fromkeys(name for _, values in panels for name in values))
     size = 7 if len(names) > 40 else 10
-    figure = Figure(figsize=(3.4 * len(panels) + 0.8, 1.4 + 0.28 * len(names)), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    for axes, (title, values) in zip(
-        figure.subplots(1, len(panels), squeeze=False, sharey=True)[0], panels, strict=True
-    ):
-        axes.barh(range(len(names)), [values.get(name, 0.0) for name in names], color="#4477aa")
-        axes.set_title(title, fontsize=10)
-        axes.grid(axis="x", color="#dddddd", linewidth=0.6)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
-        if values is found["moved"]:
-            floor = [found["floor"][name] if name in values else 0.0 for name in names]
-            axes.plot(floor, range(len(names)), "|", color="#cc6677", markersize=11, markeredgewidth=2)
-            axes.set_xlabel("energy coefficient; red: two halves of the source", fontsize=8)
-    axes.set_yticks(range(len(names)), names, fontsize=size)
-    axes.set_ylim(len(names) - 0.4, -0.6)
-    with whole_file(path) as temporary:
-        figure.savefig(temporary)
+    with new_figure(path, 3.4 * len(panels) + 0.8, 1.4 + 0.28 * len(names)) as figure:
+        for axes, (title, values) in zip(
+            figure.subplots(1, len(panels), squeeze=False, sharey=True)[0], panels, strict=True
+        ):
+            axes.barh(range(len(names)), [values.get(name, 0.0) for name in names], color="#4477aa")
+            axes.set_title(title, fontsize=10)
+            axes.grid(axis="x", color="#dddddd", linewidth=0.6)
+            axes.set_axisbelow(True)
+            axes.spines[["top", "right"]].set_visible(False)
+            if values is found["moved"]:
+                floor = [found["floor"][name] if name in values else 0.0 for name in names]
+                axes.plot(floor, range(len(names)), "|", color="#cc6677", markersize=11, markeredgewidth=2)
+                axes.set_xlabel("energy coefficient; red: two halves of the source", fontsize=8)
+        axes.set_yticks(range(len(names)), names, fontsize=size)
+        axes.set_ylim(len(names) - 0.4, -0.6)
 
 
 def _is_share(advice: dict[str, Any]) -> bool:
@@ -222,7 +217,3 @@ def _state(row: dict[str, Any], advice: dict[str, Any]) -> str:
 
 def _part(share: float) -> str:
     return str(Fraction(share).limit_denominator(100))
-
-
-def _line(cells: Any) -> str:
-    return "| " + " | ".join(cells) + " |"

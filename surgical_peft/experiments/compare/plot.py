@@ -8,10 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
-from ...atomic_files import whole_file
+from ...rendering import new_figure
 from .tables import has_diverged, scale_of, trainings_of
 
 _FULL, _OTHER = "#222222", "#4477aa"
@@ -26,24 +24,21 @@ def plot(report: dict[str, Any], path: str | Path) -> None:
     rows = sorted(report["methods"], key=_mean)
     is_share, unit = scale_of(report)
     longest = max(len(row["method"]) for row in rows)
-    figure = Figure(figsize=(7.2 + 0.07 * longest, 1.5 + 0.3 * len(rows)), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2, sharey=True)
-    scale = 100 if is_share else 1
-    _draw_results(left, rows, scale)
-    _draw_differences(right, rows, scale)
-    left.set_yticks(range(len(rows)), [row["method"] for row in rows])
-    left.set_ylim(-0.6, len(rows) - 0.4)
-    left.set_xlabel(f"test {report['metric']}{', %' * is_share}")
-    right.set_xlabel(f"to full fine-tuning{f',{unit}' if unit else ''}")
-    left.set_title(f"{trainings_of(report)}; line: mean", fontsize=9)
-    right.set_title("paired, 95 % interval; filled: clear of zero", fontsize=9)
-    for axes in (left, right):
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(axis="x", color="#dddddd", linewidth=0.6)
-        axes.set_axisbelow(True)
-    with whole_file(path) as temporary:
-        figure.savefig(temporary)
+    with new_figure(path, 7.2 + 0.07 * longest, 1.5 + 0.3 * len(rows)) as figure:
+        left, right = figure.subplots(1, 2, sharey=True)
+        scale = 100 if is_share else 1
+        _draw_results(left, rows, scale)
+        _draw_differences(right, rows, scale)
+        left.set_yticks(range(len(rows)), [row["method"] for row in rows])
+        left.set_ylim(-0.6, len(rows) - 0.4)
+        left.set_xlabel(f"test {report['metric']}{', %' * is_share}")
+        right.set_xlabel(f"to full fine-tuning{f',{unit}' if unit else ''}")
+        left.set_title(f"{trainings_of(report)}; line: mean", fontsize=9)
+        right.set_title("paired, 95 % interval; filled: clear of zero", fontsize=9)
+        for axes in (left, right):
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.grid(axis="x", color="#dddddd", linewidth=0.6)
+            axes.set_axisbelow(True)
 
 
 def _mean(row: dict[str, Any]) -> float:

@@ -15,8 +15,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ...errors import SurgicalError
+from ...quiet import quieten
 from ..recipe.recipe import Recipe
-from ..training.workers import quieten
 from .comparison import Comparison, Job
 from .jobs import Workshop
 

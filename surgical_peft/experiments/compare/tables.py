@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
+
+from ...rendering import markdown_row
 
 _COLUMNS = ["method", "{metric}", "to full", "rate", "tuned", "step", "memory, MB", "file, kB", "choosing, s"]
 
@@ -28,8 +29,8 @@ def markdown(report: dict[str, Any]) -> str:
     """The report as Markdown: what won, the table, and how to read it."""
     header, rows = _cells(report, "**{}**")
     ruler = ["---", *["---:"] * (len(header) - 1)]
-    lines = [" ".join(report["sentences"]), "", _line(header), _line(ruler)]
-    lines += map(_line, rows)
+    lines = [" ".join(report["sentences"]), "", markdown_row(header), markdown_row(ruler)]
+    lines += map(markdown_row, rows)
     versions = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
     starred = " (* still there)" if any(row["at_edge"] for row in report["methods"]) else ""
     lines += [
@@ -167,7 +168,3 @@ def _number(report: dict[str, Any], value: float, sign: str = "") -> str:
 
 def _range(report: dict[str, Any], low: float, high: float) -> str:
     return f"{_number(report, low, '+')} to {_number(report, high, '+')}"
-
-
-def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"

@@ -1,19 +1,15 @@
-"""Tables of methods compared on several shifts, for the terminal and as Markdown, and of a search's candidates."""
+"""Tables of methods compared on several shifts, for the terminal and as Markdown."""
 
 from __future__ import annotations
 
-import math
-import platform
 import statistics
 from collections.abc import Sequence
-from datetime import date
-from importlib.metadata import version
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from ...search.result import SearchResult, state_of
+from ...rendering import markdown_row
 
 
 def comparison_table(report: dict[str, Any]) -> Table:
@@ -38,39 +34,11 @@ def comparison_markdown(report: dict[str, Any]) -> str:
     header, rows = _cells(report, bold="**{}**")
     versions = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
     lines = [
-        _line(header),
-        _line(["---", *["---:"] * (len(header) - 1)]),
-        *map(_line, rows),
+        markdown_row(header),
+        markdown_row(["---", *["---:"] * (len(header) - 1)]),
+        *map(markdown_row, rows),
         "",
         f"{_title(report)}. {report['date']}, {versions}; {report['machine']}; {report['seconds']:.0f} s in all.",
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def search_markdown(result: SearchResult, metric: str) -> str:
-    """The candidates of a search as Markdown, the chosen one bold, with a line on what it cost."""
-    lines = [
-        _line(["blocks", f"validation {metric}", "rate", "tuned parameters", "state"]),
-        _line(["---", *["---:"] * 3, "---"]),
-    ]
-    for each in result.candidates:
-        own = [trial for trial in result.trials if trial.blocks == each.blocks]
-        spread = "" if each.deviation is None else f" ± {each.deviation:.4f}"
-        cells = ["all" if each.blocks == result.blocks else ", ".join(each.blocks)]
-        cells.append("-" if math.isnan(each.metric) else f"{each.metric:.4f}{spread}")
-        if each.blocks == result.best.blocks:
-            cells = [f"**{cell}**" for cell in cells]
-        cells.append("-" if each.rate is None else f"{each.rate:g}")
-        cells.append(f"{own[0].notes['tuned_parameters']:,}" if "tuned_parameters" in own[0].notes else "-")
-        cells.append(state_of(own))
-        lines.append(_line(cells))
-    seeds = len({trial.seed for trial in result.trials})
-    means = f"mean ± standard deviation of {seeds} trainings at the best rate" if seeds > 1 else "at the best rate"
-    versions = ", ".join(f"{name} {version(name)}" for name in ("surgical-peft", "torch", "transformers", "peft"))
-    lines += [
-        "",
-        f"`{result.procedure}`: {result.trainings} trainings; {means}. "
-        f"{date.today().isoformat()}, {versions}; {platform.machine()}.",
     ]
     return "\n".join(lines) + "\n"
 
@@ -107,7 +75,3 @@ def _title(report: dict[str, Any]) -> str:
         f"Test accuracy in %, mean ± standard deviation of {len(report['seeds'])} draws of 500 images, "
         f"{report['epochs']:g} epochs, rates chosen on validation"
     )
-
-
-def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"

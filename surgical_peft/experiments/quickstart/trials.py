@@ -23,6 +23,7 @@ from ... import policies
 from ...errors import SurgicalError
 from ...optim.optimizer import create_surgical_optimizer
 from ...policies.policy import Policy
+from ...quiet import quieten
 from ...scoring.block_scores import BlockScores
 from ...tuner.config import SurgicalConfig
 from ..recipe.recipe import Recipe
@@ -30,7 +31,6 @@ from ..tasks import load_task
 from ..tasks.evaluation import classification
 from ..training.train import fit
 from ..training.train import score as score_recipe
-from ..training.workers import quieten
 
 BATCH_SIZE = 32
 SHIFTS: dict[str, dict[str, Any]] = {

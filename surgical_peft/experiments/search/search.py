@@ -7,13 +7,15 @@ import math
 import multiprocessing
 import multiprocessing.connection
 import os
+import platform
 import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from datetime import timedelta
+from datetime import date, timedelta
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +27,14 @@ from ... import procedures
 from ...atomic_files import check_replaceable, whole_folder
 from ...blocks.block_map import is_head
 from ...errors import SurgicalError
-from ...search.result import SearchResult, SearchTrial, candidate_of
+from ...quiet import quieten
+from ...rendering import markdown_row
+from ...search.result import SearchResult, SearchTrial, candidate_of, state_of
 from ...search.run import count_trainings, optuna_classes, run_search
 from ...validation import resolve
-from ..quickstart.tables import search_markdown
 from ..recipe.recipe import Recipe
 from ..training.train import score
-from ..training.workers import quieten, shared_threads
+from ..training.workers import shared_threads
 from .objective import RecipeObjective
 
 _RESULT = "search.json"  # by which the result of an earlier search is known
@@ -233,3 +236,31 @@ class _Progress:
 
 def _short(blocks: tuple[str, ...]) -> str:
     return ", ".join(blocks) if len(blocks) < 5 else f"{blocks[0]}, {blocks[1]}, ... ({len(blocks)} blocks)"
+
+
+def search_markdown(result: SearchResult, metric: str) -> str:
+    """The candidates of a search as Markdown, the chosen one bold, with a line on what it cost."""
+    lines = [
+        markdown_row(["blocks", f"validation {metric}", "rate", "tuned parameters", "state"]),
+        markdown_row(["---", *["---:"] * 3, "---"]),
+    ]
+    for each in result.candidates:
+        own = [trial for trial in result.trials if trial.blocks == each.blocks]
+        spread = "" if each.deviation is None else f" ± {each.deviation:.4f}"
+        cells = ["all" if each.blocks == result.blocks else ", ".join(each.blocks)]
+        cells.append("-" if math.isnan(each.metric) else f"{each.metric:.4f}{spread}")
+        if each.blocks == result.best.blocks:
+            cells = [f"**{cell}**" for cell in cells]
+        cells.append("-" if each.rate is None else f"{each.rate:g}")
+        cells.append(f"{own[0].notes['tuned_parameters']:,}" if "tuned_parameters" in own[0].notes else "-")
+        cells.append(state_of(own))
+        lines.append(markdown_row(cells))
+    seeds = len({trial.seed for trial in result.trials})
+    means = f"mean ± standard deviation of {seeds} trainings at the best rate" if seeds > 1 else "at the best rate"
+    versions = ", ".join(f"{name} {version(name)}" for name in ("surgical-peft", "torch", "transformers", "peft"))
+    lines += [
+        "",
+        f"`{result.procedure}`: {result.trainings} trainings; {means}. "
+        f"{date.today().isoformat()}, {versions}; {platform.machine()}.",
+    ]
+    return "\n".join(lines) + "\n"

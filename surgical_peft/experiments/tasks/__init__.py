@@ -16,7 +16,6 @@ from .seq2seq import seq2seq
 from .task import SPLITS as SPLITS
 from .task import Examples as Examples
 from .task import Task as Task
-from .task import model_of_config as model_of_config
 from .text_classification import text_classification
 from .token_classification import token_classification
 

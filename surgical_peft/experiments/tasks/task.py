@@ -12,11 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
-import transformers
 from datasets.exceptions import DatasetsError
 from torch import Tensor, nn
-from transformers import AutoConfig
 
 from ...errors import SurgicalError
 from ..recipe.recipe import Recipe
@@ -69,15 +66,6 @@ def check_keys(recipe: Recipe, *speaking: str) -> None:
             raise SurgicalError(
                 f"{key}={getattr(recipe, key)!r} is not for {recipe.task}, which knows: {', '.join(speaking)}."
             )
-
-
-def model_of_config(model: str) -> nn.Module:
-    """The architecture of a model folder or Hub id, without its weights (on the meta device)."""
-    config = found(AutoConfig.from_pretrained, model, "model")
-    names = config.architectures or []
-    architecture = getattr(transformers, names[0], None) if names else None
-    with torch.device("meta"):
-        return architecture(config) if architecture else transformers.AutoModel.from_config(config)
 
 
 def found(load: Callable[..., Any], name: str, what: str, **kwargs: Any) -> Any:

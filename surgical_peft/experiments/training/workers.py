@@ -1,15 +1,11 @@
-"""What processes that train side by side share: the threads of the machine, and silence."""
+"""What processes that train side by side share: the threads of the machine."""
 
 from __future__ import annotations
 
-import gc
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import datasets
 import torch
-from transformers.utils import logging
 
 
 @contextmanager
@@ -21,12 +17,3 @@ def shared_threads(jobs: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def quieten() -> None:
-    """No progress bars and no notes of libraries; what is imported so far is not looked through for garbage."""
-    gc.freeze()  # Trainer collects garbage after every training, for a quarter of a second over what was imported
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-    warnings.filterwarnings("ignore", category=FutureWarning)
