@@ -1,7 +1,7 @@
 """What `blocks="auto"` costs within its budget, half of the planned training, and how good its choice is then.
 
     python benchmarks/real_models.py models           # makes the two models, see there
-    python benchmarks/choosing.py models CIFAR GSM8K   # an hour on one core
+    python benchmarks/choosing.py models CIFAR GSM8K   # two hours on one core
 
 `models` holds `vit-s14` and `smollm2`; CIFAR is a folder with CIFAR-10 as `train.parquet` (columns `image` and
 `label`; `uoft-cs/cifar10` on the Hub), GSM8K one with `train.jsonl` (`question` and `answer`; `openai/gsm8k`). Writes
@@ -88,7 +88,7 @@ def cases(models: Path, cifar: Path, gsm8k: Path) -> list[Case]:
         Case("ViT, 6 layers, label map", 100, partial(shipped, "label_map"), small, (1e-3, 1e-2), None, 5, True),
         Case("ViT-S/14, 12 layers", 60, photos, vit, (1e-4, 1e-3), "classifier", 1, True),
         Case("SmolLM2, 30 layers", 25, language, smol, (1e-4, 1e-3)),
-        Case("SmolLM2, 30 layers", 500, language, (), ()),
+        Case("SmolLM2, 30 layers", 500, language, [("all",), late, ("29",)], (1e-4, 1e-3)),
     ]
 
 
