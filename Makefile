@@ -46,7 +46,7 @@ docs: $(VENV)/docs  ## tables from benchmarks/ and the pages, into site/; a brok
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 $(VENV)/docs: $(VENV)/installed
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[docs]"
+	$(BIN)/python -m pip install --quiet --quiet --constraint constraints.txt --editable ".[docs]"
 	touch $@
 
 install: $(VENV)/installed
@@ -54,12 +54,12 @@ install: $(VENV)/installed
 # torch first: once it is there, nothing else pulls another build of it.
 $(VENV)/experiments: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[experiments]"
+	$(BIN)/python -m pip install --quiet --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --quiet --constraint constraints.txt --editable ".[experiments]"
 	touch $@
 
 $(VENV)/installed: $(VENV)/experiments
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --quiet --constraint constraints.txt --editable ".[dev]"
 	touch $@
 
 clean:

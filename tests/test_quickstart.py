@@ -89,5 +89,7 @@ def test_a_folder_of_something_else_is_refused_before_any_work(tmp_path: Path) -
 
 def test_an_installed_package_finds_what_it_ships(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "surgical_peft" / "shipped" / "fashion_mnist").mkdir(parents=True)
-    monkeypatch.setattr(trials, "__file__", str(tmp_path / "surgical_peft" / "trials.py"))
+    monkeypatch.setattr(
+        trials, "__file__", str(tmp_path / "surgical_peft" / "experiments" / "quickstart" / "trials.py")
+    )
     assert trials.shipped("fashion_mnist") == tmp_path / "surgical_peft" / "shipped" / "fashion_mnist"
