@@ -83,7 +83,7 @@ def test_exact_match_and_log_likelihood() -> None:
 def test_the_scripts_come_with_the_wheel(tmp_path: Path) -> None:
     pytest.importorskip("hatchling")
     command = [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", str(tmp_path)]
-    subprocess.run(command, cwd=FOLDER.parents[1], check=True, capture_output=True)
+    subprocess.run(command, cwd=FOLDER.parents[2], check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())

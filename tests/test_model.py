@@ -308,7 +308,7 @@ def test_auto_passes_loss_and_batches_on(vit: Toy, monkeypatch: pytest.MonkeyPat
         seen.update(kwargs, criterion=criterion, budget=budget.steps)
         return BlockScores({"3": 1.0}, {"3": 1}, {"3": "3"}, (), "rgn", "block", 7, "ViT")
 
-    monkeypatch.setattr("surgical_peft.choosing.score_blocks", fake)
+    monkeypatch.setattr("surgical_peft.auto.score_blocks", fake)
     config = SurgicalConfig(blocks="auto", num_blocks=1)
     model = get_surgical_model(vit.model(), config, loader(vit), num_batches=7, loss_fn=max, steps=90)
     assert seen == {"criterion": "probe", "num_batches": 7, "loss_fn": max, "budget": 45.0}

@@ -55,7 +55,7 @@ def test_a_fresh_import_of_the_package_takes_the_place_of_the_old(monkeypatch: p
 def test_a_clash_is_refused_with_both_names(key: str, prefix: str, monkeypatch: pytest.MonkeyPatch) -> None:
     foreign(key, prefix, monkeypatch)
     before = [dict(mapping) for mapping in MAPPINGS]
-    with pytest.raises(SurgicalError, match=r"other_package\.OtherModel.*surgical_peft\.model\.SurgicalModel"):
+    with pytest.raises(SurgicalError, match=r"other_package\.OtherModel.*surgical_peft\.tuner\.model\.SurgicalModel"):
         registration.register()
     assert [dict(mapping) for mapping in MAPPINGS] == before
 

@@ -60,8 +60,8 @@ from peft import get_peft_model
 from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator, set_seed
 
 from surgical_peft import SurgicalCallback, SurgicalConfig, policies, surgical_optimizer
-from surgical_peft.master_weights import KEY
-from surgical_peft.report.history import History
+from surgical_peft.precision.master_weights import KEY
+from surgical_peft.optim.history import History
 from tests.toys import TOYS
 
 torch.set_num_threads(1)

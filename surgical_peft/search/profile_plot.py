@@ -48,17 +48,9 @@ def plot_profile(result: SearchResult, path: str | Path) -> None:
             if width and math.isfinite(metric):
                 axes.errorbar(place, metric, yerr=width, color="#222222", capsize=3, linewidth=1.2)
             if math.isnan(metric):
-                white = {"va": "bottom", "bbox": {"facecolor": "white", "edgecolor": "none", "pad": 1}}
-                axes.text(
-                    place,
-                    floor + margin / 4,
-                    "no metric",
-                    rotation=90,
-                    ha="center",
-                    va="bottom",
-                    fontsize=8,
-                    bbox=white,
-                )
+                white = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+                style = {"rotation": 90, "ha": "center", "va": "bottom", "fontsize": 8, "bbox": white}
+                axes.text(place, floor + margin / 4, "no metric", **style)
         lines = {name: line for name, line in lines.items() if math.isfinite(line[0])}
         for name, (metric, colour) in lines.items():
             axes.axhline(metric, color=colour, linestyle="--", linewidth=1.2, label=f"{name} {metric:.3g}")
