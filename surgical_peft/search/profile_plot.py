@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 from ..blocks.block_map import is_head
 from ..errors import SurgicalError
@@ -49,7 +50,7 @@ def plot_profile(result: SearchResult, path: str | Path) -> None:
                 axes.errorbar(place, metric, yerr=width, color="#222222", capsize=3, linewidth=1.2)
             if math.isnan(metric):
                 white = {"facecolor": "white", "edgecolor": "none", "pad": 1}
-                style = {"rotation": 90, "ha": "center", "va": "bottom", "fontsize": 8, "bbox": white}
+                style: dict[str, Any] = {"rotation": 90, "ha": "center", "va": "bottom", "fontsize": 8, "bbox": white}
                 axes.text(place, floor + margin / 4, "no metric", **style)
         lines = {name: line for name, line in lines.items() if math.isfinite(line[0])}
         for name, (metric, colour) in lines.items():
