@@ -48,7 +48,7 @@ from peft import get_peft_model
 from transformers import Trainer, TrainingArguments, set_seed
 
 from surgical_peft import SurgicalCallback, SurgicalConfig, SurgicalError, policies, surgical_optimizer
-from surgical_peft.report.history import History
+from surgical_peft.optim.history import History
 from tests.toys import TOYS
 
 torch.set_num_threads(1)
