@@ -28,6 +28,7 @@ from scipy import stats
 from transformers import ViTConfig, ViTForImageClassification
 
 from surgical_peft import SurgicalError
+from surgical_peft.cli.main import main
 from surgical_peft.experiments.compare.compare import compare, plan
 from surgical_peft.experiments.compare.comparison import Comparison, Job
 from surgical_peft.experiments.compare.jobs import Workshop
@@ -666,10 +667,16 @@ def test_a_folder_with_something_else_is_not_touched(tmp_path: Path) -> None:
     assert precious.read_text() == "mine"
 
 
-def test_one_bad_line_on_the_command_line(tmp_path: Path) -> None:
-    done = subprocess.run(command(write_recipe(tmp_path, methods=["full", "lorra"])), capture_output=True, text=True)
-    assert done.returncode == 2
-    assert "did you mean 'lora'" in done.stderr and "Traceback" not in done.stderr
+def test_one_bad_line_on_the_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_recipe(tmp_path, methods=["full", "lorra"])
+    monkeypatch.setattr(sys, "argv", ["surgical-peft", "compare", str(path)])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    told = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert "did you mean 'lora'" in told and "Traceback" not in told
 
 
 # What a step costs
