@@ -520,7 +520,7 @@ def test_every_optim_of_trainer_steps_or_is_refused_or_not_installed(vit: Toy, t
         if name.value.startswith("schedule_free"):
             optimizer.train()  # type: ignore[attr-defined]
         start = {key: p.detach().clone() for key, p in model.named_parameters()}
-        for step in range(6):  # RAdam rests for the first five
+        for step in range(6 if "radam" in name.value else 2):  # RAdam rests for the first five
             backward(model, vit, step)
             optimizer.step()
         changed = {key for key, p in model.named_parameters() if not torch.equal(p, start[key])}

@@ -106,8 +106,7 @@ def plain_probe(model: nn.Module, batches: list[Any]) -> dict[str, float]:
     return untrained | scores
 
 
-@pytest.mark.parametrize("count", [2, 3, 9, 16])
-@pytest.mark.parametrize("name", ["vit", "bert", "llama"])
+@pytest.mark.parametrize(("name", "count"), [("bert", 2), ("llama", 3), ("bert", 9), ("vit", 2)])
 def test_it_equals_plain_trainings_of_copies(name: str, count: int) -> None:
     toy = TOYS[name]
     batches = [
