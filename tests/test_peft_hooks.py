@@ -89,6 +89,7 @@ def test_no_other_private_name_is_imported() -> None:
         (save_and_load, "get_base_model_state_dict", ["model"]),
         (save_and_load, "set_base_model_state_dict", ["model", "state_dict", "strict"]),
         (save_and_load, "_get_adapter_state_dict_key_prefixes", ["model"]),
+        (peft.utils.other, "_set_layer_requires_grad", ["layer", "requires_grad"]),
         (peft.functional, "delete_adapter", ["model", "adapter_name", "prefix", "layer_cls"]),
     ],
 )

@@ -1,7 +1,7 @@
 """Learning rates by block: one optimizer factory for `Trainer` and any other loop.
 
 Every unit (a block, or a tensor of one), its weights and what has no weight decay apart, is a parameter group.
-Factors are applied by a hook just before `optimizer.step` and taken back just after it (see `rates`), so they hold
+Factors are applied by hooks just before and after `optimizer.step` (see `block_rates`), so they hold
 whatever sets `lr`; schedulers, clipping and logging see the rates that they would see without a policy, and nothing
 depends on `Trainer`.
 """

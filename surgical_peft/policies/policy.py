@@ -1,4 +1,4 @@
-"""What a policy is; the optimizer asks it, see `rates`."""
+"""What a policy is; the optimizer asks it, see `optim.block_rates`."""
 
 from __future__ import annotations
 

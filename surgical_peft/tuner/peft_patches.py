@@ -99,10 +99,9 @@ def _set_trainable(
 
 
 def _set_layer_requires_grad(original: Callable[..., Any], layer: nn.Module | Tensor, requires_grad: bool) -> None:
-    # By it PEFT thaws LoRA and heads each time that it enables or switches adapters, masked or not
+    original(layer, requires_grad)  # which thaws LoRA and heads each time that PEFT enables or switches adapters
     for parameter in [layer] if isinstance(layer, Tensor) else layer.parameters():
-        if parameter.is_leaf:
-            set_requires_grad(parameter, requires_grad)
+        set_requires_grad(parameter, parameter.requires_grad)  # masks stay on
 
 
 def _delete_adapter(
