@@ -19,7 +19,7 @@ from .blocks.block_map import BlockMap
 from .criteria.budget import FORWARD, GRADIENTS, Budget, half_of
 from .criteria.criterion import Criterion, needs_of, of_model
 from .criteria.probe import PACE
-from .criteria.short_training.context import Trial
+from .criteria.short_training.context import ScoringContext
 from .criteria.short_training.short_run import ShortRun, gains_and_loss
 from .errors import SurgicalError
 from .scoring.batches import LossFunction
@@ -135,7 +135,7 @@ def choose_blocks(
     refused = {name: why for name, why in unfit.items() if name in scores.values}
     left = {name: value for name, value in scores.values.items() if name not in refused}
     candidates = replace(scores, values=left, unscored=(*scores.unscored, *refused))
-    loss = {name: loss[name] for name in _ranking(left, ()) if name in loss}  # by the last block of each trial
+    loss = {name: loss[name] for name in _ranking(left, ()) if name in loss}  # by the last block of each context
     chosen = top_k(candidates, config.num_blocks or how_many(list(loss.values())))
     record: dict[str, Any] = {**chosen.record, "scores": dict(scores.values)}
     if refused:
@@ -149,14 +149,14 @@ def choose_blocks(
 
 @of_model(batches=16)
 def _scores_and_loss(
-    trial: Trial, *, score: Criterion, refused: tuple[str, ...], loss: dict[str, float]
+    context: ScoringContext, *, score: Criterion, refused: tuple[str, ...], loss: dict[str, float]
 ) -> dict[str, float]:
     """The scores, and into `loss` what is left after joint trainings of the best."""
-    with trial.budget.holding(_for_joint(trial.budget)):
-        values: Any = score(trial)
+    with context.budget.holding(_for_joint(context.budget)):
+        values: Any = score(context)
     if not isinstance(values, dict):  # `score_blocks` will say so
         return values
-    minus = together(trial, ranking=_ranking(trial.agreed(values), refused))
+    minus = together(context, ranking=_ranking(context.agreed(values), refused))
     loss |= {name: -value for name, value in minus.items()}
     return values
 
@@ -191,32 +191,32 @@ def check_choice(model: nn.Module, config: SurgicalConfig, dataloader: Iterable[
 
 
 @of_model(batches=16)
-def together(trial: Trial, *, ranking: tuple[str, ...]) -> dict[str, float]:
+def together(context: ScoringContext, *, ranking: tuple[str, ...]) -> dict[str, float]:
     """Minus the held-out loss after a short training of the first block of `ranking`, the first two, and so on.
 
     Each stands under the name of the last block in it. It ends where a block more takes too little.
     """
-    budget, room = trial.budget, len(trial.batches)
-    if budget.is_given and "gains" not in trial.known:
+    budget, room = context.budget, len(context.batches)
+    if budget.is_given and "gains" not in context.known:
         room = min(room, int(budget.left / AT_MOST))
         if room < 2:
             return {}
-        trial.keep(room)
-    gains, start = gains_and_loss(trial, least=1 if budget.is_given else 2)
+        context.keep(room)
+    gains, start = gains_and_loss(context, least=1 if budget.is_given else 2)
     if budget.is_given:  # at least two trainings: of one alone nothing follows
-        room = int(budget.left / sum(trial.cost(*ranking[:at]) for at in (1, 2)) * len(trial.batches))
+        room = int(budget.left / sum(context.cost(*ranking[:at]) for at in (1, 2)) * len(context.batches))
         if room < 2:
             return {}
     left: dict[str, float] = {}
-    with trial.only(room):
+    with context.only(room):
         for at, name in enumerate(ranking):
             names = ranking[: at + 1]
-            cost = trial.cost(*names)
+            cost = context.cost(*names)
             if cost > budget.left:
                 break
             budget.stage(f"the best {at + 1} trained together", cost)
             gain = sum(gains.get(each, 0.0) for each in names)  # gains add up
-            left[name] = ShortRun(names, PACE * start / gain, passes=1).train(trial, 1) if gain else start
+            left[name] = ShortRun(names, PACE * start / gain, passes=1).train(context, 1) if gain else start
             if how_many(list(left.values())) <= at:
                 break
     return {name: -loss for name, loss in left.items() if math.isfinite(loss)}  # else it diverged, and was the last

@@ -26,11 +26,18 @@ from surgical_peft.experiments.advise import successive_halving as halving
 from surgical_peft.experiments.advise.advise import CANDIDATES, advise, plan
 from surgical_peft.experiments.advise.report import markdown, recipe_lines, sentences, table
 from surgical_peft.experiments.advise.rows import lines_of, twin_of
-from surgical_peft.experiments.advise.successive_halving import Judge, Probe, Rival, Round, decide, halve
+from surgical_peft.experiments.advise.successive_halving import (
+    Candidate,
+    Round,
+    ShortTraining,
+    ValidationJudge,
+    decide,
+    halve,
+)
 from surgical_peft.experiments.compare.methods import make_method
 from surgical_peft.experiments.recipe.recipe import Recipe, load_recipe
 from surgical_peft.experiments.tasks.evaluation import Measure
-from surgical_peft.experiments.training.runner import Workbench
+from surgical_peft.experiments.training.runner import RecipeRunner
 from surgical_peft.experiments.training.tiny import make_tiny
 from surgical_peft.scoring.selection import Selection
 
@@ -51,17 +58,17 @@ def bench_of(count: int, measure: Any) -> Any:
     return SimpleNamespace(task=SimpleNamespace(measure=measure), examples={"validation": range(count)}, part=part)
 
 
-def judge_of(count: int) -> Judge:
-    return Judge(bench_of(count, Measure(accuracy, lambda model, batch: ([], []))))
+def judge_of(count: int) -> ValidationJudge:
+    return ValidationJudge(bench_of(count, Measure(accuracy, lambda model, batch: ([], []))))
 
 
-def probe(right: list[int], share: float = 1.0, rate: float | None = 1e-3) -> Probe:
+def probe(right: list[int], share: float = 1.0, rate: float | None = 1e-3) -> ShortTraining:
     """Of a model that is right where `right` is 1, an example a group."""
-    return Probe(rate, share, statistics.fmean(right), tuple(([each], [1]) for each in right), 0.0)
+    return ShortTraining(rate, share, statistics.fmean(right), tuple(([each], [1]) for each in right), 0.0)
 
 
-def rival(name: str, tuned: int, *probes: Probe) -> Rival:
-    return Rival(name, make_method(name), Selection(()), tuned, list(probes))
+def candidate(name: str, tuned: int, *probes: ShortTraining) -> Candidate:
+    return Candidate(name, make_method(name), Selection(()), tuned, list(probes))
 
 
 def rights(mean: float, seed: int, count: int = 25) -> list[int]:
@@ -88,7 +95,7 @@ def test_every_example_is_in_one_group_and_the_metric_is_that_of_all() -> None:
         seen.extend(places)
         return float(len(places))
 
-    judge = Judge(bench_of(60, measure))
+    judge = ValidationJudge(bench_of(60, measure))
     groups = judge.read(None)  # type: ignore[arg-type]
     assert sorted(seen) == list(range(60)) and len(groups) == halving.GROUPS
     assert judge.metric(groups) == pytest.approx(60 / 25)  # of a metric of one's own the mean over groups
@@ -107,7 +114,7 @@ def test_one_pass_over_the_examples_gives_each_group_its_own() -> None:
         return {"at": torch.tensor(places)}
 
     measure = Measure(compute=accuracy, read=read, collate=collate)
-    groups = Judge(bench_of(60, measure)).read(torch.nn.Linear(1, 1))
+    groups = ValidationJudge(bench_of(60, measure)).read(torch.nn.Linear(1, 1))
     assert passes == [60] and len(groups) == halving.GROUPS
     assert sorted(place for predicted, _ in groups for place in predicted) == list(range(60))
     assert all(wanted == [place % 7 for place in predicted] for predicted, wanted in groups)
@@ -120,7 +127,11 @@ def test_the_smallest_that_is_as_good_within_one_standard_error() -> None:
     base = [1] * 20 + [0] * 5
     close = [0] + [1] * 20 + [0] * 4  # two examples differ: 0 ± 1.4 of 25
     worse = [1] * 10 + [0] * 15
-    full, last, head = rival("full", 100, probe(base)), rival("last", 30, probe(close)), rival("head", 1, probe(worse))
+    full, last, head = (
+        candidate("full", 100, probe(base)),
+        candidate("last", 30, probe(close)),
+        candidate("head", 1, probe(worse)),
+    )
     chosen, tied = decide([full, last, head], judge_of(25))
     assert chosen is last and tied == [full, last]
     chosen, tied = decide([full, head], judge_of(25))
@@ -128,15 +139,15 @@ def test_the_smallest_that_is_as_good_within_one_standard_error() -> None:
 
 
 def test_the_model_as_it_is_may_be_best() -> None:
-    nothing = rival("nothing", 0, probe([1] * 20 + [0] * 5, share=0, rate=None))
-    full = rival("full", 100, probe([1] * 19 + [0, 1] + [0] * 4))
+    nothing = candidate("nothing", 0, probe([1] * 20 + [0] * 5, share=0, rate=None))
+    full = candidate("full", 100, probe([1] * 19 + [0, 1] + [0] * 4))
     assert decide([full, nothing], judge_of(25))[0] is nothing
 
 
 def test_a_metric_that_is_not_a_number_is_never_best() -> None:
     broken = replace(probe([1] * 25), metric=float("nan"))
-    other = rival("head", 5, probe([0] * 24 + [1]))
-    assert decide([rival("full", 9, broken), other], judge_of(25))[0] is other
+    other = candidate("head", 5, probe([0] * 24 + [1]))
+    assert decide([candidate("full", 9, broken), other], judge_of(25))[0] is other
 
 
 # Halving
@@ -152,9 +163,9 @@ class PlayedBench:
         return 80
 
     def train(self, wrap: partial[Any], policy: Any, **settings: Any) -> tuple[Any, int]:
-        rival = wrap.args[0]
-        self.asked.append((rival.name, settings["learning_rate"], settings["max_steps"]))
-        return (rival.name, settings["learning_rate"]), 0
+        candidate = wrap.args[0]
+        self.asked.append((candidate.name, settings["learning_rate"], settings["max_steps"]))
+        return (candidate.name, settings["learning_rate"]), 0
 
 
 def test_the_better_ones_train_longer() -> None:
@@ -164,39 +175,41 @@ def test_the_better_ones_train_longer() -> None:
         "last": {1e-3: 0.1, 3e-3: 0.1, 1e-2: 0.3},
     }
     judge: Any = SimpleNamespace(read=lambda model: model, metric=lambda groups: metrics[groups[0]][groups[1]])
-    rivals = [rival(name, 1) for name in metrics]
-    bench: Any = PlayedBench()
+    candidates = [candidate(name, 1) for name in metrics]
+    runner: Any = PlayedBench()
     rounds = (Round(1 / 8), Round(1 / 4, methods=2, rates=2), Round(1, methods=1, rates=1))
     told: list[None] = []
     rates = [1e-3, 3e-3, 1e-2]
-    halve(rivals, lambda _: rates, bench, Recipe(model="", data=""), judge, rounds, done=lambda: told.append(None))
+    halve(
+        candidates, lambda _: rates, runner, Recipe(model="", data=""), judge, rounds, done=lambda: told.append(None)
+    )
     expected = [(name, rate, 10) for name in metrics for rate in rates]
     expected += [("full", 3e-3, 20), ("full", 1e-2, 20), ("head", 1e-3, 20), ("head", 3e-3, 20), ("full", 3e-3, 80)]
-    assert bench.asked == expected and len(told) == len(expected)
-    assert rivals[0].best.share == 1 and rivals[1].best.rate == 1e-3
+    assert runner.asked == expected and len(told) == len(expected)
+    assert candidates[0].best.share == 1 and candidates[1].best.rate == 1e-3
 
 
 def test_rates_at_which_nothing_is_learnt_are_no_reason_to_stop() -> None:
     metrics = {1e-3: 0.9, 3e-3: float("nan"), 1e-2: float("nan")}
     judge: Any = SimpleNamespace(read=lambda model: model, metric=lambda groups: metrics[groups[1]])
-    own, bench = rival("full", 1), PlayedBench()
-    halve([own], lambda _: list(metrics), bench, Recipe(model="", data=""), judge, [Round(1 / 4)])  # type: ignore[arg-type]
+    own, runner = candidate("full", 1), PlayedBench()
+    halve([own], lambda _: list(metrics), runner, Recipe(model="", data=""), judge, [Round(1 / 4)])  # type: ignore[arg-type]
     assert own.best.rate == 1e-3
 
 
 def test_no_more_is_trained_than_was_planned() -> None:
     """Of the rounds that ship."""
     judge: Any = SimpleNamespace(read=lambda model: model, metric=lambda groups: 0.5)
-    rivals = [rival(name, 1) for name in CANDIDATES if name != "nothing"]
-    bench: Any = PlayedBench()
-    halve(rivals, lambda _: [1e-3, 3e-3, 1e-2], bench, Recipe(model="", data=""), judge)
-    bench.seconds = lambda wrap: 2.0
+    candidates = [candidate(name, 1) for name in CANDIDATES if name != "nothing"]
+    runner: Any = PlayedBench()
+    halve(candidates, lambda _: [1e-3, 3e-3, 1e-2], runner, Recipe(model="", data=""), judge)
+    runner.seconds = lambda wrap: 2.0
     what: Any = SimpleNamespace(
         methods={"full fine-tuning": make_method("full")}, recipe=None, rates=[1e-3, 3e-3, 1e-2]
     )
-    found = advising._plan(what, bench)
-    assert found.trainings == len(bench.asked) == 24
-    trained = sum(steps for _, _, steps in bench.asked) / 80
+    found = advising._plan(what, runner)
+    assert found.trainings == len(runner.asked) == 24
+    trained = sum(steps for _, _, steps in runner.asked) / 80
     assert found.full_trainings == pytest.approx(trained + advising._CHOOSING)
     assert found.seconds == pytest.approx(2 * found.full_trainings)
 
@@ -254,7 +267,7 @@ def played(recommended: str, tied: list[str], kind: str | None = None) -> dict[s
         (
             "nothing",
             ["full", "head", "nothing"],
-            ["cannot tell the last rivals apart", "here, nor tune at all", "longest none"],
+            ["cannot tell the last candidates apart", "here, nor tune at all", "longest none"],
         ),
     ],
 )
@@ -337,7 +350,7 @@ def test_evidence_stands_beside_it(advised: tuple[Path, dict[str, Any]]) -> None
 @pytest.mark.parametrize("name", CANDIDATES)
 def test_what_to_write_into_the_recipe_is_taken_there(name: str, advised: tuple[Path, dict[str, Any]]) -> None:
     path, advice = advised
-    own = rival(name, 1, probe([1], rate=None if name == "nothing" else 1e-2))
+    own = candidate(name, 1, probe([1], rate=None if name == "nothing" else 1e-2))
     row = next(row for row in advice["methods"] if row["method"] == name)
     own = replace(own, selection=Selection(tuple(row["blocks"])))
     lines = lines_of(own, load_recipe(path))
@@ -364,7 +377,7 @@ def test_what_the_recipe_says_of_choosing_is_taken_back(tmp_path: Path) -> None:
         "target_modules": ["attention"],
     }
     path = write_recipe(tmp_path, **keys)
-    own = replace(rival("head", 1, probe([1], rate=1e-2)), selection=Selection(("head",)))
+    own = replace(candidate("head", 1, probe([1], rate=1e-2)), selection=Selection(("head",)))
     lines = [yaml.safe_load(f"{key}: {json.dumps(value)}") for key, value in lines_of(own, load_recipe(path)).items()]
     path.write_text(
         yaml.safe_dump({**yaml.safe_load(path.read_text()), **{k: v for each in lines for k, v in each.items()}})
@@ -376,9 +389,9 @@ def test_what_the_recipe_says_of_choosing_is_taken_back(tmp_path: Path) -> None:
 
 
 def test_two_that_tune_the_same_are_trained_once() -> None:
-    head = Rival("head", make_method("head"), Selection(("head",)), 5)
-    auto = Rival("auto", make_method("auto"), Selection(("head",)), 5)
-    full, decay = rival("full", 9), rival("layer_decay", 9)
+    head = Candidate("head", make_method("head"), Selection(("head",)), 5)
+    auto = Candidate("auto", make_method("auto"), Selection(("head",)), 5)
+    full, decay = candidate("full", 9), candidate("layer_decay", 9)
     every = {each.name: each for each in (full, decay, head, auto)}
     assert [twin_of(each, every) for each in every.values()] == [None, None, None, "head"]
 
@@ -414,10 +427,10 @@ def test_other_draws_and_methods_are_not_read(tmp_path: Path) -> None:
 
 def played_advice(recipe: Recipe, metrics: float, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """The advice on a recipe where no step is taken and every model measures the same."""
-    monkeypatch.setattr(Workbench, "seconds", lambda self, wrap: 1.0)
-    monkeypatch.setattr(Workbench, "train", lambda self, wrap, **_: (wrap(copy.deepcopy(self.model)), 0))
-    monkeypatch.setattr(Judge, "read", lambda self, model: ())
-    monkeypatch.setattr(Judge, "metric", lambda self, groups: metrics)
+    monkeypatch.setattr(RecipeRunner, "seconds", lambda self, wrap: 1.0)
+    monkeypatch.setattr(RecipeRunner, "train", lambda self, wrap, **_: (wrap(copy.deepcopy(self.model)), 0))
+    monkeypatch.setattr(ValidationJudge, "read", lambda self, model: ())
+    monkeypatch.setattr(ValidationJudge, "metric", lambda self, groups: metrics)
     monkeypatch.setattr(
         "surgical_peft.experiments.compare.methods.chosen.choose_blocks",
         lambda model, config, *_, **__: (_first(config), None),
@@ -528,13 +541,13 @@ def test_bad_input_is_told_before_any_training(
 ) -> None:
     keys = spoil(tmp_path, how)
     recipe = load_recipe(write_recipe(tmp_path, **keys))
-    monkeypatch.setattr(Workbench, "train", lambda *_, **__: pytest.fail("it trained"))
+    monkeypatch.setattr(RecipeRunner, "train", lambda *_, **__: pytest.fail("it trained"))
     with pytest.raises(SurgicalError, match=said):
         advise(recipe, console=QUIET)
 
 
 def test_the_plan_is_of_the_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Workbench, "seconds", lambda self, wrap: 1.5)
+    monkeypatch.setattr(RecipeRunner, "seconds", lambda self, wrap: 1.5)
     found = plan(load_recipe(write_recipe(tmp_path, rates=[1e-3, 1e-2])))
     assert found.seconds == pytest.approx(1.5 * found.full_trainings) and found.trainings > 7
 
@@ -542,4 +555,4 @@ def test_the_plan_is_of_the_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_steps_of_a_training(tmp_path: Path) -> None:
     for keys, steps in (({"num_train_epochs": 2}, 12), ({"max_steps": 5}, 5), ({"num_train_epochs": 1.5}, 9)):
         recipe = load_recipe(write_recipe(tmp_path, **keys))
-        assert Workbench(recipe).steps() == steps
+        assert RecipeRunner(recipe).steps() == steps

@@ -28,7 +28,7 @@ from transformers import (
 )
 
 from surgical_peft import BlockMap, SurgicalConfig, SurgicalError
-from surgical_peft.blocks.unwrap import clean_name, idle_parameters
+from surgical_peft.blocks.unwrap import bare_parameter_name, idle_parameters
 
 from .toys import TOYS, Toy
 
@@ -190,7 +190,7 @@ def test_block_of_is_anchored(index: str, vit: Toy) -> None:
     ],
 )
 def test_wrappers_in_a_name_are_ignored(name: str, vit: Toy) -> None:
-    assert clean_name(name) == "vit.layers.1.mlp.fc1.weight"
+    assert bare_parameter_name(name) == "vit.layers.1.mlp.fc1.weight"
     assert BlockMap.find(vit.model()).block_of(name) == "1"
 
 

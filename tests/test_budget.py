@@ -19,7 +19,7 @@ from surgical_peft import BlockMap, SurgicalConfig, SurgicalError, criteria, get
 from surgical_peft.auto import choose_blocks
 from surgical_peft.criteria.budget import FORWARD, GRADIENTS, READING, Budget
 from surgical_peft.criteria.criterion import of_model
-from surgical_peft.criteria.short_training.context import Trial
+from surgical_peft.criteria.short_training.context import ScoringContext
 from surgical_peft.scoring.progress import Stages, counted
 
 from .families import FAMILIES
@@ -140,10 +140,10 @@ def test_single_examples_cost_what_they_are_of_their_batch(criterion: str, size:
 
 def test_a_criterion_of_the_user_cannot_go_beyond(vit: Toy) -> None:
     @of_model(batches=4)
-    def greedy(trial: Trial) -> dict[str, float]:
-        with trial.training("head") as units:
-            trial.steps(torch.optim.SGD(units["head"], lr=0.1), range(4), range(1000), 0.1, 1000)
-        return dict.fromkeys(trial.units, 1.0)
+    def greedy(context: ScoringContext) -> dict[str, float]:
+        with context.training("head") as units:
+            context.steps(torch.optim.SGD(units["head"], lr=0.1), range(4), range(1000), 0.1, 1000)
+        return dict.fromkeys(context.units, 1.0)
 
     model = vit.model()
     before = {key: value.clone() for key, value in model.state_dict().items()}

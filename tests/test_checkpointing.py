@@ -27,8 +27,8 @@ from surgical_peft.tuner.gradient_checkpointing import (
     _IN_EVAL,
     _ROUSED,
     CheckpointWhereNeeded,
-    mend_checkpointing,
     restore_checkpointing,
+    skip_frozen_prefix,
 )
 
 from .toys import TOYS, Toy
@@ -457,7 +457,7 @@ def test_stages_leave_it_to_the_layers_within(reentrant: bool) -> None:
         return collect(model)
 
     model = build()
-    mend_checkpointing(model)
+    skip_frozen_prefix(model)
     switch_on(model, reentrant)
     counted: Counter[int] = Counter()
     for index, layer in enumerate([*model.swin.encoder.layers[0].blocks, *model.swin.encoder.layers[1].blocks]):
@@ -529,8 +529,8 @@ def test_mending_twice_and_restoring_once() -> None:
     """The hook after the forward pass, which makes every call slower, comes with the first one that checkpoints."""
     model = LLAMA.model()
     before = hooks(model)
-    mend_checkpointing(model)
-    mend_checkpointing(model)
+    skip_frozen_prefix(model)
+    skip_frozen_prefix(model)
     gradients(model.train(), LLAMA)
     assert hooks(model) == (before[0] + 1, before[1])
 

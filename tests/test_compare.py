@@ -31,7 +31,7 @@ from surgical_peft import SurgicalError
 from surgical_peft.cli.main import main
 from surgical_peft.experiments.compare.compare import compare, plan
 from surgical_peft.experiments.compare.comparison import Comparison, Job
-from surgical_peft.experiments.compare.jobs import Workshop
+from surgical_peft.experiments.compare.jobs import JobRunner
 from surgical_peft.experiments.compare.lr_grid import best_rate, is_at_edge, next_rate
 from surgical_peft.experiments.compare.methods import Method, make_method
 from surgical_peft.experiments.compare.statistics import crossed_interval, t_interval, t_quantile
@@ -56,7 +56,7 @@ def settle(recipe: Path, means: dict[str, Any], monkeypatch: pytest.MonkeyPatch)
     """Have jobs find played values instead of training; gives the jobs that were done."""
     done: list[Job] = []
 
-    def play(workshop: Workshop, job: Job) -> None:
+    def play(job_runner: JobRunner, job: Job) -> None:
         done.append(job)
         title, rate = job.method, job.rate
         value = means[title](rate, job.seed) if title in means and rate is not None else 0.5
@@ -70,13 +70,13 @@ def settle(recipe: Path, means: dict[str, Any], monkeypatch: pytest.MonkeyPatch)
                 "seconds": 2.0,
             },
             "test": {"test": value / 2},
-            "costs": {name: {"ms": 3.0, "peak_bytes": 1000.0} for name in workshop.comparison.methods},
+            "costs": {name: {"ms": 3.0, "peak_bytes": 1000.0} for name in job_runner.comparison.methods},
         }[job.kind]
-        path = workshop.path(job)
+        path = job_runner.path(job)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"asked": workshop.comparison.asked(job), "found": found}))
+        path.write_text(json.dumps({"asked": job_runner.comparison.asked(job), "found": found}))
 
-    monkeypatch.setattr(Workshop, "do", play)
+    monkeypatch.setattr(JobRunner, "do", play)
     return done
 
 
@@ -242,16 +242,16 @@ def test_a_test_metric_that_is_no_number(tmp_path: Path, monkeypatch: pytest.Mon
     path = write_recipe(tmp_path, methods=["nothing", "full", "head"], rates=[1e-3], seeds=[0])
     settle(path, {}, monkeypatch)
     recipe = load_recipe(path)
-    play = Workshop.do
+    play = JobRunner.do
 
     def lose(title: str) -> None:
-        def do(workshop: Workshop, job: Job) -> None:
-            play(workshop, job)
+        def do(job_runner: JobRunner, job: Job) -> None:
+            play(job_runner, job)
             if job.kind == "test" and job.method == title:
-                path = workshop.path(job)
+                path = job_runner.path(job)
                 path.write_text(path.read_text().replace('{"test": 0.25}', '{"test": NaN}'))
 
-        monkeypatch.setattr(Workshop, "do", do)
+        monkeypatch.setattr(JobRunner, "do", do)
 
     lose("no adaptation")
     report = compare(recipe, tmp_path / "one", console=QUIET)
@@ -356,8 +356,8 @@ def test_rows_say_what_was_measured(compared: tuple[Path, dict[str, Any]]) -> No
 def test_test_data_are_measured_as_one(compared: tuple[Path, dict[str, Any]]) -> None:
     path, report = compared
     comparison = Comparison(load_recipe(path))
-    workshop = Workshop(comparison, path.parent / "run")
-    assert len(workshop._test_examples(0, 1)) == 2 * 24
+    job_runner = JobRunner(comparison, path.parent / "run")
+    assert len(job_runner._test_examples(0, 1)) == 2 * 24
     assert all(round(value * 48, 6).is_integer() for row in report["methods"] for value in row["test"])
 
 
@@ -365,7 +365,7 @@ def test_the_same_again_trains_nothing_and_says_the_same(
     compared: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, report = compared
-    monkeypatch.setattr(Workshop, "do", lambda self, job: pytest.fail(f"{job} was done again"))
+    monkeypatch.setattr(JobRunner, "do", lambda self, job: pytest.fail(f"{job} was done again"))
     assert timeless(compare(load_recipe(path), console=QUIET)) == timeless(report)
 
 
@@ -395,8 +395,8 @@ def test_methods_that_chose_the_same_blocks_share_their_trainings(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     done: list[Job] = []
-    do = Workshop.do
-    monkeypatch.setattr(Workshop, "do", lambda self, job: (done.append(job), do(self, job)))  # type: ignore[misc]
+    do = JobRunner.do
+    monkeypatch.setattr(JobRunner, "do", lambda self, job: (done.append(job), do(self, job)))  # type: ignore[misc]
     monkeypatch.setattr(
         "surgical_peft.experiments.compare.jobs.step_costs",
         lambda names: {name: {"ms": 1.0 + at, "peak_bytes": 0.0} for at, name in enumerate(names)},
@@ -566,7 +566,7 @@ def test_what_does_not_fit_is_found_without_any_gradient(tmp_path: Path, monkeyp
     methods = ["full", "head", "auto", {"top_k": {"criterion": "rgn"}}, {"searched": {"procedure": "sweep"}}, "lora"]
     recipe = load_recipe(write_recipe(tmp_path, methods=methods))
     monkeypatch.setattr(torch.Tensor, "backward", lambda *_, **__: pytest.fail("a gradient"))
-    Workshop(Comparison(recipe), tmp_path / "run").check()
+    JobRunner(Comparison(recipe), tmp_path / "run").check()
     assert not (tmp_path / "run").exists()
 
 
@@ -631,27 +631,27 @@ def test_each_example_is_made_once_by_the_check(tmp_path: Path, monkeypatch: pyt
 
     write_data(tmp_path / "data", count=12)
     path = write_recipe(tmp_path, methods=["full", "head"], seeds=[0, 1], num_train_epochs=1)
-    workshop = Workshop(Comparison(load_recipe(path)), tmp_path / "run")
+    job_runner = JobRunner(Comparison(load_recipe(path)), tmp_path / "run")
     monkeypatch.setattr(_Images, "__getitem__", counting)
-    workshop.check()
+    job_runner.check()
     assert len(set(made)) == 3 * 12
     assert all(made.count(each) == 1 for each in made if each[1] > 0)  # the first tells the shape as well
     made.clear()
-    workshop.do(workshop.comparison.trainings("full fine-tuning", 1e-2)[0])
+    job_runner.do(job_runner.comparison.trainings("full fine-tuning", 1e-2)[0])
     assert not made
 
 
 def test_what_fails_on_the_way_keeps_what_is_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = load_recipe(write_recipe(tmp_path, methods=["full", "head"], num_train_epochs=1))
-    train = Workshop._training
+    train = JobRunner._training
 
-    def failing(workshop: Workshop, job: Job) -> dict[str, Any]:
+    def failing(job_runner: JobRunner, job: Job) -> dict[str, Any]:
         if job.method == "head":
             raise SurgicalError("the disk is full.")
-        return train(workshop, job)
+        return train(job_runner, job)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Workshop, "_training", failing)
+        patch.setattr(JobRunner, "_training", failing)
         with pytest.raises(SurgicalError, match="head: the disk is full"):
             compare(recipe, console=QUIET)
     assert len(list(tmp_path.glob("run/runs/training-*"))) == 1

@@ -17,7 +17,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Bert
 from surgical_peft import SurgicalError
 from surgical_peft.experiments.compare.compare import compare
 from surgical_peft.experiments.compare.comparison import Job
-from surgical_peft.experiments.compare.jobs import Workshop
+from surgical_peft.experiments.compare.jobs import JobRunner
 from surgical_peft.experiments.recipe.recipe import Recipe
 from surgical_peft.experiments.tasks import load_task
 
@@ -121,8 +121,8 @@ def test_what_is_lost_is_made_again_and_no_more(
             lost += 1
     assert lost == 2 + len(METHODS)
     done: list[Job] = []
-    do = Workshop.do
-    monkeypatch.setattr(Workshop, "do", lambda workshop, job: done.append(job) or do(workshop, job))  # type: ignore[func-returns-value]
+    do = JobRunner.do
+    monkeypatch.setattr(JobRunner, "do", lambda job_runner, job: done.append(job) or do(job_runner, job))  # type: ignore[func-returns-value]
     assert timeless(compare(recipe, tmp_path, console=QUIET)) == timeless(report)
     assert len(done) == lost
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from surgical_peft import BlockMap, SurgicalConfig, SurgicalError, create_surgical_optimizer, score_blocks
-from surgical_peft.blocks.unwrap import clean_name
+from surgical_peft.blocks.unwrap import bare_parameter_name
 
 from .toys import TOYS, Toy
 
@@ -47,7 +47,7 @@ def test_lora_is_everywhere_but_in_the_tuned_block(toy: Toy) -> None:
     kinds = {"full": set(), "lora": set()}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            kinds["lora" if ".lora_" in name else "full"].add(blocks.block_of(clean_name(name)))
+            kinds["lora" if ".lora_" in name else "full"].add(blocks.block_of(bare_parameter_name(name)))
     layers = {block for stack in blocks.stacks.values() for block in stack}
     assert kinds == {"full": {toy.last}, "lora": layers - {toy.last}}
     assert torch.equal(answer(model, toy), answer(toy.model(), toy))

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForImageClassification
 
-from surgical_peft.blocks.unwrap import seen_through
+from surgical_peft.blocks.unwrap import unwrap_module
 
 from .toys import TOYS
 
@@ -51,7 +51,7 @@ def test_images(
         module = model.get_base_model().get_submodule(new)
         after = {each.rpartition(".")[2]: found for each, found in module.named_parameters() if found.requires_grad}
         with model.disable_adapter():
-            before = dict(seen_through(module).named_parameters())
+            before = dict(unwrap_module(module).named_parameters())
         assert after.keys() == before.keys() and not any(torch.equal(after[key], before[key]) for key in before)
     else:
         assert measured["upstream"] > measured["downstream"]  # clean images, which the model knows, and noisy ones

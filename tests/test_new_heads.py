@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from surgical_peft import SurgicalConfig, SurgicalError
-from surgical_peft.blocks.unwrap import clean_name
+from surgical_peft.blocks.unwrap import bare_parameter_name
 from surgical_peft.tuner.loading.saved_adapter import LoadedBase, read_adapter
 
 from .contract.wrapping import no_warnings, nudge
@@ -167,7 +167,7 @@ def test_a_new_pooler_in_the_body_is_tuned_and_saved(
     config = SurgicalConfig(**{"blocks": ["0"], **choice}, task_type="SEQ_CLS")
     with no_warnings():
         model = get_peft_model(one, config)
-    assert new <= {clean_name(n) for n, parameter in model.named_parameters() if parameter.requires_grad}
+    assert new <= {bare_parameter_name(n) for n, parameter in model.named_parameters() if parameter.requires_grad}
     expected = answer(nudge(model).eval())
     model.save_pretrained(tmp_path)
     assert new <= read_adapter(tmp_path).new_to(LoadedBase(two, frozenset()))  # a delta holds it whole

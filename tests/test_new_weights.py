@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from surgical_peft import SurgicalConfig, SurgicalError
-from surgical_peft.blocks.unwrap import clean_name
+from surgical_peft.blocks.unwrap import bare_parameter_name
 from surgical_peft.tuner.loading import new_weights
 from surgical_peft.tuner.loading.new_weights import newly_initialised
 
@@ -179,7 +179,9 @@ def test_processes_that_read_no_weights_ask_the_first(monkeypatch: pytest.Monkey
     with torch.device("meta"):
         other = T.BertForSequenceClassification(T.BertConfig(**BERT))
     monkeypatch.setattr(new_weights, "is_fsdp_enabled", lambda: True)
-    monkeypatch.setattr(new_weights, "first_says", lambda mine: found | mine)
+    monkeypatch.setattr(new_weights, "broadcast_from_first", lambda mine: found | mine)
     assert newly_initialised(other) == found
     model = get_peft_model(other, SurgicalConfig(blocks=[0], task_type="SEQ_CLS"))
-    assert found <= {clean_name(name) for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert found <= {
+        bare_parameter_name(name) for name, parameter in model.named_parameters() if parameter.requires_grad
+    }

@@ -52,18 +52,18 @@ def _loss(trainer: Any) -> float:
 
 def test_what_was_trained_before_leaves_no_trace(tmp_path: Path) -> None:
     objective = objective_of(tmp_path)
-    before = {key: value.clone() for key, value in objective._bench.model.state_dict().items()}
+    before = {key: value.clone() for key, value in objective._runner.model.state_dict().items()}
     first = objective(Selection(("1",)), 3e-2, 0)
     objective(Selection(BLOCKS), 3e-2, 1)
     assert objective(Selection(("1",)), 3e-2, 0) == first
-    for key, value in objective._bench.model.state_dict().items():
+    for key, value in objective._runner.model.state_dict().items():
         assert torch.equal(value, before[key])
     assert not (tmp_path / "run").exists()  # many workers train at once: none writes there
 
 
 def test_without_the_prefix_cache_it_learns_the_same(tmp_path: Path) -> None:
     shared, alone = objective_of(tmp_path), objective_of(tmp_path, frozen_eval=False)
-    assert shared._bench.prefix is not None and alone._bench.prefix is None
+    assert shared._runner.prefix is not None and alone._runner.prefix is None
     for blocks in (("0",), ("head",)):
         assert shared(Selection(blocks), 3e-2, 0) == pytest.approx(
             alone(Selection(blocks), 3e-2, 0), abs=1 / 48 + 1e-9
@@ -72,13 +72,13 @@ def test_without_the_prefix_cache_it_learns_the_same(tmp_path: Path) -> None:
 
 def test_examples_are_made_once(tmp_path: Path) -> None:
     objective = objective_of(tmp_path)
-    train = objective._bench.examples["train"]
+    train = objective._runner.examples["train"]
     assert train[3] is train[3]
 
 
 def test_beyond_its_room_nothing_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "ROOM", 700)
-    train = objective_of(tmp_path)._bench.examples["train"]
+    train = objective_of(tmp_path)._runner.examples["train"]
     assert train[0] is train[0]
     assert train[1] is not train[1]
     assert torch.equal(train[1]["pixel_values"], train[1]["pixel_values"])
@@ -171,14 +171,14 @@ def test_what_only_the_first_training_of_a_process_does_is_not_counted(
     """It took longer than the five times as many steps after it, which so seemed to cost nothing."""
     clock, begun = [0.0], list[int]()
 
-    def train(bench: module.Workbench, *args: Any, max_steps: int, **kwargs: Any) -> None:
+    def train(runner: module.RecipeRunner, *args: Any, max_steps: int, **kwargs: Any) -> None:
         clock[0] += max_steps + (0 if begun else 100)
         begun.append(max_steps)
 
-    monkeypatch.setattr(module.Workbench, "train", train)
+    monkeypatch.setattr(module.RecipeRunner, "train", train)
     monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
-    bench = module.Workbench(load_recipe(write_recipe(tmp_path)))
-    assert bench.seconds(lambda model: model) == bench.steps()
+    runner = module.RecipeRunner(load_recipe(write_recipe(tmp_path)))
+    assert runner.seconds(lambda model: model) == runner.steps()
 
 
 def test_parts_of_layers_are_searched_like_blocks(tmp_path: Path) -> None:
@@ -204,10 +204,10 @@ def test_parts_that_are_not_there(tmp_path: Path) -> None:
 def test_more_examples_than_fit_are_not_made_to_ask_whether_they_fit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bench = objective_of(tmp_path)._bench
+    runner = objective_of(tmp_path)._runner
     monkeypatch.setattr(prefix_cache, "ROOM", 1000)
-    assert bench.prefix is None
-    assert len(bench.examples["train"]._made) == 2
+    assert runner.prefix is None
+    assert len(runner.examples["train"]._made) == 2
 
 
 def test_settings_say_what_a_training_is_and_not_what_is_searched(tmp_path: Path) -> None:
@@ -220,9 +220,9 @@ def test_settings_say_what_a_training_is_and_not_what_is_searched(tmp_path: Path
 
 def test_items_of_different_lengths_are_not_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     objective = objective_of(tmp_path)
-    train = objective._bench.examples["train"]
+    train = objective._runner.examples["train"]
     train._made[5] = {**train[5], "extra": torch.zeros(2)}
-    assert objective._bench.prefix is None
+    assert objective._runner.prefix is None
 
 
 def test_an_empty_validation_split(tmp_path: Path) -> None:

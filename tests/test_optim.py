@@ -34,7 +34,7 @@ from surgical_peft import (
     surgical_optimizer,
 )
 from surgical_peft.policies.auto_rgn import AutoRGN
-from surgical_peft.policies.policy import Policy, Run
+from surgical_peft.policies.policy import Policy, TrainingState
 
 from .test_policies import used_rates
 from .toys import TOYS, Toy
@@ -49,7 +49,7 @@ class Scripted(Policy):
         super().__init__()
         object.__setattr__(self, "script", iter(script))
 
-    def step_multipliers(self, run: Run) -> dict[str, float] | None:
+    def step_multipliers(self, run: TrainingState) -> dict[str, float] | None:
         return next(self.script)  # type: ignore[attr-defined]
 
 
@@ -446,7 +446,7 @@ def test_accelerate_loop_applies_the_policy_once_a_real_step(vit: Toy) -> None:
     calls: list[int] = []
 
     class Counted(AutoRGN):
-        def step_multipliers(self, run: Run) -> dict[str, float] | None:
+        def step_multipliers(self, run: TrainingState) -> dict[str, float] | None:
             calls.append(len(run.units))
             return super().step_multipliers(run)
 
@@ -473,7 +473,7 @@ def test_trainer_logs_what_it_would_log_without_a_policy(vit: Toy, tmp_path: Any
     calls: list[int] = []
 
     class Counted(AutoRGN):
-        def step_multipliers(self, run: Run) -> dict[str, float] | None:
+        def step_multipliers(self, run: TrainingState) -> dict[str, float] | None:
             calls.append(len(run.units))
             return super().step_multipliers(run)
 

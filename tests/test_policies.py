@@ -27,7 +27,7 @@ from surgical_peft import (
     surgical_optimizer,
 )
 from surgical_peft.policies.auto_rgn import _norms_in_one_call, _norms_on_cpu, _ratios
-from surgical_peft.policies.policy import Policy, Run, Unit
+from surgical_peft.policies.policy import Policy, TrainingState, Unit
 from surgical_peft.scoring.block_scores import BlockScores
 
 from .toys import TOYS, Toy
@@ -316,8 +316,8 @@ def test_auto_rgn_refuses_unknown_settings(kwargs: dict[str, Any]) -> None:
 class Ones(Policy):
     """Asks for a probe and leaves every rate as it is."""
 
-    def multipliers_from(self, scores: BlockScores, run: Run) -> dict[str, float]:
-        return {unit.name: 1.0 for unit in run.units}
+    def multipliers_from(self, scores: BlockScores, training: TrainingState) -> dict[str, float]:
+        return {unit.name: 1.0 for unit in training.units}
 
 
 class Noisy:

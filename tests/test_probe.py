@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from surgical_peft import BlockMap, SurgicalError, score_blocks
 from surgical_peft.criteria.criterion import of_model
-from surgical_peft.criteria.short_training.context import Trial
+from surgical_peft.criteria.short_training.context import ScoringContext
 from surgical_peft.experiments.recipe.recipe import load_recipe
 from surgical_peft.experiments.training.train import score
 
@@ -129,9 +129,9 @@ def test_a_step_runs_the_layers_from_its_unit_on(last: str, share: float, vit: T
     shares: dict[str, float] = {}
 
     @of_model(batches=1)
-    def asking(trial: Trial) -> dict[str, float]:
-        trial.loss(0)
-        shares.update({name: trial.share_run(name) for name in trial.units})
+    def asking(context: ScoringContext) -> dict[str, float]:
+        context.loss(0)
+        shares.update({name: context.share_run(name) for name in context.units})
         return shares
 
     score_blocks(vit.model(), [vit.batch()], asking)

@@ -9,7 +9,7 @@ from transformers import AutoConfig
 from surgical_peft import SurgicalError, criteria, policies
 from surgical_peft.experiments.compare.methods import make_method
 from surgical_peft.experiments.recipe.recipe import Recipe, load_recipe
-from surgical_peft.experiments.tasks.task import found
+from surgical_peft.experiments.tasks.task import load_or_raise
 
 MINIMAL = "model: m\ndata: d\nblocks: [0]\n"
 
@@ -45,7 +45,7 @@ def test_what_begins_with_a_dot_is_beside_the_recipe_or_nowhere(tmp_path: Path) 
     for load, what in ((AutoConfig.from_pretrained, "model"), (load_dataset_builder, "data")):
         path = getattr(recipe, what)
         with pytest.raises(SurgicalError, match=f"the {what} '{path}' cannot be loaded: there is no folder {path}\\."):
-            found(load, path, what)
+            load_or_raise(load, path, what)
 
 
 def test_a_metrics_folder_is_beside_the_recipe(tmp_path: Path) -> None:

@@ -16,8 +16,8 @@ from torch import nn
 from ..errors import SurgicalError
 from .layer_stacks import find_stacks
 from .module_lists import join
-from .partition import block_owners, ordered, what_there_is
-from .unwrap import bare, clean_name
+from .partition import block_owners, describe_structure, ordered
+from .unwrap import bare_parameter_name, unwrap_model
 
 PART = "/"  # between a layer and a part of it
 _STACK_INDEX = re.compile(r"(?P<stack>[^\[\]]+)\[(?P<index>[^\[\]]*)\]")
@@ -58,13 +58,13 @@ class BlockMap:
         Raises:
             SurgicalError: no list of repeated layers was found; the message lists what was.
         """
-        model = bare(model)
+        model = unwrap_model(model)
         found = find_stacks(model)
         if not found:
             raise SurgicalError(
                 f"no repeated blocks found in {type(model).__name__}: none of its lists (nn.ModuleList, "
-                f"nn.Sequential) is evidently one of layers. {what_there_is(model)} Choose modules by name instead: "
-                "SurgicalConfig(target_modules=[...])."
+                f"nn.Sequential) is evidently one of layers. {describe_structure(model)} Choose modules by name "
+                "instead: SurgicalConfig(target_modules=[...])."
             )
         owners, tied = block_owners(model, found)
         names = ordered(set(owners.values()), found)
@@ -84,7 +84,7 @@ class BlockMap:
             >>> blocks.block_of("vit.layers.3.attention.q_proj.weight")
             '3'
         """
-        path = clean_name(name)
+        path = bare_parameter_name(name)
         while path:
             if path in self._owners:
                 return self._owners[path]

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from torch import nn
 
 from .module_lists import ModuleRow, is_a, is_list, is_norm, join, members_of, rows_of, size_of
-from .unwrap import seen_through, walk
+from .unwrap import named_bare_modules, unwrap_module
 
 # What a list without attention must hold of all that the lists of its model do: if another has attention, if none has.
 _BULK, _SHARE = 0.5, 0.1
@@ -82,8 +82,10 @@ def _layer_lists(candidates: list[ModuleRow]) -> list[ModuleRow]:
 def _alike(model: nn.Module, chosen: list[ModuleRow]) -> list[ModuleRow]:
     """In models without such a list the outermost of modules of one class; in a part of a model, if most of it."""
     found: list[ModuleRow] = []
-    scopes = {path: module for path, module in walk(model) if not path or is_a(module, "PreTrainedModel")}
-    for path, module in walk(model):
+    scopes = {
+        path: module for path, module in named_bare_modules(model) if not path or is_a(module, "PreTrainedModel")
+    }
+    for path, module in named_bare_modules(model):
         if not is_list(module) or any(path.startswith(outer.path + ".") for outer in found):
             continue
         scope = max((scope for scope in scopes if not scope or path.startswith(scope + ".")), key=len)
@@ -146,7 +148,7 @@ def _stages(each: ModuleRow, tower: str, beside: list[ModuleRow]) -> list[Stack]
 
 def _parts(module: nn.Module, path: str, inside: str) -> Iterator[tuple[str, nn.Module]]:
     """The parameters and modules of `module` in order, opened up as far as the list at `inside` asks for."""
-    module = seen_through(module)
+    module = unwrap_module(module)
     if path == inside:
         yield path, module
         return

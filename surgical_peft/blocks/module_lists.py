@@ -16,7 +16,7 @@ from typing import TypeGuard
 import torch
 from torch import nn
 
-from .unwrap import named_children, seen_through, walk
+from .unwrap import named_bare_modules, named_children, unwrap_module
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class ModuleRow:
 
 def rows_of(module: nn.Module, path: str = "", scope: str = "") -> Iterator[ModuleRow]:
     """Every list that lies in no other list of layers or stages."""
-    module = seen_through(module)
+    module = unwrap_module(module)
     scope = path if is_a(module, "PreTrainedModel") else scope
     members = members_of(module, path)
     if is_list(module):
@@ -93,7 +93,7 @@ def rows_of(module: nn.Module, path: str = "", scope: str = "") -> Iterator[Modu
 def _main_list(path: str, member: nn.Module) -> ModuleRow | None:
     """The list of layers that holds at least half of a member's parameters, if it has one."""
     whole = size_of(member)
-    for inside, module in walk(member, path):
+    for inside, module in named_bare_modules(member, path):
         if is_list(module) and "expert" not in inside:
             found = ModuleRow(inside, members_of(module, inside), "", isinstance(module, nn.Sequential))
             layers = found.members and all(_matrices(each) >= 2 for each in found.members.values())
@@ -104,7 +104,7 @@ def _main_list(path: str, member: nn.Module) -> ModuleRow | None:
 
 def members_of(module: nn.Module, path: str) -> dict[str, nn.Module]:
     """The children that hold parameters, by path."""
-    children = {join(path, name): seen_through(child) for name, child in named_children(module)}
+    children = {join(path, name): unwrap_module(child) for name, child in named_children(module)}
     return {each: child for each, child in children.items() if any(True for _ in _parameters(child))}
 
 
@@ -128,12 +128,12 @@ def is_norm(module: nn.Module) -> bool:
 
 
 def _attends(module: nn.Module) -> bool:
-    return any(_is_attention(each) for _, each in walk(module))
+    return any(_is_attention(each) for _, each in named_bare_modules(module))
 
 
 def _parameters(module: nn.Module) -> Iterator[nn.Parameter]:
     """The bare module's own, without what LoRA and others put beside them."""
-    for _, each in walk(module):
+    for _, each in named_bare_modules(module):
         yield from each.parameters(recurse=False)
 
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from .layer_stacks import Stack
 from .module_lists import is_list, is_norm, join
-from .unwrap import named_children, seen_through, walk
+from .unwrap import named_bare_modules, named_children, unwrap_module
 
 # Where a part is declared says when it runs, but for these names. LFM2's `embedding_norm` is its last norm.
 _EMBEDDING_CLASS = re.compile(r"(Embed|Embedder|Embeddings?)$")
@@ -28,7 +28,7 @@ def block_owners(model: nn.Module, stacks: list[Stack]) -> tuple[dict[str, str],
     again: dict[str, str] = {}  # further name of a tied weight -> its first
     passed: set[str] = set()  # labels of stacks whose layers have been met
     embeddings: set[str] = set()  # paths of modules that are embeddings by their class
-    modules = dict(walk(model))
+    modules = dict(named_bare_modules(model))
     for path, module in modules.items():
         if path and _EMBEDDING_CLASS.search(type(module).__name__):
             embeddings.add(path)
@@ -102,7 +102,7 @@ def _merge(module: nn.Module, path: str, blocks_of: dict[str, str], owners: dict
     if len(blocks) == 1 and path and not isinstance(module, nn.ModuleList | nn.ModuleDict):
         owners[path] = blocks.pop()
     elif blocks:
-        module = seen_through(module)
+        module = unwrap_module(module)
         for name, _ in module.named_parameters(recurse=False):
             if prefix + name in blocks_of:
                 owners[prefix + name] = blocks_of[prefix + name]
@@ -132,10 +132,10 @@ def ordered(found: set[str], stacks: list[Stack]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for name in order if name in found))
 
 
-def what_there_is(model: nn.Module) -> str:
+def describe_structure(model: nn.Module) -> str:
     """The parts and lists of a model that was not understood, for the error message."""
     parts = ", ".join(f"{name} ({type(child).__name__})" for name, child in named_children(model))
-    lists = {path: module for path, module in walk(model) if path and is_list(module)}
+    lists = {path: module for path, module in named_bare_modules(model) if path and is_list(module)}
     kinds = {path: ", ".join(dict.fromkeys(type(child).__name__ for child in each)) for path, each in lists.items()}
     found = "; ".join(f"{path} ({len(lists[path])} of {kind or 'nothing'})" for path, kind in kinds.items())
     return f"Its parts are: {parts or 'none'}. Its lists are: {found or 'none'}."

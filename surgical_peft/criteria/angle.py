@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from .criterion import of_model, whole
-from .short_training.context import Trial
+from .short_training.context import ScoringContext
 
 
 @of_model(batches=16)
-def angle(trial: Trial, *, steps: int = 16, rate: float = 1e-4) -> dict[str, float]:
+def angle(context: ScoringContext, *, steps: int = 16, rate: float = 1e-4) -> dict[str, float]:
     """Angle between a unit's weights, as one vector, before and after `steps` steps of Adam on all units together, the
     rate falling to 0.
 
@@ -26,7 +26,7 @@ def angle(trial: Trial, *, steps: int = 16, rate: float = 1e-4) -> dict[str, flo
     Example:
         >>> scores = score_blocks(model, dataloader, criterion="angle")
     """
-    return trial.moved(degrees, steps, rate)
+    return context.moved(degrees, steps, rate)
 
 
 def degrees(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:

@@ -31,7 +31,7 @@ class Needs:
     Attributes:
         what: `"gradients"`: called for every unit and batch, `(weights, grads) -> float`, averaged over the batches.
             `"moments"`: called once for every unit, `(weights, *moments) -> float`. `"model"`: called once,
-            `(trial: Trial) -> {unit: score}`.
+            `(context: Trial) -> {unit: score}`.
         samples: whose gradients the moments are of: `"batches"`, or single `"examples"`.
         decay: 1 = plain moments; less = exponential ones, of weight `decay ** (number of later samples)`.
         parts: how many `Moments`; samples are dealt out to them in turn.
@@ -62,7 +62,7 @@ def over_examples(*, batches: int = 5) -> Callable[[C], C]:
 
 
 def of_model(*, batches: int) -> Callable[[C], C]:
-    """Marks a criterion `(trial) -> {unit: score}` that needs more than gradients; `batches=0`: no data at all."""
+    """Marks a criterion `(context) -> {unit: score}` that needs more than gradients; `batches=0`: no data at all."""
     return _marked(Needs("model", batches=batches))
 
 

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from .criterion import of_model, whole
-from .short_training.context import Trial
+from .short_training.context import ScoringContext
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
 @of_model(batches=0)
-def weight_snr(trial: Trial) -> dict[str, float]:
+def weight_snr(context: ScoringContext) -> dict[str, float]:
     """Rank of each matrix's singular-value ratio among the matrices of its type, averaged over those of the unit.
 
     `S` the singular values of a matrix, `sigma` their interquartile range / 1.349, `beta` its short by its long side:
@@ -33,7 +33,7 @@ def weight_snr(trial: Trial) -> dict[str, float]:
         >>> scores = score_blocks(model, None, criterion="weight_snr")
     """
     ratios: dict[str, dict[str, float]] = {}
-    for path, matrices in _matrices(trial).items():
+    for path, matrices in _matrices(context).items():
         mean = sum(map(ratio, matrices)) / len(matrices)
         ratios.setdefault(_NUMBER.sub("*", path), {})[path] = mean
     ranks: dict[str, float] = {}
@@ -43,15 +43,15 @@ def weight_snr(trial: Trial) -> dict[str, float]:
                 below = sum(other < value for other in each.values())
                 equal = sum(other == value for other in each.values())
                 ranks[path] = (below + (equal + 1) / 2) / len(each)
-    ranked = {name: [ranks[path] for path in unit if path in ranks] for name, unit in trial.units.items()}
+    ranked = {name: [ranks[path] for path in unit if path in ranks] for name, unit in context.units.items()}
     return {name: sum(each) / len(each) for name, each in ranked.items() if each}
 
 
-def _matrices(trial: Trial) -> dict[str, list[Tensor]]:
+def _matrices(context: ScoringContext) -> dict[str, list[Tensor]]:
     """The matrices of each weight that has any: a stack of experts' weights has one for each."""
-    convolutions = {id(m.weight) for m in trial.model.modules() if isinstance(m, nn.modules.conv._ConvNd)}
+    convolutions = {id(m.weight) for m in context.model.modules() if isinstance(m, nn.modules.conv._ConvNd)}
     found = {}
-    for unit in trial.units.values():
+    for unit in context.units.values():
         for path, weight in unit.items():
             tensor = whole(weight.detach())
             if tensor.ndim >= 2 and bool(tensor.any()):

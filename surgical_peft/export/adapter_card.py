@@ -34,7 +34,7 @@ _GENERATED = re.compile(r"- PEFT |### Framework versions$|This is the model card
 
 
 @dataclass(frozen=True)
-class Tuned:
+class AdapterInfo:
     """What the card says of an adapter.
 
     Attributes:
@@ -66,7 +66,7 @@ class Tuned:
     tied: Sequence[Sequence[str]] = ()
 
 
-def describe(tuned: Sequence[Tuned]) -> str:
+def describe(tuned: Sequence[AdapterInfo]) -> str:
     """The part of a card that says what each adapter tunes, on which base model, and how to load it."""
     parts = [BEGIN]
     for each in tuned:
@@ -112,7 +112,7 @@ def _upload(theirs: Any, model: PeftModel, working_dir: str, repo_id: str, *args
     return theirs(working_dir, repo_id, *args, **kwargs)
 
 
-def _complete(path: Path, before: ModelCardData, tuned: Sequence[Tuned]) -> None:
+def _complete(path: Path, before: ModelCardData, tuned: Sequence[AdapterInfo]) -> None:
     """Put our part into a card: in the place of an earlier one, or of a form that nobody has filled in, or first."""
     card = ModelCard.load(path)
     tags = {TAG, *(before.tags or []), *(card.data.tags or [])}
@@ -141,7 +141,7 @@ def _is_unfilled(text: str) -> bool:
     return all(line in form or _GENERATED.match(line) for line in text.splitlines() if line.strip())
 
 
-def _tuned(model: PeftModel) -> list[Tuned]:
+def _tuned(model: PeftModel) -> list[AdapterInfo]:
     base = model.get_base_model()
     of_transformers = isinstance(base, PreTrainedModel)
     labels = base.config.num_labels if of_transformers and "Classification" in type(base).__name__ else None
@@ -153,7 +153,7 @@ def _tuned(model: PeftModel) -> list[Tuned]:
         path = config.base_model_name_or_path or ""
         on_hub, commit = origin(path, config.revision)
         found.append(
-            Tuned(
+            AdapterInfo(
                 blocks=config.blocks,
                 target_modules=config.target_modules,
                 modules=list(config.tuned_modules or {}),
@@ -184,7 +184,7 @@ def origin(name: str, revision: str | None = None) -> tuple[bool, str | None]:
     return True, Path(cached).parent.name if isinstance(cached, str) else None
 
 
-def _what(tuned: Tuned) -> str:
+def _what(tuned: AdapterInfo) -> str:
     modules = _listed(tuned.modules[:20]) + (f" and {more} more" if (more := len(tuned.modules) - 20) > 0 else "")
     blocks = f"the block{'s' if len(tuned.blocks or ()) > 1 else ''} {_listed(tuned.blocks or ())}"
     where = blocks if tuned.blocks else f"the modules {modules}"
@@ -196,7 +196,7 @@ def _what(tuned: Tuned) -> str:
     return f"**Tuned in full: {where}{parts}**{paths}{also}; {rest}.{tied}"
 
 
-def _why(tuned: Tuned) -> str:
+def _why(tuned: AdapterInfo) -> str:
     record = tuned.selection or {}
     plain = {name: value for name, value in record.items() if isinstance(value, str | int | float)}
     if not plain:
@@ -214,7 +214,7 @@ def _why(tuned: Tuned) -> str:
     return f"{text}\n\n| block | score |\n| --- | ---: |\n{rows}"
 
 
-def _base(tuned: Tuned) -> str:
+def _base(tuned: AdapterInfo) -> str:
     if tuned.on_hub:
         name = f"[{tuned.base}](https://huggingface.co/{tuned.base})"
         name += f", commit `{tuned.commit}`" if tuned.commit else ""
@@ -224,7 +224,7 @@ def _base(tuned: Tuned) -> str:
     return f"Base model: {name}{mark}. Loading on another base warns."
 
 
-def _with_us(tuned: Tuned) -> str:
+def _with_us(tuned: AdapterInfo) -> str:
     folder = f', subfolder="{tuned.subfolder}"' if tuned.subfolder else ""
     lines = [
         "import surgical_peft  # registers the method; without it PEFT stops with KeyError: 'SURGICAL'",
@@ -237,7 +237,7 @@ def _with_us(tuned: Tuned) -> str:
     return "**`pip install surgical-peft`, and `import surgical_peft` before loading:**\n\n" + _code(lines)
 
 
-def _without_us(tuned: Tuned) -> str:
+def _without_us(tuned: AdapterInfo) -> str:
     path = f"{tuned.subfolder or '.'}/adapter_model.safetensors".removeprefix("./")
     lines = [
         "from safetensors.torch import load_file",
@@ -260,11 +260,11 @@ def _without_us(tuned: Tuned) -> str:
     )
 
 
-def _import_base(tuned: Tuned) -> list[str]:
+def _import_base(tuned: AdapterInfo) -> list[str]:
     return [f"from transformers import {tuned.base_class}"] if tuned.base_class else []
 
 
-def _load_base(tuned: Tuned) -> list[str]:
+def _load_base(tuned: AdapterInfo) -> list[str]:
     if tuned.base_class is None:
         return []
     name = tuned.base if tuned.on_hub else "folder of the base model"

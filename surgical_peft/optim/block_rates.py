@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from ..blocks.block_map import BlockMap
 from ..errors import SurgicalError
 from ..masks import Masks
-from ..policies.policy import Policy, Run, StepLoss, Unit, is_number
+from ..policies.policy import Policy, StepLoss, TrainingState, Unit, is_number
 from ..scoring.distributed import under_deepspeed
 from .epochs import Epochs
 from .origin import check_loaded
@@ -91,12 +91,14 @@ class BlockRates:
         _living.add(self)
         self.restart(optimizer)
 
-    def run(self, optimizer: Optimizer) -> Run:
+    def training_state(self, optimizer: Optimizer) -> TrainingState:
         """The training as the policy sees it."""
         record = optimizer.param_groups[0]["surgical"]
         for key in ("scores", "state"):
             record.setdefault(key, {})  # torch's distributed checkpoints leave empty dictionaries out
-        return Run(self._units, self._blocks, record["step"], record["epoch"], record["state"], record["scores"])
+        return TrainingState(
+            self._units, self._blocks, record["step"], record["epoch"], record["state"], record["scores"]
+        )
 
     def set_multipliers(self, optimizer: Optimizer, multipliers: Mapping[str, float]) -> None:
         """Use these factors, by unit, from now on; units left out keep theirs.
@@ -157,7 +159,7 @@ class BlockRates:
     def resume(self, optimizer: Optimizer) -> None:
         """Put the masks and the loss of the policy in force, as after loading."""
         self._begin(resumed=True)
-        self._step_loss = self.policy.loss(self.run(optimizer))
+        self._step_loss = self.policy.loss(self.training_state(optimizer))
         self._enforce(optimizer)
 
     def release(self) -> None:
@@ -225,10 +227,10 @@ class BlockRates:
             )
 
     def _plan(self, optimizer: Optimizer) -> None:
-        run = self.run(optimizer)
-        if (multipliers := self.policy.plan(run)) is not None:
+        training = self.training_state(optimizer)
+        if (multipliers := self.policy.plan(training)) is not None:
             self.set_multipliers(optimizer, multipliers)
-        self._step_loss = self.policy.loss(run)
+        self._step_loss = self.policy.loss(training)
 
     def _mask(self, optimizer: Optimizer) -> None:
         if not self.policy.hard:
@@ -246,12 +248,12 @@ class BlockRates:
                 f"{policy} scores on training batches and needs data for it: add SurgicalCallback() to the Trainer's "
                 "callbacks, or use a policy without a probe, such as auto_rgn(every='step')."
             )
-        if policy.by_epoch and not (self.has_callback and self.run(optimizer).epoch is not None):
+        if policy.by_epoch and not (self.has_callback and self.training_state(optimizer).epoch is not None):
             raise SurgicalError(
                 f"{policy} counts epochs, and nobody tells it: add SurgicalCallback() to the Trainer's callbacks, or "
                 "measure in steps."
             )
-        if (multipliers := policy.step_multipliers(self.run(optimizer))) is not None:
+        if (multipliers := policy.step_multipliers(self.training_state(optimizer))) is not None:
             self.set_multipliers(optimizer, multipliers)
         self._mask(optimizer)  # what was thawed by hand meanwhile
         self.used = {}

@@ -123,7 +123,7 @@ class SurgicalCallback(TrainerCallback):
         if "loss" not in logs or rates.policy == Policy():
             return
         factors = rates.by_block(rates.used)
-        scores = rates.by_block(rates.run(optimizer).scores)
+        scores = rates.by_block(rates.training_state(optimizer).scores)
         ours = {
             **{f"surgical/lr_multiplier/{block}": factor for block, factor in factors.items()},
             **{f"surgical/score/{block}": score for block, score in scores.items()},
@@ -154,10 +154,12 @@ class SurgicalCallback(TrainerCallback):
         if not policy.probe_batches or record["probed"] == at:
             return
         scores = self._scores(policy, at, policy.probe_batches, args, state, kwargs)
-        run = rates.run(optimizer)
-        run.scores.clear()
-        run.scores.update({unit.name: scores.values[unit.name] for unit in run.units if unit.name in scores.values})
-        if (multipliers := policy.multipliers_from(scores, run)) is not None:
+        training = rates.training_state(optimizer)
+        training.scores.clear()
+        training.scores.update(
+            {unit.name: scores.values[unit.name] for unit in training.units if unit.name in scores.values}
+        )
+        if (multipliers := policy.multipliers_from(scores, training)) is not None:
             rates.set_multipliers(optimizer, multipliers)
         if policy.reset_at_probe:
             forget_moments(optimizer, list(optimizer.state))

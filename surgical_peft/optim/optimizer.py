@@ -19,7 +19,7 @@ from transformers.trainer_optimizer import is_optimizer_factory
 from transformers.training_args import OptimizerNames
 
 from ..blocks.block_map import BlockMap
-from ..blocks.unwrap import clean_name
+from ..blocks.unwrap import bare_parameter_name
 from ..errors import SurgicalError
 from ..policies.policy import STATE_POLICIES, Policy, Unit, check_word, is_number
 from ..precision.master_weights import MasterWeights, rounds_stochastically
@@ -82,7 +82,7 @@ def create_surgical_optimizer(
     for block, named in blocks.named_parameters(model).items():
         for name, parameter in named.items():
             if parameter.requires_grad:
-                unit = block if policy.granularity == "block" else clean_name(name)
+                unit = block if policy.granularity == "block" else bare_parameter_name(name)
                 decays = weight_decay > 0 and name in decayed
                 if (unit, decays) not in groups:
                     groups[unit, decays] = {

@@ -15,7 +15,7 @@ from torch._utils import _flatten_dense_tensors
 from ..blocks.block_map import is_head
 from ..errors import SurgicalError
 from ..scoring.block_scores import BlockScores, normalize
-from .policy import Policy, Run, Unit, check_cadence, check_count, check_word
+from .policy import Policy, TrainingState, Unit, check_cadence, check_count, check_word
 
 
 def auto_rgn(
@@ -74,29 +74,29 @@ def auto_rgn(
 class AutoRGN(Policy):
     normalized: str = "max"
 
-    def step_multipliers(self, run: Run) -> dict[str, float] | None:
+    def step_multipliers(self, training: TrainingState) -> dict[str, float] | None:
         if self.probe_batches:
             return None
-        values = _ratios(run.units)
+        values = _ratios(training.units)
         inside = {
             unit.name: value
-            for unit, value in zip(run.units, values, strict=True)
+            for unit, value in zip(training.units, values, strict=True)
             if not (math.isnan(value) or is_head(unit.block))
         }
         if not all(map(math.isfinite, inside.values())) or not any(inside.values()):
             return None  # a step that the gradient scaler will skip, or nothing to compare: rates stay as they are
-        run.scores.update(
-            (unit.name, value) for unit, value in zip(run.units, values, strict=True) if math.isfinite(value)
+        training.scores.update(
+            (unit.name, value) for unit, value in zip(training.units, values, strict=True) if math.isfinite(value)
         )
-        return {**{unit.name: 1.0 for unit in run.units}, **normalize(inside, self.normalized)}
+        return {**{unit.name: 1.0 for unit in training.units}, **normalize(inside, self.normalized)}
 
-    def multipliers_from(self, scores: BlockScores, run: Run) -> dict[str, float] | None:
+    def multipliers_from(self, scores: BlockScores, training: TrainingState) -> dict[str, float] | None:
         inside = {
             unit.name: scores.values[unit.name]
-            for unit in run.units
+            for unit in training.units
             if unit.name in scores.values and not is_head(unit.block)
         }
-        return {**{unit.name: 1.0 for unit in run.units}, **normalize(inside, self.normalized)}
+        return {**{unit.name: 1.0 for unit in training.units}, **normalize(inside, self.normalized)}
 
 
 _PIECE = 2**16  # entries whose float32 norm is exact enough

@@ -9,7 +9,7 @@ from ..blocks.block_map import is_head
 from ..errors import SurgicalError
 from ..scoring.block_scores import BlockScores, normalize
 from ..validation import resolve
-from .policy import STATE_POLICIES, Policy, Run, check_cadence, check_count, check_word, is_number
+from .policy import STATE_POLICIES, Policy, TrainingState, check_cadence, check_count, check_word, is_number
 
 
 def auto_snr(
@@ -73,17 +73,17 @@ class AutoSNR(Policy):
     threshold: float = 0.0
     normalized: str | None = "max"
 
-    def multipliers_from(self, scores: BlockScores, run: Run) -> dict[str, float] | None:
+    def multipliers_from(self, scores: BlockScores, training: TrainingState) -> dict[str, float] | None:
         inside = {
             unit.name: scores.values[unit.name]
-            for unit in run.units
+            for unit in training.units
             if unit.name in scores.values and not is_head(unit.block)
         }
         if self.normalized:
             inside = normalize(inside, self.normalized)
         chosen = {name for name, value in inside.items() if value >= self.threshold}
         if not chosen:
-            if run.state.get("chosen"):
+            if training.state.get("chosen"):
                 return None
             best = max(inside, key=inside.__getitem__, default=None)
             raise SurgicalError(
@@ -91,5 +91,5 @@ class AutoSNR(Policy):
                 + (f"the highest {self.criterion} is {inside[best]:.4g} ({best})." if best else "nothing is scored.")
                 + " Lower it."
             )
-        run.state["chosen"] = True
-        return {unit.name: float(is_head(unit.block) or unit.name in chosen) for unit in run.units}
+        training.state["chosen"] = True
+        return {unit.name: float(is_head(unit.block) or unit.name in chosen) for unit in training.units}

@@ -6,7 +6,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .policy import STATE_POLICIES, Policy, Run, check_cadence, check_enough, check_word, kept_on
+from .policy import STATE_POLICIES, Policy, TrainingState, check_cadence, check_enough, check_word, kept_on
 
 
 def badam(
@@ -58,15 +58,15 @@ class Badam(Policy):
     always: tuple[int | str, ...] | None = None
     seed: int = 0
 
-    def plan(self, run: Run) -> dict[str, float] | None:
-        if run.step % self.every:
+    def plan(self, training: TrainingState) -> dict[str, float] | None:
+        if training.step % self.every:
             return None
-        always = kept_on(run, self.always)
-        turns = [name for name in run.repeated if name not in always]
+        always = kept_on(training, self.always)
+        turns = [name for name in training.repeated if name not in always]
         check_enough("badam", 1, turns)
-        cycle, at = divmod(run.step // self.every, len(turns))
+        cycle, at = divmod(training.step // self.every, len(turns))
         if self.order == "random":
             random.Random(f"{self.seed} {cycle}").shuffle(turns)
         elif self.order == "descending":
             turns.reverse()
-        return run.only([turns[at], *always])
+        return training.only([turns[at], *always])

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import SurgicalError
-from .policy import Policy, Run, check_count, check_word, is_number
+from .policy import Policy, TrainingState, check_count, check_word, is_number
 
 
 def bvg_ls(alpha: float = 0.9, num_selected: int = 1, momentum: str = "accumulate") -> Policy:
@@ -51,8 +51,8 @@ class BVGLS(Policy):
     alpha: float = 0.9
     num_selected: int = 1
 
-    def plan(self, run: Run) -> dict[str, float] | None:
-        layers = _layers(run)
+    def plan(self, training: TrainingState) -> dict[str, float] | None:
+        layers = _layers(training)
         if self.num_selected > len(layers):
             raise SurgicalError(
                 f"num_selected={self.num_selected} is more than the {len(layers)} blocks that are trained: "
@@ -60,45 +60,45 @@ class BVGLS(Policy):
             )
         return None
 
-    def step_multipliers(self, run: Run) -> dict[str, float] | None:
-        parameters = [p for unit in run.units for p in unit.parameters]
+    def step_multipliers(self, training: TrainingState) -> dict[str, float] | None:
+        parameters = [p for unit in training.units for p in unit.parameters]
         seen = [at for at, p in enumerate(parameters) if p.grad is not None]
         grads = [p.grad.float() for p in parameters if p.grad is not None]
         if not grads or not _all_finite(grads):
             return None  # a step that the gradient scaler will skip: it must not enter the averages
-        means, squares = _averages(run.state, parameters)
+        means, squares = _averages(training.state, parameters)
         torch._foreach_mul_([*means, *squares], self.alpha)
         torch._foreach_add_([means[at] for at in seen], grads, alpha=1 - self.alpha)
         torch._foreach_addcmul_([squares[at] for at in seen], grads, grads, value=1 - self.alpha)
-        run.state["count"] = run.state.get("count", 0) + 1
+        training.state["count"] = training.state.get("count", 0) + 1
 
         norms = [*torch._foreach_norm(means, 2), *torch._foreach_norm(squares, 1)]
         numbers = torch.stack([norm.to(norms[0].device) for norm in norms]).tolist()
-        correction = 1 - self.alpha ** run.state["count"]
+        correction = 1 - self.alpha ** training.state["count"]
         parts = iter(zip(numbers[: len(means)], numbers[len(means) :], strict=True))
         biases, totals = {}, {}
-        for unit in run.units:
+        for unit in training.units:
             ours = list(islice(parts, len(unit.parameters)))
             biases[unit.block] = math.fsum((norm / correction) ** 2 for norm, _ in ours)
             totals[unit.block] = math.fsum(total / correction for _, total in ours)
-        layers, ratios = _layers(run), {}
+        layers, ratios = _layers(training), {}
         for layer, blocks in layers.items():
             bias = sum(biases[block] for block in blocks)
             # One gradient has no variance; the rounding of the difference would be as large as the threshold.
-            variance = sum(totals[block] for block in blocks) - bias if run.state["count"] > 1 else 0.0
+            variance = sum(totals[block] for block in blocks) - bias if training.state["count"] > 1 else 0.0
             ratios[layer] = bias / max(variance, 1e-10)
-            run.scores.update(dict.fromkeys(blocks, ratios[layer]))
+            training.scores.update(dict.fromkeys(blocks, ratios[layer]))
         chosen = sorted(ratios, key=ratios.__getitem__, reverse=True)[: self.num_selected]  # a stable sort
-        return run.only(block for layer in chosen for block in layers[layer])
+        return training.only(block for layer in chosen for block in layers[layer])
 
 
-def _layers(run: Run) -> dict[str, list[str]]:
+def _layers(training: TrainingState) -> dict[str, list[str]]:
     """What is selected as one: each block, but a final norm together with its head."""
     found: dict[str, list[str]] = {}
-    for name in run.names:
+    for name in training.names:
         stack, _, kind = name.rpartition(".")
         head = f"{stack}.head" if stack else "head"
-        found.setdefault(head if kind == "final_norm" and head in run.names else name, []).append(name)
+        found.setdefault(head if kind == "final_norm" and head in training.names else name, []).append(name)
     return found
 
 

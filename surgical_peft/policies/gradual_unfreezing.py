@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..blocks.block_map import is_head
-from .policy import STATE_POLICIES, Policy, Run, check_cadence, check_word, depths, poolers
+from .policy import STATE_POLICIES, Policy, TrainingState, check_cadence, check_word, depths, poolers
 
 
 def gradual_unfreezing(
@@ -44,12 +44,18 @@ class GradualUnfreezing(Policy):
     direction: str = "last_to_first"
     every: str | int = "epoch"
 
-    def plan(self, run: Run) -> dict[str, float] | None:
-        turn = (run.epoch or 0) if isinstance(self.every, str) else run.step // self.every
-        depth_of = depths(run.blocks)
-        if run.repeated and not run.blocks.tied and {*filter(is_head, run.blocks.names)} <= {*poolers(run.blocks)}:
-            last = max(depth_of[name] for name in run.repeated)  # the loss may reach neither pooler nor final norm
-            depth_of |= {name: min(depth_of[name], last) for name in run.names}
-        there = sorted({depth_of[name] for name in run.names}, reverse=self.direction == "last_to_first")
+    def plan(self, training: TrainingState) -> dict[str, float] | None:
+        turn = (training.epoch or 0) if isinstance(self.every, str) else training.step // self.every
+        depth_of = depths(training.blocks)
+        if (
+            training.repeated
+            and not training.blocks.tied
+            and {*filter(is_head, training.blocks.names)} <= {*poolers(training.blocks)}
+        ):
+            last = max(
+                depth_of[name] for name in training.repeated
+            )  # the loss may reach neither pooler nor final norm
+            depth_of |= {name: min(depth_of[name], last) for name in training.names}
+        there = sorted({depth_of[name] for name in training.names}, reverse=self.direction == "last_to_first")
         thawed = set(there[: turn + 1])
-        return run.only([*run.heads, *(name for name in run.names if depth_of[name] in thawed)])
+        return training.only([*training.heads, *(name for name in training.names if depth_of[name] in thawed)])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-from .policy import STATE_POLICIES, Policy, Run, check_cadence, check_count, check_enough, check_word
+from .policy import STATE_POLICIES, Policy, TrainingState, check_cadence, check_count, check_enough, check_word
 
 
 def lisa(num_blocks: int = 2, every: int = 20, seed: int = 0, hard: bool = True, state_policy: str = "keep") -> Policy:
@@ -38,10 +38,10 @@ class Lisa(Policy):
     every: int = 20
     seed: int = 0
 
-    def plan(self, run: Run) -> dict[str, float] | None:
-        if run.step % self.every:
+    def plan(self, training: TrainingState) -> dict[str, float] | None:
+        if training.step % self.every:
             return None
-        candidates = run.repeated
+        candidates = training.repeated
         check_enough("lisa", self.num_blocks, candidates)
-        drawn = random.Random(f"{self.seed} {run.step // self.every}").sample(candidates, self.num_blocks)
-        return run.only({*drawn, *(name for name in run.names if name not in candidates)})
+        drawn = random.Random(f"{self.seed} {training.step // self.every}").sample(candidates, self.num_blocks)
+        return training.only({*drawn, *(name for name in training.names if name not in candidates)})

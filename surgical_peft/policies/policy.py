@@ -50,7 +50,7 @@ class Unit:
 
 
 @dataclass(frozen=True)
-class Run:
+class TrainingState:
     """The training as a policy sees it.
 
     Attributes:
@@ -94,18 +94,18 @@ class Run:
 
 @dataclass(frozen=True)
 class Policy:
-    """Says the factor on the learning rate of each unit. Holds settings only: its state is `run.state`.
+    """Says the factor on the learning rate of each unit. Holds settings only: its state is `training.state`.
 
     A policy overrides one or more of the methods. Its text (`str`) must say all its settings and no addresses, since a
-    checkpoint knows its policy by it. Random draws must come from `run.state` or from a seed and `run.step`, never
-    from the global generators.
+    checkpoint knows its policy by it. Random draws must come from `training.state` or from a seed and
+    `training.step`, never from the global generators.
 
     Attributes:
         granularity: what gets its own rate, `"block"` or `"tensor"`.
         probe_batches: how many training batches to score on; 0 = no probe.
         probe_every: when to: at the start of every `"epoch"`, or a number of steps.
         criterion: what to score by.
-        by_epoch: whether the plan depends on `run.epoch`, which needs `SurgicalCallback`.
+        by_epoch: whether the plan depends on `training.epoch`, which needs `SurgicalCallback`.
         hard: a factor of 0 is a mask: no gradient, no `requires_grad`; else only a rate of 0.
         state_policy: what a mask does to the optimizer's state of its unit: `"keep"`, `"reset"` (drop, so that it
             starts anew) or `"offload"` (to the CPU until it is trained again).
@@ -136,26 +136,26 @@ class Policy:
         """Constant factors by block, more than 0; blocks left out have 1. Asked once, when the optimizer is made."""
         return {}
 
-    def plan(self, run: Run) -> dict[str, float] | None:
+    def plan(self, training: TrainingState) -> dict[str, float] | None:
         """Factors for the coming step by unit, 0 upwards; None = as they were.
 
         Asked before the forward pass: when the optimizer is made, after every step, and at the start of every epoch.
-        The answer must follow from `run` alone: it may be asked twice.
+        The answer must follow from `training` alone: it may be asked twice.
         """
         return None
 
-    def step_multipliers(self, run: Run) -> dict[str, float] | None:
+    def step_multipliers(self, training: TrainingState) -> dict[str, float] | None:
         """Factors for this step by unit, 0 upwards, read off `parameter.grad`; None = as they were.
 
         Asked before the optimizer steps, so with `step(closure)` the gradients are those of the step before.
         """
         return None
 
-    def multipliers_from(self, scores: BlockScores, run: Run) -> dict[str, float] | None:
+    def multipliers_from(self, scores: BlockScores, training: TrainingState) -> dict[str, float] | None:
         """Factors from now on by unit, from scores by `criterion` at the policy's granularity; None = as they were."""
         raise NotImplementedError(f"{self} asks for a probe but does not use it")
 
-    def loss(self, run: Run) -> StepLoss | None:
+    def loss(self, training: TrainingState) -> StepLoss | None:
         """`(outputs, labels, num_items_in_batch=None) -> loss` for the coming step; None = the model's own."""
         return None
 
@@ -213,18 +213,18 @@ def check_enough(owner: str, num_blocks: int, candidates: Sequence[str]) -> None
         )
 
 
-def kept_on(run: Run, always: Sequence[int | str] | None) -> list[str]:
+def kept_on(training: TrainingState, always: Sequence[int | str] | None) -> list[str]:
     """The blocks that a policy always trains: its `always`, by default the heads.
 
     Raises:
         SurgicalError: a block in `always` that is not trained.
     """
     if always is None:
-        return run.heads
-    chosen = run.blocks.parse(always) if always else ()
-    missing = [name for name in chosen if name not in run.names]
+        return training.heads
+    chosen = training.blocks.parse(always) if always else ()
+    missing = [name for name in chosen if name not in training.names]
     if missing:
         raise SurgicalError(
-            f"always={list(always)} names {missing[0]!r}, which is not trained. Trained: {', '.join(run.names)}."
+            f"always={list(always)} names {missing[0]!r}, which is not trained. Trained: {', '.join(training.names)}."
         )
     return list(chosen)

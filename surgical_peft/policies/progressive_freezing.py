@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from ..errors import SurgicalError
-from .policy import STATE_POLICIES, Policy, Run, check_count, check_word, depths, is_number
+from .policy import STATE_POLICIES, Policy, TrainingState, check_count, check_word, depths, is_number
 
 
 def progressive_freezing(
@@ -48,18 +48,18 @@ class ProgressiveFreezing(Policy):
     interval: int = 100
     percentile: float = 50
 
-    def plan(self, run: Run) -> dict[str, float] | None:
-        if run.step % self.interval:
+    def plan(self, training: TrainingState) -> dict[str, float] | None:
+        if training.step % self.interval:
             return None
-        frozen = run.state.get("frozen", [])
-        return run.only([name for name in run.names if name not in frozen])
+        frozen = training.state.get("frozen", [])
+        return training.only([name for name in training.names if name not in frozen])
 
-    def step_multipliers(self, run: Run) -> dict[str, float] | None:
-        depth_of = depths(run.blocks)
+    def step_multipliers(self, training: TrainingState) -> dict[str, float] | None:
+        depth_of = depths(training.blocks)
         top = max(depth_of.values())
-        sums = run.state.setdefault("sums", {})
-        frozen = run.state.setdefault("frozen", [])
-        active = [unit for unit in run.units if unit.name not in frozen and depth_of[unit.block] < top]
+        sums = training.state.setdefault("sums", {})
+        frozen = training.state.setdefault("frozen", [])
+        active = [unit for unit in training.units if unit.name not in frozen and depth_of[unit.block] < top]
         for unit in active:
             held = sums.get(unit.name) or [torch.zeros_like(p, dtype=torch.float32) for p in unit.parameters]
             for at, p in enumerate(unit.parameters):
@@ -67,15 +67,15 @@ class ProgressiveFreezing(Policy):
                 if p.grad is not None:
                     held[at] += p.grad
             sums[unit.name] = held
-        if active and (run.step + 1) % self.interval == 0:
+        if active and (training.step + 1) % self.interval == 0:
             norms = [torch.stack([total.abs().sum() for total in sums.pop(unit.name)]).sum() for unit in active]
             now = torch.stack([norm.to(norms[0].device) for norm in norms]).tolist()
             found = dict(zip((unit.name for unit in active), now, strict=True))
-            if before := run.state.get("before"):
+            if before := training.state.get("before"):
                 changes = {name: abs(before[name] - value) / (before[name] or 1.0) for name, value in found.items()}
-                run.scores.update(changes)
+                training.scores.update(changes)
                 frozen += settled(changes, self.percentile)
-            run.state["before"] = {name: value for name, value in found.items() if name not in frozen}
+            training.state["before"] = {name: value for name, value in found.items() if name not in frozen}
         return None  # what was found holds from the next step on, see plan
 
 

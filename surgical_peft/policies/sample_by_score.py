@@ -12,7 +12,7 @@ from ..errors import SurgicalError
 from .policy import (
     STATE_POLICIES,
     Policy,
-    Run,
+    TrainingState,
     check_cadence,
     check_count,
     check_enough,
@@ -82,17 +82,17 @@ class SampleByScore(Policy):
     always: tuple[int | str, ...] | None = None
     seed: int = 0
 
-    def plan(self, run: Run) -> dict[str, float] | None:
-        draw = run.step // self.every
-        if run.step % self.every or run.state.get("drawn", -1) >= draw:
+    def plan(self, training: TrainingState) -> dict[str, float] | None:
+        draw = training.step // self.every
+        if training.step % self.every or training.state.get("drawn", -1) >= draw:
             return None
-        always = kept_on(run, self.always)
-        candidates = [name for name in run.repeated if name not in always]
+        always = kept_on(training, self.always)
+        candidates = [name for name in training.repeated if name not in always]
         check_enough("sample_by_score", self.num_blocks, candidates)
-        counts = run.state.setdefault("counts", dict.fromkeys(candidates, 0))
+        counts = training.state.setdefault("counts", dict.fromkeys(candidates, 0))
         chance = random.Random(f"{self.seed} {draw}")
         if chance.random() < self.epsilon * _FADE**draw:
-            norms = run.state.get("norms", {})
+            norms = training.state.get("norms", {})
             unseen = max(norms.values(), default=0.0) or 1.0
             weights = {name: norms.get(name, unseen) for name in candidates}
             chosen = []
@@ -104,12 +104,12 @@ class SampleByScore(Policy):
             chosen = sorted(candidates, key=shares.__getitem__, reverse=True)[: self.num_blocks]
         for name in chosen:
             counts[name] += 1
-        run.state["drawn"] = draw
-        return run.only([*chosen, *always])
+        training.state["drawn"] = draw
+        return training.only([*chosen, *always])
 
-    def step_multipliers(self, run: Run) -> dict[str, float] | None:
-        if (run.step + 1) % self.every == 0:  # the gradients before the next draw
-            seen = {unit.name: [p.grad for p in unit.parameters if p.grad is not None] for unit in run.units}
+    def step_multipliers(self, training: TrainingState) -> dict[str, float] | None:
+        if (training.step + 1) % self.every == 0:  # the gradients before the next draw
+            seen = {unit.name: [p.grad for p in unit.parameters if p.grad is not None] for unit in training.units}
             norms = {
                 name: torch.stack([norm.to(grads[0].device) for norm in torch._foreach_norm(grads, 2)]).norm()
                 for name, grads in seen.items()
@@ -117,6 +117,6 @@ class SampleByScore(Policy):
             }
             values = {name: float(norm) for name, norm in norms.items()}
             finite = {name: value for name, value in values.items() if 0 <= value < float("inf")}
-            run.state.setdefault("norms", {}).update(finite)
-            run.scores.update(finite)
+            training.state.setdefault("norms", {}).update(finite)
+            training.scores.update(finite)
         return None

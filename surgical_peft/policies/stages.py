@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import SurgicalError
 from ..validation import nearest, resolve
-from .policy import STATE_POLICIES, Policy, Run, StepLoss, check_count, check_word, is_number, poolers
+from .policy import STATE_POLICIES, Policy, StepLoss, TrainingState, check_count, check_word, is_number, poolers
 
 
 @dataclass(frozen=True, repr=False)
@@ -89,18 +89,20 @@ class Stages(Policy):
         before = self.stages[:-1]
         return sum(stage.epochs or 0 for stage in before), sum(stage.steps or 0 for stage in before)
 
-    def plan(self, run: Run) -> dict[str, float] | None:
-        if run.step == 0:  # a wrong name in the last stage is said now, not when its turn comes
+    def plan(self, training: TrainingState) -> dict[str, float] | None:
+        if training.step == 0:  # a wrong name in the last stage is said now, not when its turn comes
             for stage in self.stages:
-                _trained(stage, run)
-        stage = self.stages[self._number(run)]
-        return {name: factor * stage.lr_multiplier for name, factor in run.only(_trained(stage, run)).items()}
+                _trained(stage, training)
+        stage = self.stages[self._number(training)]
+        return {
+            name: factor * stage.lr_multiplier for name, factor in training.only(_trained(stage, training)).items()
+        }
 
-    def loss(self, run: Run) -> StepLoss | None:
-        return self.stages[self._number(run)].loss  # type: ignore[return-value]  # names are resolved in _checked
+    def loss(self, training: TrainingState) -> StepLoss | None:
+        return self.stages[self._number(training)].loss  # type: ignore[return-value]  # names are resolved in _checked
 
-    def _number(self, run: Run) -> int:
-        done = (run.epoch or 0) if self.by_epoch else run.step
+    def _number(self, training: TrainingState) -> int:
+        done = (training.epoch or 0) if self.by_epoch else training.step
         for number, stage in enumerate(self.stages[:-1]):
             done -= stage.epochs or stage.steps or 0
             if done < 0:
@@ -136,18 +138,19 @@ def planned_length(args: Any) -> tuple[float, float]:
     return math.ceil(args.num_train_epochs), math.inf
 
 
-def _trained(stage: Stage, run: Run) -> list[str]:
+def _trained(stage: Stage, training: TrainingState) -> list[str]:
     """The blocks of a stage that are tuned at all; `"all"` are those that are."""
-    chosen = run.names if stage.blocks == "all" else run.blocks.parse(stage.blocks)
-    missing = [name for name in chosen if name not in run.names]
+    chosen = training.names if stage.blocks == "all" else training.blocks.parse(stage.blocks)
+    missing = [name for name in chosen if name not in training.names]
     if missing:
         raise SurgicalError(
-            f"{stage} names {missing[0]!r}, which is not trained. Trained: {', '.join(run.names)}; 'all' means these."
+            f"{stage} names {missing[0]!r}, which is not trained. Trained: {', '.join(training.names)}; "
+            "'all' means these."
         )
-    if set(chosen) <= set(poolers(run.blocks)):
+    if set(chosen) <= set(poolers(training.blocks)):
         raise SurgicalError(
-            f"{stage} trains nothing but the pooler of {run.blocks.model_name} ({', '.join(chosen)}), which is no "
-            "head: a loss on the last hidden states does not reach it. Name another block with it, such as [-1, "
+            f"{stage} trains nothing but the pooler of {training.blocks.model_name} ({', '.join(chosen)}), which is "
+            "no head: a loss on the last hidden states does not reach it. Name another block with it, such as [-1, "
             f"{chosen[0]!r}], or load a model with a head for the task."
         )
     return list(chosen)

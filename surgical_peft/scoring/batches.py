@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..blocks.unwrap import bare
+from ..blocks.unwrap import unwrap_model
 from ..errors import SurgicalError
 
 LossFunction = Callable[[nn.Module, Any], Tensor]
@@ -52,7 +52,7 @@ def model_loss(model: nn.Module, batch: Any) -> Tensor:
 
 def _lacks_labels(batch: Mapping[str, Any], model: nn.Module, error: ValueError) -> bool:
     """Whether the model fails for want of what its decoder reads, which it makes of labels."""
-    own = bare(model)
+    own = unwrap_model(model)
     if "labels" in batch or any(key.startswith("decoder_") for key in batch) or not isinstance(own, PreTrainedModel):
         return False
     decodes = own.config.is_encoder_decoder or own.config.get_text_config(decoder=True).is_encoder_decoder
@@ -61,7 +61,7 @@ def _lacks_labels(batch: Mapping[str, Any], model: nn.Module, error: ValueError)
 
 def _out_of_range(batch: Mapping[str, Any], model: nn.Module) -> str | None:
     """What to say of labels that the model has no output for; None if there are none. -100 is what losses ignore."""
-    labels, own = batch.get("labels"), bare(model)
+    labels, own = batch.get("labels"), unwrap_model(model)
     if not isinstance(labels, Tensor) or labels.is_floating_point() or not isinstance(own, PreTrainedModel):
         return None
     words = own.get_output_embeddings() is not None

@@ -43,7 +43,7 @@ def is_sharded(model: nn.Module) -> bool:
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
-def dealt(batches: Sequence[Any], everywhere: bool) -> tuple[list[tuple[int, Any]], int]:
+def split_batches(batches: Sequence[Any], everywhere: bool) -> tuple[list[tuple[int, Any]], int]:
     """The batches that this process is to look at, each with its place in the union, and the size of the union.
 
     In the union the processes take turns: first batches of all, then second ones. With `everywhere`, every process
@@ -99,7 +99,7 @@ def merge(moments: Moments, last: int, alone: bool) -> Moments:
     return merged
 
 
-def first_says(value: Told) -> Told:
+def broadcast_from_first(value: Told) -> Told:
     """The value of the first process: trained weights may differ in the last bit between machines."""
     if not several():
         return value

@@ -131,7 +131,7 @@ class PerBatch:
 
     def take(self, name: str, weights: list[Tensor], grads: list[Tensor], sample: int) -> None:
         """Score one unit on one batch."""
-        self.values[name][sample] = checked(self.score(weights, grads), self.score, name, sample)
+        self.values[name][sample] = as_finite_float(self.score(weights, grads), self.score, name, sample)
 
     def result(self, alone: bool) -> dict[str, float]:
         """The mean over the batches, for each unit; over those of all processes unless this one had them `alone`."""
@@ -170,7 +170,7 @@ class OverSamples:
                     f"{name_of(self.score)} compares {self.needs.parts} parts of the data and needs as many batches: "
                     "give a larger num_batches, or smaller batches."
                 )
-            values[name] = checked(self.score(self._weights[name], *parts), self.score, name)
+            values[name] = as_finite_float(self.score(self._weights[name], *parts), self.score, name)
             self.moments[name] = []  # freed
         return values
 
@@ -183,7 +183,7 @@ def kind_of(needs: Needs) -> str:
     return "batch" if needs.samples == "batches" else "example"
 
 
-def checked(value: Any, criterion: Criterion, name: str, sample: int | None = None) -> float:
+def as_finite_float(value: Any, criterion: Criterion, name: str, sample: int | None = None) -> float:
     """`value` as a float.
 
     Raises:

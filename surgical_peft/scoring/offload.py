@@ -11,7 +11,7 @@ from accelerate.hooks import AlignDevicesHook, ModelHook, SequentialHook
 from accelerate.utils import retie_parameters
 from torch import Tensor, nn
 
-from ..blocks.unwrap import bare, clean_name
+from ..blocks.unwrap import bare_parameter_name, unwrap_model
 
 Arrival = Callable[[str, nn.Parameter], None]
 
@@ -48,7 +48,7 @@ def lent_weights(model: nn.Module) -> list[Lent]:
         if hook is None:
             continue
         for own, _ in module.named_parameters(recurse=hook.place_submodules):
-            name = clean_name(f"{prefix}.{own}" if prefix else own)
+            name = bare_parameter_name(f"{prefix}.{own}" if prefix else own)
             path = ties.get(name, name)
             if isinstance(getattr(hook.weights_map, "dataset", hook.weights_map), dict):  # in memory
                 value = hook.weights_map[own]
@@ -59,7 +59,7 @@ def lent_weights(model: nn.Module) -> list[Lent]:
 
 def _ties(model: nn.Module) -> Mapping[str, str]:
     """What transformers knows of tied weights: the name of the first for each of the others."""
-    return getattr(bare(model), "all_tied_weights_keys", None) or {}
+    return getattr(unwrap_model(model), "all_tied_weights_keys", None) or {}
 
 
 def _offloading_hook(module: nn.Module) -> AlignDevicesHook | None:
@@ -104,7 +104,9 @@ def stand_ins_kept(model: nn.Module, lent: list[Lent]) -> Iterator[None]:
     tied: dict[str, list[str]] = {}
     for name, source in _ties(model).items() if lent else ():
         tied.setdefault(source, [source]).append(name)
-    retie_parameters(bare(model), list(tied.values()))  # to one of them that is in place; a forward pass undoes that
+    retie_parameters(
+        unwrap_model(model), list(tied.values())
+    )  # to one of them that is in place; a forward pass undoes that
     try:
         yield
     finally:

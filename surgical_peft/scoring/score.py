@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .. import criteria
 from ..blocks.block_map import BlockMap
-from ..blocks.unwrap import bare, clean_name, idle_parameters, walk
+from ..blocks.unwrap import bare_parameter_name, idle_parameters, named_bare_modules, unwrap_model
 from ..criteria.budget import FORWARD, READING, Budget
 from ..criteria.criterion import (
     NO_GRADIENT,
@@ -24,13 +24,13 @@ from ..criteria.criterion import (
     tell_unreached,
     whole,
 )
-from ..criteria.short_training.context import Trial
+from ..criteria.short_training.context import ScoringContext
 from ..errors import SurgicalError
 from ..validation import nearest, resolve
 from .batches import LossFunction, all_ignored, check_labelled, check_separable, examples_of, model_loss, to_device
 from .block_scores import BlockScores
-from .distributed import dealt, first_says, is_sharded, size_of_union, union_of_names, without_ddp
-from .gradients import GradientReader, OverSamples, PerBatch, Units, checked, kind_of, name_of
+from .distributed import broadcast_from_first, is_sharded, size_of_union, split_batches, union_of_names, without_ddp
+from .gradients import GradientReader, OverSamples, PerBatch, Units, as_finite_float, kind_of, name_of
 from .leftovers import as_it_was
 from .offload import Lent, lent_weights, stand_ins_kept
 from .progress import counted
@@ -113,7 +113,7 @@ def score_blocks(
             return (loss_fn or model_loss)(model, batch)
 
         batches = list(islice(dataloader, wanted)) if wanted and dataloader is not None else []
-        ours, total = dealt(batches, everywhere=needs.what == "model" or is_sharded(model))
+        ours, total = split_batches(batches, everywhere=needs.what == "model" or is_sharded(model))
         if wanted and not total:
             raise SurgicalError("the data loader is empty: scoring needs at least one batch of labelled examples.")
         if loss_fn is None:
@@ -145,11 +145,15 @@ def score_blocks(
                 for name, unit in scored.items()
             }
             paths = {path for stack in blocks.stacks.values() for name in stack for path in blocks.modules[name]}
-            layers = [layer for path, layer in walk(bare(model)) if path in paths]
+            layers = [layer for path, layer in named_bare_modules(unwrap_model(model)) if path in paths]
             on_device = [to_device(batch, model) for _, batch in ours]
-            trial = Trial(model, at_hand, block_of, layers, on_device, loss_of, first_says, spending)
-            found = _named_values(score(trial), score, scored)
-            values = first_says({name: checked(found[name], score, name) for name in scored if name in found})
+            context = ScoringContext(
+                model, at_hand, block_of, layers, on_device, loss_of, broadcast_from_first, spending
+            )
+            found = _named_values(score(context), score, scored)
+            values = broadcast_from_first(
+                {name: as_finite_float(found[name], score, name) for name in scored if name in found}
+            )
             total = len(on_device)  # what the budget has left of them
         else:
             values = {}
@@ -253,7 +257,7 @@ def _units(model: nn.Module, blocks: BlockMap, granularity: str, tied: set[str])
         for name, parameter in named.items():
             if not parameter.requires_grad or id(parameter) in idle:
                 continue
-            path = clean_name(name)
+            path = bare_parameter_name(name)
             if path in tied:
                 continue
             unit = {"block": block, "module": path.rpartition(".")[0], "tensor": path}[granularity]

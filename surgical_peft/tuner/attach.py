@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..blocks.module_lists import join
-from ..blocks.unwrap import PARKED, walk
+from ..blocks.unwrap import PARKED, named_bare_modules
 from ..masks import unmask
 from .class_code import names_in_code
 from .config import SurgicalConfig
@@ -22,7 +22,7 @@ from .tensors.tuned_tensors import Targets, TensorMap
 
 
 @dataclass(frozen=True)
-class Plan:
+class AdapterPlan:
     """What a new adapter is to have in a model; nothing is changed yet.
 
     Attributes:
@@ -36,7 +36,7 @@ class Plan:
     packed: Mapping[str, torch.dtype]
 
 
-def plan_for(model: nn.Module, config: SurgicalConfig, targets: Targets) -> Plan:
+def plan_adapter(model: nn.Module, config: SurgicalConfig, targets: Targets) -> AdapterPlan:
     """Which tensors the modules at the paths `targets` stand for, and which of them train.
 
     A parameter trains unless the architecture fixes it. What happens to be frozen, by a merge or by hand, trains: the
@@ -61,10 +61,10 @@ def plan_for(model: nn.Module, config: SurgicalConfig, targets: Targets) -> Plan
             "target_modules or exclude_modules, or freeze them again after wrapping.",
             stacklevel=2,
         )
-    return Plan(targets, {name: asked and name not in fixed for name, asked in chosen.items()}, packed)
+    return AdapterPlan(targets, {name: asked and name not in fixed for name, asked in chosen.items()}, packed)
 
 
-def attach(model: nn.Module, plan: Plan, config: SurgicalConfig, adapter: str, like: str, empty: bool) -> None:
+def attach(model: nn.Module, plan: AdapterPlan, config: SurgicalConfig, adapter: str, like: str, empty: bool) -> None:
     """Give `adapter` the tensors of the plan, with the values of the set `like`; none stands yet.
 
     Args:
@@ -78,7 +78,7 @@ def attach(model: nn.Module, plan: Plan, config: SurgicalConfig, adapter: str, l
         if config.keep_base == "cpu":
             packed.to("cpu")
     tensors = TensorMap.find(model)
-    modules = dict(walk(model))
+    modules = dict(named_bare_modules(model))
     for path, names in _by_owner(plan, modules).items():
         owner = modules[path]
         layer = owner._modules.get(PARKED)
@@ -96,7 +96,7 @@ def attach(model: nn.Module, plan: Plan, config: SurgicalConfig, adapter: str, l
         )
 
 
-def _by_owner(plan: Plan, modules: Mapping[str, nn.Module]) -> dict[str, dict[str, str]]:
+def _by_owner(plan: AdapterPlan, modules: Mapping[str, nn.Module]) -> dict[str, dict[str, str]]:
     """The plan's tensors for each module that gets a layer, by path: their names, by those within the module.
 
     That is the module which owns them; of one that goes through its children (`nn.ModuleList`, torch's
@@ -121,7 +121,7 @@ def requires_grad_by_name(model: nn.Module) -> dict[str, bool]:
     """`requires_grad` of each parameter of the bare model."""
     return {
         join(path, name): parameter.requires_grad
-        for path, module in walk(model)
+        for path, module in named_bare_modules(model)
         for name, parameter in module._parameters.items()
         if parameter is not None
     }
@@ -129,7 +129,7 @@ def requires_grad_by_name(model: nn.Module) -> dict[str, bool]:
 
 def restore_requires_grad(model: nn.Module, before: Mapping[str, bool]) -> None:
     """Put back what `requires_grad_by_name` has told; packed and integer weights stay as they are."""
-    for path, module in walk(model):
+    for path, module in named_bare_modules(model):
         for name, parameter in module._parameters.items():
             if parameter is not None and not is_packed(parameter):
                 unmask(parameter)

@@ -33,7 +33,7 @@ Targets = Optional[Union[Choice, dict[str, Choice]]]
 
 
 @dataclass(frozen=True)
-class ReadFrom:
+class ConfigSource:
     """The file that a config was read from, and what a later version has put into it."""
 
     path: Path
@@ -123,9 +123,9 @@ class SurgicalConfig(PeftConfig):
         default=None, metadata={"help": "Weights of the adapter that the base's checkpoint does not hold."}
     )
     strict_base: bool = field(default=False, compare=False, metadata={"help": "Refuse to load on another base."})
-    read_from: InitVar[Optional[ReadFrom]] = None
+    read_from: InitVar[Optional[ConfigSource]] = None
 
-    def __post_init__(self, read_from: ReadFrom | None) -> None:
+    def __post_init__(self, read_from: ConfigSource | None) -> None:
         super().__post_init__()
         self.peft_type = SurgicalPeftType.SURGICAL
         self.read_from = read_from

@@ -8,7 +8,7 @@ from collections.abc import Collection
 from torch import nn
 
 from ..blocks.module_lists import join
-from ..blocks.unwrap import walk
+from ..blocks.unwrap import named_bare_modules
 from .config import SurgicalConfig
 from .eval_mode import reads_training
 from .layer import base_tensors
@@ -28,7 +28,7 @@ def moving_buffers(model: nn.Module, chosen: Collection[str]) -> dict[str, set[s
     tensors = TensorMap.find(model)
     return {
         path: set()
-        for path, module in walk(model)
+        for path, module in named_bare_modules(model)
         if (own := _own_buffers(tensors, path, module))
         and not own <= set(chosen)
         and reads_training(module)

@@ -15,7 +15,7 @@ from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from ..blocks.unwrap import PARKED, walk
+from ..blocks.unwrap import PARKED, named_bare_modules
 from ..errors import SurgicalError
 from .tensors.slots import BASE
 from .tensors.tuned_tensors import put
@@ -135,7 +135,7 @@ def packed_layers(model: nn.Module, paths: Iterable[str], names: Collection[str]
     Raises:
         SurgicalError: packed weights of another kind, or integers that are none.
     """
-    modules = dict(walk(model))
+    modules = dict(named_bare_modules(model))
     found: dict[str, torch.dtype] = {}
     for path in paths:
         weights = _weights(modules[path], path)
@@ -162,7 +162,7 @@ def packed_layers(model: nn.Module, paths: Iterable[str], names: Collection[str]
 def _weights(module: nn.Module, path: str) -> dict[str, tuple[nn.Module, nn.Parameter]]:
     return {
         f"{name}.{own}": (owner, parameter)
-        for name, owner in walk(module, path)
+        for name, owner in named_bare_modules(module, path)
         for own, parameter in owner._parameters.items()
         if parameter is not None
     }

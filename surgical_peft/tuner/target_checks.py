@@ -10,7 +10,7 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
 from ..blocks.module_lists import within
-from ..blocks.unwrap import PARKED, walk
+from ..blocks.unwrap import PARKED, named_bare_modules
 from ..errors import SurgicalError
 from ..scoring.offload import lent_weights
 from .config import SurgicalConfig
@@ -40,7 +40,9 @@ def check_adapter_names(model: nn.Module, adapters: dict[str, SurgicalConfig], n
                 f"adapter {name!r} cannot stand beside {', '.join(n for n in adapters if n != name)}: "
                 "keep_base='none' trains in place, which leaves no base for a second one. Use 'device' or 'cpu'."
             )
-        parts = {part for path, module in walk(model) for part in [*path.split("."), *module._parameters]}
+        parts = {
+            part for path, module in named_bare_modules(model) for part in [*path.split("."), *module._parameters]
+        }
         for clash in [other for other in adapters if other in parts]:
             raise SurgicalError(
                 f"adapter name {clash!r} is also the name of a module or weight: PEFT saves one of several adapters "

@@ -15,7 +15,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from ..blocks.block_map import BlockMap
 from ..blocks.module_lists import within
-from ..blocks.unwrap import walk
+from ..blocks.unwrap import named_bare_modules
 from ..errors import SurgicalError
 from .config import Choice, SurgicalConfig
 from .config import Targets as Asked
@@ -104,7 +104,7 @@ def with_modules_besides(
     found: dict[str, Collection[str] | None]
     found = {} if saved is not None else {**_rest_of_new_head(model, config, targets, tensors)}
     chosen = tensors.chosen(united(targets, found))
-    heads = heads_of(config, (path for path, _ in walk(model)))
+    heads = heads_of(config, (path for path, _ in named_bare_modules(model)))
     others = [name for name in (new if saved is None else saved) if name not in chosen and not within(name, heads)]
     if saved is not None:
         found = _by_module(tensors, others)
@@ -155,12 +155,12 @@ def _chosen(
     everything = choice == "all" and inside is not None
     targets = _outermost(model, config, ".*" if parts or everything else choice, inside)
     if everything or parts == "all-bias":
-        modules = dict(walk(model))
+        modules = dict(named_bare_modules(model))
         for path in [path for path in inside or () if path not in modules]:  # a parameter that no module has to itself
             parent, _, name = path.rpartition(".")
             _add(targets, parent, {name})
     if parts:
-        modules = dict(walk(model))
+        modules = dict(named_bare_modules(model))
         asked = {path: _parameters_of(modules[path], parts, names) for path, names in targets.items()}
         targets = {path: names for path, names in asked.items() if names}
     if not targets:
@@ -174,7 +174,7 @@ def _chosen(
 def _parameters_of(module: nn.Module, parts: str, among: set[str] | None) -> set[str]:
     """Names of the biases, or of the parameters of normalisation layers (known by class), in `module`."""
     found: set[str] = set()
-    for path, child in walk(module):
+    for path, child in named_bare_modules(module):
         for name, _ in child.named_parameters(recurse=False):
             if name.endswith("bias") if parts == "all-bias" else "norm" in type(child).__name__.lower():
                 found.add(f"{path}.{name}" if path else name)
@@ -188,7 +188,7 @@ def _outermost(
     asked = SurgicalConfig(target_modules=choice, exclude_modules=config.exclude_modules, task_type=config.task_type)
     if isinstance(asked.target_modules, str) and asked.target_modules.lower() == "all-linear":
         _maybe_include_all_linear_layers(asked, model)
-    verdicts = {path: check_target_module_exists(asked, path) for path, _ in walk(model)}
+    verdicts = {path: check_target_module_exists(asked, path) for path, _ in named_bare_modules(model)}
     excluded = [path for path, verdict in verdicts.items() if isinstance(verdict, _ExcludedModule)]
     if config.exclude_modules and not excluded:
         raise SurgicalError(
@@ -196,7 +196,7 @@ def _outermost(
         )
     found: list[str] = []
     apart: dict[str, set[str] | None] = {}
-    for path, module in walk(model):
+    for path, module in named_bare_modules(model):
         if not path or within(path, found + excluded) or not (verdicts[path] or within(path, apart)):
             continue
         if (inside is not None and not within(path, inside)) or not any(True for _ in module.parameters()):
@@ -212,7 +212,9 @@ def _still_to_save(model: nn.Module, config: SurgicalConfig, targets: list[str])
     """`modules_to_save` without what is tuned anyway (PEFT adds the head of a SEQ_CLS model by itself)."""
     rest: list[str] = []
     for name in dict.fromkeys(config.modules_to_save or []):  # PEFT adds the same ones at every load
-        matches = [path for path, _ in walk(model) if path.endswith(name)]  # PEFT's rule: no dot is needed
+        matches = [
+            path for path, _ in named_bare_modules(model) if path.endswith(name)
+        ]  # PEFT's rule: no dot is needed
         others = [path for path in matches if path not in targets]
         overlap = [path for path in others if within(path, targets) or any(within(t, [path]) for t in targets)]
         if overlap or 0 < len(others) < len(matches):
@@ -254,6 +256,10 @@ def _by_module(tensors: TensorMap, names: Collection[str]) -> dict[str, Collecti
 
 
 def _some_names(model: nn.Module, inside: list[str] | None) -> str:
-    paths = [p for p, _ in walk(model) if p and (inside is None or any(p.startswith(home + ".") for home in inside))]
+    paths = [
+        p
+        for p, _ in named_bare_modules(model)
+        if p and (inside is None or any(p.startswith(home + ".") for home in inside))
+    ]
     ends = dict.fromkeys(path.rpartition(".")[2] for path in paths)
     return ", ".join([name for name in ends if not name.isdigit()][:30]) or "none"

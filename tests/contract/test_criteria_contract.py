@@ -15,7 +15,7 @@ from torch import Tensor
 
 from surgical_peft import BlockMap, BlockScores, SurgicalError, criteria, score_blocks, top_k
 from surgical_peft.criteria.criterion import Moments, Needs, needs_of, of_model, over_batches, over_examples
-from surgical_peft.criteria.short_training.context import Trial
+from surgical_peft.criteria.short_training.context import ScoringContext
 
 from ..toys import TOYS, Toy
 
@@ -40,7 +40,7 @@ def spread(weights: Sequence[Tensor], moments: Moments) -> Tensor:
 
 
 @of_model(batches=2)
-def sizes(trial: Trial) -> dict[str, float]:
+def sizes(trial: ScoringContext) -> dict[str, float]:
     return {name: float(sum(weight.numel() for weight in unit.values())) for name, unit in trial.units.items()}
 
 

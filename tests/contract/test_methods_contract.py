@@ -16,7 +16,7 @@ from transformers import TrainingArguments
 from surgical_peft import BlockMap, Selection, SurgicalError
 from surgical_peft.experiments.compare import methods
 from surgical_peft.experiments.compare.comparison import Comparison, Job
-from surgical_peft.experiments.compare.jobs import Workshop
+from surgical_peft.experiments.compare.jobs import JobRunner
 from surgical_peft.experiments.compare.methods import Method, make_method
 from surgical_peft.experiments.recipe.recipe import load_recipe
 from surgical_peft.policies.stages import Stages
@@ -60,19 +60,19 @@ def entry(name: str) -> Any:
 
 
 @pytest.fixture(scope="module")
-def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+def job_runner(tmp_path_factory: pytest.TempPathFactory) -> JobRunner:
     folder = tmp_path_factory.mktemp("methods")
     keys = {"methods": [entry(name) for name in methods.__all__], "rates": [1e-2], "num_train_epochs": 2}
-    return Workshop(Comparison(load_recipe(write_recipe(folder, **keys))), folder / "run")
+    return JobRunner(Comparison(load_recipe(write_recipe(folder, **keys))), folder / "run")
 
 
-def job_of(workshop: Workshop, name: str) -> Job:
+def job_of(job_runner: JobRunner, name: str) -> Job:
     title = make_method(entry(name)).title
-    grid = workshop.comparison.grid(title)
+    grid = job_runner.comparison.grid(title)
     job = Job("training", 0, 0, title, grid[0] if grid else None)
     choice = Job("choice", 0, 0, title)
-    if workshop.comparison.methods[title].choose and not workshop.is_done(choice):
-        workshop.do(choice)
+    if job_runner.comparison.methods[title].choose and not job_runner.is_done(choice):
+        job_runner.do(choice)
     return job
 
 
@@ -80,15 +80,15 @@ def weights_of(model: nn.Module) -> dict[str, Tensor]:
     return {name: weight.detach().clone() for name, weight in model.state_dict().items()}
 
 
-def trained(workshop: Workshop, name: str, steps: int = 2) -> tuple[nn.Module, set[str]]:
+def trained(job_runner: JobRunner, name: str, steps: int = 2) -> tuple[nn.Module, set[str]]:
     """A model after so many steps, without any wrapper, and the names of the weights that are other than before."""
-    job = job_of(workshop, name)
-    bench = workshop._bench_of(job)
-    before = weights_of(bench.model)
-    wrapped = bench.model
-    if workshop.comparison.methods[job.method].is_trained:
-        wrapped = workshop._train(bench, job, max_steps=steps)
-    after = weights_of(bench.model)
+    job = job_of(job_runner, name)
+    runner = job_runner._runner_of(job)
+    before = weights_of(runner.model)
+    wrapped = runner.model
+    if job_runner.comparison.methods[job.method].is_trained:
+        wrapped = job_runner._train(runner, job, max_steps=steps)
+    after = weights_of(runner.model)
     assert all(torch.equal(after[key], before[key]) for key in before), "the source model was changed"
     merged = wrapped.merge_and_unload() if isinstance(wrapped, PeftModel) else wrapped
     found = weights_of(merged)
@@ -118,17 +118,17 @@ def test_it_documents_what_one_has_to_know(name: str) -> None:
     assert "Costs: " in text and "Example:\n    methods: [" in text
 
 
-def test_titles_tell_methods_apart(workshop: Workshop) -> None:
-    assert len(workshop.comparison.methods) == COUNT
+def test_titles_tell_methods_apart(job_runner: JobRunner) -> None:
+    assert len(job_runner.comparison.methods) == COUNT
 
 
 @pytest.mark.parametrize("name", [name for name in methods.__all__ if name not in OWN])
-def test_it_trains_what_it_says_and_nothing_else(name: str, workshop: Workshop) -> None:
+def test_it_trains_what_it_says_and_nothing_else(name: str, job_runner: JobRunner) -> None:
     steps = 8 if name in ("lp_ft", "bvg_ls") else 2  # the whole model has its turn later, or one block at a time
-    model, changed = trained(workshop, name, steps)
+    model, changed = trained(job_runner, name, steps)
     claimed = CLAIMED[name]
     if claimed is None:
-        chosen = workshop.finding(Job("choice", 0, 0, make_method(entry(name)).title))
+        chosen = job_runner.finding(Job("choice", 0, 0, make_method(entry(name)).title))
         claimed = set(chosen["blocks"])
         assert claimed and chosen["seconds"] >= 0
     blocks = BlockMap.find(model)
@@ -140,8 +140,8 @@ def test_it_trains_what_it_says_and_nothing_else(name: str, workshop: Workshop) 
         assert {weight for weight in wanted - changed if not weight.endswith("key.bias")} == set()  # has no gradient
 
 
-def test_norms_are_trained_and_the_head(workshop: Workshop) -> None:
-    model, changed = trained(workshop, "norms")
+def test_norms_are_trained_and_the_head(job_runner: JobRunner) -> None:
+    model, changed = trained(job_runner, "norms")
     wanted = {
         f"{name}.{weight}"
         for name, module in model.named_modules()
@@ -151,44 +151,44 @@ def test_norms_are_trained_and_the_head(workshop: Workshop) -> None:
     assert changed == wanted
 
 
-def test_lora_reaches_every_linear_layer(workshop: Workshop) -> None:
-    model, changed = trained(workshop, "lora")
+def test_lora_reaches_every_linear_layer(job_runner: JobRunner) -> None:
+    model, changed = trained(job_runner, "lora")
     linear = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     assert changed == linear | {"classifier.bias"}
 
 
 @pytest.mark.parametrize("name", methods.__all__)
-def test_what_is_saved_is_what_was_trained(name: str, workshop: Workshop) -> None:
-    job = job_of(workshop, name)
-    found = workshop._training(job)
-    bench = workshop._bench_of(job)
+def test_what_is_saved_is_what_was_trained(name: str, job_runner: JobRunner) -> None:
+    job = job_of(job_runner, name)
+    found = job_runner._training(job)
+    runner = job_runner._runner_of(job)
     if found["bytes"] is None:
         assert name == "nothing" and found["tuned_parameters"] == 0
         return
-    weights = sum(p.numel() for p in bench.model.parameters())
+    weights = sum(p.numel() for p in runner.model.parameters())
     assert 0 < found["tuned_parameters"] <= weights
     assert 4 * found["tuned_parameters"] <= found["bytes"] <= 4 * found["tuned_parameters"] + 8000
-    loaded = workshop._test(Job("test", job.source, job.seed, job.method, job.rate))
+    loaded = job_runner._test(Job("test", job.source, job.seed, job.method, job.rate))
     assert 0 <= loaded["test"] <= 1
     # Measured again on validation data from the files, it is what the trained model had.
-    folder = workshop.weights(job)
-    model = copy.deepcopy(bench.model)
+    folder = job_runner.weights(job)
+    model = copy.deepcopy(runner.model)
     if (folder / "adapter_config.json").exists():
         again: nn.Module = PeftModel.from_pretrained(model, folder)
     else:
         again = type(model).from_pretrained(folder)  # type: ignore[attr-defined]
-    assert bench.task.measure(again, bench.part("validation")) == found["validation"]
+    assert runner.task.measure(again, runner.part("validation")) == found["validation"]
 
 
-def test_random_layers_depend_on_the_seed_alone(workshop: Workshop) -> None:
-    model = workshop._bench_of(job_of(workshop, "random_k")).model
+def test_random_layers_depend_on_the_seed_alone(job_runner: JobRunner) -> None:
+    model = job_runner._runner_of(job_of(job_runner, "random_k")).model
     choose = make_method({"random_k": {"k": 1}}).choose
     assert choose is not None
     blocks = BlockMap.find(model)
 
     def drawn(seed: int) -> tuple[str, ...]:
-        setting = methods.Setting(workshop.comparison.recipe, model, blocks, list, seed, Path())
-        return choose(setting).blocks
+        context = methods.MethodContext(job_runner.comparison.recipe, model, blocks, list, seed, Path())
+        return choose(context).blocks
 
     assert drawn(0) == drawn(0)
     assert {drawn(seed)[0] for seed in range(20)} == LAYERS
@@ -210,7 +210,7 @@ def test_bvg_ls_has_its_own_recipe() -> None:
     assert made.rates == (3e-3, 1e-2, 3e-2)
 
 
-def test_a_searchs_file_is_a_method(tmp_path: Path, workshop: Workshop) -> None:
+def test_a_searchs_file_is_a_method(tmp_path: Path, job_runner: JobRunner) -> None:
     trial = SearchTrial(("1", "head"), 0.9, 1.0)
     result = SearchResult(Selection(("1", "head")), 0.9, (trial,), ("0", "1", "head"), "sweep()")
     path = tmp_path / "run" / "search" / "search.json"
@@ -218,9 +218,9 @@ def test_a_searchs_file_is_a_method(tmp_path: Path, workshop: Workshop) -> None:
     result.save(path)
     made = make_method({"searched": {"result": str(path)}})
     assert made.title == "winner of run" and made.choose is not None
-    model = workshop._bench_of(job_of(workshop, "full")).model
-    setting = methods.Setting(workshop.comparison.recipe, model, BlockMap.find(model), list, 0, tmp_path)
-    assert made.choose(setting).blocks == ("1", "head")
+    model = job_runner._runner_of(job_of(job_runner, "full")).model
+    context = methods.MethodContext(job_runner.comparison.recipe, model, BlockMap.find(model), list, 0, tmp_path)
+    assert made.choose(context).blocks == ("1", "head")
     with pytest.raises(SurgicalError, match="are for a search"):
         make_method({"searched": {"result": str(path), "options": {"candidates": "all"}}})
 

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from transformers import TrainerControl, TrainerState, TrainingArguments, default_data_collator
 
 from surgical_peft import SurgicalCallback, SurgicalConfig, SurgicalError, create_surgical_optimizer, policies
-from surgical_peft.policies.policy import Policy, Run
+from surgical_peft.policies.policy import Policy, TrainingState
 
 from ..toys import TOYS, Toy
 
@@ -31,8 +31,8 @@ class LoudestOnly(Policy):
 
     rest: float = 0.25
 
-    def step_multipliers(self, run: Run) -> dict[str, float] | None:
-        sizes = {u.name: sum(float(p.grad.norm()) for p in u.parameters if p.grad is not None) for u in run.units}
+    def step_multipliers(self, training: TrainingState) -> dict[str, float] | None:
+        sizes = {u.name: sum(float(p.grad.norm()) for p in u.parameters if p.grad is not None) for u in training.units}
         return {name: 1.0 if size == max(sizes.values()) else self.rest for name, size in sizes.items()}
 
 
@@ -43,13 +43,13 @@ class AnyOne(Policy):
     hard: bool = True
     state_policy: str = "offload"
 
-    def plan(self, run: Run) -> dict[str, float] | None:
+    def plan(self, training: TrainingState) -> dict[str, float] | None:
         generator = torch.Generator()
-        if "generator" in run.state:
-            generator.set_state(run.state["generator"])
-        drawn = run.names[int(torch.randint(len(run.names), (1,), generator=generator))]
-        run.state["generator"] = generator.get_state()
-        return run.only([drawn])
+        if "generator" in training.state:
+            generator.set_state(training.state["generator"])
+        drawn = training.names[int(torch.randint(len(training.names), (1,), generator=generator))]
+        training.state["generator"] = generator.get_state()
+        return training.only([drawn])
 
 
 # What a policy cannot be called without, and cadences that come round within a few steps.

@@ -17,7 +17,7 @@ from .frozen_prefix import Prefix
 
 
 @dataclass(frozen=True)
-class Trial:
+class ScoringContext:
     """The model as a whole-model criterion gets it: in eval mode, on its device, with all weights trainable.
 
     16-bit weights are trained through 32-bit masters: steps of Adam are smaller than what 16 bits can tell apart.

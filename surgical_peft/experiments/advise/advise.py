@@ -28,16 +28,16 @@ from ...blocks.block_map import BlockMap
 from ...errors import SurgicalError
 from ...scoring.selection import Selection
 from ..compare.comparison import Comparison
-from ..compare.methods import Setting
+from ..compare.methods import MethodContext
 from ..recipe.recipe import Recipe
 from ..tasks import Examples, load_task
 from ..training.report import PACKAGES
-from ..training.runner import Workbench
+from ..training.runner import RecipeRunner
 from ..training.train import loader
 from .report import markdown, plot, sentences
 from .rows import lines_of, plain, row_of, twin_of
 from .shift_signature import EXAMPLES, FEWEST, Batches, Signature, signature
-from .successive_halving import ROUNDS, Judge, Probe, Rival, decide, halve, ordered
+from .successive_halving import ROUNDS, Candidate, ShortTraining, ValidationJudge, decide, halve, ordered
 
 CANDIDATES = ("nothing", "full", "layer_decay", "head", "first", "middle", "last", "auto")
 _MOST_RATES = 3
@@ -47,7 +47,7 @@ _BATCH = 64  # of the signature
 
 
 @dataclass(frozen=True)
-class Plan:
+class CostEstimate:
     """What advice costs.
 
     Attributes:
@@ -64,7 +64,7 @@ class Plan:
     seconds: float
 
 
-def plan(recipe: Recipe) -> Plan:
+def plan(recipe: Recipe) -> CostEstimate:
     """What advice on a recipe would cost; trains a few steps to tell the time, and keeps nothing.
 
     Raises:
@@ -75,9 +75,9 @@ def plan(recipe: Recipe) -> Plan:
         24
     """
     what = _comparison(recipe)
-    bench = Workbench(what.recipe)
-    Judge(bench)  # says so if there is too little to judge by
-    return _plan(what, bench)
+    runner = RecipeRunner(what.recipe)
+    ValidationJudge(runner)  # says so if there is too little to judge by
+    return _plan(what, runner)
 
 
 def advise(recipe: Recipe, output: str | Path | None = None, *, console: Console | None = None) -> dict[str, Any]:
@@ -115,30 +115,34 @@ def advise(recipe: Recipe, output: str | Path | None = None, *, console: Console
     source = None
     if recipe.source_data is not None:
         source = load_task(what.source_recipe(0), ("test",)).splits["test"]
-    bench = Workbench(what.recipe)
-    judge, cost = Judge(bench), _plan(what, bench)
+    runner = RecipeRunner(what.recipe)
+    judge, cost = ValidationJudge(runner), _plan(what, runner)
     with _progress(console or Console(), cost) as advance:
-        found = _signature(bench, source)
-        rivals, unfit = _rivals(what, bench)
-        nothing = _untouched(rivals["nothing"], bench, judge)
-        trained = [rival for rival in rivals.values() if rival.method.is_trained and not twin_of(rival, rivals)]
-        halve(trained, lambda rival: what.grid(rival.method.title), bench, what.recipe, judge, done=advance)
-    finalists = [rival for rival in trained if rival.best.share == ROUNDS[-1].share]
+        found = _signature(runner, source)
+        candidates, unfit = _candidates(what, runner)
+        nothing = _untouched(candidates["nothing"], runner, judge)
+        trained = [
+            candidate
+            for candidate in candidates.values()
+            if candidate.method.is_trained and not twin_of(candidate, candidates)
+        ]
+        halve(trained, lambda candidate: what.grid(candidate.method.title), runner, what.recipe, judge, done=advance)
+    finalists = [candidate for candidate in trained if candidate.best.share == ROUNDS[-1].share]
     if not recipe.new_head:  # which nobody has trained
         finalists.insert(0, nothing)
     chosen, tied = decide(finalists, judge)
     if math.isnan(chosen.best.metric):
-        raise SurgicalError(f"no training gave a number for {bench.task.metric}: lower the rates, {what.rates}.")
-    best = max(tied, key=lambda rival: ordered(rival.best.metric))
-    rows = [row_of(rival, rivals, finalists, best, judge) for rival in rivals.values()]
-    scores = rivals["auto"].selection.record.get("scores", {}) if "auto" in rivals else {}
+        raise SurgicalError(f"no training gave a number for {runner.task.metric}: lower the rates, {what.rates}.")
+    best = max(tied, key=lambda candidate: ordered(candidate.best.metric))
+    rows = [row_of(candidate, candidates, finalists, best, judge) for candidate in candidates.values()]
+    scores = candidates["auto"].selection.record.get("scores", {}) if "auto" in candidates else {}
     advice: dict[str, Any] = {
         "date": date.today().isoformat(),
         "versions": {name: version(name) for name in PACKAGES},
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "recipe": recipe.keys(),
-        "metric": bench.task.metric,
-        "validation_examples": len(bench.examples["validation"]),
+        "metric": runner.task.metric,
+        "validation_examples": len(runner.examples["validation"]),
         "share": ROUNDS[-1].share,
         "surgery": chosen.method.choose is not None,
         "recommended": {
@@ -146,17 +150,17 @@ def advise(recipe: Recipe, output: str | Path | None = None, *, console: Console
             "title": chosen.method.title,
             "blocks": list(chosen.selection.blocks),
             "tuned_parameters": chosen.tuned,
-            "all_parameters": sum(weight.numel() for weight in bench.model.parameters()),
+            "all_parameters": sum(weight.numel() for weight in runner.model.parameters()),
             "lines": lines_of(chosen, recipe),
         },
-        "tied": [rival.name for rival in tied],
+        "tied": [candidate.name for candidate in tied],
         "all_tied": len(tied) == len(finalists),
         "unfit": unfit,
         "methods": rows,
         "scores": {"criterion": CRITERION, "values": scores},
         "signature": plain(found),
         "cost": {
-            "trainings": sum(len(rival.probes) for rival in trained),
+            "trainings": sum(len(candidate.probes) for candidate in trained),
             "planned": cost.full_trainings,
             "full_trainings": (time.perf_counter() - began) / cost.seconds_each,
             "seconds_each": cost.seconds_each,
@@ -186,65 +190,67 @@ def _comparison(recipe: Recipe) -> Comparison:
     return what
 
 
-def _plan(what: Comparison, bench: Workbench) -> Plan:
+def _plan(what: Comparison, runner: RecipeRunner) -> CostEstimate:
     full = what.methods["full fine-tuning"]
-    each = bench.seconds(lambda model: full.wrap(model, Selection(()), what.recipe))
+    each = runner.seconds(lambda model: full.wrap(model, Selection(()), what.recipe))
     count, share = 0, _CHOOSING
     for one in ROUNDS:
         own = min(one.methods or math.inf, len(CANDIDATES) - 1) * min(one.rates or math.inf, len(what.rates))
         count, share = count + int(own), share + own * one.share
-    return Plan(count, share, each, share * each)
+    return CostEstimate(count, share, each, share * each)
 
 
-def _signature(bench: Workbench, source: Examples | None) -> Signature:
-    train = bench.examples["train"]
+def _signature(runner: RecipeRunner, source: Examples | None) -> Signature:
+    train = runner.examples["train"]
     size = min(EXAMPLES, len(train), EXAMPLES if source is None else len(source) // 2)
     if size < FEWEST:
         size, source = min(EXAMPLES, len(train)), None
 
     def batches(examples: Any, places: Sequence[int]) -> Batches:
         chunks = [places[start : start + _BATCH] for start in range(0, len(places), _BATCH)]
-        return [bench.task.collate([examples[place] for place in chunk]) for chunk in chunks]
+        return [runner.task.collate([examples[place] for place in chunk]) for chunk in chunks]
 
     halves: tuple[Batches, Batches] | None = None
     if source is not None:
         places = random.Random(0).sample(range(len(source)), 2 * size)
         halves = batches(source, places[:size]), batches(source, places[size:])
     target = batches(train, random.Random(0).sample(range(len(train)), size))
-    return signature(bench.model, target, halves, loader(bench.task, bench.args))
+    return signature(runner.model, target, halves, loader(runner.task, runner.args))
 
 
-def _rivals(what: Comparison, bench: Workbench) -> tuple[dict[str, Rival], dict[str, str]]:
+def _candidates(what: Comparison, runner: RecipeRunner) -> tuple[dict[str, Candidate], dict[str, str]]:
     """All candidates by name, with their blocks chosen; and why some do not fit the model, such as a tied head."""
-    found: dict[str, Rival] = {}
+    found: dict[str, Candidate] = {}
     unfit: dict[str, str] = {}
-    blocks = BlockMap.find(bench.model)
-    recipe, args = what.recipe, bench.args
+    blocks = BlockMap.find(runner.model)
+    recipe, args = what.recipe, runner.args
     with tempfile.TemporaryDirectory() as folder:
-        setting = Setting(recipe, bench.model, blocks, partial(loader, bench.task, args), args.seed, Path(folder))
+        context = MethodContext(
+            recipe, runner.model, blocks, partial(loader, runner.task, args), args.seed, Path(folder)
+        )
         for name, method in zip(CANDIDATES, what.methods.values(), strict=True):
             try:
-                selection = method.choose(setting) if method.choose else Selection(())
-                wrapped = method.wrap(copy.deepcopy(bench.model), selection, recipe)
+                selection = method.choose(context) if method.choose else Selection(())
+                wrapped = method.wrap(copy.deepcopy(runner.model), selection, recipe)
             except SurgicalError as error:
                 if method.choose is None:
                     raise
                 unfit[name] = str(error)
                 continue
             tuned = sum(weight.numel() for weight in wrapped.parameters() if weight.requires_grad)
-            found[name] = Rival(name, method, selection, tuned)
+            found[name] = Candidate(name, method, selection, tuned)
     return found, unfit
 
 
-def _untouched(rival: Rival, bench: Workbench, judge: Judge) -> Rival:
+def _untouched(candidate: Candidate, runner: RecipeRunner, judge: ValidationJudge) -> Candidate:
     began = time.perf_counter()
-    groups = judge.read(bench.model)
-    rival.probes.append(Probe(None, 0.0, judge.metric(groups), groups, time.perf_counter() - began))
-    return rival
+    groups = judge.read(runner.model)
+    candidate.probes.append(ShortTraining(None, 0.0, judge.metric(groups), groups, time.perf_counter() - began))
+    return candidate
 
 
 @contextmanager
-def _progress(console: Console, cost: Plan) -> Iterator[Any]:
+def _progress(console: Console, cost: CostEstimate) -> Iterator[Any]:
     console.print(
         f"{cost.trainings} short trainings, at most with the steps of {cost.full_trainings:.1f} full fine-tunings of "
         f"{cost.seconds_each:.1f} s; starting and measuring come on top."

@@ -80,7 +80,7 @@ def _recommendation(advice: dict[str, Any]) -> list[str]:
     best = next(row for row in rows.values() if row["validation"] is not None and row["to_best"] is None)
     others = [row for row in rows.values() if row["validation"] is not None and row["method"] not in advice["tied"]]
     whole = not advice["surgery"] and name != "nothing"  # then what matters is how far behind surgery is
-    rival = max(others, key=lambda row: (whole and row["surgery"], row["validation"]), default=None)
+    candidate = max(others, key=lambda row: (whole and row["surgery"], row["validation"]), default=None)
     rate = f" at the rate {own['rate']:g}" if own["rate"] is not None else ""
     share = recommended["tuned_parameters"] / recommended["all_parameters"]
     if advice["surgery"]:
@@ -93,7 +93,9 @@ def _recommendation(advice: dict[str, Any]) -> list[str]:
         first = f"Do not use surgery here: tune all blocks{rate} ({own['title']})."
     if advice["all_tied"]:
         count = advice["validation_examples"]
-        first = f"The {count} validation examples cannot tell the last rivals apart; the smallest of them is: {first}"
+        first = (
+            f"The {count} validation examples cannot tell the last candidates apart; the smallest of them is: {first}"
+        )
     if own["at_edge"]:
         first += " That rate is at the edge of the grid: a wider one may do better."
     tied = [rows[each]["title"] for each in advice["tied"] if each != name]
@@ -105,15 +107,15 @@ def _recommendation(advice: dict[str, Any]) -> list[str]:
         second = f"On validation data it is {stands}, and it tunes fewer parameters. "
     elif tied:
         second = f"As good within noise, but no smaller: {', '.join(tied)}. "
-    if rival is None:
+    if candidate is None:
         return [first, second + "Of those trained longest none is clearly worse: more validation data would tell."]
-    if whole and not rival["surgery"]:
+    if whole and not candidate["surgery"]:
         return [first, second + "No choice of blocks was good enough to be trained longer."]
-    gap = rival["to_best"]
+    gap = candidate["to_best"]
     clear = -gap["mean"] > _CLEAR * gap["standard_error"]
-    which = f"The best choice of blocks, {rival['title']}," if whole else f"The next, {rival['title']},"
+    which = f"The best choice of blocks, {candidate['title']}," if whole else f"The next, {candidate['title']},"
     noise = "more than noise" if clear else "that may be noise"
-    return [first, f"{second}{which} is {_behind(advice, rival)} than the best: {noise}."]
+    return [first, f"{second}{which} is {_behind(advice, candidate)} than the best: {noise}."]
 
 
 def _behind(advice: dict[str, Any], row: dict[str, Any]) -> str:

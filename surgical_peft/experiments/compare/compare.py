@@ -19,10 +19,10 @@ from ...errors import SurgicalError
 from ..recipe.recipe import Recipe
 from ..training.workers import shared_threads
 from .comparison import FULL, Comparison
-from .jobs import Workshop
+from .jobs import JobRunner
 from .lr_grid import MOST, best_rate, is_diverged, next_rate
 from .plot import plot
-from .pool import Crew
+from .pool import JobPool
 from .results import report_of, row_of
 from .tables import markdown
 
@@ -30,7 +30,7 @@ _TABLE = "table.md"  # by which an earlier comparison is known
 
 
 @dataclass(frozen=True)
-class Plan:
+class CostEstimate:
     """What a comparison would cost.
 
     Attributes:
@@ -48,7 +48,7 @@ class Plan:
     seconds: float
 
 
-def plan(recipe: Recipe, output: str | Path | None = None, jobs: int = 1) -> Plan:
+def plan(recipe: Recipe, output: str | Path | None = None, jobs: int = 1) -> CostEstimate:
     """What a recipe's comparison would cost; trains a few steps to tell the time, and keeps nothing.
 
     Raises:
@@ -58,17 +58,17 @@ def plan(recipe: Recipe, output: str | Path | None = None, jobs: int = 1) -> Pla
         >>> plan(load_recipe("recipes/fashion_mnist_noise.yaml"), jobs=2).trainings
         282
     """
-    workshop = _workshop(recipe, output, jobs)
-    workshop.check()
-    what = workshop.comparison
+    job_runner = _job_runner(recipe, output, jobs)
+    job_runner.check()
+    what = job_runner.comparison
     grids = {title: what.grid(title) for title in what.methods}
     begun = [job for title, grid in grids.items() for rate in grid for job in what.trainings(title, rate)]
-    done = sum(workshop.is_done(job) for job in begun)
+    done = sum(job_runner.is_done(job) for job in begun)
     more = sum(MOST * len(what.trainings(title)) for title, grid in grids.items() if len(grid) > 1)
     with shared_threads(jobs):
-        each = workshop.seconds()
+        each = job_runner.seconds()
     at_once = min(jobs, os.cpu_count() or 1)
-    return Plan(len(begun), done, more, each, math.ceil((len(begun) - done) / at_once) * each)
+    return CostEstimate(len(begun), done, more, each, math.ceil((len(begun) - done) / at_once) * each)
 
 
 def compare(
@@ -102,23 +102,23 @@ def compare(
         'first third is best: ...'
     """
     began = time.perf_counter()
-    workshop = _workshop(recipe, output, jobs)
-    what, folder = workshop.comparison, workshop.folder
+    job_runner = _job_runner(recipe, output, jobs)
+    what, folder = job_runner.comparison, job_runner.folder
     check_replaceable(folder / "comparison", _TABLE)
-    workshop.check()
+    job_runner.check()
     if jobs > 1:
-        workshop.let_go()
-    with shared_threads(jobs), Crew(workshop, jobs, console or Console()) as crew:
+        job_runner.let_go()
+    with shared_threads(jobs), JobPool(job_runner, jobs, console or Console()) as pool:
         chosen = [title for title, method in what.methods.items() if method.choose]
-        crew.do("choose blocks", [replace(job, kind="choice") for title in chosen for job in what.trainings(title)])
-        crew.do("time steps", [what.costs])
-        rates = _rates(workshop, crew)
+        pool.do("choose blocks", [replace(job, kind="choice") for title in chosen for job in what.trainings(title)])
+        pool.do("time steps", [what.costs])
+        rates = _rates(job_runner, pool)
         final = {title: what.trainings(title, best_rate(means) if means else None) for title, means in rates.items()}
         if recipe.source_data is not None:
-            crew.do("source", [what.source(number) for number in range(len(what.sources))])
+            pool.do("source", [what.source(number) for number in range(len(what.sources))])
         measured = [each for title, each in final.items() if not is_diverged(rates[title])]
-        crew.do("test", [replace(job, kind="test") for each in measured for job in each])
-    rows = [row_of(workshop, title, rates[title], each) for title, each in final.items()]
+        pool.do("test", [replace(job, kind="test") for each in measured for job in each])
+    rows = [row_of(job_runner, title, rates[title], each) for title, each in final.items()]
     report = report_of(what, rows, jobs, time.perf_counter() - began)
     write_report(report, folder / "comparison")
     shutil.rmtree(folder / "weights", ignore_errors=True)
@@ -133,27 +133,27 @@ def write_report(report: dict[str, Any], folder: Path) -> None:
         plot(report, temporary / "compare.png")
 
 
-def _workshop(recipe: Recipe, output: str | Path | None, jobs: int) -> Workshop:
+def _job_runner(recipe: Recipe, output: str | Path | None, jobs: int) -> JobRunner:
     if jobs < 1:
         raise SurgicalError(f"jobs={jobs} is too few: 1 or more.")
-    return Workshop(Comparison(recipe), Path(str(output or recipe.arguments().output_dir)))
+    return JobRunner(Comparison(recipe), Path(str(output or recipe.arguments().output_dir)))
 
 
-def _rates(workshop: Workshop, crew: Crew) -> dict[str, dict[float, float]]:
+def _rates(job_runner: JobRunner, pool: JobPool) -> dict[str, dict[float, float]]:
     """For each method the rates that were tried, with the mean of the validation metric."""
-    what = workshop.comparison
+    what = job_runner.comparison
     means: dict[str, dict[float, float]] = {title: {} for title in what.methods}
     wanted: list[tuple[str, float | None]] = []
     for title in what.methods:
         wanted += [(title, rate) for rate in what.grid(title)] or [(title, None)]
     while wanted:
         jobs = {pair: what.trainings(*pair) for pair in wanted}
-        crew.do("train", [job for each in jobs.values() for job in each])
+        pool.do("train", [job for each in jobs.values() for job in each])
         for (title, rate), each in jobs.items():
             if rate is not None:
-                found = [workshop.finding(job)["validation"] for job in each]
+                found = [job_runner.finding(job)["validation"] for job in each]
                 means[title][rate] = statistics.fmean(found) if all(map(math.isfinite, found)) else math.nan
-        _drop_weights(workshop, means)
+        _drop_weights(job_runner, means)
         following = {title: next_rate(what.grid(title), tried) for title, tried in means.items() if tried}
         if is_diverged(means[FULL]) and following[FULL] is None:
             raise SurgicalError(
@@ -165,12 +165,12 @@ def _rates(workshop: Workshop, crew: Crew) -> dict[str, dict[float, float]]:
     return means
 
 
-def _drop_weights(workshop: Workshop, means: dict[str, dict[float, float]]) -> None:
+def _drop_weights(job_runner: JobRunner, means: dict[str, dict[float, float]]) -> None:
     """Let go of the weights that will not be measured: of no method at its best rate so far."""
     tried = {(title, rate) for title, each in means.items() for rate in each}
     best = {(title, best_rate(each)) for title, each in means.items() if each}
-    kept = {workshop.weights(job) for pair in best for job in workshop.comparison.trainings(*pair)}
+    kept = {job_runner.weights(job) for pair in best for job in job_runner.comparison.trainings(*pair)}
     for pair in tried - best:
-        for job in workshop.comparison.trainings(*pair):
-            if workshop.weights(job) not in kept:
-                shutil.rmtree(workshop.weights(job), ignore_errors=True)
+        for job in job_runner.comparison.trainings(*pair):
+            if job_runner.weights(job) not in kept:
+                shutil.rmtree(job_runner.weights(job), ignore_errors=True)

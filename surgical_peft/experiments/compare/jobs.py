@@ -21,9 +21,9 @@ from ...scoring.selection import Selection
 from ..recipe.recipe import Recipe
 from ..tasks import load_task
 from ..training.profiling import Watch, step_costs
-from ..training.runner import Remembered, Workbench
+from ..training.runner import RecipeRunner, Remembered
 from .comparison import FULL, Comparison, Job
-from .preflight import in_words, make_each, misfits_of, refuse, setting_of
+from .preflight import context_of, in_words, make_each, misfits_of, refuse
 
 _TIMED = 3  # batches of an epoch whose steps are timed
 _AT_MOST = 12  # steps, where a recipe counts them
@@ -31,7 +31,7 @@ _OF_BLOCKS = ("training", "test")  # jobs that need to know what the method chos
 _MARKER = "finding.txt"  # by which the weights of a training are known
 
 
-class Workshop:
+class JobRunner:
     """Does the jobs of a comparison, one after the other, and keeps what they share.
 
     Attributes:
@@ -41,7 +41,7 @@ class Workshop:
 
     def __init__(self, comparison: Comparison, folder: Path) -> None:
         self.comparison, self.folder = comparison, folder
-        self._bench: tuple[Any, Workbench] | None = None
+        self._runner: tuple[Any, RecipeRunner] | None = None
         self._measured: dict[str, tuple[Any, ConcatDataset[Any]]] = {}
 
     def check(self) -> None:
@@ -63,19 +63,19 @@ class Workshop:
                 self._source_examples(number)
         misfits: dict[str, str] = {}
         for job in reversed(self._firsts()):  # what the first jobs need stays in memory
-            misfits = {**misfits_of(what, job, self._bench_of(job)), **misfits}
+            misfits = {**misfits_of(what, job, self._runner_of(job)), **misfits}
         refuse(misfits, len(what.methods))
         self._make_all()
 
     def let_go(self) -> None:
         """Forget model and data: other processes do the work."""
-        self._bench = None
+        self._runner = None
         self._measured.clear()
 
     def seconds(self) -> float:
         """What one full fine-tuning takes, from a few timed steps."""
-        bench, full = self._bench_of(self._firsts()[0]), self.comparison.methods[FULL]
-        return bench.seconds(lambda model: full.wrap(model, Selection(()), bench.recipe))
+        runner, full = self._runner_of(self._firsts()[0]), self.comparison.methods[FULL]
+        return runner.seconds(lambda model: full.wrap(model, Selection(()), runner.recipe))
 
     def finding(self, job: Job) -> dict[str, Any]:
         """What a job found that was done."""
@@ -110,74 +110,78 @@ class Workshop:
         write_text(path, json.dumps({"asked": asked, "found": found}, indent=1) + "\n")
 
     def _choice(self, job: Job) -> dict[str, Any]:
-        method, bench = self.comparison.methods[job.method], self._bench_of(job)
+        method, runner = self.comparison.methods[job.method], self._runner_of(job)
         assert method.choose is not None
         own = self.folder / "choices" / self.path(job).stem
         own.mkdir(parents=True, exist_ok=True)
-        setting = setting_of(self.comparison, job, bench, own)
+        context = context_of(self.comparison, job, runner, own)
         began = time.perf_counter()
-        blocks = list(method.choose(setting).blocks)
+        blocks = list(method.choose(context).blocks)
         return {"blocks": blocks, "seconds": time.perf_counter() - began}
 
     def _training(self, job: Job) -> dict[str, Any]:
-        method, bench = self.comparison.methods[job.method], self._bench_of(job)
-        validation = bench.part("validation")
+        method, runner = self.comparison.methods[job.method], self._runner_of(job)
+        validation = runner.part("validation")
         found: dict[str, Any] = {"blocks": list(self._selection(job).blocks)}
         if not method.is_trained:
-            metric = bench.task.measure(bench.model, validation)
+            metric = runner.task.measure(runner.model, validation)
             return {**found, "validation": metric, "tuned_parameters": 0, "bytes": None, "seconds": 0.0}
         began = time.perf_counter()
-        wrapped = self._train(bench, job)
+        wrapped = self._train(runner, job)
         found["seconds"] = time.perf_counter() - began
         with whole_folder(self.weights(job), _MARKER) as temporary:
             wrapped.save_pretrained(temporary)  # type: ignore[operator]
             (temporary / _MARKER).write_text(f"{job}\n", encoding="utf-8")
             found["bytes"] = sum(each.stat().st_size for each in temporary.rglob("*.safetensors"))
         found["tuned_parameters"] = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
-        return {**found, "validation": bench.task.measure(wrapped, validation)}
+        return {**found, "validation": runner.task.measure(wrapped, validation)}
 
     def _test(self, job: Job) -> dict[str, Any]:
-        bench = self._bench_of(job)
-        model = copy.deepcopy(bench.model)
+        runner = self._runner_of(job)
+        model = copy.deepcopy(runner.model)
         if self.comparison.methods[job.method].is_trained:
             folder = self.weights(job)
             if not folder.exists():  # the training was done when another rate was the best
                 self._training(job)
             adapted = (folder / "adapter_config.json").exists()
             model = PeftModel.from_pretrained(model, folder) if adapted else type(model).from_pretrained(folder)  # type: ignore[attr-defined]
-            model = model.to(bench.args.device)
-        found = {"test": bench.task.measure(model, self._test_examples(job.source, job.seed))}
+            model = model.to(runner.args.device)
+        found = {"test": runner.task.measure(model, self._test_examples(job.source, job.seed))}
         if self.comparison.recipe.source_data is not None:
-            found["on_source"] = bench.task.measure(model, self._source_examples(job.source))
+            found["on_source"] = runner.task.measure(model, self._source_examples(job.source))
         return found
 
     def _source(self, job: Job) -> dict[str, Any]:
-        bench = self._bench_of(job)
-        return {"on_source": bench.task.measure(bench.model, self._source_examples(job.source))}
+        runner = self._runner_of(job)
+        return {"on_source": runner.task.measure(runner.model, self._source_examples(job.source))}
 
     def _costs(self, job: Job) -> dict[str, Any]:
-        bench, what = self._bench_of(job), self.comparison
-        count = min(len(bench.examples["train"]), _TIMED * bench.args.train_batch_size)
-        own = {"max_steps": min(bench.args.max_steps, _AT_MOST)} if bench.args.max_steps > 0 else {}
+        runner, what = self._runner_of(job), self.comparison
+        count = min(len(runner.examples["train"]), _TIMED * runner.args.train_batch_size)
+        own = {"max_steps": min(runner.args.max_steps, _AT_MOST)} if runner.args.max_steps > 0 else {}
         trained = [title for title, method in what.methods.items() if method.is_trained]
         jobs = {title: replace(job, kind="training", method=title, rate=what.grid(title)[0]) for title in trained}
         for each in jobs.values():
-            self._wrap(each, copy.deepcopy(bench.model))  # a method that does not fit is told before any trains
+            self._wrap(each, copy.deepcopy(runner.model))  # a method that does not fit is told before any trains
 
         def training(each: Job) -> Callable[[Watch], nn.Module]:
             how = {"places": range(count), "skips": False}
-            return lambda watch: self._train(bench, each, {**how, "watch": watch}, **own)
+            return lambda watch: self._train(runner, each, {**how, "watch": watch}, **own)
 
         first = {self.path(each): title for title, each in reversed(jobs.items())}
         found = step_costs({title: training(jobs[title]) for title in reversed(first.values())})
         return {title: found[first[self.path(each)]] for title, each in jobs.items()}
 
-    def _train(self, bench: Workbench, job: Job, how: Mapping[str, Any] | None = None, **changed: Any) -> nn.Module:
-        """Train by a job's method; `how` is for `Workbench.train`, `changed` are training arguments."""
+    def _train(
+        self, runner: RecipeRunner, job: Job, how: Mapping[str, Any] | None = None, **changed: Any
+    ) -> nn.Module:
+        """Train by a job's method; `how` is for `RecipeRunner.train`, `changed` are training arguments."""
         method = self.comparison.methods[job.method]
         changed |= {"learning_rate": job.rate, "seed": job.seed}
         policy = method.policy(self.comparison.arguments(method, **changed))
-        return bench.train(partial(self._wrap, job), policy=policy, **{**method.training, **changed, **(how or {})})[0]
+        return runner.train(partial(self._wrap, job), policy=policy, **{**method.training, **changed, **(how or {})})[
+            0
+        ]
 
     def _wrap(self, job: Job, model: nn.Module) -> nn.Module:
         recipe, selection = self.comparison.recipe_of(job.source, job.seed), self._selection(job)
@@ -206,7 +210,7 @@ class Workshop:
         for recipe in others:
             for examples in load_task(recipe, ("train", "validation")).splits.values():
                 make_each(examples)
-        for examples in self._bench_of(self._firsts()[0]).examples.values():
+        for examples in self._runner_of(self._firsts()[0]).examples.values():
             make_each(examples)
         for pair in reversed(tested.values()):
             make_each(self._test_examples(*pair))
@@ -218,13 +222,13 @@ class Workshop:
         """The first training of each source model, as far as its data go."""
         return [Job("training", number, self.comparison.seeds[0]) for number in range(len(self.comparison.sources))]
 
-    def _bench_of(self, job: Job) -> Workbench:
+    def _runner_of(self, job: Job) -> RecipeRunner:
         recipe = self.comparison.recipe_of(job.source, job.seed)
         key = (recipe.model, recipe.data, job.seed if recipe.new_head else None)
-        if self._bench is None or self._bench[0] != key:
-            self._bench = None  # first let go of the other one
-            self._bench = key, Workbench(recipe)
-        return self._bench[1]
+        if self._runner is None or self._runner[0] != key:
+            self._runner = None  # first let go of the other one
+            self._runner = key, RecipeRunner(recipe)
+        return self._runner[1]
 
     def _test_examples(self, source: int, seed: int) -> ConcatDataset[Any]:
         return self._examples("test", self.comparison.test_recipes(source, seed))

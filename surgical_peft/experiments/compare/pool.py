@@ -18,16 +18,16 @@ from ...errors import SurgicalError
 from ...quiet import quieten
 from ..recipe.recipe import Recipe
 from .comparison import Comparison, Job
-from .jobs import Workshop
+from .jobs import JobRunner
 
-_OWN: list[Workshop] = []  # of a worker process
+_OWN: list[JobRunner] = []  # of a worker process
 
 
 def _start(recipe: Recipe, folder: Path, threads: int) -> None:
     threading.Thread(target=_leave_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     quieten()
-    _OWN[:] = [Workshop(Comparison(recipe), folder)]
+    _OWN[:] = [JobRunner(Comparison(recipe), folder)]
 
 
 def _leave_with_parent() -> None:
@@ -42,16 +42,16 @@ def _do(job: Job) -> None:
     _OWN[0].do(job)
 
 
-class Crew:
+class JobPool:
     """Does jobs, in this process or shared among several, and shows how far it is."""
 
-    def __init__(self, workshop: Workshop, jobs: int, console: Console) -> None:
-        self._workshop, self._console = workshop, console
-        start = (workshop.comparison.recipe, workshop.folder, torch.get_num_threads())
+    def __init__(self, job_runner: JobRunner, jobs: int, console: Console) -> None:
+        self._job_runner, self._console = job_runner, console
+        start = (job_runner.comparison.recipe, job_runner.folder, torch.get_num_threads())
         context = multiprocessing.get_context("spawn")
         self._pool = ProcessPoolExecutor(jobs, context, initializer=_start, initargs=start) if jobs > 1 else None
 
-    def __enter__(self) -> Crew:
+    def __enter__(self) -> JobPool:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -60,8 +60,10 @@ class Crew:
 
     def do(self, what: str, jobs: Sequence[Job]) -> None:
         """Do the jobs that are not done; those with one source model and seed together, for they share much."""
-        wanted = [job for job in jobs if not self._workshop.is_done(job)]
-        left = list({self._workshop.path(job): job for job in reversed(wanted)}.values())[::-1]  # the first of equals
+        wanted = [job for job in jobs if not self._job_runner.is_done(job)]
+        left = list({self._job_runner.path(job): job for job in reversed(wanted)}.values())[
+            ::-1
+        ]  # the first of equals
         if not left:
             return
         left.sort(key=lambda job: (job.source, job.seed))
@@ -74,7 +76,7 @@ class Crew:
     def _done(self, jobs: Sequence[Job]) -> Iterator[None]:
         if self._pool is None:
             for job in jobs:
-                self._workshop.do(job)
+                self._job_runner.do(job)
                 yield
             return
         futures = [self._pool.submit(_do, job) for job in jobs]

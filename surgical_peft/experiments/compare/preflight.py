@@ -14,33 +14,33 @@ from ...blocks.block_map import BlockMap
 from ...errors import SurgicalError
 from ...scoring.selection import Selection
 from ..tasks import Examples
-from ..training.runner import Workbench
+from ..training.runner import RecipeRunner
 from ..training.train import loader
 from .comparison import Comparison, Job
-from .methods import Setting
+from .methods import MethodContext
 
 
-def setting_of(comparison: Comparison, job: Job, bench: Workbench, folder: Path) -> Setting:
+def context_of(comparison: Comparison, job: Job, runner: RecipeRunner, folder: Path) -> MethodContext:
     """What a method may look at to choose its blocks.
 
     Args:
         comparison: has the recipe of the job.
         job: says which source model, and the seed.
-        bench: has the model and the data of both; perhaps made for another seed with the same.
+        runner: has the model and the data of both; perhaps made for another seed with the same.
         folder: for the method's own files.
     """
     recipe = comparison.recipe_of(job.source, job.seed)
-    return Setting(
+    return MethodContext(
         recipe=recipe,
-        model=bench.model,
-        blocks=BlockMap.find(bench.model),
-        batches=partial(loader, bench.task, recipe.arguments()),
+        model=runner.model,
+        blocks=BlockMap.find(runner.model),
+        batches=partial(loader, runner.task, recipe.arguments()),
         seed=job.seed,
         folder=folder,
     )
 
 
-def misfits_of(comparison: Comparison, job: Job, bench: Workbench) -> dict[str, str]:
+def misfits_of(comparison: Comparison, job: Job, runner: RecipeRunner) -> dict[str, str]:
     """What is wrong with each method that does not fit a source model, by title; costs neither gradients nor scores.
 
     A method that knows its blocks beforehand wraps a copy of the model; the others refuse what they can.
@@ -48,20 +48,20 @@ def misfits_of(comparison: Comparison, job: Job, bench: Workbench) -> dict[str, 
     Args:
         comparison: has the methods.
         job: says which source model, and the seed.
-        bench: of both.
+        runner: of both.
     """
     found = {}
     with tempfile.TemporaryDirectory() as folder:
-        setting = setting_of(comparison, job, bench, Path(folder))
+        context = context_of(comparison, job, runner, Path(folder))
         for title, method in comparison.methods.items():
             try:
                 method.policy(comparison.arguments(method))
-                known = method.preview(setting) if method.choose else Selection(())
+                known = method.preview(context) if method.choose else Selection(())
                 if known is not None:
-                    method.wrap(copy.deepcopy(bench.model), known, setting.recipe)
+                    method.wrap(copy.deepcopy(runner.model), known, context.recipe)
             except ValueError as error:  # ours, or PEFT's
                 source = comparison.sources[job.source] if len(comparison.sources) > 1 else None
-                found[title] = in_words(title, bench.model, error, source)
+                found[title] = in_words(title, runner.model, error, source)
     return found
 
 

@@ -17,38 +17,38 @@ from ...errors import SurgicalError
 from ..training.profiling import ms_ratio
 from ..training.report import PACKAGES
 from .comparison import FULL, Comparison, Job
-from .jobs import Workshop
+from .jobs import JobRunner
 from .lr_grid import is_at_edge, is_diverged
 from .statistics import crossed_interval
 from .tables import has_diverged, interval_in_words, sentences
 
 
-def row_of(workshop: Workshop, title: str, rates: dict[float, float], jobs: Sequence[Job]) -> dict[str, Any]:
+def row_of(job_runner: JobRunner, title: str, rates: dict[float, float], jobs: Sequence[Job]) -> dict[str, Any]:
     """A method's row.
 
     Args:
-        workshop: has the findings.
+        job_runner: has the findings.
         title: of the method.
         rates: the mean of the validation metric at each rate that was tried.
         jobs: its trainings at the best rate. Those of a method that diverged at every rate were not measured on test
             data; what is no number there, or would not be, is None.
     """
-    what = workshop.comparison
-    trained = [workshop.finding(job) for job in jobs]
+    what = job_runner.comparison
+    trained = [job_runner.finding(job) for job in jobs]
     numbers: dict[str, list[float | None]] = {"test": [None] * len(jobs), "on_source": [None] * len(jobs)}
     if not is_diverged(rates):
-        tested = [workshop.finding(replace(job, kind="test")) for job in jobs]
+        tested = [job_runner.finding(replace(job, kind="test")) for job in jobs]
         numbers = {key: [finite(each[key]) for each in tested] for key in tested[0]}
     choosing = 0.0
     if what.methods[title].choose:
-        choices = [workshop.finding(replace(job, kind="choice", rate=None)) for job in jobs]
+        choices = [job_runner.finding(replace(job, kind="choice", rate=None)) for job in jobs]
         choosing = statistics.fmean(each["seconds"] for each in choices)
     forgotten = None
     if what.recipe.source_data is not None:
-        before = [finite(workshop.finding(what.source(job.source))["on_source"]) for job in jobs]
+        before = [finite(job_runner.finding(what.source(job.source))["on_source"]) for job in jobs]
         pairs = zip(before, numbers["on_source"], strict=True)
         forgotten = [None if own is None or left is None else own - left for own, left in pairs]
-    costs = workshop.finding(what.costs)
+    costs = job_runner.finding(what.costs)
     cost = costs.get(title)
     return {
         "method": title,

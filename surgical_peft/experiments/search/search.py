@@ -42,7 +42,7 @@ _LAST_WORDS = 30.0  # seconds for the other workers to notice that all is done
 
 
 @dataclass(frozen=True)
-class Plan:
+class CostEstimate:
     """What a search would cost.
 
     Attributes:
@@ -58,7 +58,7 @@ class Plan:
     seconds: float | None
 
 
-def plan(recipe: Recipe, jobs: int = 1) -> Plan:
+def plan(recipe: Recipe, jobs: int = 1) -> CostEstimate:
     """What the search of a recipe would cost; trains a few steps to tell the time, and keeps nothing.
 
     Raises:
@@ -75,7 +75,7 @@ def plan(recipe: Recipe, jobs: int = 1) -> Plan:
         trainings = count_trainings(procedure, objective.blocks, rates=objective.rates, seeds=objective.seeds)
         each = objective.seconds()
     at_once = min(jobs, os.cpu_count() or 1)
-    return Plan(repr(procedure), trainings, each, trainings and math.ceil(trainings / at_once) * each)
+    return CostEstimate(repr(procedure), trainings, each, trainings and math.ceil(trainings / at_once) * each)
 
 
 def search(

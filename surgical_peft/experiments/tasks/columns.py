@@ -11,7 +11,7 @@ from datasets import ClassLabel, LargeList, List, Value, load_dataset, load_data
 from ...errors import SurgicalError
 from ...validation import nearest
 from ..recipe.recipe import Recipe
-from .task import found
+from .task import load_or_raise
 
 Fits = Callable[[Any], bool]
 
@@ -33,7 +33,7 @@ def open_splits(name: str, splits: Sequence[str]) -> dict[str, Any]:
         raise SurgicalError(
             f"{name} is one file: give a folder with a file for each split, such as train.csv and validation.csv."
         )
-    builder = found(load_dataset_builder, name, "data set")
+    builder = load_or_raise(load_dataset_builder, name, "data set")
     files = {str(split): each for split, each in (builder.config.data_files or {}).items()}
     known = list(files or builder.info.splits or splits)
     missing = [split for split in splits if split not in known]
@@ -48,7 +48,9 @@ def open_splits(name: str, splits: Sequence[str]) -> dict[str, Any]:
     opened = {}
     for split in splits:
         only = {"data_files": {split: files[split]}, "features": builder.info.features} if Path(name).exists() else {}
-        opened[split] = found(load_dataset, name, f"split {split} of the data set", split=split, **only, **options)
+        opened[split] = load_or_raise(
+            load_dataset, name, f"split {split} of the data set", split=split, **only, **options
+        )
         if not len(opened[split]):
             raise SurgicalError(f"{name}: the split {split} is empty.")
     return opened

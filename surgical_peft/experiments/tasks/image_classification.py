@@ -21,7 +21,7 @@ from .columns import find_columns, is_label, open_splits
 from .evaluation import classification
 from .labels import label_rows
 from .source_model import model_loader
-from .task import Examples, Task, check_keys, found
+from .task import Examples, Task, check_keys, load_or_raise
 
 _MODES = {1: "L", 3: "RGB"}
 
@@ -34,8 +34,8 @@ def image_classification(recipe: Recipe, splits: Sequence[str]) -> Task:
     """
     check_keys(recipe, "corruption", "label_map", "imbalance", "new_head")
     measure = classification(recipe.metric or "accuracy")
-    config = found(AutoConfig.from_pretrained, recipe.model, "model")
-    processor = found(AutoImageProcessor.from_pretrained, recipe.model, "image processor of", backend="pil")
+    config = load_or_raise(AutoConfig.from_pretrained, recipe.model, "model")
+    processor = load_or_raise(AutoImageProcessor.from_pretrained, recipe.model, "image processor of", backend="pil")
     corrupt = corruption(recipe.corruption, recipe.severity) if recipe.corruption else None
     data = open_splits(recipe.data, splits)
     columns = find_columns(recipe, data, {"image": lambda feature: isinstance(feature, Image), "label": is_label})

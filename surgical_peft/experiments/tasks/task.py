@@ -68,7 +68,7 @@ def check_keys(recipe: Recipe, *speaking: str) -> None:
             )
 
 
-def found(load: Callable[..., Any], name: str, what: str, **kwargs: Any) -> Any:
+def load_or_raise(load: Callable[..., Any], name: str, what: str, **kwargs: Any) -> Any:
     """`load(name)`, with one kind of error for all the ways in which transformers and datasets miss something."""
     if name.startswith((".", "/")) and not Path(name).exists():
         raise SurgicalError(

@@ -16,7 +16,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from ...atomic_files import whole_file, write_text
 from ...auto import MOST
 from ...errors import SurgicalError
-from ...export.adapter_card import TAG, Tuned, describe
+from ...export.adapter_card import TAG, AdapterInfo, describe
 
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
 REPORT = "report.json"
@@ -92,7 +92,7 @@ def make_card(report: Mapping[str, Any]) -> ModelCard:
         {"split": key, "examples": examples.number(key), "before": before.number(key), "after": after.number(key)}
         for key in splits
     ]
-    adapter = Tuned(
+    adapter = AdapterInfo(
         blocks=said.maybe(said.names, "blocks"),
         target_modules=said.value("target_modules"),
         modules=said.names("tuned_modules"),

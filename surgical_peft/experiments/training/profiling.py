@@ -38,7 +38,7 @@ def step_costs(trainings: Mapping[str, Train]) -> dict[str, dict[str, Any]]:
         `peak_bytes`: of an accelerator what its allocator gave out; else of all tensors together.
 
     Example:
-        >>> step_costs({"full": lambda watch: bench.train(wrap, range(96), watch=watch)})["full"]["ms"]
+        >>> step_costs({"full": lambda watch: runner.train(wrap, range(96), watch=watch)})["full"]["ms"]
         33.1
     """
     for train in trainings.values():

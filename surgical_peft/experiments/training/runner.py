@@ -32,7 +32,7 @@ _BATCH = 250  # examples that go through the model at once to fill the prefix ca
 _FEW, _MANY = 2, 10  # steps that are timed to tell what one costs
 
 
-class Workbench:
+class RecipeRunner:
     """Data and source model of a recipe, loaded once for any number of trainings.
 
     Attributes:
@@ -46,9 +46,9 @@ class Workbench:
         SurgicalError: as `load_task`.
 
     Example:
-        >>> bench = Workbench(load_recipe("recipes/noise.yaml"))
-        >>> tuned, peak = bench.train(lambda model: get_surgical_model(model, SurgicalConfig(blocks=[0])))
-        >>> bench.task.measure(tuned, bench.part("validation"))
+        >>> runner = RecipeRunner(load_recipe("recipes/noise.yaml"))
+        >>> tuned, peak = runner.train(lambda model: get_surgical_model(model, SurgicalConfig(blocks=[0])))
+        >>> runner.task.measure(tuned, runner.part("validation"))
     """
 
     def __init__(self, recipe: Recipe, splits: Sequence[str] = ("train", "validation")) -> None:

@@ -15,7 +15,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, dot_natural_key, rename_source_key
 
 from ...blocks.module_lists import inside, join
-from ...blocks.unwrap import bare, clean_name, walk
+from ...blocks.unwrap import bare_parameter_name, named_bare_modules, unwrap_model
 from ...errors import SurgicalError
 from ..config import Choice, SurgicalConfig
 from ..name_checks import check_matching
@@ -38,7 +38,7 @@ def prepare_loading(model: nn.Module, config: SurgicalConfig) -> Shapes | None:
     """
     shapes = saved_shapes(config)
     saved = {name: (shapes or {})[key] for name, key in bare_names(shapes or {}).items()}
-    check_matching(_expressions(config), [*(path for path, _ in walk(model)), *saved])
+    check_matching(_expressions(config), [*(path for path, _ in named_bare_modules(model)), *saved])
     if saved:
         config.new_weights = config.new_weights and sorted(names_today(model, config.new_weights).values())
     if saved and config.target_modules is not None:
@@ -69,7 +69,7 @@ def check_fit(model: nn.Module, config: SurgicalConfig, targets: Targets, saved:
     Raises:
         SurgicalError: weights are missing, too many, or of another shape.
     """
-    modules = dict(walk(model))
+    modules = dict(named_bare_modules(model))
     to_save = [path for path in modules if any(path.endswith(name) for name in config.modules_to_save or [])]
     tensors = TensorMap.find(model)
     expected: Shapes = {}
@@ -106,7 +106,7 @@ def match(model: nn.Module, config: SurgicalConfig, saved: Shapes, expected: Sha
     found = set(names.values())
     missing = [key for key in expected if key not in found]
     unknown = [key for key, name in names.items() if name not in expected and name not in extra]
-    whose = type(bare(model)).__name__
+    whose = type(unwrap_model(model)).__name__
     if missing:
         others = f", and has others ({_listed(unknown)})" if unknown else ""
         raise SurgicalError(
@@ -134,9 +134,9 @@ def bare_names(keys: Iterable[str]) -> dict[str, str]:
     """The names of weights in the bare model, and the names they have in a file."""
     names: dict[str, str] = {}
     for key in keys:
-        if other := names.get(clean_name(key)):
+        if other := names.get(bare_parameter_name(key)):
             raise SurgicalError(f"{key} and {other} are one weight, saved twice: which is right cannot be told.")
-        names[clean_name(key)] = key
+        names[bare_parameter_name(key)] = key
     return names
 
 
@@ -158,7 +158,7 @@ def _embeddings(model: nn.Module) -> Shapes:
 
 def _renamer(model: nn.Module) -> Callable[[str], str]:
     """Gives a weight the name that it has had since transformers, or the model's author, renamed modules."""
-    base = bare(model)
+    base = unwrap_model(model)
     if not isinstance(base, PreTrainedModel):
         return lambda key: key
     own = getattr(base, "_checkpoint_conversion_mapping", None) or {}  # of models with code of their own
@@ -175,7 +175,7 @@ def _renamer(model: nn.Module) -> Callable[[str], str]:
 
 def names_today(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
     """By the names that weights of `model` had when an adapter was saved, those that they have now."""
-    known = {clean_name(key) for key in model.state_dict()}
+    known = {bare_parameter_name(key) for key in model.state_dict()}
     rename = _renamer(model)
     return {key: key if key in known else rename(key) for key in sorted(names, key=dot_natural_key)}
 
@@ -203,7 +203,7 @@ def recorded(model: nn.Module, config: SurgicalConfig, today: Mapping[str, str])
 
 def _follow_renames(model: nn.Module, config: SurgicalConfig, saved: Shapes) -> None:
     """Replace names in `target_modules` that modules had when the adapter was saved by their paths of today."""
-    known = {clean_name(key) for key in model.state_dict()}
+    known = {bare_parameter_name(key) for key in model.state_dict()}
     now = names_today(model, saved)
     if all(key == name or name not in known for key, name in now.items()):
         return

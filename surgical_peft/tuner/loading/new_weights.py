@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 from transformers.integrations.fsdp import is_fsdp_enabled
 
 from ...blocks.module_lists import inside, within
-from ...blocks.unwrap import bare, named_children, seen_through, walk
-from ...scoring.distributed import first_says
+from ...blocks.unwrap import named_bare_modules, named_children, unwrap_model, unwrap_module
+from ...scoring.distributed import broadcast_from_first
 from ..config import SurgicalConfig
 from ..layer import base_tensors
 from ..quantization import WAS_PACKED, FloatLinear
@@ -34,7 +34,7 @@ def has_new_head(config: SurgicalConfig) -> bool:
 
 def new_head(model: nn.Module, config: SurgicalConfig) -> list[str]:
     """Paths of what a model has beside the body that it shares with other tasks, if its task has a new head."""
-    task_model = bare(model)
+    task_model = unwrap_model(model)
     body = getattr(task_model, "base_model_prefix", "")
     if not has_new_head(config) or body not in task_model._modules:
         return []
@@ -66,7 +66,7 @@ def newly_initialised(model: nn.Module) -> set[str]:
             if name not in read and plain and not ours and not fixed.search(name.removeprefix(f"{path}.")):
                 found.add(name)
     if is_fsdp_enabled():  # where the first process alone reads the weights
-        found = first_says(found)
+        found = broadcast_from_first(found)
     return found - fixed_by_architecture(model, found)[0] if found else found
 
 
@@ -89,7 +89,7 @@ def note_new_weights(
         heads = new_head(model, config)
         config.new_weights = sorted(n for n in chosen if n in new or n in resized or within(n, heads))
     held = {*chosen, *resized, *(saved or ())}
-    to_save = heads_of(config, (path for path, _ in walk(model)))
+    to_save = heads_of(config, (path for path, _ in named_bare_modules(model)))
     rest = sorted(name for name in new if name not in held and not within(name, to_save))
     if rest:
         homes = list(dict.fromkeys(name.rpartition(".")[0] or name for name in rest))
@@ -105,14 +105,18 @@ def note_new_weights(
 
 def embeddings(model: nn.Module) -> dict[str, nn.Module]:
     """The input and output embeddings, by path: PEFT saves them beside any adapter when the vocabulary was resized."""
-    base = bare(model)
+    base = unwrap_model(model)
     if not isinstance(base, PreTrainedModel):
         return {}
     try:
         ends = [base.get_input_embeddings(), base.get_output_embeddings()]
     except NotImplementedError:  # of a model without
         return {}
-    return {path: module for path, module in walk(base) if any(seen_through(end) is module for end in ends if end)}
+    return {
+        path: module
+        for path, module in named_bare_modules(base)
+        if any(unwrap_module(end) is module for end in ends if end)
+    }
 
 
 def _embeddings(model: nn.Module) -> set[str]:
@@ -122,7 +126,7 @@ def _embeddings(model: nn.Module) -> set[str]:
 
 def _is_resized(model: nn.Module) -> bool:
     """Whether the vocabulary is of another size than in the checkpoint, as far as it is here."""
-    base: Any = bare(model)
+    base: Any = unwrap_model(model)
     try:
         before = type(base.config).from_pretrained(base.name_or_path, local_files_only=True)
     except (OSError, ValueError):

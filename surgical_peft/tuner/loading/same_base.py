@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping
 from torch import Tensor, nn
 
 from ...blocks.module_lists import within
-from ...blocks.unwrap import walk
+from ...blocks.unwrap import named_bare_modules
 from ...errors import SurgicalError
 from ..config import SurgicalConfig
 from ..layer import base_tensors
@@ -51,7 +51,7 @@ def check_base(
     """
     tensors = TensorMap.find(model)
     asked = [name for name, by_name in tensors.chosen(targets).items() if by_name]
-    heads = heads_of(config, (path for path, _ in walk(model)))
+    heads = heads_of(config, (path for path, _ in named_bare_modules(model)))
     new = config.new_weights or ()
     base = base_tensors(model)
     rest = [name for name in base if name not in held and not within(name, heads)]

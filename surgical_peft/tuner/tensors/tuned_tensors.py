@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ...blocks.module_lists import inside, join
-from ...blocks.unwrap import walk
+from ...blocks.unwrap import named_bare_modules
 from ...errors import SurgicalError
 
 Targets = Mapping[str, Collection[str] | None]  # path of a module -> names of parameters in it; None for all
@@ -79,7 +79,7 @@ class TensorMap:
         places: dict[str, list[Place]] = {}
         first: dict[str, str] = {}
         seen: dict[int, str] = {}
-        for path, module in walk(model):
+        for path, module in named_bare_modules(model):
             saved = {n: b for n, b in module._buffers.items() if n not in module._non_persistent_buffers_set}
             for attribute, tensor in [*module._parameters.items(), *saved.items()]:
                 if tensor is None:

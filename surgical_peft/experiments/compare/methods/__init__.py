@@ -8,7 +8,7 @@ from __future__ import annotations
 from .chosen import auto, searched, top_k
 from .depth import blocks, first, head, last, middle, random_k
 from .method import Method as Method
-from .method import Setting as Setting
+from .method import MethodContext as MethodContext
 from .method import make_method as make_method
 from .parts import lora, modules_to_save, norms
 from .whole import auto_rgn, auto_rgn_paper, bvg_ls, full, layer_decay, lp_ft, nothing

@@ -24,7 +24,7 @@ from ....validation import resolve
 from ...search.objective import RecipeObjective
 from ...tasks.source_model import modules_to_save
 from ...training.train import budget_of
-from .method import Method, Setting, of_known_blocks, parsed
+from .method import Method, MethodContext, of_known_blocks, parsed
 
 
 def top_k(criterion: str, k: int = 2, num_batches: int | None = None) -> Method:
@@ -58,12 +58,12 @@ def _check_batches(owner: str, num_batches: Any) -> None:
         check_count(owner, "num_batches", num_batches, "batches to score on")
 
 
-def _top_k(criterion: str, k: int, num_batches: int | None, setting: Setting) -> Selection:
-    return take_top_k(score_blocks(setting.model, setting.batches(), criterion, num_batches=num_batches), k)
+def _top_k(criterion: str, k: int, num_batches: int | None, context: MethodContext) -> Selection:
+    return take_top_k(score_blocks(context.model, context.batches(), criterion, num_batches=num_batches), k)
 
 
-def _check_k(k: int, setting: Setting) -> None:
-    check_k(k, sum(bool(weights) for weights in setting.blocks.parameters(setting.model).values()))
+def _check_k(k: int, context: MethodContext) -> None:
+    check_k(k, sum(bool(weights) for weights in context.blocks.parameters(context.model).values()))
 
 
 def auto(criterion: str | None = None, num_blocks: int | None = None, num_batches: int | None = None) -> Method:
@@ -84,21 +84,21 @@ def auto(criterion: str | None = None, num_blocks: int | None = None, num_batche
     )
 
 
-def _with_recipe(config: SurgicalConfig, setting: Setting) -> SurgicalConfig:
-    saved = modules_to_save(setting.recipe, setting.model)
-    return replace(config, modules_to_save=saved, frozen_eval=setting.recipe.frozen_eval)
+def _with_recipe(config: SurgicalConfig, context: MethodContext) -> SurgicalConfig:
+    saved = modules_to_save(context.recipe, context.model)
+    return replace(config, modules_to_save=saved, frozen_eval=context.recipe.frozen_eval)
 
 
-def _check_auto(config: SurgicalConfig, setting: Setting) -> None:
-    check_choice(setting.model, _with_recipe(config, setting), setting.batches())
+def _check_auto(config: SurgicalConfig, context: MethodContext) -> None:
+    check_choice(context.model, _with_recipe(config, context), context.batches())
 
 
-def _auto(config: SurgicalConfig, num_batches: int | None, setting: Setting) -> Selection:
-    config = _with_recipe(config, setting)
-    batches = setting.batches()
-    budget = Budget(budget_of(setting.recipe.arguments(), batches))  # the command has a bar of its own
-    found, _ = choose_blocks(setting.model, config, batches, num_batches, budget=budget)
-    return Selection(setting.blocks.parse(found.blocks or []), found.selection or {})
+def _auto(config: SurgicalConfig, num_batches: int | None, context: MethodContext) -> Selection:
+    config = _with_recipe(config, context)
+    batches = context.batches()
+    budget = Budget(budget_of(context.recipe.arguments(), batches))  # the command has a bar of its own
+    found, _ = choose_blocks(context.model, config, batches, num_batches, budget=budget)
+    return Selection(context.blocks.parse(found.blocks or []), found.selection or {})
 
 
 def searched(
@@ -132,17 +132,17 @@ def searched(
     return Method(f"search by {made}", choose=partial(_searched, made), preview=partial(_check_search, made))
 
 
-def _check_search(procedure: Procedure, setting: Setting) -> None:
-    count_trainings(procedure, setting.blocks)  # asks for all candidates
+def _check_search(procedure: Procedure, context: MethodContext) -> None:
+    count_trainings(procedure, context.blocks)  # asks for all candidates
 
 
-def _searched(procedure: Procedure, setting: Setting) -> Selection:
-    objective = RecipeObjective(replace(setting.recipe, seeds=[setting.seed], folds=None, policy=None, divide=None))
+def _searched(procedure: Procedure, context: MethodContext) -> Selection:
+    objective = RecipeObjective(replace(context.recipe, seeds=[context.seed], folds=None, policy=None, divide=None))
     found = run_search(
         procedure,
         objective,
         rates=objective.rates,
         seeds=objective.seeds,
-        storage=f"sqlite:///{setting.folder / 'study.db'}",
+        storage=f"sqlite:///{context.folder / 'study.db'}",
     )
     return found.best

@@ -10,7 +10,7 @@ from ....blocks.block_map import BlockMap
 from ....errors import SurgicalError
 from ....procedures.procedure import layers
 from ....scoring.selection import Selection
-from .method import Method, Setting, of_known_blocks, parsed
+from .method import Method, MethodContext, of_known_blocks, parsed
 
 
 def head() -> Method:
@@ -99,24 +99,24 @@ def _layers(blocks: BlockMap, k: int | None) -> tuple[tuple[str, ...], int]:
     return names, max(1, len(names) // 3) if k is None else k
 
 
-def _first(k: int | None, setting: Setting) -> Selection:
-    names, count = _layers(setting.blocks, k)
-    before = setting.blocks.names[: setting.blocks.names.index(names[0])]
+def _first(k: int | None, context: MethodContext) -> Selection:
+    names, count = _layers(context.blocks, k)
+    before = context.blocks.names[: context.blocks.names.index(names[0])]
     return Selection((*(name for name in before if name.endswith("embeddings")), *names[:count]))
 
 
-def _middle(k: int | None, setting: Setting) -> Selection:
-    names, count = _layers(setting.blocks, k)
+def _middle(k: int | None, context: MethodContext) -> Selection:
+    names, count = _layers(context.blocks, k)
     start = (len(names) - count) // 2
     return Selection(names[start : start + count])
 
 
-def _last(k: int | None, setting: Setting) -> Selection:
-    names, count = _layers(setting.blocks, k)
+def _last(k: int | None, context: MethodContext) -> Selection:
+    names, count = _layers(context.blocks, k)
     return Selection(names[-count:])
 
 
-def _random(k: int | None, setting: Setting) -> Selection:
-    names, count = _layers(setting.blocks, k)
-    drawn = random.Random(f"random_k {setting.seed}").sample(names, count)
-    return Selection(setting.blocks.parse(drawn))
+def _random(k: int | None, context: MethodContext) -> Selection:
+    names, count = _layers(context.blocks, k)
+    drawn = random.Random(f"random_k {context.seed}").sample(names, count)
+    return Selection(context.blocks.parse(drawn))

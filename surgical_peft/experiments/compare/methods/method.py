@@ -26,7 +26,7 @@ from ...tasks.source_model import modules_to_save
 
 
 @dataclass(frozen=True)
-class Setting:
+class MethodContext:
     """What a method may look at to choose its blocks. It leaves all of it as it is.
 
     Attributes:
@@ -53,7 +53,7 @@ def tune_blocks(model: nn.Module, selection: Selection, recipe: Recipe) -> nn.Mo
     return get_surgical_model(model, config)
 
 
-def nothing_known(setting: Setting) -> Selection | None:
+def nothing_known(context: MethodContext) -> Selection | None:
     """Of a choice of blocks, before it is made."""
     return None
 
@@ -83,17 +83,17 @@ class Method:
 
     Example:
         >>> def mine():
-        ...     return Method("first block", choose=lambda setting: Selection(setting.blocks.parse([0])))
+        ...     return Method("first block", choose=lambda context: Selection(context.blocks.parse([0])))
     """
 
     title: str
-    choose: Callable[[Setting], Selection] | None = None
+    choose: Callable[[MethodContext], Selection] | None = None
     wrap: Callable[[nn.Module, Selection, Recipe], nn.Module] = tune_blocks
     policy: Callable[[TrainingArguments], Policy | None] = no_policy
     training: Mapping[str, Any] = field(default_factory=dict)
     rates: tuple[float, ...] | None = None
     is_trained: bool = True
-    preview: Callable[[Setting], Selection | None] = nothing_known
+    preview: Callable[[MethodContext], Selection | None] = nothing_known
 
     @property
     def is_its_blocks(self) -> bool:
@@ -160,15 +160,15 @@ def check_rates(owner: str, rates: Any) -> tuple[float, ...]:
     return tuple(sorted(map(float, rates)))
 
 
-def of_known_blocks(title: str, choose: Callable[[Setting], Selection]) -> Method:
+def of_known_blocks(title: str, choose: Callable[[MethodContext], Selection]) -> Method:
     """A method whose `choose` looks at the model's map and the seed alone."""
     return Method(title, choose=choose, preview=choose)
 
 
-def parsed(spec: Any) -> Callable[[Setting], Selection]:
+def parsed(spec: Any) -> Callable[[MethodContext], Selection]:
     """Chooses the blocks that `BlockMap.parse` finds."""
     return partial(_parsed, spec)
 
 
-def _parsed(spec: Any, setting: Setting) -> Selection:
-    return Selection(setting.blocks.parse(spec))
+def _parsed(spec: Any, context: MethodContext) -> Selection:
+    return Selection(context.blocks.parse(spec))
