@@ -29,8 +29,7 @@ from transformers import (
 import surgical_peft
 from surgical_peft import BlockMap, SurgicalCallback, surgical_optimizer
 from surgical_peft.experiments.quickstart.tables import comparison_markdown
-
-from .toys import TOYS, Toy
+from tests.support.toys import TOYS, Toy
 
 ROOT = Path(__file__).parents[1]
 BENCHMARKS = ROOT / "benchmarks"

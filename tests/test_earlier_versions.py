@@ -13,8 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from surgical_peft import SurgicalConfig
-
-from .toys import TOYS
+from tests.support.toys import TOYS
 
 EARLIER = Path(__file__).parent / "earlier"
 ADAPTERS = {"two": "llama", "cls": "bert", "parts": "bert"}  # LoRA beside blocks; a new head; biases only

@@ -17,9 +17,8 @@ from transformers import PreTrainedTokenizerFast
 from trl.trainer.utils import use_adapter
 
 from surgical_peft import SurgicalConfig, create_surgical_optimizer, policies, surgical_optimizer
-
-from .test_trained_by_others import arguments, llama, losses, preferences, tokenizer
-from .toys import TOYS
+from tests.support.toys import TOYS
+from tests.trainers.test_trained_by_others import arguments, llama, losses, preferences, tokenizer
 
 assert tokenizer  # a fixture
 BLOCKS = [0, 1, 2]

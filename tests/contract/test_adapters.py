@@ -12,9 +12,8 @@ from torch import Tensor
 
 from surgical_peft import SurgicalConfig, SurgicalError
 from surgical_peft.tuner.tensors.slots import BASE
-
-from ..toys import Toy
-from .wrapping import (
+from tests.support.toys import Toy
+from tests.support.wrapping import (
     adapted,
     base_logits,
     layers,

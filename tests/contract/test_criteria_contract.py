@@ -16,8 +16,7 @@ from torch import Tensor
 from surgical_peft import BlockMap, BlockScores, SurgicalError, criteria, score_blocks, top_k
 from surgical_peft.criteria.criterion import Moments, Needs, needs_of, of_model, over_batches, over_examples
 from surgical_peft.criteria.short_training.context import ScoringContext
-
-from ..toys import TOYS, Toy
+from tests.support.toys import TOYS, Toy
 
 Criterion = Callable[..., Any]
 COUNT = 14

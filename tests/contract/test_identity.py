@@ -11,11 +11,10 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from surgical_peft import SurgicalConfig
-
-from ..families import FAMILIES
-from ..plain import PLAIN
-from ..toys import Toy
-from .wrapping import logits, nudge, same
+from tests.support.families import FAMILIES
+from tests.support.plain import PLAIN
+from tests.support.toys import Toy
+from tests.support.wrapping import logits, nudge, same
 
 EVERY = FAMILIES | PLAIN
 

@@ -21,8 +21,7 @@ from surgical_peft.experiments.compare.methods import Method, make_method
 from surgical_peft.experiments.recipe.recipe import load_recipe
 from surgical_peft.policies.stages import Stages
 from surgical_peft.search.result import SearchResult, SearchTrial
-
-from ..tiny import write_recipe
+from tests.support.tiny import write_recipe
 
 COUNT = 19
 LAYERS = {"0", "1"}
@@ -250,7 +249,7 @@ def test_an_argument_of_the_wrong_kind_is_named(given: dict[str, Any], message: 
 
 
 def test_a_users_own_method() -> None:
-    assert make_method("tests.test_compare:broken").title == "broken"
+    assert make_method("tests.experiments.compare.test_compare:broken").title == "broken"
     with pytest.raises(SurgicalError, match="makes a str, not a Method"):
         make_method("tests.contract.test_methods_contract:no_method")
 

@@ -15,10 +15,9 @@ from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
 from surgical_peft import BlockMap, SurgicalConfig
-
-from ..families import FAMILIES
-from ..toys import TOYS, Batch, Toy
-from .wrapping import (
+from tests.support.families import FAMILIES
+from tests.support.toys import TOYS, Batch, Toy
+from tests.support.wrapping import (
     adapted,
     base_logits,
     layers,

@@ -19,8 +19,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments, defaul
 
 from surgical_peft import SurgicalCallback, SurgicalConfig, SurgicalError, create_surgical_optimizer, policies
 from surgical_peft.policies.policy import Policy, TrainingState
-
-from ..toys import TOYS, Toy
+from tests.support.toys import TOYS, Toy
 
 STEPS_AN_EPOCH = 2
 

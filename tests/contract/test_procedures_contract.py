@@ -15,10 +15,9 @@ import pytest
 
 from surgical_peft import BlockMap, procedures
 from surgical_peft.procedures import Procedure, as_procedure
-
-from ..families import FAMILIES
-from ..played import Candidate, Metric, Played, play
-from ..toys import TOYS
+from tests.support.families import FAMILIES
+from tests.support.played import Candidate, Metric, Played, play
+from tests.support.toys import TOYS
 
 COUNT = 12
 SHARED = {"procedure"}  # files of `procedures/` that are no procedure

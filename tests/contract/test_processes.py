@@ -15,8 +15,7 @@ from peft import get_peft_model
 
 import surgical_peft
 from surgical_peft import SurgicalConfig
-
-from ..toys import TOYS
+from tests.support.toys import TOYS
 
 LOADS = """
 import json, sys

@@ -25,9 +25,8 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 
 from surgical_peft import SurgicalConfig, SurgicalError
 from surgical_peft.tuner.tensors.slots import BASE
-
-from ..toys import TOYS, Toy
-from .wrapping import (
+from tests.support.toys import TOYS, Toy
+from tests.support.wrapping import (
     AUTO_CLASSES,
     Saved,
     adapted,

@@ -29,9 +29,8 @@ from surgical_peft import SurgicalCallback, SurgicalError, create_surgical_optim
 from surgical_peft.optim.history import History
 from surgical_peft.policies import Stage
 from surgical_peft.policies.policy import Policy
-
-from ..plain import Net, Plain
-from .test_policies_contract import MAKERS
+from tests.contract.test_policies_contract import MAKERS
+from tests.support.plain import Net, Plain
 
 STEPS, STEPS_AN_EPOCH = 9, 4
 TOY = Plain("linear", lambda: Net(*[nn.Linear(8, 8) for _ in range(3)]), (), "0", "2")

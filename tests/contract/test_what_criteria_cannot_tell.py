@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from surgical_peft import SurgicalError, criteria, score_blocks, top_k
 from surgical_peft.criteria.criterion import needs_of
-
-from ..toys import TOYS, Batch, Toy
+from tests.support.toys import TOYS, Batch, Toy
 
 
 def batches(toy: Toy, count: int = 4) -> list[Batch]:
