@@ -7,8 +7,8 @@ from collections.abc import Mapping
 
 from ..blocks.block_map import BlockMap
 from ..errors import SurgicalError
-from ..policies.policy import check_count
 from ..scoring.block_scores import BlockScores
+from ..validation import check_count
 from .greedy_forward import grow
 from .procedure import Blocks, Procedure, Proposals, check_epsilon, check_fits, layers, plain
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from itertools import pairwise
 
 from ..blocks.block_map import BlockMap
-from ..policies.policy import check_count
+from ..validation import check_count
 from .procedure import Candidate, Procedure, Proposals, layers
 from .segments import equal_parts
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from ..blocks.block_map import BlockMap
-from ..policies.policy import check_count
+from ..validation import check_count
 from .procedure import (
     Blocks,
     Candidate,

@@ -7,7 +7,7 @@ import random
 
 from ..blocks.block_map import BlockMap
 from ..errors import SurgicalError
-from ..policies.policy import check_count
+from ..validation import check_count
 from .procedure import Blocks, Candidate, Procedure, Proposals, check_fits, layers, plain
 
 

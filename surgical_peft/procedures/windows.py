@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..blocks.block_map import BlockMap
-from ..policies.policy import check_count
+from ..validation import check_count
 from .procedure import Blocks, Procedure, Proposals, check_fits, layers, plain
 
 
