@@ -14,10 +14,11 @@ from torch.optim import Optimizer
 from ..blocks.block_map import BlockMap
 from ..errors import SurgicalError
 from ..masks import Masks
-from ..policies.policy import Policy, StepLoss, TrainingState, Unit, is_number
+from ..policies.policy import Policy, StepLoss, TrainingState, Unit
 from ..scoring.distributed import under_deepspeed
+from ..validation import check_number
 from .epochs import Epochs
-from .origin import check_loaded
+from .origin import check_loaded, text_of
 from .weak_hook import WeakHook
 
 _living: weakref.WeakSet[BlockRates] = weakref.WeakSet()
@@ -80,7 +81,7 @@ class BlockRates:
             optimizer.register_step_pre_hook(self._before_step)
             optimizer.register_step_post_hook(self._after_step)
         # For groups that are added later; what a policy plans does not reach them
-        optimizer.defaults |= dict.fromkeys(("unit", "block"), "added") | {"policy": str(policy)}
+        optimizer.defaults |= dict.fromkeys(("unit", "block"), "added") | {"policy": text_of(policy)}
         optimizer.defaults |= dict.fromkeys(("base_multiplier", "lr_multiplier"), 1.0)
         if policy != Policy():
             optimizer.__getstate__ = self._refuse_copy  # type: ignore[method-assign]
@@ -114,10 +115,7 @@ class BlockRates:
                     f"{self.policy} gives {unit!r} a factor, which is no {self.policy.granularity} that is trained. "
                     f"There are: {', '.join(sorted(now))}."
                 )
-            if not (is_number(factor) and factor >= 0):
-                raise SurgicalError(
-                    f"{self.policy} gives {unit!r} the factor {factor!r}: it must be a number from 0 upwards."
-                )
+            check_number(str(self.policy), f"the factor of {unit!r}", factor, at_least=0)
         new = {**now, **multipliers}
         if new == now:
             return
@@ -158,6 +156,8 @@ class BlockRates:
 
     def resume(self, optimizer: Optimizer) -> None:
         """Put the masks and the loss of the policy in force, as after loading."""
+        for group in optimizer.param_groups:
+            group["policy"] = text_of(self.policy)  # a state of an earlier version brought its own
         self._begin(resumed=True)
         self._step_loss = self.policy.loss(self.training_state(optimizer))
         self._enforce(optimizer)

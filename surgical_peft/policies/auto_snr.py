@@ -8,20 +8,12 @@ from .. import criteria
 from ..blocks.block_map import is_head
 from ..errors import SurgicalError
 from ..scoring.block_scores import BlockScores, normalize
-from ..validation import resolve
-from .policy import STATE_POLICIES, Policy, TrainingState, check_cadence, check_count, check_word, is_number
+from ..validation import check_cadence, check_choice, check_count, check_number, resolve
+from .policy import STATE_POLICIES, Policy, TrainingState
 
 
-def auto_snr(
-    threshold: float = 0.1,
-    criterion: str = "snr",
-    granularity: str = "tensor",
-    every: str | int = "epoch",
-    num_batches: int = 5,
-    normalized: str | None = "max",
-    hard: bool = True,
-    state_policy: str = "keep",
-) -> Policy:
+@dataclass(frozen=True)
+class AutoSNR(Policy):
     """Train what scores at least `threshold`, freeze the rest until the next probe; the head is always trained.
 
     Needs `SurgicalCallback` among the Trainer's callbacks. If nothing reaches the threshold, the first probe is an
@@ -45,33 +37,33 @@ def auto_snr(
         >>> optimizer = surgical_optimizer(args, policy=policies.auto_snr(0.1, granularity="block"))
         >>> trainer = Trainer(..., optimizer_cls_and_kwargs=optimizer, callbacks=[SurgicalCallback()])
     """
-    resolve(criterion, criteria)
-    check_cadence("auto_snr", every, ("epoch",))
-    check_word("auto_snr", "granularity", granularity, ("block", "tensor"))
-    check_word("auto_snr", "normalized", normalized, ("max", "minmax", None))
-    check_word("auto_snr", "state_policy", state_policy, STATE_POLICIES)
-    check_count("auto_snr", "num_batches", num_batches, "batches to score on")
-    if not is_number(threshold) or (normalized and not 0 < threshold <= 1):
-        raise SurgicalError(
-            f"threshold={threshold!r} is out of range: "
-            + (f"normalized={normalized!r} scores lie between 0 and 1." if normalized else "a finite number.")
-        )
-    return AutoSNR(
-        granularity=granularity,
-        probe_batches=num_batches,
-        probe_every=every,
-        criterion=criterion,
-        hard=hard,
-        state_policy=state_policy,
-        threshold=threshold,
-        normalized=normalized,
-    )
 
-
-@dataclass(frozen=True)
-class AutoSNR(Policy):
-    threshold: float = 0.0
+    threshold: float = 0.1
+    criterion: str = "snr"
+    granularity: str = "tensor"
+    every: str | int = "epoch"
+    num_batches: int = 5
     normalized: str | None = "max"
+    hard: bool = True
+    state_policy: str = "keep"
+
+    def __post_init__(self) -> None:
+        resolve(self.criterion, criteria)
+        check_cadence("auto_snr", self.every, ("epoch",))
+        check_choice("auto_snr", "granularity", self.granularity, ("block", "tensor"))
+        check_choice("auto_snr", "normalized", self.normalized, ("max", "minmax", None))
+        check_choice("auto_snr", "state_policy", self.state_policy, STATE_POLICIES)
+        check_count("auto_snr", "num_batches", self.num_batches, "batches to score on")
+        above, at_most = (0, 1) if self.normalized else (None, None)
+        check_number("auto_snr", "threshold", self.threshold, above=above, at_most=at_most)
+
+    @property
+    def probe_batches(self) -> int:
+        return self.num_batches
+
+    @property
+    def probe_every(self) -> str | int:
+        return self.every
 
     def multipliers_from(self, scores: BlockScores, training: TrainingState) -> dict[str, float] | None:
         inside = {

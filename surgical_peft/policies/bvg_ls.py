@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from ..errors import SurgicalError
-from .policy import Policy, TrainingState, check_count, check_word, is_number
+from ..validation import check_choice, check_count, check_number
+from .policy import Policy, TrainingState
 
 
-def bvg_ls(alpha: float = 0.9, num_selected: int = 1, momentum: str = "accumulate") -> Policy:
+@dataclass(frozen=True)
+class BVGLS(Policy):
     """Train at each step the blocks with the largest ratio of squared mean to variance of their gradient over time.
 
     With `m` and `s` the exponential moving averages of each entry's gradient and its square, both divided by
@@ -39,17 +41,19 @@ def bvg_ls(alpha: float = 0.9, num_selected: int = 1, momentum: str = "accumulat
     Example:
         >>> trainer = Trainer(..., optimizer_cls_and_kwargs=surgical_optimizer(args, policy=policies.bvg_ls()))
     """
-    check_word("bvg_ls", "momentum", momentum, ("accumulate", "masked"))
-    check_count("bvg_ls", "num_selected", num_selected, "blocks a step")
-    if not (is_number(alpha) and 0 <= alpha < 1):
-        raise SurgicalError(f"alpha={alpha!r} is out of range: from 0 to below 1.")
-    return BVGLS(alpha=alpha, num_selected=num_selected, skip_idle=momentum == "masked")
 
-
-@dataclass(frozen=True)
-class BVGLS(Policy):
     alpha: float = 0.9
     num_selected: int = 1
+    momentum: str = "accumulate"
+
+    def __post_init__(self) -> None:
+        check_number("bvg_ls", "alpha", self.alpha, at_least=0, below=1)
+        check_count("bvg_ls", "num_selected", self.num_selected, "blocks a step")
+        check_choice("bvg_ls", "momentum", self.momentum, ("accumulate", "masked"))
+
+    @property
+    def skip_idle(self) -> bool:
+        return self.momentum == "masked"
 
     def plan(self, training: TrainingState) -> dict[str, float] | None:
         layers = _layers(training)

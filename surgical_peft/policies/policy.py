@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from numbers import Real
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,8 +12,8 @@ from torch import Tensor, nn
 from ..blocks.block_map import BlockMap, is_head
 from ..errors import SurgicalError
 from ..scoring.block_scores import BlockScores
-from ..validation import nearest
 
+BlockSpec = int | str | Sequence[int | str]  # as `BlockMap.parse` takes it
 StepLoss = Callable[..., Tensor]
 
 STATE_POLICIES = ("keep", "reset", "offload")
@@ -96,35 +94,65 @@ class TrainingState:
 class Policy:
     """Says the factor on the learning rate of each unit. Holds settings only: its state is `training.state`.
 
-    A policy overrides one or more of the methods. Its text (`str`) must say all its settings and no addresses, since a
-    checkpoint knows its policy by it. Random draws must come from `training.state` or from a seed and
-    `training.step`, never from the global generators.
+    A policy is a frozen dataclass: its fields are its settings, checked in `__post_init__`. It overrides one or more
+    of the methods, and what differs of the attributes: each as a class attribute, a field with a default, or a
+    property. Its text (`str`) must say all its settings and no addresses, since a checkpoint knows its policy by it.
+    Random draws must come from `training.state` or from a seed and `training.step`, never from the global generators.
 
     Attributes:
         granularity: what gets its own rate, `"block"` or `"tensor"`.
-        probe_batches: how many training batches to score on; 0 = no probe.
-        probe_every: when to: at the start of every `"epoch"`, or a number of steps.
-        criterion: what to score by.
-        by_epoch: whether the plan depends on `training.epoch`, which needs `SurgicalCallback`.
+        criterion: what a probe scores by.
         hard: a factor of 0 is a mask: no gradient, no `requires_grad`; else only a rate of 0.
         state_policy: what a mask does to the optimizer's state of its unit: `"keep"`, `"reset"` (drop, so that it
             starts anew) or `"offload"` (to the CPU until it is trained again).
-        reset_at_probe: whether each probe drops the optimizer's whole state.
-        skip_idle: whether a factor of 0 from `step_multipliers` also takes the unit's gradient away for that step, so
-            that its moments stay as they are.
-        own_loss: whether `loss` may give one.
+
+    Example:
+        >>> @dataclass(frozen=True)
+        ... class Alternating(Policy):
+        ...     every: int = 100
+        ...     hard: bool = True
+        ...
+        ...     def plan(self, training):
+        ...         return training.only(training.heads if training.step // self.every % 2 else training.names)
     """
 
-    granularity: str = "block"
-    probe_batches: int = 0
-    probe_every: str | int = "epoch"
-    criterion: str = "rgn"
-    by_epoch: bool = False
-    hard: bool = False
-    state_policy: str = "keep"
-    reset_at_probe: bool = False
-    skip_idle: bool = False
-    own_loss: bool = False
+    granularity = "block"
+    criterion = "rgn"
+    hard = False
+    state_policy = "keep"
+
+    @property
+    def probe_batches(self) -> int:
+        """How many training batches to score on; 0 = no probe."""
+        return 0
+
+    @property
+    def probe_every(self) -> str | int:
+        """When to: at the start of every `"epoch"`, or a number of steps."""
+        return "epoch"
+
+    @property
+    def reset_at_probe(self) -> bool:
+        """Whether each probe drops the optimizer's whole state."""
+        return False
+
+    @property
+    def by_epoch(self) -> bool:
+        """Whether the plan depends on `training.epoch`, which needs `SurgicalCallback`."""
+        return False
+
+    @property
+    def skip_idle(self) -> bool:
+        """Whether a factor of 0 from `step_multipliers` also takes the unit's gradient away for that step.
+
+        Then its moments stay as they are.
+        """
+        return False
+
+    @property
+    def own_loss(self) -> bool:
+        """Whether `loss` may give one."""
+        return False
 
     @property
     def is_constant(self) -> bool:
@@ -178,32 +206,6 @@ def poolers(blocks: BlockMap) -> list[str]:
     return [name for name in blocks.names if is_head(name) and all("pool" in path for path in blocks.modules[name])]
 
 
-def is_number(value: Any) -> bool:
-    """Whether it is a finite number; a bool, a text or None is not."""
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def check_word(owner: str, name: str, value: Any, known: Sequence[Any]) -> None:
-    """Refuse a value that is none of the known ones."""
-    if value not in known:
-        hint = nearest(value, [word for word in known if isinstance(word, str)]) if isinstance(value, str) else ""
-        raise SurgicalError(f"{name}={value!r} is unknown to {owner}. {hint}There are: {', '.join(map(str, known))}.")
-
-
-def check_count(owner: str, name: str, value: Any, what: str) -> None:
-    """Refuse what is not a whole number from 1 upwards."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise SurgicalError(f"{name}={value!r} is out of range for {owner}: {what}, a whole number from 1 upwards.")
-
-
-def check_cadence(owner: str, every: Any, words: Sequence[str]) -> None:
-    """Refuse an `every` that is neither one of the words nor a number of steps."""
-    if isinstance(every, str):
-        check_word(owner, "every", every, (*words, "a number of steps"))
-    else:
-        check_count(owner, "every", every, f"{' or '.join(map(repr, words))} or steps" if words else "steps")
-
-
 def check_enough(owner: str, num_blocks: int, candidates: Sequence[str]) -> None:
     """Refuse to draw more blocks than there are."""
     if num_blocks > len(candidates):
@@ -213,7 +215,7 @@ def check_enough(owner: str, num_blocks: int, candidates: Sequence[str]) -> None
         )
 
 
-def kept_on(training: TrainingState, always: Sequence[int | str] | None) -> list[str]:
+def kept_on(training: TrainingState, always: BlockSpec | None) -> list[str]:
     """The blocks that a policy always trains: its `always`, by default the heads.
 
     Raises:
@@ -221,10 +223,10 @@ def kept_on(training: TrainingState, always: Sequence[int | str] | None) -> list
     """
     if always is None:
         return training.heads
-    chosen = training.blocks.parse(always) if always else ()
+    chosen = () if always == () else training.blocks.parse(always)
     missing = [name for name in chosen if name not in training.names]
     if missing:
         raise SurgicalError(
-            f"always={list(always)} names {missing[0]!r}, which is not trained. Trained: {', '.join(training.names)}."
+            f"always={always!r} names {missing[0]!r}, which is not trained. Trained: {', '.join(training.names)}."
         )
     return list(chosen)

@@ -7,13 +7,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ..errors import SurgicalError
-from .policy import STATE_POLICIES, Policy, TrainingState, check_count, check_word, depths, is_number
+from ..validation import check_choice, check_count, check_number
+from .policy import STATE_POLICIES, Policy, TrainingState, depths
 
 
-def progressive_freezing(
-    interval: int = 100, percentile: float = 50, hard: bool = True, state_policy: str = "reset"
-) -> Policy:
+@dataclass(frozen=True)
+class ProgressiveFreezing(Policy):
     """Freeze a growing prefix of the model: blocks whose gradient changes least from one interval to the next.
 
     Gradients are summed over an interval; `D_l` is the sum over a block's tensors of the 1-norm of that sum, and
@@ -36,17 +35,16 @@ def progressive_freezing(
         >>> policy = policies.progressive_freezing(interval=50)
         >>> trainer = Trainer(..., optimizer_cls_and_kwargs=surgical_optimizer(args, policy))
     """
-    check_count("progressive_freezing", "interval", interval, "steps")
-    check_word("progressive_freezing", "state_policy", state_policy, STATE_POLICIES)
-    if not (is_number(percentile) and 0 <= percentile <= 100):
-        raise SurgicalError(f"percentile={percentile!r} is out of range: from 0 to 100.")
-    return ProgressiveFreezing(interval=interval, percentile=percentile, hard=hard, state_policy=state_policy)
 
-
-@dataclass(frozen=True)
-class ProgressiveFreezing(Policy):
     interval: int = 100
     percentile: float = 50
+    hard: bool = True
+    state_policy: str = "reset"
+
+    def __post_init__(self) -> None:
+        check_count("progressive_freezing", "interval", self.interval, "steps")
+        check_number("progressive_freezing", "percentile", self.percentile, at_least=0, at_most=100)
+        check_choice("progressive_freezing", "state_policy", self.state_policy, STATE_POLICIES)
 
     def plan(self, training: TrainingState) -> dict[str, float] | None:
         if training.step % self.interval:

@@ -3,36 +3,18 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from ..errors import SurgicalError
-from .policy import (
-    STATE_POLICIES,
-    Policy,
-    TrainingState,
-    check_cadence,
-    check_count,
-    check_enough,
-    check_word,
-    is_number,
-    kept_on,
-)
+from ..validation import check_cadence, check_choice, check_count, check_number, immutable
+from .policy import STATE_POLICIES, BlockSpec, Policy, TrainingState, check_enough, kept_on
 
 _FADE = 0.95  # of epsilon from one draw to the next
 
 
-def sample_by_score(
-    num_blocks: int = 2,
-    every: int = 20,
-    epsilon: float = 0.5,
-    always: Sequence[int | str] | None = None,
-    seed: int = 0,
-    hard: bool = True,
-    state_policy: str = "keep",
-) -> Policy:
+@dataclass(frozen=True)
+class SampleByScore(Policy):
     """Every so many steps draw `num_blocks` repeated blocks: by gradient norm at first, later by past draws.
 
     Draw `n` explores with the probability `epsilon * 0.95^n`: blocks are then drawn one by one with a chance in
@@ -58,29 +40,21 @@ def sample_by_score(
         >>> policy = policies.sample_by_score(num_blocks=3)
         >>> trainer = Trainer(..., optimizer_cls_and_kwargs=surgical_optimizer(args, policy))
     """
-    check_count("sample_by_score", "num_blocks", num_blocks, "blocks trained at once")
-    check_cadence("sample_by_score", every, ())
-    check_word("sample_by_score", "state_policy", state_policy, STATE_POLICIES)
-    if not (is_number(epsilon) and 0 <= epsilon <= 1):
-        raise SurgicalError(f"epsilon={epsilon!r} is out of range: a chance from 0 to 1.")
-    return SampleByScore(
-        num_blocks=num_blocks,
-        every=every,
-        epsilon=epsilon,
-        always=None if always is None else tuple(always),
-        seed=seed,
-        hard=hard,
-        state_policy=state_policy,
-    )
 
-
-@dataclass(frozen=True)
-class SampleByScore(Policy):
     num_blocks: int = 2
     every: int = 20
     epsilon: float = 0.5
-    always: tuple[int | str, ...] | None = None
+    always: BlockSpec | None = None
     seed: int = 0
+    hard: bool = True
+    state_policy: str = "keep"
+
+    def __post_init__(self) -> None:
+        check_count("sample_by_score", "num_blocks", self.num_blocks, "blocks trained at once")
+        check_cadence("sample_by_score", self.every)
+        check_number("sample_by_score", "epsilon", self.epsilon, "a chance", at_least=0, at_most=1)
+        check_choice("sample_by_score", "state_policy", self.state_policy, STATE_POLICIES)
+        object.__setattr__(self, "always", immutable(self.always))
 
     def plan(self, training: TrainingState) -> dict[str, float] | None:
         draw = training.step // self.every

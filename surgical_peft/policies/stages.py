@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from types import ModuleType
 from typing import Any
 
 from ..errors import SurgicalError
-from ..validation import nearest, resolve
-from .policy import STATE_POLICIES, Policy, StepLoss, TrainingState, check_count, check_word, is_number, poolers
+from ..validation import check_choice, check_count, check_number, immutable, nearest, resolve
+from .policy import STATE_POLICIES, BlockSpec, Policy, StepLoss, TrainingState, poolers
 
 
 @dataclass(frozen=True, repr=False)
@@ -25,16 +25,35 @@ class Stage:
         loss: `(outputs, labels, num_items_in_batch=None) -> loss`, as `Trainer`'s `compute_loss_func`, or its name
             `"package.module:name"`; None = the model's own.
 
+    Raises:
+        SurgicalError: a length or a factor out of range, two lengths, or a loss that is no function.
+
     Example:
         >>> Stage("head", epochs=2, lr_multiplier=10)
         Stage(blocks='head', epochs=2, lr_multiplier=10)
     """
 
-    blocks: int | str | Sequence[int | str] = "all"
+    blocks: BlockSpec = "all"
     epochs: int | None = None
     steps: int | None = None
     lr_multiplier: float = 1.0
     loss: StepLoss | str | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "blocks", immutable(self.blocks))
+        for name in ("epochs", "steps"):
+            if getattr(self, name) is not None:
+                check_count("a stage", name, getattr(self, name), name)
+        if self.epochs and self.steps:
+            raise SurgicalError(f"{self} has epochs and steps: give one of the two.")
+        what = "what rests is left out of `blocks`; else a finite number"
+        check_number("a stage", "lr_multiplier", self.lr_multiplier, what, above=0)
+        if isinstance(self.loss, str):
+            object.__setattr__(self, "loss", resolve(self.loss, _LOSSES))
+        if self.loss is not None and not callable(self.loss):
+            raise SurgicalError(
+                f"loss={self.loss!r} of a stage is not a function of (outputs, labels, num_items_in_batch)."
+            )
 
     def __repr__(self) -> str:
         given = ((f.name, getattr(self, f.name)) for f in fields(self) if getattr(self, f.name) != f.default)
@@ -42,7 +61,7 @@ class Stage:
         return f"Stage({', '.join(told)})"
 
 
-def stages(plan: Iterable[Stage | Mapping[str, Any]], hard: bool = True, state_policy: str = "reset") -> Policy:
+def stages(plan: Iterable[Stage | Mapping[str, Any]], hard: bool = True, state_policy: str = "reset") -> Stages:
     """Train in stages: each its blocks, rate, length and loss.
 
     Lengths in epochs need `SurgicalCallback` among the Trainer's callbacks. A stage's loss is computed on what the
@@ -62,27 +81,34 @@ def stages(plan: Iterable[Stage | Mapping[str, Any]], hard: bool = True, state_p
         >>> optimizer = surgical_optimizer(args, policy=policy)
         >>> trainer = Trainer(..., optimizer_cls_and_kwargs=optimizer, callbacks=[SurgicalCallback()])
     """
-    check_word("stages", "state_policy", state_policy, STATE_POLICIES)
-    parts = tuple(_checked(stage) for stage in plan)
-    if not parts:
-        raise SurgicalError("stages=[] has no stage: give at least one.")
-    for number, stage in enumerate(parts, 1):
-        if (stage.epochs is not None) + (stage.steps is not None) != 1 and stage is not parts[-1]:
-            raise SurgicalError(f"stage {number} ({stage}) needs its length: epochs or steps, one of the two.")
-    if len({stage.epochs is None for stage in parts if stage.epochs or stage.steps}) > 1:
-        raise SurgicalError("stages are measured in epochs or in steps: the same for all.")
-    return Stages(
-        stages=parts,
-        by_epoch=any(stage.epochs for stage in parts),
-        own_loss=any(stage.loss for stage in parts),
-        hard=hard,
-        state_policy=state_policy,
-    )
+    return Stages(tuple(map(_stage, plan)), hard, state_policy)
 
 
 @dataclass(frozen=True)
 class Stages(Policy):
-    stages: tuple[Stage, ...] = ()
+    """What [`stages`][surgical_peft.policies.stages] gives: its policy, with the stages read and checked."""
+
+    stages: tuple[Stage, ...]
+    hard: bool = True
+    state_policy: str = "reset"
+
+    def __post_init__(self) -> None:
+        check_choice("stages", "state_policy", self.state_policy, STATE_POLICIES)
+        if not self.stages:
+            raise SurgicalError("stages=[] has no stage: give at least one.")
+        for number, stage in enumerate(self.stages, 1):
+            if stage.epochs is None and stage.steps is None and stage is not self.stages[-1]:
+                raise SurgicalError(f"stage {number} ({stage}) needs its length: epochs or steps, one of the two.")
+        if len({stage.epochs is None for stage in self.stages if stage.epochs or stage.steps}) > 1:
+            raise SurgicalError("stages are measured in epochs or in steps: the same for all.")
+
+    @property
+    def by_epoch(self) -> bool:
+        return any(stage.epochs for stage in self.stages)
+
+    @property
+    def own_loss(self) -> bool:
+        return any(stage.loss for stage in self.stages)
 
     def last_turn(self) -> tuple[int, int]:
         """After how many epochs, or steps, the last stage begins."""
@@ -99,7 +125,7 @@ class Stages(Policy):
         }
 
     def loss(self, training: TrainingState) -> StepLoss | None:
-        return self.stages[self._number(training)].loss  # type: ignore[return-value]  # names are resolved in _checked
+        return self.stages[self._number(training)].loss  # type: ignore[return-value]  # Stage resolves names
 
     def _number(self, training: TrainingState) -> int:
         done = (training.epoch or 0) if self.by_epoch else training.step
@@ -156,34 +182,18 @@ def _trained(stage: Stage, training: TrainingState) -> list[str]:
     return list(chosen)
 
 
-def _checked(stage: Stage | Mapping[str, Any]) -> Stage:
-    if isinstance(stage, Mapping):
+def _stage(given: Stage | Mapping[str, Any]) -> Stage:
+    if isinstance(given, Mapping):
         known = [f.name for f in fields(Stage)]
-        for key in stage:
+        for key in given:
             if key not in known:
                 raise SurgicalError(
                     f"a stage has no {key!r}: {nearest(str(key), known)}There are: {', '.join(known)}."
                 )
-        stage = Stage(**stage)
-    if not isinstance(stage, Stage):
-        raise SurgicalError(f"{stage!r} is not a stage: give Stage(...) or a mapping of its fields.")
-    for name in ("epochs", "steps"):
-        if getattr(stage, name) is not None:
-            check_count("stages", name, getattr(stage, name), f"{name} of a stage")
-    if stage.epochs and stage.steps:
-        raise SurgicalError(f"{stage} has epochs and steps: give one of the two.")
-    if not (is_number(stage.lr_multiplier) and stage.lr_multiplier > 0):
-        raise SurgicalError(
-            f"lr_multiplier={stage.lr_multiplier!r} of a stage is out of range: more than 0. What is to rest is left "
-            "out of `blocks`."
-        )
-    loss = stage.loss
-    if isinstance(loss, str):
-        loss = resolve(loss, _LOSSES)
-    if loss is not None and not callable(loss):
-        raise SurgicalError(f"loss={loss!r} of a stage is not a function of (outputs, labels, num_items_in_batch).")
-    blocks = stage.blocks if isinstance(stage.blocks, int | str) else tuple(stage.blocks)
-    return Stage(blocks, stage.epochs, stage.steps, stage.lr_multiplier, loss)
+        return Stage(**given)
+    if not isinstance(given, Stage):
+        raise SurgicalError(f"{given!r} is not a stage: give Stage(...) or a mapping of its fields.")
+    return given
 
 
 def _name_of(loss: Any) -> str:

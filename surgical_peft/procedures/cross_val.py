@@ -6,14 +6,20 @@ from collections.abc import Iterator
 from itertools import pairwise
 
 from ..blocks.block_map import BlockMap
-from ..policies.policy import check_count
-from .procedure import Candidate, Procedure, Proposals, layers
+from ..validation import check_count
+from .procedure import Candidate, Proposals, layers, procedure
 from .segments import equal_parts
 
 _PARTS = 3  # residual stages of the CIFAR nets in the paper
 
 
-def cross_val(parts: int | None = None) -> Procedure:
+def _check(parts: int | None) -> None:
+    if parts is not None:
+        check_count("cross_val", "parts", parts, "parts of the repeated layers")
+
+
+@procedure(_check)
+def cross_val(blocks: BlockMap, parts: int | None = None) -> Proposals:
     """Cut the whole model into a few coarse groups and tune one at a time, first one first, then the whole model.
 
     All in one round. The groups hold every block once: the repeated layers in equal parts, the first with the
@@ -33,12 +39,6 @@ def cross_val(parts: int | None = None) -> Procedure:
     Example:
         >>> result = run_search(procedures.cross_val(parts=4), objective, rates=[1e-4, 1e-3])
     """
-    if parts is not None:
-        check_count("cross_val", "parts", parts, "parts of the repeated layers")
-    return Procedure("cross_val", _cross_val, {"parts": parts})
-
-
-def _cross_val(blocks: BlockMap, parts: int | None) -> Proposals:
     names = layers(blocks)
     if parts is None and len(blocks.stacks) > 1:
         within = [tuple(name for name in names if name in stack) for stack in blocks.stacks.values()]

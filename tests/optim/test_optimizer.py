@@ -266,7 +266,7 @@ def test_a_factor_out_of_range_is_refused_and_changes_nothing(factor: float, vit
     start = [p.detach().clone() for p in model.parameters()]
     optimizer = create_surgical_optimizer(model, ADAMW, lr=1e-2, policy=Scripted({"0": 0.5, "11": factor}))
     backward(model, vit)
-    with pytest.raises(SurgicalError, match=r"'11' the factor .* from 0 upwards"):
+    with pytest.raises(SurgicalError, match="'11'"):
         optimizer.step()
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), start, strict=True))
     assert {(group["lr"], group["lr_multiplier"]) for group in optimizer.param_groups} == {(1e-2, 1.0)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -26,7 +27,7 @@ from surgical_peft import (
     score_blocks,
     surgical_optimizer,
 )
-from surgical_peft.policies.auto_rgn import _norms_in_one_call, _norms_on_cpu, _ratios
+from surgical_peft.policies.gradient_norms import _norms_in_one_call, _norms_on_cpu, gradient_ratios
 from surgical_peft.policies.policy import Policy, TrainingState, Unit
 from surgical_peft.scoring.block_scores import BlockScores
 from tests.support.toys import TOYS, Toy
@@ -95,7 +96,7 @@ def test_static_puts_the_highest_rate_first_for_the_log(vit: Toy) -> None:
 
 @pytest.mark.parametrize("factor", [0, -1.0, math.nan, math.inf])
 def test_static_refuses_factors_that_are_not_above_zero(factor: float, vit: Toy) -> None:
-    with pytest.raises(SurgicalError, match=r"factor.* 0"):
+    with pytest.raises(SurgicalError, match="multipliers"):
         rates(vit.model(), policies.static({3: factor}))
 
 
@@ -138,7 +139,7 @@ def test_layer_decay_counts_frozen_blocks_too(vit: Toy) -> None:
 
 @pytest.mark.parametrize("decay", [0, -0.5, 1.01, math.nan])
 def test_layer_decay_out_of_range(decay: float) -> None:
-    with pytest.raises(SurgicalError, match=r"out of range: more than 0, at most 1"):
+    with pytest.raises(SurgicalError, match="decay="):
         policies.layer_decay(decay)
 
 
@@ -312,8 +313,11 @@ def test_auto_rgn_refuses_unknown_settings(kwargs: dict[str, Any]) -> None:
 # ---- auto_rgn, every epoch
 
 
+@dataclass(frozen=True)
 class Ones(Policy):
     """Asks for a probe and leaves every rate as it is."""
+
+    probe_batches: int = 2
 
     def multipliers_from(self, scores: BlockScores, training: TrainingState) -> dict[str, float]:
         return {unit.name: 1.0 for unit in training.units}
@@ -368,7 +372,7 @@ def trainer_for(model: nn.Module, policy: Policy | None, path: Any, data: Any, *
 
 def test_probing_changes_neither_batches_nor_weights(vit: Toy, tmp_path: Any) -> None:
     runs = []
-    for policy, callbacks in ((Ones(probe_batches=2), [SurgicalCallback()]), (None, [])):
+    for policy, callbacks in ((Ones(), [SurgicalCallback()]), (None, [])):
         model = wrapped_with_dropout(vit)
         trainer = trainer_for(
             model,
@@ -482,7 +486,7 @@ def test_ratios_read_off_the_gradients_are_rgn_of_each_unit(toy: Toy) -> None:
     model(**toy.batch()).loss.backward()
     modules = [module for module in model.modules() if list(module.parameters())]
     units = [Unit(str(at), "0", list(module.parameters())) for at, module in enumerate(modules)]
-    for got, unit in zip(_ratios(units), units, strict=True):
+    for got, unit in zip(gradient_ratios(units), units, strict=True):
         grads = [torch.zeros_like(weight) if weight.grad is None else weight.grad for weight in unit.parameters]
         assert got == pytest.approx(criteria.rgn(unit.parameters, grads), rel=1e-6)
 
@@ -493,7 +497,7 @@ def test_ratios_of_large_units_are_exact() -> None:
     weight = torch.nn.Parameter(torch.randn(25_000_000))
     weight.grad = torch.randn(25_000_000)
     expected = (weight.grad.double().norm() / weight.double().norm()).item()
-    assert _ratios([Unit("0", "0", [weight])])[0] == pytest.approx(expected, rel=1e-6)
+    assert gradient_ratios([Unit("0", "0", [weight])])[0] == pytest.approx(expected, rel=1e-6)
 
 
 def far_apart(dtype: torch.dtype) -> list[Unit]:
@@ -536,16 +540,16 @@ def test_runs_are_short_and_hold_everything_in_order(sizes: list[int]) -> None:
 
 def test_units_of_several_precisions_are_read_together() -> None:
     units = far_apart(torch.float64)[:1] + far_apart(torch.bfloat16)[1:]
-    alone = [_ratios([unit])[0] for unit in units]
-    assert _ratios(units) == pytest.approx(alone, rel=1e-6)
-    assert _ratios(units[::-1]) == pytest.approx(alone[::-1], rel=1e-6)
+    alone = [gradient_ratios([unit])[0] for unit in units]
+    assert gradient_ratios(units) == pytest.approx(alone, rel=1e-6)
+    assert gradient_ratios(units[::-1]) == pytest.approx(alone[::-1], rel=1e-6)
     assert alone[-1] == 0.0
 
 
 def test_ratios_follow_a_parameter_whose_data_is_replaced() -> None:
     unit = far_apart(torch.float32)[0]
-    before = _ratios([unit])[0]
+    before = gradient_ratios([unit])[0]
     for weight in unit.parameters:
         weight.data = 2 * weight.data
-    assert _ratios([unit])[0] == pytest.approx(before / 2, rel=1e-6)
+    assert gradient_ratios([unit])[0] == pytest.approx(before / 2, rel=1e-6)
     assert torch.is_grad_enabled()

@@ -343,7 +343,7 @@ def test_scores_that_change_later_change_nothing() -> None:
         (lambda: procedures.windows(2, stride=0), "stride=0 is out of range for windows"),
         (lambda: procedures.windows(1.5), "width=1.5 is out of range for windows"),
         (lambda: procedures.greedy_forward(0), "num_blocks=0 is out of range for greedy_forward"),
-        (lambda: procedures.greedy_forward(epsilon=-0.1), "epsilon=-0.1 is out of range .* from 0 upwards"),
+        (lambda: procedures.greedy_forward(epsilon=-0.1), "epsilon=-0.1 is out of range"),
         (lambda: procedures.greedy_forward(epsilon=NAN), "epsilon=nan is out of range"),
         (lambda: procedures.greedy_forward(epsilon="0.1"), "epsilon='0.1' is out of range"),
         (lambda: procedures.greedy_backward(epsilon=-math.inf), "epsilon=-inf is out of range for greedy_backward"),

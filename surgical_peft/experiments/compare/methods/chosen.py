@@ -12,7 +12,6 @@ from .... import criteria
 from ....auto import check_choice, choose_blocks
 from ....criteria.budget import Budget
 from ....errors import SurgicalError
-from ....policies.policy import check_count
 from ....procedures.procedure import Procedure, as_procedure
 from ....scoring.score import score_blocks
 from ....scoring.selection import Selection, check_k
@@ -20,7 +19,7 @@ from ....scoring.selection import top_k as take_top_k
 from ....search.result import SearchResult
 from ....search.run import count_trainings, run_search
 from ....tuner.config import SurgicalConfig
-from ....validation import resolve
+from ....validation import check_count, resolve
 from ...search.objective import RecipeObjective
 from ...tasks.source_model import modules_to_save
 from ...training.train import budget_of
