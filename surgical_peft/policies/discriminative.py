@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ..blocks.block_map import BlockMap
 from ..errors import SurgicalError
-from .policy import Policy, depths, is_number
+from .policy import Policy, is_number
 
 
 def discriminative(factor: float = 2.6) -> Policy:
@@ -33,6 +33,6 @@ class Discriminative(Policy):
     factor: float = 2.6
 
     def base_multipliers(self, blocks: BlockMap) -> dict[str, float]:
-        depth_of = depths(blocks)
+        depth_of = blocks.depths
         top = max(depth_of.values())
         return {name: self.factor ** (depth - top) for name, depth in depth_of.items()}

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ..blocks.block_map import BlockMap
 from ..errors import SurgicalError
-from .policy import Policy, depths, is_number
+from .policy import Policy, is_number
 
 
 def layer_decay(decay: float = 0.75) -> Policy:
@@ -33,6 +33,6 @@ class LayerDecay(Policy):
     decay: float = 0.75
 
     def base_multipliers(self, blocks: BlockMap) -> dict[str, float]:
-        depth_of = depths(blocks)
+        depth_of = blocks.depths
         top = max(depth_of.values())
         return {name: self.decay ** (top - depth) for name, depth in depth_of.items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..blocks.block_map import BlockMap
-from .procedure import Procedure, Proposals, layers
+from .procedure import Procedure, Proposals
 
 
 def prefix() -> Procedure:
@@ -25,6 +25,6 @@ def prefix() -> Procedure:
 
 
 def _prefix(blocks: BlockMap) -> Proposals:
-    bounds = [0, *(blocks.names.index(name) + 1 for name in layers(blocks))]  # where the trained part begins
+    bounds = [0, *(blocks.names.index(name) + 1 for name in blocks.layers)]  # where the trained part begins
     yield [blocks.names[bound:] for bound in reversed(bounds) if blocks.names[bound:]]
     return None

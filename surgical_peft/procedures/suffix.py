@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..blocks.block_map import BlockMap
-from .procedure import Procedure, Proposals, layers
+from .procedure import Procedure, Proposals
 
 
 def suffix() -> Procedure:
@@ -24,6 +24,6 @@ def suffix() -> Procedure:
 
 
 def _suffix(blocks: BlockMap) -> Proposals:
-    bounds = [*(blocks.names.index(name) for name in layers(blocks)), len(blocks.names)]  # where the trained part ends
+    bounds = [*(blocks.names.index(name) for name in blocks.layers), len(blocks.names)]  # where the trained part ends
     yield [blocks.names[:bound] for bound in bounds if bound]
     return None

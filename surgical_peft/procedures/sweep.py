@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..blocks.block_map import BlockMap, is_head
+from ..blocks.block_map import BlockMap
 from .procedure import Blocks, Procedure, Proposals, layers, plain
 
 
@@ -30,6 +30,6 @@ def sweep(candidates: Blocks | None = None) -> Procedure:
 
 def _sweep(blocks: BlockMap, candidates: Blocks | None) -> Proposals:
     alone = [(name,) for name in layers(blocks, candidates)]
-    heads = tuple(name for name in blocks.names if is_head(name))
+    heads = blocks.heads
     yield list(dict.fromkeys([*alone, blocks.names, *([heads] if heads else [])]))
     return None

@@ -113,7 +113,7 @@ def test_bvg_ls_selects_by_the_formula(num_selected: int, vit: Toy) -> None:
             bias, variance = (mean**2).sum().item(), (square - mean**2).sum().item()
             ratios[block] = bias / max(variance if t > 1 else 0.0, 1e-10)
         optimizer.step()
-        scores = optimizer.block_rates.run(optimizer).scores  # type: ignore[attr-defined]
+        scores = optimizer.block_rates.training_state(optimizer).scores  # type: ignore[attr-defined]
         assert scores == pytest.approx({**ratios, "final_norm": ratios["head"]}, rel=1e-3)
         expected = sorted(ratios, key=lambda block: -ratios[block])[:num_selected]
         assert on(optimizer) == {*expected, *({"final_norm"} if "head" in expected else ())}
@@ -132,7 +132,7 @@ def test_bvg_ls_first_takes_the_largest_gradient_and_noise_has_the_known_floor()
         optimizer.step()
         if step == 0:
             assert on(optimizer) == {"1"}
-    scores = optimizer.block_rates.run(optimizer).scores  # type: ignore[attr-defined]
+    scores = optimizer.block_rates.training_state(optimizer).scores  # type: ignore[attr-defined]
     floor = 0.1 / 1.8  # (1 - alpha) / (2 alpha): the mean of so many gradients of pure noise is not quite zero
     assert scores == pytest.approx({"0": floor, "1": floor}, rel=0.05)
 

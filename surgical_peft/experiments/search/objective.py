@@ -119,7 +119,7 @@ class RecipeObjective:
 
     def _layers(self) -> Selection:
         """All repeated layers."""
-        return Selection(tuple(name for stack in self.blocks.stacks.values() for name in stack))
+        return Selection(self.blocks.layers)
 
     def _places(self, seed: int) -> list[int] | None:
         """The training examples of a training; None for all."""
