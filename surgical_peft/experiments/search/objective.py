@@ -14,7 +14,6 @@ from torch import nn
 from transformers import TrainerCallback
 
 from ...auto import get_surgical_model
-from ...blocks.block_map import BlockMap
 from ...errors import SurgicalError
 from ...scoring.selection import Selection
 from ...tuner.config import SurgicalConfig
@@ -55,7 +54,7 @@ class RecipeObjective:
         self.recipe = recipe
         self._runner = RecipeRunner(recipe, ("train",) if recipe.folds else ("train", "validation"))
         args = self._runner.args
-        self.blocks = BlockMap.find(self._runner.model)
+        self.blocks = self._runner.blocks
         if recipe.divide:
             self.blocks = self.blocks.divided(recipe.divide)
             get_surgical_model(copy.deepcopy(self._runner.model), self._config(self._layers()))  # the parts exist
