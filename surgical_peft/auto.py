@@ -29,7 +29,7 @@ from .scoring.progress import Stages, counted
 from .scoring.score import score_blocks
 from .scoring.selection import check_k, top_k
 from .tuner.config import SurgicalConfig
-from .tuner.target_modules import modules_to_tune
+from .tuner.target_modules import block_map_for, modules_to_tune
 from .validation import resolve
 
 CRITERION = "probe"  # the lowest regret on the seen shifts of benchmarks/criteria
@@ -119,10 +119,11 @@ def choose_blocks(
     batches = list(islice(dataloader, max(wanted, joint.batches if is_open else 0)))
     if is_open:
         _check_enough(len(batches))
-    unfit = _refused(model, config, [name for name, each in BlockMap.find(model).parameters(model).items() if each])
+    blocks = block_map_for(model, config)
+    unfit = _refused(model, config, blocks)
     loss: dict[str, float] = {}
     with counted(budget, "choosing blocks", stages) as spending:
-        run = partial(score_blocks, model, batches, loss_fn=loss_fn, budget=spending)
+        run = partial(score_blocks, model, batches, loss_fn=loss_fn, budget=spending, blocks=blocks)
         if is_open and (needs.what, wanted) == (joint.what, joint.batches):  # then gradients are computed once
             both = partial(_scores_and_loss, score=score, refused=tuple(unfit), loss=loss)
             scores = replace(run(both), criterion=_named(config.criterion or CRITERION))
@@ -182,12 +183,12 @@ def check_choice(model: nn.Module, config: SurgicalConfig, dataloader: Iterable[
     Raises:
         SurgicalError: no block that can be tuned, more blocks asked for than there are, or too few batches.
     """
-    names = [name for name, weights in BlockMap.find(model).parameters(model).items() if weights]
-    left = len(names) - len(_refused(model, config, names))
+    blocks = block_map_for(model, config)
+    count = len(_with_weights(model, blocks)) - len(_refused(model, config, blocks))
     if config.num_blocks is None:
         _check_enough(length_hint(dataloader, 2))
     else:
-        check_k(config.num_blocks, left)
+        check_k(config.num_blocks, count)
 
 
 @of_model(batches=16)
@@ -238,20 +239,23 @@ def _check_enough(batches: int) -> None:
         )
 
 
-def _refused(model: nn.Module, config: SurgicalConfig, names: Collection[str]) -> dict[str, str]:
+def _with_weights(model: nn.Module, blocks: BlockMap) -> list[str]:
+    return [name for name, weights in blocks.parameters(model).items() if weights]
+
+
+def _refused(model: nn.Module, config: SurgicalConfig, blocks: BlockMap) -> dict[str, str]:
     """The blocks that cannot be tuned, and why; some can."""
-    refused = {name: reason for name in names if (reason := _refusal(model, config, name))}
+    names = _with_weights(model, blocks)
+    refused = {name: reason for name in names if (reason := _refusal(model, config, blocks, name))}
     if len(refused) == len(names):
-        raise SurgicalError(
-            f"no block of {BlockMap.find(model).model_name} can be tuned: {next(iter(refused.values()))}"
-        )
+        raise SurgicalError(f"no block of {blocks.model_name} can be tuned: {next(iter(refused.values()))}")
     return refused
 
 
-def _refusal(model: nn.Module, config: SurgicalConfig, block: str) -> str | None:
+def _refusal(model: nn.Module, config: SurgicalConfig, blocks: BlockMap, block: str) -> str | None:
     """Why a block cannot be tuned, if it cannot."""
     try:
-        modules_to_tune(model, replace(config, blocks=[block], criterion=None, num_blocks=None))
+        modules_to_tune(model, replace(config, blocks=[block], criterion=None, num_blocks=None), blocks)
     except SurgicalError as error:
         return str(error)
     return None

@@ -210,6 +210,9 @@ def of_extending(left: list[dict[str, Any]]) -> None:
         if "ends" in each:
             context = SimpleNamespace(blocks=BlockMap.find(each["model"]))
             assert each["ends"]().choose(context).blocks == ("0", "head")
+        if "MyNet" in each:
+            assert each["blocks"].names == ("embeddings", "0", "1", "2", "head")
+            assert BlockMap.find(each["model"]) == each["blocks"]
         if "plain_images" in each:
             recipe = SimpleNamespace(model="recipes/fashion_mnist/vit", data="recipes/fashion_mnist/target-0")
             task = each["plain_images"](recipe, ("validation",))

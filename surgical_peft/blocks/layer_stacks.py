@@ -43,8 +43,8 @@ def find_stacks(model: nn.Module) -> list[Stack]:
     chosen = _layer_lists([each for each in lists if each.is_stages or each.is_layers])
     chosen += _alike(model, chosen)
     merged = {parts[0].path: parts for parts in (_parts_of_layers(each, lists) for each in chosen)}
-    shared = _shared(list(merged))
-    towers = _labels(list(merged), shared)
+    shared = shared_depth(list(merged))
+    towers = stack_labels(list(merged), shared)
     stacks: list[Stack] = []
     for path in _in_order(towers):
         parts, tower = merged[path], towers[path]
@@ -52,11 +52,11 @@ def find_stacks(model: nn.Module) -> list[Stack]:
             found = _stages(parts[0], tower, _beside(parts[0], lists))
         else:
             found = [Stack(tower, tuple(zip(*(part.members for part in parts), strict=True)), path)]
-        stacks += [replace(stack, homes=_homes(path, tower, shared)) for stack in found]
+        stacks += [replace(stack, homes=homes_of(path, tower, shared)) for stack in found]
     return stacks
 
 
-def _homes(path: str, tower: str, shared: int) -> dict[str, str]:
+def homes_of(path: str, tower: str, shared: int) -> dict[str, str]:
     """The parts of the model between what all stacks share and the list, by path: their labels."""
     parts, labels = path.split("."), tower.split(".") if tower else []
     ends = [n for n in range(1, len(labels) + 1) if shared + n < len(parts)]
@@ -161,14 +161,14 @@ def _parts(module: nn.Module, path: str, inside: str) -> Iterator[tuple[str, nn.
             yield each, child
 
 
-def _shared(paths: list[str]) -> int:
+def shared_depth(paths: list[str]) -> int:
     """How many parts all paths begin with."""
     split = [path.split(".")[:-1] for path in paths]
     differ = (n for n, each in enumerate(zip(*split, strict=False)) if len(set(each)) > 1)
     return next(differ, min(map(len, split), default=0))
 
 
-def _labels(paths: list[str], shared: int) -> dict[str, str]:
+def stack_labels(paths: list[str], shared: int) -> dict[str, str]:
     """`model.encoder.block` and `model.decoder.block` become `encoder` and `decoder`: the shortest that tell apart."""
     split = {path: path.split(".")[shared:] for path in paths if len(paths) > 1}
     labels = dict.fromkeys(paths, "")

@@ -8,13 +8,14 @@ from collections.abc import Collection
 from torch import nn
 
 from .layer_stacks import Stack
-from .module_lists import is_list, is_norm, join
+from .module_lists import is_norm, join
 from .unwrap import named_bare_modules, named_children, unwrap_module
 
 # Where a part is declared says when it runs, but for these names. LFM2's `embedding_norm` is its last norm.
 _EMBEDDING_CLASS = re.compile(r"(Embed|Embedder|Embeddings?)$")
 _EMBEDDING = re.compile(r"^(embed(?!_out)|pos(ition)?_embed|per_layer)|norm_embed|embed.*(layer_?norm|ln)$|post_conv")
 _LAST_NORM = re.compile(r"final|post|_f$")
+_LISTS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
 
 
 def block_owners(model: nn.Module, stacks: list[Stack]) -> tuple[dict[str, str], dict[str, str]]:
@@ -135,7 +136,11 @@ def ordered(found: set[str], stacks: list[Stack]) -> tuple[str, ...]:
 def describe_structure(model: nn.Module) -> str:
     """The parts and lists of a model that was not understood, for the error message."""
     parts = ", ".join(f"{name} ({type(child).__name__})" for name, child in named_children(model))
-    lists = {path: module for path, module in named_bare_modules(model) if path and is_list(module)}
-    kinds = {path: ", ".join(dict.fromkeys(type(child).__name__ for child in each)) for path, each in lists.items()}
-    found = "; ".join(f"{path} ({len(lists[path])} of {kind or 'nothing'})" for path, kind in kinds.items())
+    lists = {path: module for path, module in named_bare_modules(model) if path and isinstance(module, _LISTS)}
+    found = "; ".join(
+        f"{path} ({len(module._modules)} of {', '.join({type(part).__name__: None for part in module.children()})})"
+        if module._modules
+        else f"{path} (empty)"
+        for path, module in lists.items()
+    )
     return f"Its parts are: {parts or 'none'}. Its lists are: {found or 'none'}."

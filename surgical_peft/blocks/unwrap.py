@@ -27,14 +27,20 @@ def bare_parameter_name(name: str) -> str:
 
 def unwrap_model(model: nn.Module) -> nn.Module:
     """The user's own model inside DDP, FSDP, `torch.compile` and `PeftModel`, in whatever order they were put on."""
-    model = unwrap_module(model)
+    *_, bare = nested_models(model)
+    return bare
+
+
+def nested_models(model: nn.Module) -> Iterator[nn.Module]:
+    """A model and PEFT's tuners and other models in it, from the outside in; the last one is the user's own."""
+    yield (model := unwrap_module(model))
     if list(model._modules) == ["module"]:
-        return unwrap_model(model.get_submodule("module"))
-    if "base_model" in model._modules:
+        yield from nested_models(model.get_submodule("module"))
+    elif "base_model" in model._modules:
         tuner = unwrap_module(model.get_submodule("base_model"))
         if "model" in tuner._modules:
-            return unwrap_model(tuner.get_submodule("model"))
-    return model
+            yield tuner
+            yield from nested_models(tuner.get_submodule("model"))
 
 
 def unwrap_module(module: nn.Module) -> nn.Module:

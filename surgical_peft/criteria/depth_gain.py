@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from ..blocks.block_map import is_head
+from ..blocks.block_map import kind_of
 from .adam_gain import gains_of_all
 from .budget import GRADIENTS
 from .criterion import of_model
@@ -47,7 +47,7 @@ def by_depth(context: ScoringContext, gains: Mapping[str, float]) -> dict[str, f
     of_block: dict[str, float] = {}  # gains add up
     for name, gain in gains.items():
         of_block[context.blocks[name]] = of_block.get(context.blocks[name], 0.0) + gain
-    head = sum(gain for block, gain in of_block.items() if is_head(block))
+    head = sum(gain for block, gain in of_block.items() if kind_of(block) == "head")
     credit = head / max(of_block.values()) / EVEN if head else math.e
     sizes = {name: sum(weight.numel() for weight in context.units[name].values()) for name in gains}
     most, largest = max(gains.values()), max(sizes.values())
@@ -64,5 +64,5 @@ def depths_of(context: ScoringContext) -> dict[str, float]:
     layers = 0
     for block in dict.fromkeys(context.blocks.values()):
         before[block] = layers
-        layers += block.rpartition(".")[2].isdigit()
+        layers += kind_of(block) == "layer"
     return {block: count / max(1, layers) for block, count in before.items()}

@@ -65,7 +65,7 @@ class BlockRates:
         self.active = False  # whether it masks and has a say in the loss
         self.used: dict[str, float] = {}  # the factors of the last step, by unit
         self._units = list(units)
-        self._blocks = blocks
+        self.blocks = blocks
         self._model = weakref.ref(model)
         self._masks = Masks(policy.state_policy)
         self._watch: Any = None  # on the model's forward pass
@@ -98,7 +98,7 @@ class BlockRates:
         for key in ("scores", "state"):
             record.setdefault(key, {})  # torch's distributed checkpoints leave empty dictionaries out
         return TrainingState(
-            self._units, self._blocks, record["step"], record["epoch"], record["state"], record["scores"]
+            self._units, self.blocks, record["step"], record["epoch"], record["state"], record["scores"]
         )
 
     def set_multipliers(self, optimizer: Optimizer, multipliers: Mapping[str, float]) -> None:
@@ -210,7 +210,7 @@ class BlockRates:
                 )
             if not isinstance(outputs, MutableMapping):
                 raise SurgicalError(
-                    f"the loss of {self.policy} takes the place of the model's own, and {self._blocks.model_name} "
+                    f"the loss of {self.policy} takes the place of the model's own, and {self.blocks.model_name} "
                     f"returned a {type(outputs).__name__}: it must return a dict, as with return_dict=True."
                 )
             if self._step_loss is not None:
@@ -221,7 +221,7 @@ class BlockRates:
                 return  # the adapter is disabled, as for DPO's reference
             trained = {unit.block for unit in self._units for p in unit.parameters if p.requires_grad}
             raise SurgicalError(
-                f"the loss of {self._blocks.model_name} does not depend on what {self.policy} trains now: "
+                f"the loss of {self.blocks.model_name} does not depend on what {self.policy} trains now: "
                 f"{', '.join(sorted(trained))}. Train a block with it that the loss reaches, or leave these out of "
                 "`blocks`."
             )

@@ -153,7 +153,7 @@ class SurgicalCallback(TrainerCallback):
         policy, record = rates.policy, optimizer.param_groups[0]["surgical"]
         if not policy.probe_batches or record["probed"] == at:
             return
-        scores = self._scores(policy, at, policy.probe_batches, args, state, kwargs)
+        scores = self._scores(rates, at, policy.probe_batches, args, state, kwargs)
         training = rates.training_state(optimizer)
         training.scores.clear()
         training.scores.update(
@@ -180,22 +180,24 @@ class SurgicalCallback(TrainerCallback):
                 f"({type(data).__name__}): use a policy without a probe, such as auto_rgn(every='step')."
             )
         if optimizer.param_groups[0]["surgical"]["probed"] is not None:  # else its first probe precedes the first step
-            self._scores(policy, state.global_step, 1, args, state, kwargs)
+            self._scores(rates, state.global_step, 1, args, state, kwargs)
 
     def _scores(
         self,
-        policy: Policy,
+        rates: BlockRates,
         at: int,
         count: int,
         args: TrainingArguments,
         state: TrainerState,
         kwargs: dict[str, Any],
     ) -> BlockScores:
-        training = kwargs["train_dataloader"]
+        policy, training = rates.policy, kwargs["train_dataloader"]
         size = args.per_device_train_batch_size if args.world_size > 1 else state.train_batch_size
         batches = _probe_batches(training, size, args.seed + at, count, args.process_index, args)
         loss_fn = self.loss_fn or partial(_own_loss, policy)
-        return score_blocks(kwargs["model"], batches, policy.criterion, policy.granularity, count, loss_fn)
+        return score_blocks(
+            kwargs["model"], batches, policy.criterion, policy.granularity, count, loss_fn, blocks=rates.blocks
+        )
 
 
 def _own_loss(policy: Policy, model: nn.Module, batch: Any) -> Tensor:

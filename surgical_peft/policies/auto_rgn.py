@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from ..blocks.block_map import is_head
 from ..errors import SurgicalError
 from ..scoring.block_scores import BlockScores, normalize
 from ..validation import check_cadence, check_choice, check_count
@@ -77,7 +76,7 @@ class AutoRGN(Policy):
         inside = {
             unit.name: value
             for unit, value in zip(training.units, values, strict=True)
-            if not (math.isnan(value) or is_head(unit.block))
+            if not (math.isnan(value) or unit.block in training.blocks.heads)
         }
         if not all(map(math.isfinite, inside.values())) or not any(inside.values()):
             return None  # a step that the gradient scaler will skip, or nothing to compare: rates stay as they are
@@ -90,7 +89,7 @@ class AutoRGN(Policy):
         inside = {
             unit.name: scores.values[unit.name]
             for unit in training.units
-            if unit.name in scores.values and not is_head(unit.block)
+            if unit.name in scores.values and unit.block not in training.blocks.heads
         }
         return {**{unit.name: 1.0 for unit in training.units}, **normalize(inside, self.normalized)}
 

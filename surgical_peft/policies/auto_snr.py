@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .. import criteria
-from ..blocks.block_map import is_head
 from ..errors import SurgicalError
 from ..scoring.block_scores import BlockScores, normalize
 from ..validation import check_cadence, check_choice, check_count, check_number, resolve
@@ -69,7 +68,7 @@ class AutoSNR(Policy):
         inside = {
             unit.name: scores.values[unit.name]
             for unit in training.units
-            if unit.name in scores.values and not is_head(unit.block)
+            if unit.name in scores.values and unit.block not in training.blocks.heads
         }
         if self.normalized:
             inside = normalize(inside, self.normalized)
@@ -84,4 +83,6 @@ class AutoSNR(Policy):
                 + " Lower it."
             )
         training.state["chosen"] = True
-        return {unit.name: float(is_head(unit.block) or unit.name in chosen) for unit in training.units}
+        return {
+            unit.name: float(unit.block in training.blocks.heads or unit.name in chosen) for unit in training.units
+        }

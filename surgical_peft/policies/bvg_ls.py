@@ -98,12 +98,12 @@ class BVGLS(Policy):
 
 def _layers(training: TrainingState) -> dict[str, list[str]]:
     """What is selected as one: each block, but a final norm together with its head."""
-    found: dict[str, list[str]] = {}
+    blocks, groups = training.blocks, dict[str, list[str]]()
+    heads = {blocks.tower_of(head): head for head in training.heads}
     for name in training.names:
-        stack, _, kind = name.rpartition(".")
-        head = f"{stack}.head" if stack else "head"
-        found.setdefault(head if kind == "final_norm" and head in training.names else name, []).append(name)
-    return found
+        key = heads.get(blocks.tower_of(name), name) if blocks.kind(name) == "final_norm" else name
+        groups.setdefault(key, []).append(name)
+    return groups
 
 
 def _averages(state: dict[str, Any], parameters: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..blocks.block_map import is_head
 from ..validation import check_cadence, check_choice
-from .policy import STATE_POLICIES, Policy, TrainingState, depths, poolers
+from .policy import STATE_POLICIES, Policy, TrainingState
 
 
 @dataclass(frozen=True)
@@ -48,15 +47,10 @@ class GradualUnfreezing(Policy):
 
     def plan(self, training: TrainingState) -> dict[str, float] | None:
         turn = (training.epoch or 0) if isinstance(self.every, str) else training.step // self.every
-        depth_of = depths(training.blocks)
-        if (
-            training.repeated
-            and not training.blocks.tied
-            and {*filter(is_head, training.blocks.names)} <= {*poolers(training.blocks)}
-        ):
-            last = max(
-                depth_of[name] for name in training.repeated
-            )  # the loss may reach neither pooler nor final norm
+        blocks = training.blocks
+        depth_of = dict(blocks.depths)
+        if training.repeated and not blocks.tied and blocks.heads == blocks.poolers:
+            last = max(depth_of[name] for name in training.repeated)  # the loss may reach nothing behind it
             depth_of |= {name: min(depth_of[name], last) for name in training.names}
         there = sorted({depth_of[name] for name in training.names}, reverse=self.direction == "last_to_first")
         thawed = set(there[: turn + 1])

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ..blocks.block_map import BlockMap
 from ..validation import check_number
-from .policy import Policy, depths
+from .policy import Policy
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class LayerDecay(Policy):
         check_number("layer_decay", "decay", self.decay, above=0, at_most=1)
 
     def base_multipliers(self, blocks: BlockMap) -> dict[str, float]:
-        depth_of = depths(blocks)
+        depth_of = blocks.depths
         top = max(depth_of.values())
         return {name: self.decay ** (top - depth) for name, depth in depth_of.items()}
 

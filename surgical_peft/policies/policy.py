@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..blocks.block_map import BlockMap, is_head
+from ..blocks.block_map import BlockMap
 from ..errors import SurgicalError
 from ..scoring.block_scores import BlockScores
 
@@ -76,13 +76,12 @@ class TrainingState:
     @property
     def heads(self) -> list[str]:
         """Those of them that are heads."""
-        return [name for name in self.names if is_head(name)]
+        return [name for name in self.names if name in self.blocks.heads]
 
     @property
     def repeated(self) -> list[str]:
         """Those of them that are repeated layers."""
-        layers = {name for stack in self.blocks.stacks.values() for name in stack}
-        return [name for name in self.names if name in layers]
+        return [name for name in self.names if name in self.blocks.layers]
 
     def only(self, chosen: Iterable[str]) -> dict[str, float]:
         """Factor 1 for the units of the chosen blocks, 0 for all others."""
@@ -186,24 +185,6 @@ class Policy:
     def loss(self, training: TrainingState) -> StepLoss | None:
         """`(outputs, labels, num_items_in_batch=None) -> loss` for the coming step; None = the model's own."""
         return None
-
-
-def depths(blocks: BlockMap) -> dict[str, int]:
-    """How far from the input each block is: embeddings 0, the repeated blocks 1 to L, final norm and head L + 1.
-
-    An encoder's blocks count before its decoder's; the final norm of a stack is one above its last block.
-    """
-    repeated = {name for stack in blocks.stacks.values() for name in stack}
-    depth, found = 0, {}
-    for name in blocks.names:
-        depth += name in repeated
-        found[name] = depth + (name.rpartition(".")[2] in ("final_norm", "head"))
-    return found
-
-
-def poolers(blocks: BlockMap) -> list[str]:
-    """The heads that are a pooler alone, as in a bare encoder; a loss on the hidden states does not reach them."""
-    return [name for name in blocks.names if is_head(name) and all("pool" in path for path in blocks.modules[name])]
 
 
 def check_enough(owner: str, num_blocks: int, candidates: Sequence[str]) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from ..validation import check_choice, check_count, check_number
-from .policy import STATE_POLICIES, Policy, TrainingState, depths
+from .policy import STATE_POLICIES, Policy, TrainingState
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class ProgressiveFreezing(Policy):
         return training.only([name for name in training.names if name not in frozen])
 
     def step_multipliers(self, training: TrainingState) -> dict[str, float] | None:
-        depth_of = depths(training.blocks)
+        depth_of = training.blocks.depths
         top = max(depth_of.values())
         sums = training.state.setdefault("sums", {})
         frozen = training.state.setdefault("frozen", [])

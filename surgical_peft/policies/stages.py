@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import SurgicalError
 from ..validation import check_choice, check_count, check_number, immutable, nearest, resolve
-from .policy import STATE_POLICIES, BlockSpec, Policy, StepLoss, TrainingState, poolers
+from .policy import STATE_POLICIES, BlockSpec, Policy, StepLoss, TrainingState
 
 
 @dataclass(frozen=True, repr=False)
@@ -173,7 +173,7 @@ def _trained(stage: Stage, training: TrainingState) -> list[str]:
             f"{stage} names {missing[0]!r}, which is not trained. Trained: {', '.join(training.names)}; "
             "'all' means these."
         )
-    if set(chosen) <= set(poolers(training.blocks)):
+    if set(chosen) <= set(training.blocks.poolers):
         raise SurgicalError(
             f"{stage} trains nothing but the pooler of {training.blocks.model_name} ({', '.join(chosen)}), which is "
             "no head: a loss on the last hidden states does not reach it. Name another block with it, such as [-1, "

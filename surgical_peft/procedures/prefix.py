@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..blocks.block_map import BlockMap
-from .procedure import Proposals, layers, procedure
+from .procedure import Proposals, procedure
 
 
 @procedure()
@@ -22,6 +22,6 @@ def prefix(blocks: BlockMap) -> Proposals:
     Example:
         >>> result = run_search(procedures.prefix(), objective)
     """
-    bounds = [0, *(blocks.names.index(name) + 1 for name in layers(blocks))]  # where the trained part begins
+    bounds = [0, *(blocks.names.index(name) + 1 for name in blocks.layers)]  # where the trained part begins
     yield [blocks.names[bound:] for bound in reversed(bounds) if blocks.names[bound:]]
     return None

@@ -149,10 +149,7 @@ def procedure(
 
 def layers(blocks: BlockMap, candidates: Blocks | None = None) -> Candidate:
     """The blocks to search among, in the map's order: `candidates`, or else the repeated layers of all stacks."""
-    if candidates is not None:
-        return blocks.parse(candidates)
-    repeated = {name for stack in blocks.stacks.values() for name in stack}
-    return tuple(name for name in blocks.names if name in repeated)
+    return blocks.layers if candidates is None else blocks.parse(candidates)
 
 
 def best_of(metrics: Sequence[float]) -> int | None:

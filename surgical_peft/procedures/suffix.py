@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..blocks.block_map import BlockMap
-from .procedure import Proposals, layers, procedure
+from .procedure import Proposals, procedure
 
 
 @procedure()
@@ -21,6 +21,6 @@ def suffix(blocks: BlockMap) -> Proposals:
     Example:
         >>> result = run_search(procedures.suffix(), objective)
     """
-    bounds = [*(blocks.names.index(name) for name in layers(blocks)), len(blocks.names)]  # where the trained part ends
+    bounds = [*(blocks.names.index(name) for name in blocks.layers), len(blocks.names)]  # where the trained part ends
     yield [blocks.names[:bound] for bound in bounds if bound]
     return None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..blocks.block_map import BlockMap, is_head
+from ..blocks.block_map import BlockMap
 from .procedure import Blocks, Proposals, layers, procedure
 
 
@@ -27,6 +27,6 @@ def sweep(blocks: BlockMap, candidates: Blocks | None = None) -> Proposals:
         >>> result = run_search(procedures.sweep("all"), objective)
     """
     alone = [(name,) for name in layers(blocks, candidates)]
-    heads = tuple(name for name in blocks.names if is_head(name))
+    heads = blocks.heads
     yield list(dict.fromkeys([*alone, blocks.names, *([heads] if heads else [])]))
     return None

@@ -35,7 +35,7 @@ def model_loss(model: nn.Module, batch: Any) -> Tensor:
         "give loss_fn=(model, batch) -> loss."
     )
     try:
-        loss = getattr(model(**batch), "loss", None)
+        outputs = model(**batch)
     except ValueError as error:
         if _lacks_labels(batch, model, error):
             raise SurgicalError(unlabelled) from error
@@ -45,6 +45,8 @@ def model_loss(model: nn.Module, batch: Any) -> Tensor:
         if wrong is None:
             raise
         raise SurgicalError(wrong) from error
+    # As Trainer does: transformers' outputs are mappings, those of other models may be plain dictionaries
+    loss = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
     if loss is None:
         raise SurgicalError(unlabelled)
     return loss

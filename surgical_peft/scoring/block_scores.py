@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..atomic_files import write_text
-from ..blocks.block_map import is_head
+from ..blocks.block_map import kind_of
 from ..errors import SurgicalError
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ class BlockScores:
         unscored: units left out because their weights are all zero, the loss reaches none of them, or the criterion
             does not define a score of them.
         criterion, granularity, num_batches, model_name: what was scored, how, and on how many batches.
+        layer_paths: those of the `BlockMap`: which modules are the layers, where they were not found but named.
 
     Example:
         >>> scores.values["embeddings"]
@@ -43,6 +44,7 @@ class BlockScores:
     granularity: str
     num_batches: int
     model_name: str
+    layer_paths: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         wrong = ", ".join(f"{name} ({value})" for name, value in self.values.items() if not math.isfinite(value))
@@ -58,7 +60,7 @@ class BlockScores:
         Raises:
             SurgicalError: unknown `how`, all scores are zero, or `"max"` of scores below zero.
         """
-        inside = {name: value for name, value in self.values.items() if not is_head(self.blocks[name])}
+        inside = {name: value for name, value in self.values.items() if kind_of(self.blocks[name]) != "head"}
         return {**dict.fromkeys(self.values, 1.0), **normalize(inside, how)}
 
     def table(self) -> Table:
@@ -99,7 +101,8 @@ class BlockScores:
         """
         try:
             data = json.loads(text)
-            return cls(**{**data, "unscored": tuple(data["unscored"])})
+            paths = tuple(dict(data).get("layer_paths", ()))  # absent in files of earlier versions
+            return cls(**{**data, "unscored": tuple(data["unscored"]), "layer_paths": paths})
         except (ValueError, TypeError, KeyError) as error:
             raise SurgicalError(f"this is not the JSON of block scores, as to_json() writes it: {error}") from error
 

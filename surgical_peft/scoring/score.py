@@ -48,6 +48,7 @@ def score_blocks(
     loss_fn: LossFunction | None = None,
     memory: str = "normal",
     budget: float | Budget | None = None,
+    blocks: BlockMap | None = None,
 ) -> BlockScores:
     """Score every block of `model` on labelled data; the model comes back as it was.
 
@@ -73,6 +74,7 @@ def score_blocks(
             machine. Scoring takes fewer batches to stay within it, `probe` also fewer units and passes, or gradients
             alone; what was planned and what it took is told (`transformers.utils.logging.disable_progress_bar()`
             silences it). Default: no limit.
+        blocks: the model's map; default `BlockMap.find(model)`.
 
     Returns:
         The scores, larger = tune it. Units that have none are left out (`scores.unscored`): those whose weights are
@@ -102,7 +104,7 @@ def score_blocks(
         raise SurgicalError(f"num_batches={num_batches} is out of range: score on at least 1 batch.")
     model = without_ddp(model)
     reshard(model)
-    blocks = BlockMap.find(model)
+    blocks = blocks or BlockMap.find(model)
     lent = lent_weights(model)
     is_told = budget is not None or needs.what == "model"  # callbacks score by gradients, many times
     told = counted(budget if is_told else Budget(), f"scores by {name_of(score)}")
@@ -144,7 +146,7 @@ def score_blocks(
                 name: {path: stored[path].loaded() if weight.is_meta else weight for path, weight in unit.items()}
                 for name, unit in scored.items()
             }
-            paths = {path for stack in blocks.stacks.values() for name in stack for path in blocks.modules[name]}
+            paths = {path for name in blocks.layers for path in blocks.modules[name]}
             layers = [layer for path, layer in named_bare_modules(unwrap_model(model)) if path in paths]
             on_device = [to_device(batch, model) for _, batch in ours]
             context = ScoringContext(
@@ -186,6 +188,7 @@ def score_blocks(
         granularity=granularity,
         num_batches=total,
         model_name=blocks.model_name,
+        layer_paths=blocks.layer_paths,
     )
 
 
@@ -277,15 +280,13 @@ def _zero_units(units: Units, lent: list[Lent]) -> list[str]:
 
 
 def _named_values(found: Any, criterion: Criterion, units: Units) -> dict[str, Any]:
-    if not isinstance(found, Mapping) or not set(found) <= set(units):
-        shown = (
-            f"the units {', '.join(map(str, found))}" if isinstance(found, Mapping) else f"a {type(found).__name__}"
-        )
-        raise SurgicalError(
-            f"the criterion {name_of(criterion)} returned {shown}: it must return {{unit: score}} for units among "
-            f"{', '.join(units)}."
-        )
-    return dict(found)
+    if isinstance(found, Mapping) and set(found) <= set(units):
+        return dict(found)
+    shown = f"the units {', '.join(map(str, found))}" if isinstance(found, Mapping) else f"a {type(found).__name__}"
+    raise SurgicalError(
+        f"the criterion {name_of(criterion)} returned {shown}: it must return {{unit: score}} for units among "
+        f"{', '.join(units)}."
+    )
 
 
 def _check_loaded(blocks: BlockMap, units: Units, lent: list[Lent]) -> None:

@@ -11,15 +11,17 @@ from .block_scores import BlockScores, normalize
 
 @dataclass(frozen=True)
 class Selection:
-    """Blocks to tune, in the model's order; plain data, equal by its blocks.
+    """Blocks to tune, in the model's order; plain data, equal by all but the record.
 
     Attributes:
         blocks: the chosen block names.
         record: how they were chosen (rule, criterion, batches, scores): kept in `adapter_config.json`, never read.
+        layer_paths: those of the `BlockMap` that the names are of.
     """
 
     blocks: tuple[str, ...]
     record: dict[str, Any] = field(default_factory=dict, compare=False)
+    layer_paths: tuple[str, ...] = ()
 
 
 def top_k(scores: BlockScores, k: int) -> Selection:
@@ -119,4 +121,4 @@ def _selection(scores: BlockScores, chosen: list[str], **how: Any) -> Selection:
         "num_batches": scores.num_batches,
         "scores": dict(scores.values),
     }
-    return Selection(blocks=tuple(name for name in scores.values if name in chosen), record=record)
+    return Selection(tuple(name for name in scores.values if name in chosen), record, scores.layer_paths)

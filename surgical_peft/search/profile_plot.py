@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from ..blocks.block_map import is_head
+from ..blocks.block_map import kind_of
 from ..errors import SurgicalError
 from ..rendering import new_figure
 from .result import SearchResult
@@ -21,7 +21,7 @@ def plot_profile(result: SearchResult, path: str | Path) -> None:
         SurgicalError: no block was tuned alone.
     """
     tried = result.profile
-    heads = tuple(name for name in result.blocks if is_head(name))
+    heads = tuple(name for name in result.blocks if kind_of(name) == "head")
     bars = {name: metric for name, metric in tried.items() if name not in heads}
     if not any(math.isfinite(metric) for metric in bars.values()):
         raise SurgicalError(

@@ -195,7 +195,7 @@ class SearchResult:
         try:
             data = json.loads(text)
             return cls(
-                best=Selection(tuple(data["best"]["blocks"]), data["best"]["record"]),
+                best=_selection(data["best"]),
                 metric=data["metric"],
                 trials=tuple(_trial(each) for each in data["trials"]),
                 blocks=tuple(data["blocks"]),
@@ -231,6 +231,10 @@ def state_of(trials: Sequence[SearchTrial]) -> str:
         return states[0]
     found = [(states.count(state), state) for state in ("failed", "pruned") if state in states]
     return ", ".join(f"{count} of {len(states)} {state}" for count, state in found)
+
+
+def _selection(data: dict[str, Any]) -> Selection:
+    return Selection(tuple(data["blocks"]), data["record"], tuple(data.get("layer_paths", ())))  # not in every file
 
 
 def _trial(data: dict[str, Any]) -> SearchTrial:

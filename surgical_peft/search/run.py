@@ -7,6 +7,7 @@ import math
 import re
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -84,13 +85,11 @@ def run_search(
     study_class, task_class = optuna_classes()
     procedure = as_procedure(procedure)
     said = _in_words(procedure)
-    searched: dict[str, Any] = {
-        "procedure": said,
-        "blocks": list(blocks.names),
-        "rates": list(rates),
-        "seeds": list(seeds),
-    }
+    searched: dict[str, Any] = {"procedure": said, "blocks": list(blocks.names)}
+    searched |= {"rates": list(rates), "seeds": list(seeds)}
     searched |= {"pruner": pruner and type(pruner).__name__, "training": getattr(objective, "settings", None)}
+    searched |= {"layers": list(blocks.layer_paths)} if blocks.layer_paths else {}
+    origin = Selection((), {"procedure": said}, blocks.layer_paths)
     settings: list[tuple[float | None, int | None]] = [
         (rate, seed) for rate in (rates or (None,)) for seed in (seeds or (None,))
     ]
@@ -108,7 +107,7 @@ def run_search(
                 raise _endless(said, max_trials)
             tasks = {each: [task_class(each, *pair) for pair in settings] for each in candidates if each not in trials}
             wanted = [task for own in tasks.values() for task in own]
-            done = _train(study, wanted, objective, said, pruner is not None, on_progress)
+            done = _train(study, wanted, objective, origin, pruner is not None, on_progress)
             trials |= {each: [done[task] for task in own] for each, own in tasks.items()}
             metrics = [candidate_of(trials[each]).metric for each in candidates]
             answer = metrics[0] if single else metrics
@@ -171,7 +170,7 @@ def _train(
     study: Study,
     tasks: list[Task],
     objective: Callable[..., float],
-    said: str,
+    origin: Selection,
     prunes: bool,
     on_progress: Callable[[Sequence[SearchTrial]], None] | None,
 ) -> dict[Task, SearchTrial]:
@@ -184,7 +183,7 @@ def _train(
             task, trial = taken
             try:
                 with study.alive(trial):
-                    done = _try(task, objective, said, partial(study.report, trial) if prunes else None)
+                    done = _try(task, objective, origin, partial(study.report, trial) if prunes else None)
             except BaseException:
                 study.give_back(trial)
                 raise
@@ -200,14 +199,14 @@ def _train(
 
 
 def _try(
-    task: Task, objective: Callable[..., float], said: str, report: Callable[[float, int], None] | None
+    task: Task, objective: Callable[..., float], origin: Selection, report: Callable[[float, int], None] | None
 ) -> SearchTrial:
     from optuna import TrialPruned
 
     settings: dict[str, Any] = {
         key: value for key, value in (("rate", task.rate), ("seed", task.seed)) if value is not None
     }
-    selection = Selection(task.blocks, {"procedure": said, **settings})
+    selection = replace(origin, blocks=task.blocks, record={**origin.record, **settings})
     own = set(selection.record)
     metric, error, state = math.nan, None, "complete"
     began = time.perf_counter()
@@ -274,7 +273,7 @@ def _result(
     record = {"procedure": said, "metric": best.metric, "candidates": len(found), "trainings": len(every)}
     if best.rate is not None:
         record["rate"] = best.rate
-    return SearchResult(Selection(best.blocks, record), best.metric, every, blocks.names, said)
+    return SearchResult(Selection(best.blocks, record, blocks.layer_paths), best.metric, every, blocks.names, said)
 
 
 def _check(rates: Sequence[float], seeds: Sequence[int], dead_after: float) -> None:

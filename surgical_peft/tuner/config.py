@@ -16,6 +16,7 @@ from peft.utils import CONFIG_NAME
 
 from ..atomic_files import write_text
 from ..blocks.block_map import PART
+from ..blocks.given_layers import as_paths
 from ..errors import SurgicalError
 from ..scoring.selection import Selection
 from .name_checks import check_names
@@ -50,6 +51,10 @@ class SurgicalConfig(PeftConfig):
         blocks: which blocks: an index, slice or name as a string, or a list of them (see
             [`BlockMap.parse`][surgical_peft.BlockMap.parse]); `"auto"` lets
             [`get_surgical_model`][surgical_peft.get_surgical_model] choose. Saved as the final block names.
+        layers: where the repeated layers are, for a model whose list of them cannot be guessed, or is guessed wrong: a
+            path, a pattern or a list of these, as [`BlockMap.from_layers`][surgical_peft.BlockMap.from_layers] takes
+            them. `blocks` are then of these layers, and so is all that asks for the blocks of the wrapped model. It is
+            saved; another adapter of the model needs not say it again.
         target_modules: with `blocks`, tune only these modules inside them; alone, PEFT's own meaning (names that
             end so, or a regular expression for the whole name) for any type of module. `"all-linear"`, `"all-norm"`
             (normalisation layers) and `"all-bias"` choose by kind; a dictionary chooses for each block, as in
@@ -94,6 +99,9 @@ class SurgicalConfig(PeftConfig):
 
     blocks: Optional[Union[int, str, list[Union[int, str]]]] = field(
         default=None, metadata={"help": "Blocks to tune: indices, slices, names, 'all' or 'auto'."}
+    )
+    layers: Optional[Union[str, list[str]]] = field(
+        default=None, metadata={"help": "Path of the list of layers, where it cannot be guessed."}
     )
     target_modules: Targets = field(
         default=None, metadata={"help": "Modules to tune: inside the blocks, or anywhere if no blocks are given."}
@@ -149,11 +157,18 @@ class SurgicalConfig(PeftConfig):
         self.exclude_modules = _plain(self.exclude_modules)
         if isinstance(self.modules_to_save, str):  # PEFT would go through its letters
             self.modules_to_save = [self.modules_to_save]
+        if isinstance(self.layers, tuple):
+            self.layers = list(self.layers)
         self._check_types()
         if self.blocks is None and self.target_modules is None:
             raise SurgicalError(
                 "SurgicalConfig selects nothing: give blocks=[0, 1] (indices, slices or names), blocks='auto', or "
                 "target_modules=['name']. BlockMap.find(model).names lists the blocks of a model."
+            )
+        if self.layers is not None and self.blocks is None:
+            raise SurgicalError(
+                f"layers={self.layers!r} says what the blocks are, and target_modules={self.target_modules!r} alone "
+                "asks for none: add blocks='all', for these modules in any block, or leave layers out."
             )
         if self.blocks == [] or self.blocks == "":
             raise SurgicalError(f"blocks={self.blocks!r} selects nothing: name at least one block, or 'all'.")
@@ -180,6 +195,7 @@ class SurgicalConfig(PeftConfig):
         """Refuse what a file made by hand, or by an attacker, may hold."""
         for name in ("target_modules", "exclude_modules", "modules_to_save", "new_weights"):
             check_names(name, getattr(self, name))
+        check_names("layers", list(as_paths(self.layers)))
         check_names("blocks", [str(each) for each in self.blocks] if isinstance(self.blocks, list) else None)
         kinds: dict[str, Any] = {
             "num_blocks": int | None,
@@ -210,14 +226,22 @@ class SurgicalConfig(PeftConfig):
     def from_selection(cls, selection: Selection, **kwargs: Any) -> SurgicalConfig:
         """The config that tunes a [`Selection`][surgical_peft.Selection], with the record of how it came about.
 
-        Parts of blocks, as `BlockMap.divided` names them, become `target_modules` by block.
+        Parts of blocks, as `BlockMap.divided` names them, become `target_modules` by block. Blocks of layers that were
+        named, as by `BlockMap.from_layers`, bring their `layers` with them.
 
         Raises:
-            SurgicalError: parts of blocks, and `target_modules` besides.
+            SurgicalError: parts of blocks, and `target_modules` besides; other `layers` than those of the selection.
 
         Example:
             >>> SurgicalConfig.from_selection(top_k(score_blocks(model, dataloader), 2))
         """
+        if selection.layer_paths:
+            layers = kwargs.setdefault("layers", list(selection.layer_paths))
+            if as_paths(layers) != selection.layer_paths:
+                raise SurgicalError(
+                    f"layers={layers!r}: the selection is of the blocks of layers={list(selection.layer_paths)}. "
+                    "Leave layers out, or choose among the blocks of those."
+                )
         inside: dict[str, Any] = {}
         for name in selection.blocks:
             block, _, part = name.partition(PART)

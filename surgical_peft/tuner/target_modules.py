@@ -14,6 +14,7 @@ from torch import nn
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from ..blocks.block_map import BlockMap
+from ..blocks.given_layers import adapter_configs, as_paths
 from ..blocks.module_lists import within
 from ..blocks.unwrap import named_bare_modules
 from ..errors import SurgicalError
@@ -29,8 +30,32 @@ PARTS = ("all-norm", "all-bias")
 _WITHOUT_FORWARD = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
 
-def modules_to_tune(model: nn.Module, config: SurgicalConfig) -> dict[str, set[str] | None]:
-    """Which modules `config` asks to tune in `model`, by path; settles `config.blocks` to the final block names.
+def block_map_for(model: nn.Module, config: SurgicalConfig) -> BlockMap:
+    """The map that `config.blocks` is of: by `config.layers`, by those of an adapter in the model, or as it is found.
+
+    Raises:
+        SurgicalError: no layers, or others than those of an adapter in the model.
+    """
+    blocks = BlockMap.from_layers(model, config.layers) if config.layers else BlockMap.find(model)
+    for name, other in adapter_configs(model).items():
+        if other is config or not isinstance(other, SurgicalConfig) or other.blocks is None:
+            continue
+        if as_paths(other.layers) != blocks.layer_paths:
+            raise SurgicalError(
+                f"layers={config.layers!r} cannot join adapter {name!r}, whose blocks are of layers={other.layers!r}: "
+                "the blocks of a model are the same for all its adapters. Give both the same layers, or unload the "
+                "other one."
+            )
+    return blocks
+
+
+def modules_to_tune(
+    model: nn.Module, config: SurgicalConfig, blocks: BlockMap | None = None
+) -> dict[str, set[str] | None]:
+    """Modules that `config` asks to tune in `model`, by path; settles `config.blocks` and `layers` to what they mean.
+
+    Args:
+        blocks: the `block_map_for` of both, where it is known.
 
     Returns:
         for each path the names of the parameters in it that are tuned; None for all of them.
@@ -55,7 +80,7 @@ def modules_to_tune(model: nn.Module, config: SurgicalConfig) -> dict[str, set[s
         assert not isinstance(config.target_modules, dict | None)
         targets = _chosen(model, config, config.target_modules, None, "the model")
     else:
-        blocks = BlockMap.find(model)
+        blocks = blocks or block_map_for(model, config)
         names = blocks.parse(config.blocks)
         for group, choice in _choices(blocks, names, config.target_modules):
             inside = [path for name in group for path in blocks.modules[name]]
@@ -73,8 +98,8 @@ def modules_to_tune(model: nn.Module, config: SurgicalConfig) -> dict[str, set[s
     check_at_hand(model, list(chosen))
     to_save = _still_to_save(model, config, [path for path in targets if path])
     check_exchangeable(model, tensors, chosen, config)
-    if config.blocks is not None:
-        config.blocks = list(names)
+    if blocks is not None:
+        config.blocks, config.layers = list(names), config.layers or list(blocks.layer_paths) or None
     config.modules_to_save = to_save or None
     config.tuned_modules = {path: None if tuned is None else sorted(tuned) for path, tuned in targets.items()}
     return targets

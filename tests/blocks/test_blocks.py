@@ -495,3 +495,26 @@ def test_a_divided_map_has_parts_in_place_of_layers() -> None:
     for wrong in ([], ["a", "a"]):
         with pytest.raises(SurgicalError, match="does not divide a layer"):
             whole.divided(wrong)
+
+
+def test_facts_of_a_map() -> None:
+    t5 = BlockMap.find(TOYS["t5"].model())
+    assert [t5.kind(name) for name in ("embeddings", "encoder.0", "decoder.final_norm")] == [
+        *("embeddings", "layer", "final_norm")
+    ]
+    assert t5.layers == ("encoder.0", "encoder.1", "decoder.0", "decoder.1")
+    assert t5.depths["encoder.final_norm"] == t5.depths["decoder.0"] == 3
+    assert (t5.tower_of("decoder.final_norm"), t5.tower_of("embeddings")) == ("decoder", "")
+    vit = BlockMap.find(TOYS["vit"].model())
+    assert (vit.heads, vit.poolers) == (("head",), ())
+    bare = BlockMap.find(ViTModel(ViTConfig(**SMALL)))
+    assert bare.heads == bare.poolers == ("head",)
+    with pytest.raises(SurgicalError, match="'embeddings'"):
+        vit.kind("embedding")
+
+
+def test_a_part_of_a_layer_is_one_whatever_it_is_called() -> None:
+    """A part called `mlp.head` made its layer a head."""
+    blocks = BlockMap.find(TOYS["vit"].model()).divided(["mlp.head", "final_norm"])
+    assert {blocks.kind(name) for name in blocks.layers} == {"layer"}
+    assert blocks.heads == ("head",)

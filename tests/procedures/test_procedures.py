@@ -366,7 +366,7 @@ def test_wrong_settings_are_refused_at_once(make: Callable[[], Procedure], why: 
 @pytest.mark.parametrize(
     ("procedure", "why"),
     [
-        (procedures.sweep([0, "haed"]), "block 'haed' does not exist in Toy. Blocks: embeddings, 0, 1, 2, 3"),
+        (procedures.sweep([0, "haed"]), "'haed' does not exist in Toy: did you mean 'head'"),
         (procedures.sweep([]), "selects no block"),
         (procedures.top_k_jointly(5), "num_blocks=5 is more than top_k_jointly has to search among: 4 blocks"),
         (procedures.segments(5), "parts=5 is more than segments has to search among: 4 blocks .0, 1, 2, 3."),

@@ -134,3 +134,22 @@ def test_out_of_memory_passes_through_every_criterion(name: str) -> None:
         score_blocks(model, [TOYS["bert"].batch()] * 2, name)
     assert not any(module.training for module in model.modules())
     assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
+
+
+class ReturnsDict(nn.Module):
+    """A model of the user's own, whose outputs Trainer takes as they are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = TOYS["vit"].model()
+
+    def forward(self, **batch: Any) -> dict[str, Any]:
+        return dict(self.model(**batch))
+
+
+def test_outputs_may_be_a_plain_dictionary() -> None:
+    model, batch = ReturnsDict(), TOYS["vit"].batch()
+    assert score_blocks(model, [batch]).values == score_blocks(model.model, [batch]).values
+    del batch["labels"]
+    with pytest.raises(SurgicalError, match="labels"):
+        score_blocks(model, [batch])

@@ -24,7 +24,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ...atomic_files import check_replaceable, whole_folder
 from ...auto import CRITERION
-from ...blocks.block_map import BlockMap
 from ...errors import SurgicalError
 from ...scoring.selection import Selection
 from ..compare.comparison import Comparison
@@ -222,11 +221,10 @@ def _candidates(what: Comparison, runner: RecipeRunner) -> tuple[dict[str, Candi
     """All candidates by name, with their blocks chosen; and why some do not fit the model, such as a tied head."""
     found: dict[str, Candidate] = {}
     unfit: dict[str, str] = {}
-    blocks = BlockMap.find(runner.model)
     recipe, args = what.recipe, runner.args
     with tempfile.TemporaryDirectory() as folder:
         context = MethodContext(
-            recipe, runner.model, blocks, partial(loader, runner.task, args), args.seed, Path(folder)
+            recipe, runner.model, runner.blocks, partial(loader, runner.task, args), args.seed, Path(folder)
         )
         for name, method in zip(CANDIDATES, what.methods.values(), strict=True):
             try:

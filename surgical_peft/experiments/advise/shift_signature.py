@@ -80,11 +80,12 @@ def signature(
         >>> signature(model, noisy, (clean, more_clean)).kind
         'input'
     """
-    features, loss = _features(model, target)
-    gradients = score_blocks(model, trained or target, "rgn").values
+    blocks = BlockMap.find(model)
+    features, loss = _features(model, blocks, target)
+    gradients = score_blocks(model, trained or target, "rgn", blocks=blocks).values
     if source is None:
         return Signature(gradients, loss)
-    (one, first_loss), (other, second_loss) = (_features(model, half) for half in source)
+    (one, first_loss), (other, second_loss) = (_features(model, blocks, half) for half in source)
     names = [name for name in features if name in one and name in other]
     return Signature(
         gradients,
@@ -118,7 +119,7 @@ def energy_coefficient(one: Tensor, other: Tensor) -> float:
 
 
 @torch.no_grad()
-def _features(model: nn.Module, batches: Batches) -> tuple[dict[str, Tensor], float]:
+def _features(model: nn.Module, blocks: BlockMap, batches: Batches) -> tuple[dict[str, Tensor], float]:
     """What each block returns for each example, its tokens or pixels averaged, and the mean loss."""
     found: dict[str, list[Tensor]] = {}
     batch: dict[str, Tensor] = {}
@@ -127,7 +128,7 @@ def _features(model: nn.Module, batches: Batches) -> tuple[dict[str, Tensor], fl
     def reads(name: str) -> Any:
         def read(module: nn.Module, inputs: Any, output: Any) -> None:
             # the mask is of the encoder's tokens
-            pooled = _pooled(output, {} if name.startswith("decoder") else batch, _size(batch))
+            pooled = _pooled(output, {} if blocks.tower_of(name) == "decoder" else batch, _size(batch))
             if pooled is not None:
                 latest[name] = pooled  # of several modules of a block the one that runs last
 
@@ -136,7 +137,7 @@ def _features(model: nn.Module, batches: Batches) -> tuple[dict[str, Tensor], fl
     every = dict(model.named_modules())
     hooks = [
         every[path].register_forward_hook(reads(name))
-        for name, paths in BlockMap.find(model).modules.items()
+        for name, paths in blocks.modules.items()
         for path in paths
         if path in every
     ]

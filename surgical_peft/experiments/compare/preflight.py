@@ -10,7 +10,6 @@ from pathlib import Path
 
 from torch import nn
 
-from ...blocks.block_map import BlockMap
 from ...errors import SurgicalError
 from ...scoring.selection import Selection
 from ..tasks import Examples
@@ -33,7 +32,7 @@ def context_of(comparison: Comparison, job: Job, runner: RecipeRunner, folder: P
     return MethodContext(
         recipe=recipe,
         model=runner.model,
-        blocks=BlockMap.find(runner.model),
+        blocks=runner.blocks,
         batches=partial(loader, runner.task, recipe.arguments()),
         seed=job.seed,
         folder=folder,

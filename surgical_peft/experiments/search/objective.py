@@ -14,7 +14,6 @@ from torch import nn
 from transformers import TrainerCallback
 
 from ...auto import get_surgical_model
-from ...blocks.block_map import BlockMap
 from ...errors import SurgicalError
 from ...scoring.selection import Selection
 from ...tuner.config import SurgicalConfig
@@ -55,7 +54,7 @@ class RecipeObjective:
         self.recipe = recipe
         self._runner = RecipeRunner(recipe, ("train",) if recipe.folds else ("train", "validation"))
         args = self._runner.args
-        self.blocks = BlockMap.find(self._runner.model)
+        self.blocks = self._runner.blocks
         if recipe.divide:
             self.blocks = self.blocks.divided(recipe.divide)
             get_surgical_model(copy.deepcopy(self._runner.model), self._config(self._layers()))  # the parts exist
@@ -119,7 +118,7 @@ class RecipeObjective:
 
     def _layers(self) -> Selection:
         """All repeated layers."""
-        return Selection(tuple(name for stack in self.blocks.stacks.values() for name in stack))
+        return Selection(self.blocks.layers)
 
     def _places(self, seed: int) -> list[int] | None:
         """The training examples of a training; None for all."""

@@ -25,7 +25,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ... import procedures
 from ...atomic_files import check_replaceable, whole_folder
-from ...blocks.block_map import is_head
+from ...blocks.block_map import kind_of
 from ...errors import SurgicalError
 from ...quiet import quieten
 from ...rendering import markdown_row
@@ -128,7 +128,7 @@ def _search(
     with whole_folder(folder / "search", _RESULT) as temporary:
         result.save(temporary / _RESULT)
         (temporary / "table.md").write_text(search_markdown(result, objective.metric), encoding="utf-8")
-        if any(math.isfinite(metric) for block, metric in result.profile.items() if not is_head(block)):
+        if any(math.isfinite(metric) for block, metric in result.profile.items() if kind_of(block) != "head"):
             result.plot(temporary / "profile.png")
     return result
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, TrainingArguments
 
-from ...blocks.block_map import BlockMap, is_head
+from ...blocks.block_map import BlockMap
 from ...errors import SurgicalError
 from ..recipe.recipe import Recipe
 from .task import load_or_raise
@@ -46,8 +46,8 @@ def modules_to_save(recipe: Recipe, model: nn.Module) -> list[str] | None:
     """What is trained and saved whatever blocks are chosen: as the recipe says, else a new head."""
     if recipe.modules_to_save is not None or not recipe.new_head:
         return recipe.modules_to_save
-    modules = BlockMap.find(model).modules
-    return [path for block in modules if is_head(block) for path in modules[block]]
+    blocks = BlockMap.find(model)
+    return [path for head in blocks.heads for path in blocks.modules[head]]
 
 
 def _with_new_head(auto: Any, recipe: Recipe, count: int | None, names: list[str] | None) -> nn.Module:

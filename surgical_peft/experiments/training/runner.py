@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import TrainerCallback
 
+from ...blocks.block_map import BlockMap
 from ...optim.callback import SurgicalCallback
 from ...policies.policy import Policy
 from ...tuner.model import SurgicalModel
@@ -41,6 +42,7 @@ class RecipeRunner:
         task: the recipe's.
         examples: of each split, each example made once.
         model: the source model, in eval mode; trainings get copies.
+        blocks: its map.
 
     Raises:
         SurgicalError: as `load_task`.
@@ -57,6 +59,11 @@ class RecipeRunner:
         self.task = load_task(recipe, splits)
         self.examples = {split: Remembered(examples) for split, examples in self.task.splits.items()}
         self.model = self.task.load_model().to(self.args.device).eval()
+
+    @cached_property
+    def blocks(self) -> BlockMap:
+        """The block map of the source model."""
+        return BlockMap.find(self.model)
 
     def part(self, split: str, places: Sequence[int] | None = None) -> Part:
         """The examples of a split at `places`; default all."""

@@ -58,7 +58,8 @@ def _check_batches(owner: str, num_batches: Any) -> None:
 
 
 def _top_k(criterion: str, k: int, num_batches: int | None, context: MethodContext) -> Selection:
-    return take_top_k(score_blocks(context.model, context.batches(), criterion, num_batches=num_batches), k)
+    scores = score_blocks(context.model, context.batches(), criterion, num_batches=num_batches, blocks=context.blocks)
+    return take_top_k(scores, k)
 
 
 def _check_k(k: int, context: MethodContext) -> None:

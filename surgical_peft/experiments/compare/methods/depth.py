@@ -8,7 +8,6 @@ from typing import Any
 
 from ....blocks.block_map import BlockMap
 from ....errors import SurgicalError
-from ....procedures.procedure import layers
 from ....scoring.selection import Selection
 from .method import Method, MethodContext, of_known_blocks, parsed
 
@@ -93,7 +92,7 @@ def _checked(name: str, k: int | None) -> int | None:
 
 
 def _layers(blocks: BlockMap, k: int | None) -> tuple[tuple[str, ...], int]:
-    names = layers(blocks)
+    names = blocks.layers
     if k is not None and k > len(names):
         raise SurgicalError(f"k={k} is more than the layers of {blocks.model_name}: {len(names)}.")
     return names, max(1, len(names) // 3) if k is None else k
@@ -101,8 +100,9 @@ def _layers(blocks: BlockMap, k: int | None) -> tuple[tuple[str, ...], int]:
 
 def _first(k: int | None, context: MethodContext) -> Selection:
     names, count = _layers(context.blocks, k)
-    before = context.blocks.names[: context.blocks.names.index(names[0])]
-    return Selection((*(name for name in before if name.endswith("embeddings")), *names[:count]))
+    blocks = context.blocks
+    before = blocks.names[: blocks.names.index(names[0])]
+    return Selection((*(name for name in before if blocks.kind(name) == "embeddings"), *names[:count]))
 
 
 def _middle(k: int | None, context: MethodContext) -> Selection:

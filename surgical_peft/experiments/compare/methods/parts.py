@@ -12,7 +12,7 @@ from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
 
 from ....auto import get_surgical_model
-from ....blocks.block_map import BlockMap, is_head
+from ....blocks.block_map import BlockMap
 from ....errors import SurgicalError
 from ....scoring.selection import Selection
 from ....tuner.config import SurgicalConfig
@@ -76,8 +76,8 @@ def _tune_norms(model: nn.Module, selection: Selection, recipe: Recipe) -> nn.Mo
 
 def _with_heads(model: nn.Module, recipe: Recipe) -> list[str] | None:
     """The modules of the model's heads, and those that the recipe wants trained with every method."""
-    every = dict(model.named_modules())
-    own = [path for name, paths in BlockMap.find(model).modules.items() if is_head(name) for path in paths]
+    every, blocks = dict(model.named_modules()), BlockMap.find(model)
+    own = [path for head in blocks.heads for path in blocks.modules[head]]
     whole = [path for path in own if path in every and next(every[path].parameters(), None) is not None]
     return list(dict.fromkeys([*whole, *(always_saved(recipe, model) or [])])) or None
 
