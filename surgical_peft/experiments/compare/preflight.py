@@ -12,6 +12,7 @@ from torch import nn
 
 from ...blocks.block_map import BlockMap
 from ...errors import SurgicalError
+from ...optim.optimizer import surgical_optimizer
 from ...scoring.selection import Selection
 from ..tasks import Examples
 from ..training.runner import RecipeRunner
@@ -43,7 +44,8 @@ def context_of(comparison: Comparison, job: Job, runner: RecipeRunner, folder: P
 def misfits_of(comparison: Comparison, job: Job, runner: RecipeRunner) -> dict[str, str]:
     """What is wrong with each method that does not fit a source model, by title; costs neither gradients nor scores.
 
-    A method that knows its blocks beforehand wraps a copy of the model; the others refuse what they can.
+    A method that knows its blocks beforehand wraps a copy of the model and makes its optimizer; the others refuse what
+    they can.
 
     Args:
         comparison: has the methods.
@@ -55,10 +57,15 @@ def misfits_of(comparison: Comparison, job: Job, runner: RecipeRunner) -> dict[s
         context = context_of(comparison, job, runner, Path(folder))
         for title, method in comparison.methods.items():
             try:
-                method.policy(comparison.arguments(method))
+                args = comparison.arguments(method)
+                policy = method.policy(args)
                 known = method.preview(context) if method.choose else Selection(())
-                if known is not None:
-                    method.wrap(copy.deepcopy(runner.model), known, context.recipe)
+                if known is None:
+                    continue
+                wrapped = method.wrap(copy.deepcopy(runner.model), known, context.recipe)
+                if method.is_trained:  # a policy that does not fit the model says so when its optimizer is made
+                    factory, settings = surgical_optimizer(args, policy, master_weights=False)
+                    factory()(wrapped, **settings)
             except ValueError as error:  # ours, or PEFT's
                 source = comparison.sources[job.source] if len(comparison.sources) > 1 else None
                 found[title] = in_words(title, runner.model, error, source)
