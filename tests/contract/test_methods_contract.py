@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import io
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,15 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from rich.console import Console
 from torch import Tensor, nn
 from transformers import TrainingArguments
 
 from surgical_peft import BlockMap, Selection, SurgicalError, policies
 from surgical_peft.experiments.compare import methods
+from surgical_peft.experiments.compare.compare import compare
 from surgical_peft.experiments.compare.comparison import Comparison, Job
-from surgical_peft.experiments.compare.jobs import JobRunner
+from surgical_peft.experiments.compare.jobs import JobRunner, measure_test, train_method
 from surgical_peft.experiments.compare.methods import Method, make_method
 from surgical_peft.experiments.recipe.recipe import load_recipe
 from surgical_peft.policies.stages import Stages
@@ -71,7 +74,7 @@ def job_of(job_runner: JobRunner, name: str) -> Job:
     grid = job_runner.comparison.grid(title)
     job = Job("training", 0, 0, title, grid[0] if grid else None)
     choice = Job("choice", 0, 0, title)
-    if job_runner.comparison.methods[title].choose and not job_runner.is_done(choice):
+    if job_runner.comparison.methods[title].choose and not job_runner.findings.is_done(choice):
         job_runner.do(choice)
     return job
 
@@ -83,11 +86,11 @@ def weights_of(model: nn.Module) -> dict[str, Tensor]:
 def trained(job_runner: JobRunner, name: str, steps: int = 2) -> tuple[nn.Module, set[str]]:
     """A model after so many steps, without any wrapper, and the names of the weights that are other than before."""
     job = job_of(job_runner, name)
-    runner = job_runner._runner_of(job)
+    runner = job_runner.data.runner(job)
     before = weights_of(runner.model)
     wrapped = runner.model
     if job_runner.comparison.methods[job.method].is_trained:
-        wrapped = job_runner._train(runner, job, max_steps=steps)
+        wrapped = job_runner.train(job, max_steps=steps)
     after = weights_of(runner.model)
     assert all(torch.equal(after[key], before[key]) for key in before), "the source model was changed"
     merged = wrapped.merge_and_unload() if isinstance(wrapped, PeftModel) else wrapped
@@ -128,7 +131,7 @@ def test_it_trains_what_it_says_and_nothing_else(name: str, job_runner: JobRunne
     model, changed = trained(job_runner, name, steps)
     claimed = CLAIMED[name]
     if claimed is None:
-        chosen = job_runner.finding(Job("choice", 0, 0, make_method(entry(name)).title))
+        chosen = job_runner.findings.load(Job("choice", 0, 0, make_method(entry(name)).title))
         claimed = set(chosen["blocks"])
         assert claimed and chosen["seconds"] >= 0
     blocks = BlockMap.find(model)
@@ -160,18 +163,18 @@ def test_lora_reaches_every_linear_layer(job_runner: JobRunner) -> None:
 @pytest.mark.parametrize("name", methods.__all__)
 def test_what_is_saved_is_what_was_trained(name: str, job_runner: JobRunner) -> None:
     job = job_of(job_runner, name)
-    found = job_runner._training(job)
-    runner = job_runner._runner_of(job)
+    found = train_method(job_runner, job)
+    runner = job_runner.data.runner(job)
     if found["bytes"] is None:
         assert name == "nothing" and found["tuned_parameters"] == 0
         return
     weights = sum(p.numel() for p in runner.model.parameters())
     assert 0 < found["tuned_parameters"] <= weights
     assert 4 * found["tuned_parameters"] <= found["bytes"] <= 4 * found["tuned_parameters"] + 8000
-    loaded = job_runner._test(Job("test", job.source, job.seed, job.method, job.rate))
+    loaded = measure_test(job_runner, Job("test", job.source, job.seed, job.method, job.rate))
     assert 0 <= loaded["test"] <= 1
     # Measured again on validation data from the files, it is what the trained model had.
-    folder = job_runner.weights(job)
+    folder = job_runner.findings.weights(job)
     model = copy.deepcopy(runner.model)
     if (folder / "adapter_config.json").exists():
         again: nn.Module = PeftModel.from_pretrained(model, folder)
@@ -181,7 +184,7 @@ def test_what_is_saved_is_what_was_trained(name: str, job_runner: JobRunner) -> 
 
 
 def test_random_layers_depend_on_the_seed_alone(job_runner: JobRunner) -> None:
-    model = job_runner._runner_of(job_of(job_runner, "random_k")).model
+    model = job_runner.data.runner(job_of(job_runner, "random_k")).model
     choose = make_method({"random_k": {"k": 1}}).choose
     assert choose is not None
     blocks = BlockMap.find(model)
@@ -226,8 +229,8 @@ def test_every_policy_is_a_method(name: str, job_runner: JobRunner, tmp_path: Pa
     assert title.startswith(f"{name}(")
     own = JobRunner(Comparison(recipe), tmp_path)
     own.do(job := Job("training", 0, 0, title, 1e-2))
-    runner = job_runner._runner_of(job)
-    assert own.finding(job)["tuned_parameters"] == sum(weight.numel() for weight in runner.model.parameters())
+    runner = job_runner.data.runner(job)
+    assert own.findings.load(job)["tuned_parameters"] == sum(weight.numel() for weight in runner.model.parameters())
 
 
 def test_a_policy_tunes_the_blocks_that_are_named(job_runner: JobRunner, tmp_path: Path) -> None:
@@ -237,7 +240,7 @@ def test_a_policy_tunes_the_blocks_that_are_named(job_runner: JobRunner, tmp_pat
     assert title in comparison.methods and comparison.grid(title) == [1e-2]
     own, job = JobRunner(comparison, tmp_path), Job("training", 0, 0, title, 1e-2)
     own.do(replace(job, kind="choice", rate=None))
-    tuned = own._train(own._runner_of(job), job, max_steps=2)
+    tuned = own.train(job, max_steps=2)
     trained = {name for name, weight in tuned.named_parameters() if weight.requires_grad}
     assert {BlockMap.find(tuned).block_of(name) for name in trained} == {"0", "head"}
     # Its training is not that of the same blocks at one rate.
@@ -259,8 +262,8 @@ def test_a_policy_that_does_not_fit_the_model_or_the_training_is_refused_by_the_
 ) -> None:
     recipe = replace(job_runner.comparison.recipe, methods=["full", {"policy": options}])
     with pytest.raises(SurgicalError, match=message):
-        JobRunner(Comparison(recipe), tmp_path / "run").check()
-    assert not (tmp_path / "run").exists()
+        compare(recipe, tmp_path, console=Console(file=io.StringIO()))
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_searchs_file_is_a_method(tmp_path: Path, job_runner: JobRunner) -> None:
@@ -271,7 +274,7 @@ def test_a_searchs_file_is_a_method(tmp_path: Path, job_runner: JobRunner) -> No
     result.save(path)
     made = make_method({"searched": {"result": str(path)}})
     assert made.title == "winner of run" and made.choose is not None
-    model = job_runner._runner_of(job_of(job_runner, "full")).model
+    model = job_runner.data.runner(job_of(job_runner, "full")).model
     context = methods.MethodContext(job_runner.comparison.recipe, model, BlockMap.find(model), list, 0, tmp_path)
     assert made.choose(context).blocks == ("1", "head")
     with pytest.raises(SurgicalError, match="are for a search"):

@@ -27,16 +27,16 @@ class JobPool(WorkerPool):
     """Does jobs by a runner, in this process or shared among several that have a runner each."""
 
     def __init__(self, job_runner: JobRunner, jobs: int, console: Console) -> None:
-        super().__init__(jobs, console, _set_up, job_runner.comparison.recipe, job_runner.folder)
-        self._job_runner = job_runner
+        super().__init__(jobs, console, _set_up, job_runner.comparison.recipe, job_runner.findings.folder)
+        self._findings = job_runner.findings
         self._function = job_runner.do if jobs == 1 else _do
 
     def do(self, title: str, jobs: Sequence[Job]) -> None:
         """Do the jobs that are not done; those with one source model and seed together, for they share much."""
         wanted: dict[Path, Job] = {}
         for job in jobs:
-            if not self._job_runner.is_done(job):
-                wanted.setdefault(self._job_runner.path(job), job)
+            if not self._findings.is_done(job):
+                wanted.setdefault(self._findings.path(job), job)
         if wanted:
             ordered = sorted(wanted.values(), key=lambda job: (job.source, job.seed))
             self.run(title, self._function, [(job,) for job in ordered])
