@@ -120,10 +120,10 @@ def compare(
         return
     report = compare_recipe(found, output, jobs=jobs, console=Console(stderr=True, quiet=True) if as_json else console)
     if as_json:
-        print_json(report)
+        print_json(report.to_json())
         return
     console.print(table(report))
-    for sentence in report["sentences"]:
+    for sentence in report.sentences:
         console.print(sentence, highlight=False)
     console.print(f"Result: {Path(str(output or found.arguments().output_dir)) / 'comparison'}", soft_wrap=True)
 

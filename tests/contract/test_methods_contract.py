@@ -4,26 +4,29 @@ from __future__ import annotations
 
 import copy
 import inspect
+import io
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
+from rich.console import Console
 from torch import Tensor, nn
 from transformers import TrainingArguments
 
-from surgical_peft import BlockMap, Selection, SurgicalError
+from surgical_peft import BlockMap, Selection, SurgicalError, policies
 from surgical_peft.experiments.compare import methods
+from surgical_peft.experiments.compare.compare import compare
 from surgical_peft.experiments.compare.comparison import Comparison, Job
-from surgical_peft.experiments.compare.jobs import JobRunner
+from surgical_peft.experiments.compare.jobs import JobRunner, measure_test, train_method
 from surgical_peft.experiments.compare.methods import Method, make_method
 from surgical_peft.experiments.recipe.recipe import load_recipe
 from surgical_peft.policies.stages import Stages
 from surgical_peft.search.result import SearchResult, SearchTrial
 from tests.support.tiny import write_recipe
 
-COUNT = 19
 LAYERS = {"0", "1"}
 # What a method cannot be called without, or should not be here.
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -32,6 +35,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "top_k": {"criterion": "weight_snr", "k": 2},
     "auto": {"criterion": "rgn", "num_blocks": 1},
     "searched": {"procedure": "random_subsets", "options": {"num_blocks": 1, "num_trials": 1}},
+    "policy": {"name": "lisa", "options": {"num_blocks": 1, "every": 1}},
 }
 # The blocks that a method says it trains; None: a choice of the data, told by its own record.
 CLAIMED: dict[str, set[str] | None] = {
@@ -48,7 +52,7 @@ CLAIMED: dict[str, set[str] | None] = {
     "searched": None,
     **{
         name: {"embeddings", "0", "1", "final_norm", "head"}
-        for name in ("full", "lp_ft", "layer_decay", "auto_rgn", "auto_rgn_paper", "bvg_ls")
+        for name in ("full", "policy", "lp_ft", "layer_decay", "auto_rgn", "auto_rgn_paper", "bvg_ls")
     },
 }
 OWN = ("lora", "norms")  # train parts of blocks; they have tests of their own below
@@ -70,7 +74,7 @@ def job_of(job_runner: JobRunner, name: str) -> Job:
     grid = job_runner.comparison.grid(title)
     job = Job("training", 0, 0, title, grid[0] if grid else None)
     choice = Job("choice", 0, 0, title)
-    if job_runner.comparison.methods[title].choose and not job_runner.is_done(choice):
+    if job_runner.comparison.methods[title].choose and not job_runner.findings.is_done(choice):
         job_runner.do(choice)
     return job
 
@@ -82,11 +86,11 @@ def weights_of(model: nn.Module) -> dict[str, Tensor]:
 def trained(job_runner: JobRunner, name: str, steps: int = 2) -> tuple[nn.Module, set[str]]:
     """A model after so many steps, without any wrapper, and the names of the weights that are other than before."""
     job = job_of(job_runner, name)
-    runner = job_runner._runner_of(job)
+    runner = job_runner.data.runner(job)
     before = weights_of(runner.model)
     wrapped = runner.model
     if job_runner.comparison.methods[job.method].is_trained:
-        wrapped = job_runner._train(runner, job, max_steps=steps)
+        wrapped = job_runner.train(job, max_steps=steps)
     after = weights_of(runner.model)
     assert all(torch.equal(after[key], before[key]) for key in before), "the source model was changed"
     merged = wrapped.merge_and_unload() if isinstance(wrapped, PeftModel) else wrapped
@@ -107,7 +111,7 @@ def test_every_public_function_is_a_method_and_is_tried_here() -> None:
         and each.__module__.startswith("surgical_peft.experiments.compare.methods.")
         and inspect.signature(each).return_annotation in (Method, "Method")
     } - {"make_method", "of_known_blocks"}  # make any
-    assert made == set(methods.__all__) and len(made) == COUNT
+    assert made == set(methods.__all__)
     assert set(CLAIMED) | set(OWN) == made
 
 
@@ -118,16 +122,16 @@ def test_it_documents_what_one_has_to_know(name: str) -> None:
 
 
 def test_titles_tell_methods_apart(job_runner: JobRunner) -> None:
-    assert len(job_runner.comparison.methods) == COUNT
+    assert len(job_runner.comparison.methods) == len(methods.__all__)
 
 
 @pytest.mark.parametrize("name", [name for name in methods.__all__ if name not in OWN])
 def test_it_trains_what_it_says_and_nothing_else(name: str, job_runner: JobRunner) -> None:
-    steps = 8 if name in ("lp_ft", "bvg_ls") else 2  # the whole model has its turn later, or one block at a time
+    steps = 8 if name in ("policy", "lp_ft", "bvg_ls") else 2  # every block has its turn, but not in each step
     model, changed = trained(job_runner, name, steps)
     claimed = CLAIMED[name]
     if claimed is None:
-        chosen = job_runner.finding(Job("choice", 0, 0, make_method(entry(name)).title))
+        chosen = job_runner.findings.load(Job("choice", 0, 0, make_method(entry(name)).title))
         claimed = set(chosen["blocks"])
         assert claimed and chosen["seconds"] >= 0
     blocks = BlockMap.find(model)
@@ -159,18 +163,18 @@ def test_lora_reaches_every_linear_layer(job_runner: JobRunner) -> None:
 @pytest.mark.parametrize("name", methods.__all__)
 def test_what_is_saved_is_what_was_trained(name: str, job_runner: JobRunner) -> None:
     job = job_of(job_runner, name)
-    found = job_runner._training(job)
-    runner = job_runner._runner_of(job)
+    found = train_method(job_runner, job)
+    runner = job_runner.data.runner(job)
     if found["bytes"] is None:
         assert name == "nothing" and found["tuned_parameters"] == 0
         return
     weights = sum(p.numel() for p in runner.model.parameters())
     assert 0 < found["tuned_parameters"] <= weights
     assert 4 * found["tuned_parameters"] <= found["bytes"] <= 4 * found["tuned_parameters"] + 8000
-    loaded = job_runner._test(Job("test", job.source, job.seed, job.method, job.rate))
+    loaded = measure_test(job_runner, Job("test", job.source, job.seed, job.method, job.rate))
     assert 0 <= loaded["test"] <= 1
     # Measured again on validation data from the files, it is what the trained model had.
-    folder = job_runner.weights(job)
+    folder = job_runner.findings.weights(job)
     model = copy.deepcopy(runner.model)
     if (folder / "adapter_config.json").exists():
         again: nn.Module = PeftModel.from_pretrained(model, folder)
@@ -180,7 +184,7 @@ def test_what_is_saved_is_what_was_trained(name: str, job_runner: JobRunner) -> 
 
 
 def test_random_layers_depend_on_the_seed_alone(job_runner: JobRunner) -> None:
-    model = job_runner._runner_of(job_of(job_runner, "random_k")).model
+    model = job_runner.data.runner(job_of(job_runner, "random_k")).model
     choose = make_method({"random_k": {"k": 1}}).choose
     assert choose is not None
     blocks = BlockMap.find(model)
@@ -209,6 +213,59 @@ def test_bvg_ls_has_its_own_recipe() -> None:
     assert made.rates == (3e-3, 1e-2, 3e-2)
 
 
+# What a policy cannot be called without.
+POLICIES: dict[str, dict[str, Any]] = {
+    "lp_ft": {"epochs": 1},
+    "stages": {"plan": [{"blocks": "head", "steps": 2}, {}]},
+    "two_stage": {"counts": [16, 16, 16], "epochs": 1},
+}
+
+
+@pytest.mark.parametrize("name", policies.__all__)
+def test_every_policy_is_a_method(name: str, job_runner: JobRunner, tmp_path: Path) -> None:
+    given = {"policy": {"name": name, "options": POLICIES.get(name, {})}}
+    recipe = replace(job_runner.comparison.recipe, methods=["full", given])
+    (title,) = set(Comparison(recipe).methods) - {"full fine-tuning"}
+    assert title.startswith(f"{name}(")
+    own = JobRunner(Comparison(recipe), tmp_path)
+    own.do(job := Job("training", 0, 0, title, 1e-2))
+    runner = job_runner.data.runner(job)
+    assert own.findings.load(job)["tuned_parameters"] == sum(weight.numel() for weight in runner.model.parameters())
+
+
+def test_a_policy_tunes_the_blocks_that_are_named(job_runner: JobRunner, tmp_path: Path) -> None:
+    given = {"policy": {"name": "layer_decay", "options": {"decay": 0.5}, "blocks": [0, "head"], "rates": [1e-2]}}
+    comparison = Comparison(replace(job_runner.comparison.recipe, methods=["full", given]))
+    title = "layer_decay(decay=0.5), blocks 0, head"
+    assert title in comparison.methods and comparison.grid(title) == [1e-2]
+    own, job = JobRunner(comparison, tmp_path), Job("training", 0, 0, title, 1e-2)
+    own.do(replace(job, kind="choice", rate=None))
+    tuned = own.train(job, max_steps=2)
+    trained = {name for name, weight in tuned.named_parameters() if weight.requires_grad}
+    assert {BlockMap.find(tuned).block_of(name) for name in trained} == {"0", "head"}
+    # Its training is not that of the same blocks at one rate.
+    plain = make_method({"blocks": {"names": [0, "head"]}})
+    assert plain.is_its_blocks and not comparison.methods[title].is_its_blocks
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"name": "lisa", "options": {"num_blocks": 9}}, r"lisa\(num_blocks=9\) does not fit ViT.*: num_blocks=9"),
+        ({"name": "static", "options": {"multipliers": {"7": 2}}}, "static.* does not fit ViT.*7"),
+        ({"name": "lp_ft", "options": {"epochs": 9}}, r"lp_ft\(epochs=9\) does not fit"),
+        ({"name": "lisa", "blocks": ["haed"]}, "lisa.* does not fit ViT.*haed"),
+    ],
+)
+def test_a_policy_that_does_not_fit_the_model_or_the_training_is_refused_by_the_check(
+    options: dict[str, Any], message: str, job_runner: JobRunner, tmp_path: Path
+) -> None:
+    recipe = replace(job_runner.comparison.recipe, methods=["full", {"policy": options}])
+    with pytest.raises(SurgicalError, match=message):
+        compare(recipe, tmp_path, console=Console(file=io.StringIO()))
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_searchs_file_is_a_method(tmp_path: Path, job_runner: JobRunner) -> None:
     trial = SearchTrial(("1", "head"), 0.9, 1.0)
     result = SearchResult(Selection(("1", "head")), 0.9, (trial,), ("0", "1", "head"), "sweep()")
@@ -217,7 +274,7 @@ def test_a_searchs_file_is_a_method(tmp_path: Path, job_runner: JobRunner) -> No
     result.save(path)
     made = make_method({"searched": {"result": str(path)}})
     assert made.title == "winner of run" and made.choose is not None
-    model = job_runner._runner_of(job_of(job_runner, "full")).model
+    model = job_runner.data.runner(job_of(job_runner, "full")).model
     context = methods.MethodContext(job_runner.comparison.recipe, model, BlockMap.find(model), list, 0, tmp_path)
     assert made.choose(context).blocks == ("1", "head")
     with pytest.raises(SurgicalError, match="are for a search"):
@@ -238,8 +295,17 @@ def test_a_searchs_file_is_a_method(tmp_path: Path, job_runner: JobRunner) -> No
         ({"auto": {"criterion": "rgm"}}, "did you mean 'rgn'"),
         ({"auto": {"num_batches": 0}}, "num_batches=0 is out of range for auto"),
         ({"layer_decay": {"decay": "x"}}, "decay='x' is out of range"),
-        ({"searched": {"result": 3}}, r"methods: \{'searched': \{'result': 3\}\} does not fit: .*not int"),
-        ({"searched": {"options": [1]}}, r"methods: \{'searched': \{'options': \[1\]\}\} does not fit"),
+        ({"searched": {"result": 3}}, r"\{'result': 3\} does not fit searched: .*not int"),
+        ({"searched": {"options": [1]}}, r"\{'options': \[1\]\} does not fit searched"),
+        ({"policy": {"name": "lsia"}}, "did you mean 'lisa'"),
+        ({"policy": {"name": 3}}, "name=3"),
+        ({"policy": {"name": "lisa", "options": [2]}}, r"options=\[2\]"),
+        ({"policy": {"name": "lisa", "num_blocks": 2}}, "num_blocks.* policy has: name, options, blocks, rates"),
+        ({"policy": {"name": "lisa", "options": {"num_block": 2}}}, r"'num_block': 2.*did you mean 'num_blocks'"),
+        ({"policy": {"name": "lisa", "options": {3: 2}}}, r"\{3: 2\} does not fit lisa"),
+        ({"policy": {"name": "lisa", "options": {"num_blocks": 0}}}, "num_blocks=0"),
+        ({"policy": {"name": "stages"}}, "'plan'.*stages has: plan"),
+        ({"policy": {"name": "tests.contract.test_methods_contract:no_method"}}, "makes a str"),
     ],
 )
 def test_an_argument_of_the_wrong_kind_is_named(given: dict[str, Any], message: str) -> None:

@@ -98,6 +98,11 @@ class Comparison:
         """Times the steps of all methods."""
         return Job("costs", seed=self.seeds[0])
 
+    @property
+    def firsts(self) -> list[Job]:
+        """The first training of each source model, as far as its data go."""
+        return [Job("training", number, self.seeds[0]) for number in range(len(self.sources))]
+
     def source(self, number: int) -> Job:
         """Measures a source model on its own data."""
         return Job("source", number, self.seeds[0])

@@ -27,6 +27,11 @@ class Interval:
     confidence: float
 
     @property
+    def bounds(self) -> list[float] | list[None]:
+        """`low` and `high`."""
+        return [None, None] if self.low is None or self.high is None else [self.low, self.high]
+
+    @property
     def is_clear(self) -> bool:
         """Whether zero lies outside."""
         return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)

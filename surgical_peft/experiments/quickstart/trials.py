@@ -23,7 +23,6 @@ from ... import policies
 from ...errors import SurgicalError
 from ...optim.optimizer import create_surgical_optimizer
 from ...policies.policy import Policy
-from ...quiet import quieten
 from ...scoring.block_scores import BlockScores
 from ...tuner.config import SurgicalConfig
 from ..recipe.recipe import Recipe
@@ -114,12 +113,6 @@ def shipped(name: str) -> Path:
         if (folder / name).exists():
             return folder / name
     raise SurgicalError(f"recipes/{name} did not come with this installation: run from a clone of the repository.")
-
-
-def start_worker() -> None:
-    """One thread, and silence."""
-    torch.set_num_threads(1)
-    quieten()
 
 
 def prepare(shift: str, seed: int, work: Path) -> None:

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import inspect
 import math
-import multiprocessing
-import multiprocessing.connection
 import os
 import platform
 import signal
 import sys
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -27,14 +24,13 @@ from ... import procedures
 from ...atomic_files import check_replaceable, whole_folder
 from ...blocks.block_map import kind_of
 from ...errors import SurgicalError
-from ...quiet import quieten
 from ...rendering import markdown_row
 from ...search.result import SearchResult, SearchTrial, candidate_of, state_of
 from ...search.run import count_trainings, optuna_classes, run_search
 from ...validation import resolve
 from ..recipe.recipe import Recipe
 from ..training.train import score
-from ..training.workers import shared_threads
+from ..training.workers import SPAWN, shared_threads, start_worker
 from .objective import RecipeObjective
 
 _RESULT = "search.json"  # by which the result of an earlier search is known
@@ -148,10 +144,7 @@ def _run(recipe: Recipe, objective: RecipeObjective, kept: dict[str, Any], progr
 def _work(recipe: Recipe, kept: dict[str, Any], threads: int) -> None:
     """What another process does: the same search, silently."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches it too, but the one who started it ends it
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    torch.set_num_threads(threads)
-    quieten()
-    _quieten_optuna()
+    start_worker(threads, _quieten_optuna)
     try:
         _run(recipe, RecipeObjective(recipe), kept)
     except SurgicalError as error:
@@ -161,8 +154,7 @@ def _work(recipe: Recipe, kept: dict[str, Any], threads: int) -> None:
 @contextmanager
 def _helpers(count: int, recipe: Recipe, kept: dict[str, Any], threads: int) -> Iterator[None]:
     """Other processes that work on the same study while this one does."""
-    context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=_work, args=(recipe, kept, threads)) for _ in range(count)]
+    processes = [SPAWN.Process(target=_work, args=(recipe, kept, threads)) for _ in range(count)]
     try:
         for process in processes:
             process.start()
@@ -181,13 +173,6 @@ def _quieten_optuna() -> None:
     from optuna import logging
 
     logging.set_verbosity(logging.WARNING)  # else a line for each study and trial, between those of the bar
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        multiprocessing.connection.wait([parent.sentinel])
-        os._exit(1)
 
 
 def _with_scores(recipe: Recipe) -> Recipe:

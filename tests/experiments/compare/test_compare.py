@@ -31,11 +31,14 @@ from surgical_peft import SurgicalError
 from surgical_peft.cli.main import main
 from surgical_peft.experiments.compare.compare import compare, plan
 from surgical_peft.experiments.compare.comparison import Comparison, Job
-from surgical_peft.experiments.compare.jobs import JobRunner
+from surgical_peft.experiments.compare.jobs import KINDS, JobRunner, train_method
+from surgical_peft.experiments.compare.loaded import LoadedData
 from surgical_peft.experiments.compare.lr_grid import best_rate, is_at_edge, next_rate
 from surgical_peft.experiments.compare.methods import Method, make_method
+from surgical_peft.experiments.compare.preflight import check
+from surgical_peft.experiments.compare.report import ComparisonReport, Difference
 from surgical_peft.experiments.compare.statistics import crossed_interval, t_interval, t_quantile
-from surgical_peft.experiments.compare.tables import markdown, sentences, table
+from surgical_peft.experiments.compare.tables import interval_in_words, markdown, sentences, table
 from surgical_peft.experiments.recipe.recipe import load_recipe
 from surgical_peft.experiments.tasks.image_classification import _Images
 from surgical_peft.experiments.training.profiling import LEAST, MOST, LiveTensors, ms_ratio, step_costs
@@ -72,7 +75,7 @@ def settle(recipe: Path, means: dict[str, Any], monkeypatch: pytest.MonkeyPatch)
             "test": {"test": value / 2},
             "costs": {name: {"ms": 3.0, "peak_bytes": 1000.0} for name in job_runner.comparison.methods},
         }[job.kind]
-        path = job_runner.path(job)
+        path = job_runner.findings.path(job)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({"asked": job_runner.comparison.asked(job), "found": found}))
 
@@ -180,7 +183,7 @@ def test_rates_are_chosen_by_the_mean_over_seeds_and_grids_extended(
     methods = ["nothing", "full", "head", {"layer_decay": {"rates": [1e-4]}}]
     path = write_recipe(tmp_path, methods=methods, rates=[1e-3, 4e-3, 1e-2], seeds=[0, 1])
     done = settle(path, table_of, monkeypatch)
-    report = compare(load_recipe(path), console=QUIET)
+    report = compare(load_recipe(path), console=QUIET).to_json()
     rows = {row["method"]: row for row in report["methods"]}
     assert rows["full fine-tuning"]["rate"] == 4e-3
     assert rows["full fine-tuning"]["rates"] == pytest.approx({"0.001": 0.55, "0.004": 0.75, "0.01": 0.5})
@@ -211,7 +214,7 @@ def test_a_method_that_diverges_is_told_so_and_compared_with_nothing(
     }
     path = write_recipe(tmp_path, methods=["full", "head", "first"], rates=[1e-3, 1e-2], seeds=[0, 1])
     done = settle(path, table_of, monkeypatch)
-    report = compare(load_recipe(path), console=QUIET)
+    report = compare(load_recipe(path), console=QUIET).to_json()
     _, head, first = report["methods"]
     assert first["rate"] == 1e-3 and first["to_full"] is not None and report["compared"] == 1
     assert head["to_full"] is None and head["test"] == [None, None] and head["validation"] == [0.9, None]
@@ -224,7 +227,7 @@ def test_a_method_that_diverges_is_told_so_and_compared_with_nothing(
     (row,) = [line for line in (folder / "table.md").read_text().splitlines() if line.startswith("| head")]
     assert [cell.strip() for cell in row.split("|")[2:4]] == ["diverged", "-"]
     assert (folder / "compare.png").read_bytes().startswith(b"\x89PNG")
-    Console(file=io.StringIO()).print(table(report))
+    Console(file=io.StringIO()).print(table(ComparisonReport.from_json(report)))
 
 
 def test_full_fine_tuning_that_diverges_ends_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -248,13 +251,13 @@ def test_a_test_metric_that_is_no_number(tmp_path: Path, monkeypatch: pytest.Mon
         def do(job_runner: JobRunner, job: Job) -> None:
             play(job_runner, job)
             if job.kind == "test" and job.method == title:
-                path = job_runner.path(job)
+                path = job_runner.findings.path(job)
                 path.write_text(path.read_text().replace('{"test": 0.25}', '{"test": NaN}'))
 
         monkeypatch.setattr(JobRunner, "do", do)
 
     lose("no adaptation")
-    report = compare(recipe, tmp_path / "one", console=QUIET)
+    report = compare(recipe, tmp_path / "one", console=QUIET).to_json()
     assert report["methods"][0]["to_full"] is None and report["compared"] == 1
     lose("full fine-tuning")
     with pytest.raises(SurgicalError, match=r"full fine-tuning at its best rate, 0.001, gave no number for accuracy"):
@@ -264,20 +267,31 @@ def test_a_test_metric_that_is_no_number(tmp_path: Path, monkeypatch: pytest.Mon
 # What is said
 
 
+FOLDER = Path(__file__).parents[3] / "benchmarks" / "compare"
+REPORTS = {path.parent.name: json.loads(path.read_text()) for path in sorted(FOLDER.glob("*/report.json"))}
+REPORT = replace(ComparisonReport.from_json(REPORTS["noise"]), sources=["vit"], seeds=[0, 1, 2])
+ROW = replace(REPORT.methods[0], method="full fine-tuning", rate=1e-3, to_full=None)
+
+
+@pytest.mark.parametrize("name", REPORTS)
+def test_reports_of_earlier_versions_are_read(name: str) -> None:
+    """And told as they were: table.md lies beside each, as the version that made it wrote it."""
+    report = ComparisonReport.from_json(REPORTS[name])
+    assert report.to_json() == REPORTS[name]
+    assert json.dumps(report.to_json(), indent=2) + "\n" == (FOLDER / name / "report.json").read_text()
+    assert markdown(report) == (FOLDER / name / "table.md").read_text()
+    assert (sentences(report), interval_in_words(report)) == (report.sentences, report.interval)
+
+
 def told(**differences: Sequence[float]) -> list[str]:
     full = [0.70, 0.72, 0.71]
-    rows: list[dict[str, Any]] = [{"method": "full fine-tuning", "rate": 1e-3, "test": full, "to_full": None}]
-    for name, each in differences.items():
-        interval, wide = t_interval(each), t_interval(each, 1 - 0.05 / len(differences))
-        found = {
-            "mean": interval.mean,
-            "interval": [interval.low, interval.high],
-            "interval_of_all": [wide.low, wide.high],
-        }
-        test = [a + b for a, b in zip(full, each, strict=False)]
-        rows.append({"method": name, "rate": 1e-3, "test": test, "to_full": found})
-    report = {"metric": "accuracy", "seeds": [0, 1, 2], "sources": ["vit"], "methods": rows, "compared": len(rows) - 1}
-    return sentences(report)
+    rows = [replace(ROW, test=full)]
+    for name, values in differences.items():
+        interval, wide = t_interval(values), t_interval(values, 1 - 0.05 / len(differences))
+        test: list[float | None] = [a + b for a, b in zip(full, values, strict=False)]
+        to_full = Difference(interval.mean, interval.bounds, wide.bounds)
+        rows.append(replace(ROW, method=name, test=test, to_full=to_full))
+    return sentences(replace(REPORT, methods=rows, compared=len(rows) - 1))
 
 
 @pytest.mark.parametrize(
@@ -310,7 +324,8 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
     methods = ["nothing", "full", {"top_k": {"criterion": "rgn", "k": 1}}]
     path = write_recipe(folder, methods=methods, rates=[3e-3, 1e-2], seeds=[0, 1], draws=["data", "other"])
     keys = {"source_data": "other", "test_data": ["data", "other"], "num_train_epochs": 1}
-    return path, compare(load_recipe(write_recipe(folder, **_keys(path), **keys)), console=QUIET)
+    recipe = load_recipe(write_recipe(folder, **_keys(path), **keys))
+    return path, compare(recipe, console=QUIET).to_json()
 
 
 def _keys(path: Path) -> dict[str, Any]:
@@ -326,14 +341,14 @@ def test_it_leaves_report_table_and_picture(compared: tuple[Path, dict[str, Any]
     assert json.loads((folder / "report.json").read_text()) == report
     assert (folder / "compare.png").read_bytes().startswith(b"\x89PNG")
     text = (folder / "table.md").read_text()
-    assert text == markdown(report)
+    assert text == markdown(ComparisonReport.from_json(report))
     rows = [line for line in text.splitlines() if line.startswith("|")]
     assert [row.split("|")[1].strip(" *") for row in rows[2:]] == ["no adaptation", "full fine-tuning", "top 1 by rgn"]
     assert len({row.count("|") for row in rows}) == 1 and "forgets" in rows[0]
     assert sum("**" in row for row in rows) >= 1
     assert not (path.parent / "run" / "weights").exists()
     shown = io.StringIO()
-    Console(file=shown, width=80).print(table(report))
+    Console(file=shown, width=80).print(table(ComparisonReport.from_json(report)))
     for row in report["methods"]:
         assert row["method"] in shown.getvalue()
     assert "…" not in shown.getvalue()
@@ -357,7 +372,7 @@ def test_test_data_are_measured_as_one(compared: tuple[Path, dict[str, Any]]) ->
     path, report = compared
     comparison = Comparison(load_recipe(path))
     job_runner = JobRunner(comparison, path.parent / "run")
-    assert len(job_runner._test_examples(0, 1)) == 2 * 24
+    assert len(job_runner.data.test_examples(0, 1)) == 2 * 24
     assert all(round(value * 48, 6).is_integer() for row in report["methods"] for value in row["test"])
 
 
@@ -366,7 +381,7 @@ def test_the_same_again_trains_nothing_and_says_the_same(
 ) -> None:
     path, report = compared
     monkeypatch.setattr(JobRunner, "do", lambda self, job: pytest.fail(f"{job} was done again"))
-    assert timeless(compare(load_recipe(path), console=QUIET)) == timeless(report)
+    assert timeless(compare(load_recipe(path), console=QUIET).to_json()) == timeless(report)
 
 
 def test_a_changed_recipe_shares_only_what_is_the_same(
@@ -404,7 +419,7 @@ def test_methods_that_chose_the_same_blocks_share_their_trainings(
     write_data(tmp_path / "data", count=12)
     methods = ["full", "head", {"blocks": {"names": ["head"]}}, "layer_decay", "lp_ft"]
     path = write_recipe(tmp_path, methods=methods, rates=[1e-3, 1e-2], seeds=[0, 1])
-    report = compare(load_recipe(path), console=QUIET)
+    report = compare(load_recipe(path), console=QUIET).to_json()
     _, head, same, *others = report["methods"]
     assert {**timeless(head), "method": ""} == {**timeless(same), "method": ""}
     assert head["ms"] == same["ms"]
@@ -425,7 +440,7 @@ def test_a_source_model_more_is_paired_with_itself(tmp_path: Path, monkeypatch: 
     keys = {"methods": ["full", "head"], "rates": [1e-2], "seeds": [4, 5], "sources": ["second"]}
     path = write_recipe(tmp_path, **keys)
     done = settle(path, {"head": lambda rate, seed: seed / 10}, monkeypatch)
-    report = compare(load_recipe(path), console=QUIET)
+    report = compare(load_recipe(path), console=QUIET).to_json()
     assert {(job.source, job.seed) for job in done if job.kind == "training"} == {(0, 4), (0, 5), (1, 4), (1, 5)}
     assert report["methods"][1]["test"] == [0.2, 0.25, 0.2, 0.25]
     as_of_draws = t_interval([0.2 - 0.25, 0.25 - 0.25])
@@ -455,9 +470,9 @@ def test_killed_it_resumes_and_gives_the_same_report(tmp_path: Path) -> None:
     finished = {each.name: each.stat().st_mtime_ns for each in runs.glob("training-*.json")}
     assert len(finished) >= 2
     assert not (tmp_path / "run" / "comparison").exists()
-    report = compare(load_recipe(path), console=QUIET)
+    report = compare(load_recipe(path), console=QUIET).to_json()
     assert all((runs / name).stat().st_mtime_ns == at for name, at in finished.items())  # nothing was trained twice
-    alone = compare(load_recipe(path), tmp_path / "alone", console=QUIET)
+    alone = compare(load_recipe(path), tmp_path / "alone", console=QUIET).to_json()
     assert timeless({**report, "machine": ""}) == timeless({**alone, "machine": ""})
 
 
@@ -576,7 +591,8 @@ def test_what_does_not_fit_is_found_without_any_gradient(tmp_path: Path, monkeyp
     methods = ["full", "head", "auto", {"top_k": {"criterion": "rgn"}}, {"searched": {"procedure": "sweep"}}, "lora"]
     recipe = load_recipe(write_recipe(tmp_path, methods=methods))
     monkeypatch.setattr(torch.Tensor, "backward", lambda *_, **__: pytest.fail("a gradient"))
-    JobRunner(Comparison(recipe), tmp_path / "run").check()
+    comparison = Comparison(recipe)
+    check(comparison, LoadedData(comparison))
     assert not (tmp_path / "run").exists()
 
 
@@ -643,7 +659,7 @@ def test_each_example_is_made_once_by_the_check(tmp_path: Path, monkeypatch: pyt
     path = write_recipe(tmp_path, methods=["full", "head"], seeds=[0, 1], num_train_epochs=1)
     job_runner = JobRunner(Comparison(load_recipe(path)), tmp_path / "run")
     monkeypatch.setattr(_Images, "__getitem__", counting)
-    job_runner.check()
+    check(job_runner.comparison, job_runner.data)
     assert len(set(made)) == 3 * 12
     assert all(made.count(each) == 1 for each in made if each[1] > 0)  # the first tells the shape as well
     made.clear()
@@ -653,19 +669,18 @@ def test_each_example_is_made_once_by_the_check(tmp_path: Path, monkeypatch: pyt
 
 def test_what_fails_on_the_way_keeps_what_is_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = load_recipe(write_recipe(tmp_path, methods=["full", "head"], num_train_epochs=1))
-    train = JobRunner._training
 
     def failing(job_runner: JobRunner, job: Job) -> dict[str, Any]:
         if job.method == "head":
             raise SurgicalError("the disk is full.")
-        return train(job_runner, job)
+        return train_method(job_runner, job)
 
     with monkeypatch.context() as patch:
-        patch.setattr(JobRunner, "_training", failing)
+        patch.setitem(KINDS, "training", failing)
         with pytest.raises(SurgicalError, match="head: the disk is full"):
             compare(recipe, console=QUIET)
     assert len(list(tmp_path.glob("run/runs/training-*"))) == 1
-    assert len(compare(recipe, console=QUIET)["methods"]) == 2
+    assert len(compare(recipe, console=QUIET).methods) == 2
 
 
 def test_a_folder_with_something_else_is_not_touched(tmp_path: Path) -> None:

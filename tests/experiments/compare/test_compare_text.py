@@ -64,7 +64,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
 
 @pytest.fixture(scope="module")
 def report(recipe: Recipe) -> dict[str, Any]:
-    return compare(recipe, console=QUIET)
+    return compare(recipe, console=QUIET).to_json()
 
 
 def folder_of(recipe: Recipe) -> Path:
@@ -122,7 +122,7 @@ def test_what_is_lost_is_made_again_and_no_more(
     done: list[Job] = []
     do = JobRunner.do
     monkeypatch.setattr(JobRunner, "do", lambda job_runner, job: done.append(job) or do(job_runner, job))  # type: ignore[func-returns-value]
-    assert timeless(compare(recipe, tmp_path, console=QUIET)) == timeless(report)
+    assert timeless(compare(recipe, tmp_path, console=QUIET).to_json()) == timeless(report)
     assert len(done) == lost
 
 

@@ -126,24 +126,38 @@ def make_method(given: Any) -> Method:
     function = resolve(name, package)
     options = dict(options)
     rates = options.pop("rates", None)
-    signature = inspect.signature(function)
-    known = [*signature.parameters, "rates"]
-    try:
-        signature.bind(**options)
-    except TypeError as error:
-        wrong = next((nearest(each, known) for each in options if each not in known), "")
-        raise SurgicalError(
-            f"methods: {given!r} does not fit: {error}; {wrong}{name} has: {', '.join(known)}."
-        ) from error
-    try:
-        made = function(**options)
-    except (TypeError, ValueError) as error:
-        if isinstance(error, SurgicalError):
-            raise
-        raise SurgicalError(f"methods: {given!r} does not fit: {error}. {name} has: {', '.join(known)}.") from error
+    made = call_with_options("methods", name, function, options, "rates")
     if not isinstance(made, Method):
         raise SurgicalError(f"methods: {name!r} makes a {type(made).__name__}, not a Method.")
     return made if rates is None else replace(made, rates=check_rates(f"methods: {name}", rates))
+
+
+def call_with_options(
+    key: str, name: str, function: Callable[..., Any], options: Mapping[str, Any], *more: str
+) -> Any:
+    """What a function makes of its options in a recipe.
+
+    Args:
+        key: of the recipe, for the message.
+        name: of the function, as the recipe has it.
+        function: to call.
+        options: its arguments.
+        more: further names that are allowed beside its arguments.
+
+    Raises:
+        SurgicalError: options that do not fit; the message gives the nearest name and lists all.
+    """
+    known = [*inspect.signature(function).parameters, *more]
+    try:
+        inspect.signature(function).bind(**options)
+        return function(**options)
+    except (TypeError, ValueError) as error:
+        if isinstance(error, SurgicalError):
+            raise
+        wrong = next((nearest(str(option), known) for option in options if option not in known), "")
+        raise SurgicalError(
+            f"{key}: {dict(options)} does not fit {name}: {error}. {wrong}{name} has: {', '.join(known)}."
+        ) from error
 
 
 def check_rates(owner: str, rates: Any) -> tuple[float, ...]:
