@@ -22,7 +22,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers.utils import logging
 
-from surgical_peft.experiments.recipe.recipe import load_recipe
+from surgical_peft.experiments.recipe import load_recipe
 from surgical_peft.experiments.tasks import load_task
 from surgical_peft.experiments.training.train import train
 from surgical_peft.export.export import export

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 def open_recipe(path: Path, tiny: bool, output: Path | None) -> tuple[Recipe, Path | None]:
     """The recipe in a file and the folder for its results; with `tiny` one that needs no network, said plainly."""
-    from ..experiments.recipe.recipe import load_recipe
+    from ..experiments.recipe import load_recipe
 
     recipe = load_recipe(path)
     if not tiny:

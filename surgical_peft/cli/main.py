@@ -69,7 +69,7 @@ def score(
     as_json: AsJson = False,
 ) -> None:
     """Score the blocks of a recipe's model on its training data."""
-    from ..experiments.recipe.recipe import load_recipe
+    from ..experiments.recipe import load_recipe
     from ..experiments.training.train import score as score_recipe
 
     if plot and plot.suffix not in (".png", ".pdf", ".svg"):

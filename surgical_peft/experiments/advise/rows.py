@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, asdict, fields
+from dataclasses import asdict, fields
 from typing import Any
 
 from ...atomic_files import finite
 from ...tuner.config import SurgicalConfig
-from ..recipe.recipe import Recipe
+from ..recipe.recipe import Recipe, default_of
 from .shift_signature import Signature
 from .successive_halving import ROUNDS, Candidate, ValidationJudge
 
@@ -44,13 +44,9 @@ def lines_of(candidate: Candidate, recipe: Recipe) -> dict[str, Any]:
         own = dict(_LINES[candidate.name])
     else:
         own = {"blocks": SurgicalConfig.from_selection(candidate.selection).blocks}
-    taken_back = {field.name: _default(field) for field in fields(recipe) if field.name in _TAKEN_BACK}
+    taken_back = {field.name: default_of(field) for field in fields(recipe) if field.name in _TAKEN_BACK}
     given = {name: value for name, value in taken_back.items() if getattr(recipe, name) != value and name not in own}
     return {**own, **given, "learning_rate": candidate.best.rate}
-
-
-def _default(field: Any) -> Any:
-    return field.default_factory() if field.default is MISSING else field.default
 
 
 def row_of(

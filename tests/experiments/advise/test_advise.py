@@ -35,7 +35,7 @@ from surgical_peft.experiments.advise.successive_halving import (
     halve,
 )
 from surgical_peft.experiments.compare.methods import make_method
-from surgical_peft.experiments.recipe.recipe import Recipe, load_recipe
+from surgical_peft.experiments.recipe import Recipe, load_recipe
 from surgical_peft.experiments.tasks.evaluation import Measure
 from surgical_peft.experiments.training.runner import RecipeRunner
 from surgical_peft.experiments.training.tiny import make_tiny

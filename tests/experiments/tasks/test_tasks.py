@@ -16,7 +16,7 @@ from transformers import AutoImageProcessor
 
 from surgical_peft import SurgicalError
 from surgical_peft.cli.architectures import model_of_config
-from surgical_peft.experiments.recipe.recipe import Recipe, load_recipe
+from surgical_peft.experiments.recipe import Recipe, load_recipe
 from surgical_peft.experiments.shifts import gaussian_noise
 from surgical_peft.experiments.tasks import Task, load_task
 from surgical_peft.experiments.tasks.columns import open_splits

@@ -22,7 +22,7 @@ from transformers import Trainer, TrainingArguments
 from surgical_peft import SurgicalConfig, SurgicalError
 from surgical_peft.cli.main import main
 from surgical_peft.experiments import tasks
-from surgical_peft.experiments.recipe.recipe import Recipe, load_recipe
+from surgical_peft.experiments.recipe import Recipe, load_recipe
 from surgical_peft.experiments.tasks import load_task
 from surgical_peft.experiments.training.card import make_card, write_card
 from surgical_peft.experiments.training.report import identity

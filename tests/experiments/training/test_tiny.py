@@ -17,7 +17,7 @@ from transformers import AutoModelForTokenClassification, AutoTokenizer
 
 from surgical_peft import SurgicalError
 from surgical_peft.cli.main import main
-from surgical_peft.experiments.recipe.recipe import Recipe, load_recipe
+from surgical_peft.experiments.recipe import Recipe, load_recipe
 from surgical_peft.experiments.tasks import load_task
 from surgical_peft.experiments.training.tiny import BATCHES, MEASURED, NOTICE, make_tiny
 

@@ -12,7 +12,7 @@ from peft import PeftModel
 from rich.console import Console
 
 from surgical_peft import BlockScores, SurgicalError
-from surgical_peft.experiments.recipe.recipe import Recipe, load_recipe
+from surgical_peft.experiments.recipe import Recipe, load_recipe
 from surgical_peft.experiments.tasks import load_task
 from surgical_peft.experiments.training.train import score, train
 
