@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from datasets.exceptions import DatasetsError
 from torch import Tensor, nn
 
-from ...errors import SurgicalError
+from ...errors import SurgicalError, reason_of
 from ..recipe.recipe import Recipe
 
 SPLITS = ("train", "validation", "test")
@@ -77,17 +77,16 @@ def load_or_raise(load: Callable[..., Any], name: str, what: str, **kwargs: Any)
         )
     try:
         return load(name, **kwargs)
-    except (OSError, ValueError, ConnectionError, DatasetsError) as error:
-        missing = "" if Path(name).exists() else "it is neither a folder here nor to be had from the Hub now: "
+    except (OSError, ValueError, DatasetsError) as error:
+        is_missing = isinstance(error, OSError) and not Path(name).exists()
+        missing = "it is neither a folder here nor to be had from the Hub now: " if is_missing else ""
         raise SurgicalError(f"the {what} {name!r} cannot be loaded: {missing}{_reason(error)}") from error
 
 
 def _reason(error: BaseException) -> str:
     """The first line that says something: datasets only says that there was an error, and hangs the cause on it."""
     lines = [line.strip() for line in str(error).splitlines() if not line.startswith("An error occurred while gen")]
-    said = list(filter(None, lines))
-    if not said and error.__cause__ is not None:
-        return _reason(error.__cause__)
-    if said and said[0].endswith(":"):  # a list follows
-        return " ".join(said)
-    return said[0] if said else type(error).__name__
+    message = list(filter(None, lines))
+    if not message:
+        return _reason(error.__cause__) if error.__cause__ is not None else reason_of(error)
+    return " ".join(message) if message[0].endswith(":") else message[0]  # a list follows a colon

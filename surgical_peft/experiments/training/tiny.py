@@ -30,7 +30,7 @@ from transformers import (
 )
 
 from ...atomic_files import check_replaceable, whole_folder
-from ...errors import SurgicalError
+from ...errors import SurgicalError, reason_of
 from ...policies.stages import Stages
 from ...validation import nearest
 from ..recipe.recipe import Recipe
@@ -161,8 +161,9 @@ def _write_model(folder: Path, kind: _Kind, config: Any, recipe: Recipe) -> None
             torch.manual_seed(0)
             model = kind.auto.from_config(config)
     except (ValueError, AssertionError, RuntimeError, ZeroDivisionError) as error:
-        reason = str(error).splitlines()[0]
-        raise SurgicalError(f"tiny={recipe.tiny}: no model for {recipe.task} can be made of it: {reason}") from error
+        raise SurgicalError(
+            f"tiny={recipe.tiny}: no model for {recipe.task} can be made of it: {reason_of(error)}"
+        ) from error
     model.save_pretrained(folder)
     if recipe.task == "image_classification":
         size, middle = getattr(config, "image_size", 32), [0.5] * getattr(config, "num_channels", 3)

@@ -13,7 +13,7 @@ import pytest
 import yaml
 from datasets import load_dataset
 from peft import PeftModel
-from transformers import AutoModelForTokenClassification, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer
 
 from surgical_peft import SurgicalError
 from surgical_peft.cli.main import main
@@ -159,6 +159,15 @@ def test_what_it_refuses_before_writing(tmp_path: Path, keys: dict[str, Any], me
     with pytest.raises(SurgicalError, match=message):
         make_tiny(replace(recipe_for("text_classification"), **keys), tmp_path)
     assert not list((tmp_path / "tiny").rglob("*.*"))
+
+
+def test_a_config_that_fails_without_a_message_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_config", fail)
+    with pytest.raises(SurgicalError, match="AssertionError"):
+        make_tiny(recipe_for("causal_lm"), tmp_path)
 
 
 def test_what_is_not_ours_is_kept(tmp_path: Path) -> None:
