@@ -73,7 +73,7 @@ def main() -> None:
             ):
                 said = export(source, run / f"delta-{dtype}", "delta", base_model=copy.deepcopy(base))
                 deltas.append(
-                    f"| {rate:g} | {report['after']['test']:.1%} | {moved:.2f} | {dtype} "
+                    f"| {rate:g} | {report.after['test']:.1%} | {moved:.2f} | {dtype} "
                     f"| {said['adapter_bytes']:,} | {said['delta_bytes']:,} | {said['ratio']:.2f} "
                     f"| {said['planes_ratio']:.2f} |"
                 )

@@ -5,33 +5,29 @@ from __future__ import annotations
 import copy
 import json
 import math
-import os
-import platform
 import random
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from datetime import date
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ...atomic_files import check_replaceable, whole_folder
 from ...auto import CRITERION
 from ...blocks.block_map import BlockMap
 from ...errors import SurgicalError
+from ...rendering import progress_bar
 from ...scoring.selection import Selection
 from ..compare.comparison import Comparison
 from ..compare.methods import MethodContext
 from ..recipe.recipe import Recipe
 from ..tasks import Examples, load_task
-from ..training.report import PACKAGES
+from ..training.provenance import machine, today, versions
 from ..training.runner import RecipeRunner
 from ..training.train import loader
 from .report import markdown, plot, sentences
@@ -137,9 +133,9 @@ def advise(recipe: Recipe, output: str | Path | None = None, *, console: Console
     rows = [row_of(candidate, candidates, finalists, best, judge) for candidate in candidates.values()]
     scores = candidates["auto"].selection.record.get("scores", {}) if "auto" in candidates else {}
     advice: dict[str, Any] = {
-        "date": date.today().isoformat(),
-        "versions": {name: version(name) for name in PACKAGES},
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "date": today(),
+        "versions": versions(),
+        "machine": machine(),
         "recipe": recipe.keys(),
         "metric": runner.task.metric,
         "validation_examples": len(runner.examples["validation"]),
@@ -255,8 +251,7 @@ def _progress(console: Console, cost: CostEstimate) -> Iterator[Any]:
         f"{cost.trainings} short trainings, at most with the steps of {cost.full_trainings:.1f} full fine-tunings of "
         f"{cost.seconds_each:.1f} s; starting and measuring come on top."
     )
-    columns = (TextColumn("{task.description:14}"), BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as bar:
+    with progress_bar(console) as bar:
         task = bar.add_task("train", total=cost.trainings)
         yield lambda: bar.advance(task)
         bar.update(task, completed=cost.trainings)  # also where two candidates are one
