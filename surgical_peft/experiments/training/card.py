@@ -13,17 +13,10 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from ...atomic_files import whole_file, write_text
 from ...errors import SurgicalError
 from ...export.adapter_card import TAG, AdapterInfo, describe
+from .. import tasks
 from .report import PACKAGES, REPORT, DataReport, RateReport, TrainingReport
 
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
-
-# What the Hub calls the tasks; where it has no name for one, the card goes without.
-PIPELINES = {
-    "image_classification": "image-classification",
-    "text_classification": "text-classification",
-    "token_classification": "token-classification",
-    "causal_lm": "text-generation",
-}
 
 
 def write_card(run: str | Path) -> Path:
@@ -109,7 +102,7 @@ def _names(report: TrainingReport) -> tuple[str, str]:
 
 def _metadata(report: TrainingReport) -> ModelCardData:
     model, data = _names(report)
-    pipeline = PIPELINES.get(report.task)
+    pipeline = report.pipeline or _shipped_pipeline(report.task)
     return ModelCardData(
         model_name=report.name,
         base_model=model if report.base_model.on_hub else None,  # the Hub refuses one that it does not have
@@ -131,6 +124,11 @@ def _metadata(report: TrainingReport) -> ModelCardData:
             for split in report.splits
         ],
     )
+
+
+def _shipped_pipeline(task: str) -> str | None:
+    """The Hub's name for a task, for reports that do not say it."""
+    return tasks.info_of(getattr(tasks, task)).pipeline if task in tasks.__all__ else None
 
 
 def _adapter(report: TrainingReport) -> AdapterInfo:

@@ -13,7 +13,7 @@ from transformers.training_args import OptimizerNames
 
 from ...export.adapter_card import origin
 from ..recipe.recipe import Recipe
-from ..tasks import Task
+from ..tasks import Task, info_of, task_of
 from .provenance import identity, today, versions
 from .report import RANDOM_SHIFTS, BaseModelReport, DataReport, RateReport, TrainingReport
 
@@ -83,6 +83,7 @@ def make_report(
         adapter=str(folder / "adapter"),
         scored=scored,
         plot=plot,
+        pipeline=info_of(task_of(recipe)).pipeline,
     )
 
 
@@ -98,12 +99,11 @@ def _base_model(recipe: Recipe, model: PreTrainedModel, fingerprint: str | None)
 
 
 def _dataset(recipe: Recipe, task: Task, model: PreTrainedModel, beginning: Start) -> DataReport:
-    labels = getattr(model.config, "id2label", None) if "Classification" in type(model).__name__ else None
     return DataReport(
         **beginning.data,
         examples={split: len(examples) for split, examples in task.splits.items()},
         shift=_shift(recipe),
-        labels=None if labels is None else list(labels.values()),
+        labels=list((model.config.id2label or {}).values()) if task.names_labels else None,
     )
 
 

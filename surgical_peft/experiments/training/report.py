@@ -91,6 +91,7 @@ class TrainingReport:
         adapter: its folder.
         scored: the blocks that were scored.
         plot: file with the plot of the scores.
+        pipeline: the Hub's name for the task; reports of versions before do not have it.
     """
 
     name: str
@@ -115,10 +116,12 @@ class TrainingReport:
     adapter: str
     scored: list[str] | None
     plot: str | None
+    pipeline: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, as `report.json` holds it."""
-        return to_json(self)
+        values = to_json(self)
+        return values if self.pipeline else {key: value for key, value in values.items() if key != "pipeline"}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> TrainingReport:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from types import NoneType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
@@ -17,8 +17,8 @@ T = TypeVar("T")
 class JsonReader:
     """Reads the values of one file.
 
-    Numbers have to be finite and texts not empty; keys that no field has are left out. A field whose name is a keyword
-    of Python has an underscore behind it.
+    Numbers have to be finite and texts not empty; keys that no field has are left out, fields with a default may be
+    missing. A field whose name is a keyword of Python has an underscore behind it.
 
     Attributes:
         file: its name, for error messages.
@@ -82,8 +82,10 @@ class JsonReader:
             self._refuse(path, value, "keys with values")
         hints = get_type_hints(kind)
         keys = {entry.name: entry.name.rstrip("_") for entry in fields(kind)}
-        members = {name: self.member(value, key, path) for name, key in keys.items()}
-        return kind(**{name: self._read(hints[name], members[name], _join(path, keys[name])) for name in keys})
+        optional = {entry.name for entry in fields(kind) if entry.default is not MISSING}
+        asked = {name: key for name, key in keys.items() if key in value or name not in optional}
+        members = {name: self.member(value, key, path) for name, key in asked.items()}
+        return kind(**{name: self._read(hints[name], members[name], _join(path, keys[name])) for name in asked})
 
     def _refuse(self, path: str, value: Any, wanted: str) -> None:
         raise SurgicalError(f"{path} is {value!r} in {self.file}, and has to be {wanted}: {self.remedy}.")

@@ -17,7 +17,7 @@ import torch
 from huggingface_hub import ModelCard, metadata_load
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments, ViTForImageClassification
 
 from surgical_peft import SurgicalConfig, SurgicalError
 from surgical_peft.cli.main import main
@@ -202,7 +202,7 @@ def test_no_number_is_guessed(report: dict[str, Any]) -> None:
 
 def test_nothing_else_is_guessed(report: dict[str, Any]) -> None:
     """Any other key of the report that the card reads, missing: an error that names it, not an empty place."""
-    for key in report.keys() - {"adapter"}:
+    for key in report.keys() - {"adapter", "pipeline"}:
         broken = {name: value for name, value in report.items() if name != key}
         with pytest.raises(SurgicalError, match=f"has no {key}"):
             make_card(broken)
@@ -419,6 +419,19 @@ def test_a_base_model_that_was_named_by_hand_stays(vit: Toy, tmp_path: Path) -> 
 def test_every_kind_of_choice_is_said(vit: Toy, tmp_path: Path, options: dict[str, Any], said: str) -> None:
     get_peft_model(vit.model(), SurgicalConfig(**options)).save_pretrained(tmp_path)
     assert said in text_of(tmp_path)
+
+
+class Renamed(ViTForImageClassification):
+    """A classifier whose name does not say so."""
+
+
+def test_a_new_head_is_known_by_what_it_is(vit: Toy, tmp_path: Path) -> None:
+    model = vit.model()
+    model.__class__ = Renamed
+    get_peft_model(model, SurgicalConfig(blocks=[0], modules_to_save=["classifier"])).save_pretrained(tmp_path)
+    assert "num_labels=3" in text_of(tmp_path)
+    get_peft_model(vit.model(), SurgicalConfig(blocks=[0], modules_to_save=["layernorm"])).save_pretrained(tmp_path)
+    assert "num_labels" not in text_of(tmp_path)
 
 
 def test_a_new_head_is_made_before_loading(vit: Toy, tmp_path: Path) -> None:
