@@ -9,6 +9,7 @@ from types import NoneType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from ...errors import SurgicalError
+from ..recipe.recipe import default_of
 
 T = TypeVar("T")
 
@@ -82,7 +83,7 @@ class JsonReader:
             self._refuse(path, value, "keys with values")
         hints = get_type_hints(kind)
         keys = {entry.name: entry.name.rstrip("_") for entry in fields(kind)}
-        optional = {entry.name for entry in fields(kind) if entry.default is not MISSING}
+        optional = {entry.name for entry in fields(kind) if default_of(entry) is not MISSING}
         asked = {name: key for name, key in keys.items() if key in value or name not in optional}
         members = {name: self.member(value, key, path) for name, key in asked.items()}
         return kind(**{name: self._read(hints[name], members[name], _join(path, keys[name])) for name in asked})
