@@ -23,7 +23,7 @@ from surgical_peft.experiments.compare.comparison import FULL, Comparison
 from surgical_peft.experiments.compare.report import ComparisonReport
 from surgical_peft.experiments.compare.results import report_of
 from surgical_peft.experiments.compare.tables import markdown
-from surgical_peft.experiments.recipe.recipe import load_recipe
+from surgical_peft.experiments.recipe import load_recipe
 
 HERE = Path(__file__).parent / "compare"
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from surgical_peft import Selection, SurgicalConfig, get_surgical_model, procedures
-from surgical_peft.experiments.recipe.recipe import Recipe, load_recipe
+from surgical_peft.experiments.recipe import Recipe, load_recipe
 from surgical_peft.experiments.search.objective import RecipeObjective
 from surgical_peft.experiments.tasks import load_task
 from surgical_peft.experiments.training.train import fit

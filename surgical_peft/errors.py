@@ -1,4 +1,6 @@
-"""The one exception of the package."""
+"""The one exception of the package, and the reason that a foreign one gives."""
+
+from __future__ import annotations
 
 
 class SurgicalError(ValueError):
@@ -6,3 +8,14 @@ class SurgicalError(ValueError):
 
     The message holds the value given, what is wrong with it, what to do, and what exists.
     """
+
+
+def reason_of(error: BaseException) -> str:
+    """The first line of an error's message, or its type where it has none.
+
+    Example:
+        >>> reason_of(AssertionError())
+        'AssertionError'
+    """
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -33,7 +33,7 @@ from surgical_peft import (
 )
 from surgical_peft.experiments.compare.compare import compare
 from surgical_peft.experiments.compare.jobs import JobRunner
-from surgical_peft.experiments.recipe.recipe import load_recipe
+from surgical_peft.experiments.recipe import load_recipe
 from surgical_peft.policies.policy import Policy
 from tests.support.toys import TOYS
 

@@ -149,7 +149,7 @@ def train_source(work: Path) -> None:
     """Tune the encoder, with a new head, on the source mails, and write down how well it does."""
     from transformers import AutoTokenizer  # here, because the rest does without them
 
-    from surgical_peft.experiments.recipe.recipe import load_recipe
+    from surgical_peft.experiments.recipe import load_recipe
     from surgical_peft.experiments.tasks import load_task
     from surgical_peft.experiments.training.train import fit
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 def open_recipe(path: Path, tiny: bool, output: Path | None) -> tuple[Recipe, Path | None]:
     """The recipe in a file and the folder for its results; with `tiny` one that needs no network, said plainly."""
-    from ..experiments.recipe.recipe import load_recipe
+    from ..experiments.recipe import load_recipe
 
     recipe = load_recipe(path)
     if not tiny:
@@ -152,12 +152,12 @@ def advise(
         return
     advice = advise_on(found, output, console=Console(stderr=True, quiet=True) if as_json else console)
     if as_json:
-        print_json(advice)
+        print_json(advice.to_json())
         return
     console.print(table(advice))
     for line in not_tried(advice):
         console.print(line, markup=False, highlight=False)
-    for sentence in advice["sentences"]:
+    for sentence in advice.sentences:
         console.print(sentence, highlight=False)
     if lines := recipe_lines(advice):
         console.print("To train it, write into the recipe:")

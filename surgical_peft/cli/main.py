@@ -69,7 +69,7 @@ def score(
     as_json: AsJson = False,
 ) -> None:
     """Score the blocks of a recipe's model on its training data."""
-    from ..experiments.recipe.recipe import load_recipe
+    from ..experiments.recipe import load_recipe
     from ..experiments.training.train import score as score_recipe
 
     if plot and plot.suffix not in (".png", ".pdf", ".svg"):
@@ -105,20 +105,19 @@ def train(
     with contextlib.redirect_stdout(sys.stderr):  # what Trainer prints must not come between the JSON
         report = train_recipe(*open_recipe(recipe, tiny, output), Console(stderr=True, quiet=as_json))
     if as_json:
-        print_json(report)
+        print_json(report.to_json())
         return
-    before, after = report["before"], report["after"]
-    table = Table(title=f"Tuned: {', '.join(report['blocks'] or report['target_modules'])}")
-    for name in (report["metric"], "before", "after"):
-        table.add_column(name, justify="left" if name == report["metric"] else "right")
-    for split in before:
-        values = before[split], after[split]
+    table = Table(title=f"Tuned: {', '.join(report.blocks or report.target_modules)}")
+    for name in (report.metric, "before", "after"):
+        table.add_column(name, justify="left" if name == report.metric else "right")
+    for split, before in report.before.items():
+        values = before, report.after[split]
         shares = all(0 <= value <= 1 for value in values)  # not a log-likelihood, say
         table.add_row(split, *(f"{value:.1%}" if shares else f"{value:.4g}" for value in values))
     console.print(table)
-    share = report["tuned_parameters"] / report["all_parameters"]
-    console.print(f"{report['tuned_parameters']:,} of {report['all_parameters']:,} parameters tuned ({share:.1%}).")
-    console.print(f"Adapter: {report['adapter']}")
+    share = report.tuned_parameters / report.all_parameters
+    console.print(f"{report.tuned_parameters:,} of {report.all_parameters:,} parameters tuned ({share:.1%}).")
+    console.print(f"Adapter: {report.adapter}")
 
 
 @app.command()

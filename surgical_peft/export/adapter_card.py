@@ -144,7 +144,6 @@ def _is_unfilled(text: str) -> bool:
 def _tuned(model: PeftModel) -> list[AdapterInfo]:
     base = model.get_base_model()
     of_transformers = isinstance(base, PreTrainedModel)
-    labels = base.config.num_labels if of_transformers and "Classification" in type(base).__name__ else None
     tensors = TensorMap.find(base)
     found = []
     for name, config in model.peft_config.items():
@@ -165,12 +164,19 @@ def _tuned(model: PeftModel) -> list[AdapterInfo]:
                 base_class=type(base).__name__ if of_transformers else None,
                 on_hub=on_hub,
                 commit=commit,
-                new_labels=labels if config.modules_to_save else None,
+                new_labels=_new_labels(base, config.modules_to_save or ()) if of_transformers else None,
                 subfolder=None if name == "default" else name,
                 tied=tensors.tied(tensors.chosen(config.tuned_modules or {})),
             )
         )
     return found
+
+
+def _new_labels(base: PreTrainedModel, modules: Sequence[str]) -> int | None:
+    """The number of labels of a model whose saved `modules` hold a head for them."""
+    labels = base.config.num_labels
+    heads = [module for path, module in base.named_modules() if path.endswith(tuple(modules))] if modules else []
+    return labels if any(weight.shape[:1] == (labels,) for head in heads for weight in head.parameters()) else None
 
 
 def origin(name: str, revision: str | None = None) -> tuple[bool, str | None]:

@@ -53,7 +53,7 @@ def write_lora(adapter: SavedAdapter, base: LoadedBase, rank: int, folder: Path)
     owners = dict.fromkeys(name.rpartition(".")[0] for name in changed)
     new = {name.rpartition(".")[0] for name in changed if name in fresh}
     whole = heads_of(adapter.config, modules)
-    whole += [path for path in owners if path not in whole and (path in new or not _can_be_low(modules, path))]
+    whole += [path for path in owners if path not in whole and (path in new or not can_be_low_rank(modules, path))]
     whole = [path for path in whole if not within(path, [other for other in whole if other != path])]
     low = [path for path in owners if not within(path, whole)]
     if "" in whole or not low:
@@ -136,7 +136,7 @@ def _relative(pairs: list[tuple[float, float]]) -> float:
     return lost / change if change else 0.0
 
 
-def _can_be_low(modules: dict[str, nn.Module], path: str) -> bool:
+def can_be_low_rank(modules: dict[str, nn.Module], path: str) -> bool:
     """Whether a LoRA beside this module would be asked: a Linear layer that is called, and of which no one reads."""
     if type(modules[path]) not in (nn.Linear, Conv1D):
         return False
@@ -144,13 +144,9 @@ def _can_be_low(modules: dict[str, nn.Module], path: str) -> bool:
     model_type = getattr(getattr(modules[""], "config", None), "model_type", "")
     if "mamba" in model_type and name == "out_proj":  # PEFT refuses it: fused kernels take its weight
         return False
-    # Mamba's `self.dt_proj.weight @ x`: the LoRA would be skipped without a word.
-    source = inspect.getsource(type(modules[parent])) if _has_source(type(modules[parent])) else ""
-    return not re.search(rf"(?<!isinstance\()self\.{re.escape(name)}\.weight\b(?!\.(?:dtype|device|shape)\b)", source)
-
-
-def _has_source(kind: type) -> bool:
     try:
-        return bool(inspect.getsourcefile(kind))
-    except TypeError:  # built in, or typed at a prompt
+        source = inspect.getsource(type(modules[parent]))
+    except (OSError, TypeError):  # built in, or typed at a prompt
         return False
+    # Mamba's `self.dt_proj.weight @ x`: the LoRA would be skipped without a word.
+    return not re.search(rf"(?<!isinstance\()self\.{re.escape(name)}\.weight\b(?!\.(?:dtype|device|shape)\b)", source)

@@ -22,7 +22,7 @@ from surgical_peft.experiments.compare.compare import compare
 from surgical_peft.experiments.compare.comparison import Comparison, Job
 from surgical_peft.experiments.compare.jobs import JobRunner, measure_test, train_method
 from surgical_peft.experiments.compare.methods import Method, make_method
-from surgical_peft.experiments.recipe.recipe import load_recipe
+from surgical_peft.experiments.recipe import load_recipe
 from surgical_peft.policies.stages import Stages
 from surgical_peft.search.result import SearchResult, SearchTrial
 from tests.support.tiny import write_recipe

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from surgical_peft import BlockMap, SurgicalError, score_blocks
 from surgical_peft.criteria.criterion import of_model
 from surgical_peft.criteria.short_training.context import ScoringContext
-from surgical_peft.experiments.recipe.recipe import load_recipe
+from surgical_peft.experiments.recipe import load_recipe
 from surgical_peft.experiments.training.train import score
 from tests.criteria.test_criteria import plain_depth_gain
 from tests.support.toys import TOYS, Toy

@@ -139,6 +139,14 @@ def test_a_metric_of_the_users_own_with_several_numbers(tmp_path: Path) -> None:
             load_metric(name)([3, 4], [0, 0])
 
 
+def test_a_metric_that_cannot_be_imported_is_not_called_unknown(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "mine.py").write_text("import not_installed\n" + SCRIPT)
+    with pytest.raises(SurgicalError, match="not_installed") as raised:
+        load_metric(str(tmp_path / "mine"))
+    assert "unknown" not in str(raised.value)
+
+
 def compute_often(number: int) -> list[float]:
     metrics._module.cache_clear()
     return [load_metric("accuracy")([number] * 50, [number] * number + [9] * (50 - number)) for _ in range(20)]

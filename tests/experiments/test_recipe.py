@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -8,7 +10,7 @@ from transformers import AutoConfig
 
 from surgical_peft import SurgicalError, criteria, policies
 from surgical_peft.experiments.compare.methods import make_method
-from surgical_peft.experiments.recipe.recipe import Recipe, load_recipe
+from surgical_peft.experiments.recipe import Recipe, load, load_recipe
 from surgical_peft.experiments.tasks.task import load_or_raise
 
 MINIMAL = "model: m\ndata: d\nblocks: [0]\n"
@@ -42,10 +44,10 @@ def test_what_begins_with_a_dot_is_beside_the_recipe_or_nowhere(tmp_path: Path) 
     recipe = load_recipe(write(tmp_path / "recipes", "model: ../data/model\ndata: ./data\nblocks: [0]\n"))
     assert recipe.model == str(tmp_path / "data" / "model")
     assert recipe.keys() == {"model": "../data/model", "data": "./data", "blocks": [0]}
-    for load, what in ((AutoConfig.from_pretrained, "model"), (load_dataset_builder, "data")):
+    for read, what in ((AutoConfig.from_pretrained, "model"), (load_dataset_builder, "data")):
         path = getattr(recipe, what)
         with pytest.raises(SurgicalError, match=f"the {what} '{path}' cannot be loaded: there is no folder {path}\\."):
-            load_or_raise(load, path, what)
+            load_or_raise(read, path, what)
 
 
 def test_a_metrics_folder_is_beside_the_recipe(tmp_path: Path) -> None:
@@ -121,6 +123,33 @@ def test_a_policy_with_its_options(tmp_path: Path) -> None:
 def test_a_wrong_recipe_says_what_is_wrong(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(SurgicalError, match=message):
         load_recipe(write(tmp_path, text))
+
+
+def test_a_renamed_key_says_the_new_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(load.RENAMED, "units", "blocks")
+    with pytest.raises(SurgicalError, match=r"'units'.*'blocks'"):
+        load_recipe(write(tmp_path, "model: m\ndata: d\nunits: [0]\n"))
+
+
+def test_renamed_keys_name_keys_that_exist() -> None:
+    keys = {entry.name for entry in fields(Recipe)}
+    assert not load.RENAMED.keys() & keys and set(load.RENAMED.values()) <= keys
+
+
+def test_the_keys_of_finished_studies_and_comparisons_stay(tmp_path: Path) -> None:
+    """Studies and findings are known by these, so they may never change for a recipe that does not."""
+    text = "seed: 3\ndata: d\nmodel: m\nrates: [1e-3]\nmethods: [full]\nfrozen_eval: true\n"
+    recipe = replace(load_recipe(write(tmp_path, text)), model="other", folds=2, blocks=[0])
+    assert json.dumps(recipe.keys()) == (
+        '{"seed": 3, "data": "d", "model": "other", "rates": [0.001], "methods": ["full"], "frozen_eval": true, '
+        '"blocks": [0], "folds": 2}'
+    )
+    assert (
+        json.dumps(recipe.settings()) == '{"seed": 3, "data": "d", "model": "other", "frozen_eval": true, "folds": 2}'
+    )
+    assert json.dumps(Recipe(model="m", data="d", training={"seed": 1}).keys()) == (
+        '{"model": "m", "data": "d", "seed": 1}'
+    )
 
 
 def test_no_such_recipe(tmp_path: Path) -> None:

@@ -408,6 +408,52 @@ def test_a_delta_with_altered_bytes_is_refused_or_seen(tmp_path: Path) -> None:
             export(tmp_path / "delta", tmp_path / "back", "adapter")
 
 
+@pytest.mark.parametrize("shape", [[2**40], [2**62, 2**62], [-1], [-1, -1], ["x"]])
+def test_a_delta_of_another_shape_than_its_data_is_refused(tmp_path: Path, shape: list[Any]) -> None:
+    """Also one that would take all memory there is."""
+    toy_adapter(TOYS["vit"], tmp_path)
+    export(tmp_path / "adapter", tmp_path / "delta", "delta")
+    file = tmp_path / "delta" / "delta.safetensors"
+    with safe_open(file, "pt") as opened:
+        metadata, arrays = opened.metadata(), {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    for of in ("weights", "difference", "nothing"):
+        entries = json.loads(metadata["tensors"])
+        entry = next(entry for entry in entries.values() if entry["of"] != "nothing")
+        entry |= {"shape": shape, "of": of}
+        save_file(arrays, file, metadata={**metadata, "tensors": json.dumps(entries)})
+        with pytest.raises(SurgicalError, match="corrupt"):
+            export(tmp_path / "delta", tmp_path / "back", "adapter")
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("out of memory"), OSError("no space left")])
+@pytest.mark.parametrize("name", ["load_base", "_unpack"])
+def test_what_a_delta_is_not_to_blame_for_is_not_called_corrupt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, error: Exception
+) -> None:
+    toy_adapter(TOYS["vit"], tmp_path)
+    export(tmp_path / "adapter", tmp_path / "delta", "delta")
+
+    def fail(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(delta, name, fail)
+    with pytest.raises(type(error)) as raised:
+        export(tmp_path / "delta", tmp_path / "back", "adapter")
+    assert raised.value is error
+
+
+def test_a_layer_whose_class_has_no_source_is_kept_whole(tmp_path: Path) -> None:
+    """Such as one that was typed at a prompt: it may read the weight of its child without calling it."""
+
+    def forward(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.inner.weight  # type: ignore[operator]
+
+    kind = type("Typed", (nn.Module,), {"__module__": "__main__", "forward": forward})
+    model = kind()
+    model.inner = nn.Linear(2, 2)
+    assert not lowrank.can_be_low_rank({"": nn.Module(), "typed": model, "typed.inner": model.inner}, "typed.inner")
+
+
 @pytest.mark.parametrize("name", ["vit", "bert", "llama", "gpt2", "t5", "qwen3_moe"])
 def test_full_rank_lora_is_the_tuned_model(name: str, tmp_path: Path) -> None:
     toy = TOYS[name]
@@ -475,10 +521,10 @@ def test_a_weight_that_is_read_directly_is_kept_whole(tmp_path: Path) -> None:
 def test_read_directly_is_seen_in_the_source() -> None:
     model = MambaForCausalLM(MambaConfig(hidden_size=16, num_hidden_layers=1, vocab_size=24))
     modules = dict(model.named_modules())
-    assert not lowrank._can_be_low(modules, "backbone.layers.0.mixer.dt_proj")
-    assert lowrank._can_be_low(modules, "backbone.layers.0.mixer.in_proj")
+    assert not lowrank.can_be_low_rank(modules, "backbone.layers.0.mixer.dt_proj")
+    assert lowrank.can_be_low_rank(modules, "backbone.layers.0.mixer.in_proj")
     t5 = dict(TOYS["t5"].model().named_modules())
-    assert lowrank._can_be_low(t5, "encoder.block.0.layer.1.DenseReluDense.wo")  # asks for its dtype only
+    assert lowrank.can_be_low_rank(t5, "encoder.block.0.layer.1.DenseReluDense.wo")  # asks for its dtype only
 
 
 def test_what_lora_cannot_hold_alone_is_refused(tmp_path: Path) -> None:

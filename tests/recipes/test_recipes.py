@@ -26,8 +26,8 @@ from transformers import BertConfig, BertForSequenceClassification, PreTrainedTo
 
 from surgical_peft.cli.main import main
 from surgical_peft.experiments.compare.comparison import SHIFTS, Comparison
+from surgical_peft.experiments.recipe import load_recipe
 from surgical_peft.experiments.recipe.load import StrictLoader
-from surgical_peft.experiments.recipe.recipe import load_recipe
 from surgical_peft.experiments.tasks import load_task
 
 ROOT = Path(__file__).parents[2]

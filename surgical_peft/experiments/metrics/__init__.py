@@ -13,7 +13,7 @@ from typing import Any
 
 from huggingface_hub.constants import HF_HUB_OFFLINE
 
-from ...errors import SurgicalError
+from ...errors import SurgicalError, reason_of
 from ...validation import nearest
 
 _FOLDER = Path(__file__).parent
@@ -39,10 +39,11 @@ def load_metric(name: str) -> Callable[[list[Any], list[Any]], float]:
         try:
             _module(path)
         except (OSError, ImportError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            if Path(path).exists():
+                raise SurgicalError(f"the metric in {path} cannot be loaded: {reason_of(error)}") from error
             raise SurgicalError(
                 f"metric {path!r} is unknown: {nearest(path, SHIPPED)}{', '.join(SHIPPED)} ship with us and need no "
-                f"network; it is not to be had from the Hub now: {reason}"
+                f"network; it is not to be had from the Hub now: {reason_of(error)}"
             ) from error
     return partial(_compute, path, key)
 

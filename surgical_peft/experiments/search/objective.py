@@ -20,7 +20,7 @@ from ...tuner.config import SurgicalConfig
 from ...tuner.loading.fingerprint import fingerprint
 from ..recipe.recipe import Recipe
 from ..tasks.source_model import modules_to_save
-from ..training.report import identity
+from ..training.provenance import identity
 from ..training.runner import Part, RecipeRunner
 
 Report = Callable[[float, int], None]

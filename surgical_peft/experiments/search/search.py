@@ -5,30 +5,28 @@ from __future__ import annotations
 import inspect
 import math
 import os
-import platform
 import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from datetime import date, timedelta
-from importlib.metadata import version
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ... import procedures
 from ...atomic_files import check_replaceable, whole_folder
 from ...blocks.block_map import kind_of
 from ...errors import SurgicalError
-from ...rendering import markdown_row
+from ...rendering import markdown_row, progress_bar
 from ...search.result import SearchResult, SearchTrial, candidate_of, state_of
 from ...search.run import count_trainings, optuna_classes, run_search
 from ...validation import resolve
 from ..recipe.recipe import Recipe
+from ..training.provenance import machine, today, versions
 from ..training.train import score
 from ..training.workers import SPAWN, shared_threads, start_worker
 from .objective import RecipeObjective
@@ -193,8 +191,7 @@ class _Progress:
     """A bar with the best candidate so far and the time left; called with the finished trials."""
 
     def __init__(self, console: Console, most: int | None, trainings_each: int, jobs: int) -> None:
-        columns = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn())
-        self._bar = Progress(*columns, TextColumn("{task.fields[left]}"), console=console)
+        self._bar = progress_bar(console, "{task.fields[left]}")
         self._task = self._bar.add_task("search", total=most, left="")
         self._most, self._each, self._jobs = most, trainings_each, jobs
 
@@ -242,10 +239,9 @@ def search_markdown(result: SearchResult, metric: str) -> str:
         lines.append(markdown_row(cells))
     seeds = len({trial.seed for trial in result.trials})
     means = f"mean ± standard deviation of {seeds} trainings at the best rate" if seeds > 1 else "at the best rate"
-    versions = ", ".join(f"{name} {version(name)}" for name in ("surgical-peft", "torch", "transformers", "peft"))
+    packages = ", ".join(f"{name} {number}" for name, number in versions().items())
     lines += [
         "",
-        f"`{result.procedure}`: {result.trainings} trainings; {means}. "
-        f"{date.today().isoformat()}, {versions}; {platform.machine()}.",
+        f"`{result.procedure}`: {result.trainings} trainings; {means}. {today()}, {packages}; {machine()}.",
     ]
     return "\n".join(lines) + "\n"

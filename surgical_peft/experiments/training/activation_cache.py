@@ -121,23 +121,30 @@ class PrefixCache:
         at, batch = self._few
         weights = [weight for weight in wrapped.parameters() if weight.requires_grad]
         buffers = [(buffer, buffer.clone()) for buffer in wrapped.buffers()]  # running statistics, for one
-        modes, results = [(module, module.training) for module in wrapped.modules()], list[list[Tensor]]()
+        modes = [(module, module.training) for module in wrapped.modules()]
         wrapped.train()
+
+        def loss_and_gradients(**extra: Tensor) -> list[Tensor]:
+            with torch.random.fork_rng():
+                torch.manual_seed(0)
+                loss = wrapped(**batch, **extra).loss
+                return [loss.detach(), *torch.autograd.grad(loss, weights, materialize_grads=True)]
+
         try:
-            for extra in ({}, {AT: at}):
-                with torch.random.fork_rng():
-                    torch.manual_seed(0)
-                    loss = wrapped(**batch, **extra).loss
-                    results.append([loss.detach(), *torch.autograd.grad(loss, weights, materialize_grads=True)])
-        except Exception:  # whatever a model does with what it does not find; if it is not that, training says it
-            return False
+            whole = loss_and_gradients()
+            try:
+                short = loss_and_gradients(**{AT: at})
+            except (MemoryError, torch.OutOfMemoryError):
+                raise
+            except Exception:  # whatever a model does that does not find what its blocks leave behind
+                return False
         finally:
             for module, mode in modes:
                 module.training = mode
             with torch.no_grad():
                 for buffer, value in buffers:
                     buffer.copy_(value)
-        losses, *gradients = zip(*results, strict=True)
+        losses, *gradients = zip(whole, short, strict=True)
         scale = max((float(each.abs().max()) for _, each in gradients if each.numel()), default=0.0)
         return _all_close(*losses) and all(_all_close(one, other, scale) for one, other in gradients)
 

@@ -29,7 +29,8 @@ from ..recipe.recipe import Recipe
 from ..tasks import Examples, Task, load_task
 from ..tasks.source_model import modules_to_save
 from .card import write_card
-from .report import begin, make_report
+from .make_report import make_report, start
+from .report import REPORT, TrainingReport
 
 _ADAPTER = "adapter_config.json"  # by which the adapter of an earlier run is known
 
@@ -71,7 +72,7 @@ def loader(task: Task, args: TrainingArguments) -> DataLoader[Any]:
     )
 
 
-def train(recipe: Recipe, output: str | Path | None = None, console: Console | None = None) -> dict[str, Any]:
+def train(recipe: Recipe, output: str | Path | None = None, console: Console | None = None) -> TrainingReport:
     """Choose the blocks, tune them, measure, and save the adapter with its report.
 
     Choosing the blocks costs at most half of the training.
@@ -96,7 +97,7 @@ def train(recipe: Recipe, output: str | Path | None = None, console: Console | N
     check_replaceable(folder / "adapter", _ADAPTER)
     with Stages(console) as stages:
         stages.begin(f"load {recipe.model} and {recipe.data}")
-        task, beginning = load_task(recipe), begin(recipe)
+        task, beginning = load_task(recipe), start(recipe)
         model = task.load_model().to(args.device)
         size = sum(parameter.numel() for parameter in model.parameters())
         config, scores = recipe.config(), None
@@ -126,10 +127,10 @@ def train(recipe: Recipe, output: str | Path | None = None, console: Console | N
     if scores is not None:
         scores.save(folder / "scores.json")
         scores.plot(folder / "scores.png")
-    report = make_report(recipe, task, trainer, beginning, before, after, (tuned, size), folder)
-    report["scored"] = None if scores is None else list(scores.values)
-    report["plot"] = None if scores is None else "scores.png"
-    write_text(folder / "report.json", json.dumps(report, indent=2) + "\n")
+    scored, plot = (None, None) if scores is None else (list(scores.values), "scores.png")
+    sizes = tuned, size
+    report = make_report(recipe, task, trainer, beginning, (before, after), sizes, folder, scored, plot)
+    write_text(folder / REPORT, json.dumps(report.to_json(), indent=2) + "\n")
     write_card(folder)
     return report
 

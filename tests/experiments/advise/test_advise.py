@@ -23,6 +23,7 @@ from surgical_peft import SurgicalConfig, SurgicalError
 from surgical_peft.cli.main import main
 from surgical_peft.experiments.advise import advise as advising
 from surgical_peft.experiments.advise import successive_halving as halving
+from surgical_peft.experiments.advise.advice import Advice, Difference
 from surgical_peft.experiments.advise.advise import CANDIDATES, advise, plan
 from surgical_peft.experiments.advise.report import markdown, recipe_lines, sentences, table
 from surgical_peft.experiments.advise.rows import lines_of, twin_of
@@ -35,7 +36,7 @@ from surgical_peft.experiments.advise.successive_halving import (
     halve,
 )
 from surgical_peft.experiments.compare.methods import make_method
-from surgical_peft.experiments.recipe.recipe import Recipe, load_recipe
+from surgical_peft.experiments.recipe import Recipe, load_recipe
 from surgical_peft.experiments.tasks.evaluation import Measure
 from surgical_peft.experiments.training.runner import RecipeRunner
 from surgical_peft.experiments.training.tiny import make_tiny
@@ -216,7 +217,7 @@ def test_no_more_is_trained_than_was_planned() -> None:
 # What is said
 
 
-def played(recommended: str, tied: list[str], kind: str | None = None) -> dict[str, Any]:
+def played(recommended: str, tied: list[str], kind: str | None = None, **head: Any) -> Advice:
     rows = [
         {
             "method": name,
@@ -239,19 +240,28 @@ def played(recommended: str, tied: list[str], kind: str | None = None) -> dict[s
     ]
     signature = {"gradients": {"0": 0.1, "head": 2.0}, "loss": 2.0, "source_loss": 1.0, "moving": ["0"], "kind": kind}
     signature |= {"moved": {"0": 0.3, "head": 0.1}, "floor": {"0": 0.1, "head": 0.1}}
-    return {
-        "metric": "accuracy",
-        "validation_examples": 50,
-        "share": 0.5,
-        "surgery": recommended == "head",
-        "recommended": {"method": recommended, "blocks": ["head"], "tuned_parameters": 5, "all_parameters": 100},
-        "tied": tied,
-        "all_tied": len(tied) == 3,
-        "recipe": {},
-        "unfit": {},
-        "methods": rows,
-        "signature": signature,
-    }
+    rows[2] |= head
+    tuned = {"tuned_parameters": 5, "all_parameters": 100}
+    return Advice.from_json(
+        {
+            "date": "2026-11-30",
+            "versions": {"torch": "2"},
+            "machine": "one",
+            "recipe": {},
+            "metric": "accuracy",
+            "validation_examples": 50,
+            "share": 0.5,
+            "surgery": recommended == "head",
+            "recommended": {"method": recommended, "title": recommended, "blocks": ["head"], "lines": {}, **tuned},
+            "tied": tied,
+            "all_tied": len(tied) == 3,
+            "unfit": {},
+            "methods": rows,
+            "scores": {"criterion": "probe", "values": {}},
+            "signature": signature,
+            "cost": {"trainings": 1, "planned": 1, "full_trainings": 1, "seconds_each": 1, "seconds": 1},
+        }
+    )
 
 
 @pytest.mark.parametrize(
@@ -297,7 +307,7 @@ def test_the_signature_is_said_and_decides_nothing(kind: str | None, said: str) 
 
 
 @pytest.fixture(scope="module")
-def advised(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+def advised(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Advice]:
     folder = tmp_path_factory.mktemp("advised")
     write_data(folder / "data", count=24)
     path = write_recipe(folder, rates=[1e-2], num_train_epochs=1, source_data="data", blocks=[0])
@@ -309,51 +319,53 @@ def advised(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, A
         return path, advise(load_recipe(path), console=QUIET)
 
 
-def test_it_leaves_advice_table_and_picture(advised: tuple[Path, dict[str, Any]]) -> None:
+def test_it_leaves_advice_table_and_picture(advised: tuple[Path, Advice]) -> None:
     path, advice = advised
     folder = path.parent / "run" / "advice"
-    assert json.loads((folder / "advice.json").read_text()) == advice
+    written = json.loads((folder / "advice.json").read_text())
+    assert written == advice.to_json() and Advice.from_json(written) == advice
     assert (folder / "advice.md").read_text() == markdown(advice)
     assert (folder / "signature.png").read_bytes().startswith(b"\x89PNG")
-    assert [row["method"] for row in advice["methods"]] == list(CANDIDATES)
+    assert [row.method for row in advice.methods] == list(CANDIDATES)
     shown = io.StringIO()
     Console(file=shown, width=80).print(table(advice))
-    assert all(row["title"] in shown.getvalue() for row in advice["methods"]) and "…" not in shown.getvalue()
+    assert all(row.title in shown.getvalue() for row in advice.methods) and "…" not in shown.getvalue()
     assert markdown(advice).count("\n| ") == 2 + 8 + 2 + 5  # the candidates, and the blocks of the model
 
 
-def test_the_recommended_is_the_smallest_of_those_as_good(advised: tuple[Path, dict[str, Any]]) -> None:
+def test_the_recommended_is_the_smallest_of_those_as_good(advised: tuple[Path, Advice]) -> None:
     _, advice = advised
-    rows = {row["method"]: row for row in advice["methods"]}
-    last = {name: row for name, row in rows.items() if row["validation"] is not None}
+    rows = {row.method: row for row in advice.methods}
+    last = {name: row for name, row in rows.items() if row.validation is not None}
     assert len(last) == 1 + 2 and "nothing" in last  # those of the last round, and the model as it is
-    best = max(row["validation"] for row in last.values())
+    best = max(row.validation for row in last.values())
     for name, row in last.items():
-        gap = row["to_best"] or {"mean": 0, "standard_error": 0}
-        assert gap["mean"] == pytest.approx(row["validation"] - best)
-        assert (name in advice["tied"]) == (-gap["mean"] <= gap["standard_error"])
-    name = advice["recommended"]["method"]
-    assert rows[name]["tuned_parameters"] == min(rows[each]["tuned_parameters"] for each in advice["tied"])
-    assert advice["surgery"] == rows[name]["surgery"]
-    assert advice["cost"]["trainings"] == sum(len(row["probes"]) for row in rows.values()) - 1
-    assert rows["nothing"]["probes"][0]["share"] == 0
+        gap = row.to_best or Difference(0.0, 0.0)
+        assert gap.mean == pytest.approx(row.validation - best)
+        assert (name in advice.tied) == (-gap.mean <= gap.standard_error)
+    name = advice.recommended.method
+    assert rows[name].tuned_parameters == min(rows[each].tuned_parameters for each in advice.tied)
+    assert advice.surgery == rows[name].surgery
+    assert advice.cost.trainings == sum(len(row.probes) for row in rows.values()) - 1
+    assert rows["nothing"].probes[0].share == 0
 
 
-def test_evidence_stands_beside_it(advised: tuple[Path, dict[str, Any]]) -> None:
+def test_evidence_stands_beside_it(advised: tuple[Path, Advice]) -> None:
     _, advice = advised
     blocks = ["embeddings", "0", "1", "final_norm", "head"]
-    assert list(advice["signature"]["gradients"]) == blocks == list(advice["signature"]["moved"])
-    assert set(advice["scores"]["values"]) == set(blocks) and advice["scores"]["criterion"] == "probe"
+    assert list(advice.signature.gradients) == blocks == list(advice.signature.moved)
+    assert set(advice.scores.values) == set(blocks) and advice.scores.criterion == "probe"
 
 
 @pytest.mark.parametrize("name", CANDIDATES)
-def test_what_to_write_into_the_recipe_is_taken_there(name: str, advised: tuple[Path, dict[str, Any]]) -> None:
+def test_what_to_write_into_the_recipe_is_taken_there(name: str, advised: tuple[Path, Advice]) -> None:
     path, advice = advised
     own = candidate(name, 1, probe([1], rate=None if name == "nothing" else 1e-2))
-    row = next(row for row in advice["methods"] if row["method"] == name)
-    own = replace(own, selection=Selection(tuple(row["blocks"])))
+    row = next(row for row in advice.methods if row.method == name)
+    own = replace(own, selection=Selection(tuple(row.blocks)))
     lines = lines_of(own, load_recipe(path))
-    assert [yaml.safe_load(line) for line in recipe_lines({"recommended": {"lines": lines}})] == [
+    with_lines = replace(advice, recommended=replace(advice.recommended, lines=lines))
+    assert [yaml.safe_load(line) for line in recipe_lines(with_lines)] == [
         {key: value} for key, value in lines.items()
     ]
     if name == "nothing":
@@ -424,7 +436,7 @@ def test_other_draws_and_methods_are_not_read(tmp_path: Path) -> None:
 # Other models
 
 
-def played_advice(recipe: Recipe, metrics: float, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+def played_advice(recipe: Recipe, metrics: float, monkeypatch: pytest.MonkeyPatch) -> Advice:
     """The advice on a recipe where no step is taken and every model measures the same."""
     monkeypatch.setattr(RecipeRunner, "seconds", lambda self, wrap: 1.0)
     monkeypatch.setattr(RecipeRunner, "train", lambda self, wrap, **_: (wrap(copy.deepcopy(self.model)), 0))
@@ -446,14 +458,14 @@ def test_what_does_not_fit_the_model_is_left_out_and_said(tmp_path: Path, monkey
     sizes = {"model_type": "gpt2", "n_embd": 8, "n_layer": 3, "n_head": 2, "n_positions": 64}
     recipe = make_tiny(Recipe(model="hub/model", data="hub/data", task="causal_lm", tiny=sizes), tmp_path)
     advice = played_advice(recipe, -1.0, monkeypatch)
-    assert [row["method"] for row in advice["methods"]] == [name for name in CANDIDATES if name != "head"]
-    assert list(advice["unfit"]) == ["head"] and "block 'head' does not exist" in advice["unfit"]["head"]
+    assert [row.method for row in advice.methods] == [name for name in CANDIDATES if name != "head"]
+    assert list(advice.unfit) == ["head"] and "block 'head' does not exist" in advice.unfit["head"]
     assert "Not tried: head." in markdown(advice)
 
 
 def test_a_new_head_is_never_to_be_left_untrained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     advice = played_advice(load_recipe(write_recipe(tmp_path, new_head=True)), 0.5, monkeypatch)
-    assert "nothing" not in advice["tied"] and advice["recommended"]["method"] != "nothing"
+    assert "nothing" not in advice.tied and advice.recommended.method != "nothing"
     assert "head untrained" in markdown(advice)
 
 
@@ -481,33 +493,40 @@ def test_a_dry_run_trains_a_few_steps_and_writes_nothing(
 
 
 def test_the_command_prints_the_advice(
-    advised: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    advised: tuple[Path, Advice], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path, advice = advised
     monkeypatch.setattr(advising, "advise", lambda *_, **__: advice)
     assert run(monkeypatch, str(path), "--json") == 0
-    assert json.loads(capsys.readouterr().out) == advice
+    assert json.loads(capsys.readouterr().out) == advice.to_json()
     assert run(monkeypatch, str(path)) == 0
     shown = capsys.readouterr().out
     assert all(line in shown for line in recipe_lines(advice)) and str(Path("run") / "advice") in shown
 
 
 def test_the_command_prints_what_does_not_fit(
-    advised: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    advised: tuple[Path, Advice], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """It stood in advice.md alone."""
     path, advice = advised
     unfit = {"head": "block 'head' does not exist [here]"}
-    monkeypatch.setattr(advising, "advise", lambda *_, **__: {**advice, "unfit": unfit})
+    monkeypatch.setattr(advising, "advise", lambda *_, **__: replace(advice, unfit=unfit))
     assert run(monkeypatch, str(path)) == 0
     assert "Not tried: head. block 'head' does not exist [here]" in " ".join(capsys.readouterr().out.split())
 
 
+def test_an_error_that_is_no_number_is_left_out() -> None:
+    """It was a TypeError, after all trainings."""
+    advice = played("full", ["full"], to_best={"mean": -0.01, "standard_error": None})
+    said = " ".join(sentences(advice))
+    assert "1 points worse than the best: that may be noise" in said and "±" not in said
+    assert "| -1 |" in markdown(advice)
+
+
 def test_what_is_as_good_is_not_called_worse() -> None:
     """It was `-0 ± 0 points worse`."""
-    advice = played("head", ["full", "head"])
-    advice["methods"][2] |= {"validation": 0.8, "to_best": {"mean": 0.0, "standard_error": 0.0}}
-    said = " ".join(sentences(advice))
+    equal = {"validation": 0.8, "to_best": {"mean": 0.0, "standard_error": 0.0}}
+    said = " ".join(sentences(played("head", ["full", "head"], **equal)))
     assert "On validation data it is as good as full, and it tunes fewer parameters." in said and "-0" not in said
 
 

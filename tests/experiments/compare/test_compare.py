@@ -39,7 +39,7 @@ from surgical_peft.experiments.compare.preflight import check
 from surgical_peft.experiments.compare.report import ComparisonReport, Difference
 from surgical_peft.experiments.compare.statistics import crossed_interval, t_interval, t_quantile
 from surgical_peft.experiments.compare.tables import interval_in_words, markdown, sentences, table
-from surgical_peft.experiments.recipe.recipe import load_recipe
+from surgical_peft.experiments.recipe import load_recipe
 from surgical_peft.experiments.tasks.image_classification import _Images
 from surgical_peft.experiments.training.profiling import LEAST, MOST, LiveTensors, ms_ratio, step_costs
 from tests.support.tiny import write_data, write_recipe

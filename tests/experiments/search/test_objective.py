@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from surgical_peft import Selection, SurgicalConfig, SurgicalError, get_surgical_model, procedures, run_search
-from surgical_peft.experiments.recipe.recipe import load_recipe
+from surgical_peft.experiments.recipe import load_recipe
 from surgical_peft.experiments.search.objective import RecipeObjective, folds_of
 from surgical_peft.experiments.tasks import load_task
 from surgical_peft.experiments.training import activation_cache as prefix_cache

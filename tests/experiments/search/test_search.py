@@ -21,7 +21,7 @@ import pytest
 from rich.console import Console
 
 from surgical_peft import BlockMap, SurgicalError, procedures
-from surgical_peft.experiments.recipe.recipe import load_recipe
+from surgical_peft.experiments.recipe import load_recipe
 from surgical_peft.experiments.search import search as recipe_search
 from surgical_peft.experiments.search.objective import RecipeObjective
 from surgical_peft.experiments.search.search import plan, search

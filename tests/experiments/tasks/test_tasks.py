@@ -16,11 +16,12 @@ from transformers import AutoImageProcessor
 
 from surgical_peft import SurgicalError
 from surgical_peft.cli.architectures import model_of_config
-from surgical_peft.experiments.recipe.recipe import Recipe, load_recipe
+from surgical_peft.experiments.recipe import Recipe, load_recipe
 from surgical_peft.experiments.shifts import gaussian_noise
 from surgical_peft.experiments.tasks import Task, load_task
 from surgical_peft.experiments.tasks.columns import open_splits
 from surgical_peft.experiments.tasks.image_classification import convert
+from surgical_peft.experiments.tasks.task import load_or_raise
 from tests.support.toy_tasks import TOY_TASKS
 
 SHIPPED = Path(__file__).parents[3] / "recipes" / "fashion_mnist"
@@ -424,3 +425,12 @@ def test_a_models_blocks_need_its_config_only() -> None:
     model = model_of_config(RECIPE.model)
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
     assert sum(parameter.numel() for parameter in model.parameters()) == 205_962
+
+
+def test_a_model_of_the_hub_that_cannot_be_read_is_not_called_missing() -> None:
+    def fail(_: str) -> None:
+        raise ValueError("rope_scaling must be a dictionary")
+
+    with pytest.raises(SurgicalError, match="rope_scaling") as raised:
+        load_or_raise(fail, "someone/model", "model")
+    assert "Hub" not in str(raised.value)

@@ -122,6 +122,43 @@ def test_an_error_on_the_way_leaves_the_model_whole(vit: Toy) -> None:
     torch.testing.assert_close(wrapped(**vit.batch()).logits, expected)
 
 
+@pytest.mark.parametrize("error", [KeyError("hidden_state"), MemoryError(), torch.OutOfMemoryError("CUDA")])
+def test_an_error_that_skipping_did_not_cause_passes_through(vit: Toy, error: Exception) -> None:
+    """Any error of the trial run, out of memory included, was taken for `cannot be skipped`."""
+    base = vit.model()
+    cache = PrefixCache(base, batches_of(vit))
+    originals = dict(base.named_modules())
+    wrapped = get_surgical_model(base, SurgicalConfig(blocks=["head"]))
+
+    def fail(*_: Any) -> None:
+        raise error
+
+    wrapped.register_forward_hook(fail)
+    with pytest.raises(type(error)), cache.skipping(wrapped, base, originals):
+        pass
+
+
+@pytest.mark.parametrize(("error", "passes"), [(MemoryError(), True), (KeyError("router_logits"), False)])
+def test_a_model_that_fails_without_what_is_skipped_is_run_whole(vit: Toy, error: Exception, passes: bool) -> None:
+    base = vit.model()
+    cache = PrefixCache(base, batches_of(vit))
+    originals = dict(base.named_modules())
+    wrapped = get_surgical_model(base, SurgicalConfig(blocks=["head"]))
+    ran: list[str] = []
+
+    def look(*_: Any) -> None:
+        if not ran:
+            raise error
+        ran.clear()
+
+    inside = f"{BlockMap.find(base).modules['0'][0]}.attention"
+    originals[inside].register_forward_hook(lambda *_: ran.append(inside))
+    wrapped.register_forward_hook(look)
+    with pytest.raises(MemoryError) if passes else nullcontext(), cache.skipping(wrapped, base, originals):
+        wrapped(**chosen(vit, torch.tensor([1, 2])), **{AT: torch.tensor([1, 2])})
+        assert not passes
+
+
 class Company(nn.Module):
     """A layer whose output depends on the other examples of the batch."""
 

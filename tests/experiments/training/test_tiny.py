@@ -12,14 +12,16 @@ import numpy as np
 import pytest
 import yaml
 from datasets import load_dataset
+from huggingface_hub import metadata_load
 from peft import PeftModel
-from transformers import AutoModelForTokenClassification, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer
 
 from surgical_peft import SurgicalError
 from surgical_peft.cli.main import main
-from surgical_peft.experiments.recipe.recipe import Recipe, load_recipe
+from surgical_peft.experiments.recipe import Recipe, load_recipe
 from surgical_peft.experiments.tasks import load_task
 from surgical_peft.experiments.training.tiny import BATCHES, MEASURED, NOTICE, make_tiny
+from surgical_peft.experiments.training.train import train
 
 SMALL = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 MODELS: dict[str, dict[str, Any]] = {
@@ -152,13 +154,33 @@ BERT = MODELS["text_classification"]
         ({"tiny": {**BERT, "hidden_size": "big"}}, "(?s)transformers does not take it: .*expected int, got str"),
         ({"tiny": {**BERT, "num_attention_heads": 3}}, "no model for text_classification can be made of it: .*hidden"),
         ({"tiny": MODELS["image_classification"]}, "no model for text_classification can be made of it: Unrecognized"),
-        ({"task": "mine:own"}, "no generated data for the task 'mine:own', only for image_classification"),
+        ({"task": "mine:own"}, "'mine:own' cannot be imported"),
+        ({"task": "tests.support.own_tasks:plain"}, "own_tasks:plain' has no generated data"),
     ],
 )
 def test_what_it_refuses_before_writing(tmp_path: Path, keys: dict[str, Any], message: str) -> None:
     with pytest.raises(SurgicalError, match=message):
         make_tiny(replace(recipe_for("text_classification"), **keys), tmp_path)
     assert not list((tmp_path / "tiny").rglob("*.*"))
+
+
+def test_a_task_of_the_users_own_says_all_about_itself_in_its_file(tmp_path: Path) -> None:
+    """The keys that it reads, the Hub's name for it, and a tiny model with data."""
+    recipe = replace(recipe_for("text_classification"), task="tests.support.own_tasks:own", blocks=["head"])
+    report = train(make_tiny(recipe, tmp_path), tmp_path / "run")
+    assert report.pipeline == "text-classification" and report.dataset.labels
+    assert metadata_load(tmp_path / "run" / "adapter" / "README.md")["pipeline_tag"] == "text-classification"
+    with pytest.raises(SurgicalError, match=r"casing.*label_map"):
+        load_task(replace(recipe, casing=3.0))
+
+
+def test_a_config_that_fails_without_a_message_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_config", fail)
+    with pytest.raises(SurgicalError, match="AssertionError"):
+        make_tiny(recipe_for("causal_lm"), tmp_path)
 
 
 def test_what_is_not_ours_is_kept(tmp_path: Path) -> None:

@@ -12,8 +12,9 @@ from peft import PeftModel
 from rich.console import Console
 
 from surgical_peft import BlockScores, SurgicalError
-from surgical_peft.experiments.recipe.recipe import Recipe, load_recipe
+from surgical_peft.experiments.recipe import Recipe, load_recipe
 from surgical_peft.experiments.tasks import load_task
+from surgical_peft.experiments.training.report import TrainingReport
 from surgical_peft.experiments.training.train import score, train
 
 SHIPPED = Path(__file__).parents[3] / "recipes" / "fashion_mnist"
@@ -39,15 +40,16 @@ def small_splits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_training_learns_saves_and_reports(tmp_path: Path, small_splits: None) -> None:
     report = train(RECIPE, tmp_path / "run")
-    assert report == json.loads((tmp_path / "run" / "report.json").read_text())
-    assert report["blocks"] == ["4", "5"]
-    assert report["all_parameters"] == 205_962
-    assert report["tuned_parameters"] == 2 * 33_472
-    assert report["metric"] == "accuracy"
-    assert report["after"]["test"] > report["before"]["test"] + 0.2
+    written = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report.to_json() == written and TrainingReport.from_json(written) == report
+    assert report.blocks == ["4", "5"]
+    assert report.all_parameters == 205_962
+    assert report.tuned_parameters == 2 * 33_472
+    assert report.metric == "accuracy"
+    assert report.after["test"] > report.before["test"] + 0.2
     task = load_task(RECIPE)
-    model = PeftModel.from_pretrained(task.load_model(), report["adapter"])
-    assert task.measure(model, [task.splits["test"][i] for i in range(200)]) == report["after"]["test"]
+    model = PeftModel.from_pretrained(task.load_model(), report.adapter)
+    assert task.measure(model, [task.splits["test"][i] for i in range(200)]) == report.after["test"]
 
 
 def test_auto_writes_down_why(tmp_path: Path, small_splits: None) -> None:
@@ -57,10 +59,10 @@ def test_auto_writes_down_why(tmp_path: Path, small_splits: None) -> None:
     report = train(recipe, tmp_path, Console(file=told, width=200))
     stages = ["load", "choosing blocks: at most 3", "gradients", "choosing blocks: took", "measure", "train for 6"]
     assert all(f"\n{stage}" in "\n" + told.getvalue() for stage in stages)  # a line each
-    assert report["selection"]["cost"]["budget"] == 3 >= report["selection"]["cost"]["steps"]
+    assert report.selection["cost"]["budget"] == 3 >= report.selection["cost"]["steps"]
     scores = BlockScores.load(tmp_path / "scores.json")
-    assert report["selection"]["scores"] == scores.values
-    assert set(report["blocks"]) == set(sorted(scores.values, key=lambda name: -scores.values[name])[:3])
+    assert report.selection["scores"] == scores.values
+    assert set(report.blocks) == set(sorted(scores.values, key=lambda name: -scores.values[name])[:3])
     assert (tmp_path / "scores.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -87,7 +89,7 @@ def test_a_metric_beside_the_recipe_is_reported_as_it_is_written(tmp_path: Path,
         f"model: {RECIPE.model}\ndata: {RECIPE.data}\nblocks: [0]\nmetric: mine:first\nmax_steps: 1\nuse_cpu: true\n"
     )
     (tmp_path / "recipe.yaml").write_text(text)
-    assert train(load_recipe(tmp_path / "recipe.yaml"), tmp_path / "run")["metric"] == "mine:first"
+    assert train(load_recipe(tmp_path / "recipe.yaml"), tmp_path / "run").metric == "mine:first"
     assert str(tmp_path / "mine") not in (tmp_path / "run" / "adapter" / "README.md").read_text()
 
 
@@ -162,7 +164,7 @@ def test_an_earlier_run_loses_nothing_when_saving_fails(
 def test_a_new_head_is_trained_and_saved_with_any_block(tmp_path: Path, small_splits: None) -> None:
     for blocks in (["0"], ["0", "head"]):
         report = train(replace(RECIPE, new_head=True, blocks=blocks, label_map=None), tmp_path)
-        assert report["after"]["test"] > 0.5, blocks
+        assert report.after["test"] > 0.5, blocks
         task = load_task(replace(RECIPE, label_map=None))  # its own head: the adapter brings the new one
         model = PeftModel.from_pretrained(task.load_model(), tmp_path / "adapter")
-        assert task.measure(model, [task.splits["test"][i] for i in range(200)]) == report["after"]["test"], blocks
+        assert task.measure(model, [task.splits["test"][i] for i in range(200)]) == report.after["test"], blocks
