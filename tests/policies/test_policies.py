@@ -107,7 +107,7 @@ def test_static_refuses_blocks_that_do_not_exist(block: int | str, vit: Toy) -> 
 
 def test_static_refuses_a_block_under_two_keys(vit: Toy) -> None:
     """The later key won without a word."""
-    with pytest.raises(SurgicalError, match="block '3' is named twice"):
+    with pytest.raises(SurgicalError, match=r"'3'.*twice"):
         rates(vit.model(), policies.static({"0:6": 0.1, 3: 0.5}))
 
 
@@ -138,7 +138,7 @@ def test_layer_decay_counts_frozen_blocks_too(vit: Toy) -> None:
 
 @pytest.mark.parametrize("decay", [0, -0.5, 1.01, math.nan])
 def test_layer_decay_out_of_range(decay: float) -> None:
-    with pytest.raises(SurgicalError, match=r"out of range: more than 0, at most 1"):
+    with pytest.raises(SurgicalError, match="more than 0, at most 1"):
         policies.layer_decay(decay)
 
 
@@ -305,7 +305,7 @@ def test_auto_rgn_reads_from_the_device_once_a_step(
     [{"every": "batch"}, {"granularity": "module"}, {"normalized": "sum"}, {"every": "epoch", "num_batches": 0}],
 )
 def test_auto_rgn_refuses_unknown_settings(kwargs: dict[str, Any]) -> None:
-    with pytest.raises(SurgicalError, match=r"unknown to auto_rgn. There are: |out of range"):
+    with pytest.raises(SurgicalError, match="auto_rgn"):
         policies.auto_rgn(**kwargs)
 
 
@@ -463,7 +463,7 @@ def test_probing_a_stream_is_refused_before_the_first_step(vit: Toy, tmp_path: A
     start = [p.detach().clone() for p in model.parameters()]
     policy = policies.auto_rgn("epoch")
     trainer = trainer_for(model, policy, tmp_path, Stream(examples(vit)), callbacks=[SurgicalCallback()])
-    with pytest.raises(SurgicalError, match=r"not a stream \(Stream\): use a policy without a probe"):
+    with pytest.raises(SurgicalError, match=r"\(Stream\).*probe"):
         trainer.train()
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), start, strict=True))
 

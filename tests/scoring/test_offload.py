@@ -126,7 +126,7 @@ def test_a_weight_of_the_outermost_module_is_seen() -> None:
 def test_a_criterion_of_the_whole_model_is_refused(name: str) -> None:
     model = cpu_offload(TOYS["bert"].model())
     before = State(model)
-    with pytest.raises(SurgicalError, match=f"{name} needs the whole model.*offloaded"):
+    with pytest.raises(SurgicalError, match=f"{name} .*offloaded"):
         score_blocks(model, data_of("bert"), name)
     before.assert_unchanged()
 

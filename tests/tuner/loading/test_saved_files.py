@@ -363,15 +363,15 @@ def two_adapters() -> Any:
     ("call", "error", "message"),
     [
         (lambda model: model.set_adapter("third"), ValueError, "third not found"),
-        (lambda model: model.delete_adapter("third"), ValueError, "third does not exist"),
+        (lambda model: model.delete_adapter("third"), ValueError, "third"),
         (
             lambda model: model.merge_adapter(["third"]),
             SurgicalError,
-            "'third' does not exist. Adapters: default, sec",
+            "'third'.*default, sec",
         ),
-        (lambda model: model.merge_and_unload(adapter_names=["third"]), SurgicalError, "'third' does not exist"),
-        (lambda model: model.base_model.set_adapter(["default", "second"]), SurgicalError, "tune the same block"),
-        (lambda model: model.merge_adapter(["default", "second"]), SurgicalError, "tune the same block"),
+        (lambda model: model.merge_and_unload(adapter_names=["third"]), SurgicalError, "'third'"),
+        (lambda model: model.base_model.set_adapter(["default", "second"]), SurgicalError, "same block"),
+        (lambda model: model.merge_adapter(["default", "second"]), SurgicalError, "same block"),
         (lambda model: model.merge_and_unload(adapter_names=["default", "second"]), SurgicalError, "the same block"),
         (lambda model: model.add_adapter("second", SurgicalConfig(blocks=[1])), ValueError, "already exists"),
     ],
@@ -391,7 +391,7 @@ def test_what_cannot_be_switched_or_merged(call: Callable[[Any], Any], error: ty
         (lambda model: model.set_adapter("third"), "third not found"),
         (lambda model: model.delete_adapter("third"), "third"),
         (lambda model: model.load_adapter("x", adapter_name="default"), "already exists"),
-        (lambda model: model.set_adapter(["default", "second"]), "tune the same block"),
+        (lambda model: model.set_adapter(["default", "second"]), "same block"),
     ],
 )
 def test_what_transformers_cannot_switch(call: Callable[[Any], Any], message: str) -> None:
@@ -415,7 +415,7 @@ def test_sensible_expressions_with_repeated_groups_are_understood() -> None:
 
 def test_fields_of_a_later_version_are_kept(folder: Path, tmp_path: Path) -> None:
     config(invented_later={"a": [1]}, read_from="/etc/passwd")(folder)
-    with pytest.warns(UserWarning, match="invented_later.*read_from.*kept, and saved again") as caught:
+    with pytest.warns(UserWarning, match="invented_later.*read_from") as caught:
         model = PeftModel.from_pretrained(VIT.model(), folder)
     assert len([each for each in caught if "invented_later" in str(each.message)]) == 1
     model.save_pretrained(tmp_path / "again")
@@ -446,7 +446,7 @@ def test_other_methods_are_left_alone(tmp_path: Path) -> None:
 
 def test_what_is_no_config_at_all_is_pefts_error(tmp_path: Path) -> None:
     (tmp_path / CONFIG).write_text('{"foo": "bar"}')
-    with pytest.raises(TypeError, match=r"missing required keys: \{'peft_type'\}"):
+    with pytest.raises(TypeError, match=r"\{'peft_type'\}"):
         SurgicalConfig.from_pretrained(tmp_path)
 
 
@@ -504,7 +504,7 @@ def test_an_adapter_in_the_cache_of_the_hub(door: str, there: bool, good: Path, 
                 model.load_adapter("someone/adapter")
             assert torch.equal(logits(model), logits(AutoPeftModel.from_pretrained(good)))
             return
-        with pytest.raises(SurgicalError, match=f"'someone/adapter' has no {WEIGHTS}"):
+        with pytest.raises(SurgicalError, match=f"'someone/adapter'.*{WEIGHTS}"):
             DOORS[door][1](model, "someone/adapter")
         assert same(picture(model), before)
     finally:
