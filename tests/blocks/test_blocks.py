@@ -30,6 +30,7 @@ from transformers import (
 from surgical_peft import BlockMap, SurgicalConfig, SurgicalError
 from surgical_peft.blocks.unwrap import bare_parameter_name, idle_parameters
 from tests.support.toys import TOYS, Toy
+from tests.support.wrapping import assert_partition
 
 SMALL = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32, "num_hidden_layers": 3}
 
@@ -67,14 +68,6 @@ CONTAINERS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "data_parallel_compiled": lambda model: nn.DataParallel(torch.compile(model)),
     "checkpointed_layers": lambda model: wrap_layers(model, checkpoint_wrapper),
 }
-
-
-def assert_partition(blocks: BlockMap, model: nn.Module) -> None:
-    grouped = blocks.parameters(model)
-    assert tuple(grouped) == blocks.names
-    ids = [id(parameter) for group in grouped.values() for parameter in group]
-    assert len(ids) == len(set(ids))
-    assert set(ids) == {id(parameter) for parameter in model.parameters()}
 
 
 def test_names_of_every_family(toy: Toy) -> None:

@@ -16,7 +16,7 @@ from surgical_peft.criteria.criterion import of_model
 from surgical_peft.criteria.short_training.context import ScoringContext
 from surgical_peft.experiments.recipe.recipe import load_recipe
 from surgical_peft.experiments.training.train import score
-from tests.criteria.test_criteria import plain_depth_gain
+from tests.support.criteria import plain_depth_gain
 from tests.support.toys import TOYS, Toy
 
 RECIPES = Path(__file__).parents[2] / "recipes"

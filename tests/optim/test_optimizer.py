@@ -35,7 +35,7 @@ from surgical_peft import (
 )
 from surgical_peft.policies.auto_rgn import AutoRGN
 from surgical_peft.policies.policy import Policy, TrainingState
-from tests.policies.test_policies import used_rates
+from tests.support.steps import backward, used_rates
 from tests.support.toys import TOYS, Toy
 
 ADAMW = torch.optim.AdamW
@@ -61,11 +61,6 @@ class DecayedRGN(AutoRGN):
 
 def wrapped(toy: Toy) -> PeftModel:
     return get_peft_model(toy.model(), SurgicalConfig(blocks=[toy.first, toy.last]))
-
-
-def backward(model: nn.Module, toy: Toy, seed: int = 0) -> None:
-    model.zero_grad()
-    model(**toy.batch(seed)).loss.backward()
 
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, toy: Toy, steps: int) -> nn.Module:

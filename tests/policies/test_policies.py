@@ -29,6 +29,7 @@ from surgical_peft import (
 from surgical_peft.policies.auto_rgn import _norms_in_one_call, _norms_on_cpu, _ratios
 from surgical_peft.policies.policy import Policy, TrainingState, Unit
 from surgical_peft.scoring.block_scores import BlockScores
+from tests.support.steps import backward, used_rates
 from tests.support.toys import TOYS, Toy
 
 ADAMW = torch.optim.AdamW
@@ -40,24 +41,8 @@ def rates(model: nn.Module, policy: Policy, lr: float = 1.0) -> dict[str, float]
     return used_rates(optimizer)
 
 
-def used_rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
-    """The rates at which the next step is made."""
-    found: dict[str, float] = {}
-    hook = optimizer.register_step_pre_hook(
-        lambda o, a, k: found.update((g["block"], g["lr"]) for g in o.param_groups)
-    )
-    optimizer.step()
-    hook.remove()
-    return found
-
-
 def factors(optimizer: torch.optim.Optimizer) -> dict[str, float]:
     return {group["unit"]: group["lr_multiplier"] for group in optimizer.param_groups}
-
-
-def backward(model: nn.Module, toy: Toy, seed: int = 0) -> None:
-    model.zero_grad()
-    model(**toy.batch(seed)).loss.backward()
 
 
 # ---- static

@@ -45,9 +45,9 @@ from surgical_peft import (
 )
 from surgical_peft.policies import ClassBalancedLoss, Stage
 from surgical_peft.policies.policy import Policy
-from tests.policies.test_policies import used_rates
 from tests.support.families import FAMILIES
 from tests.support.plain import PLAIN, Net
+from tests.support.steps import backward, used_rates
 from tests.support.toys import TOYS, Toy
 
 ADAMW = torch.optim.AdamW
@@ -57,11 +57,6 @@ LAYERS = tuple(map(str, range(12)))
 def start(toy: Toy, policy: Policy, **kwargs: Any) -> tuple[nn.Module, torch.optim.Optimizer]:
     model = toy.model().train()
     return model, create_surgical_optimizer(model, ADAMW, lr=1e-2, policy=policy, **kwargs)
-
-
-def backward(model: nn.Module, toy: Toy, seed: int = 0) -> None:
-    model.zero_grad()
-    model(**toy.batch(seed)).loss.backward()
 
 
 def on(optimizer: torch.optim.Optimizer) -> set[str]:

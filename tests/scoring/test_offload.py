@@ -12,7 +12,7 @@ from torch import nn
 
 from surgical_peft import SurgicalError, criteria, score_blocks
 from surgical_peft.criteria.criterion import needs_of
-from tests.criteria.test_criteria import Routed, own_loss
+from tests.support.criteria import Routed, own_loss
 from tests.support.toys import TOYS, Batch
 
 NEEDS = {name: needs_of(getattr(criteria, name)) for name in criteria.__all__}

@@ -32,11 +32,8 @@ from optuna.trial import TrialState
 from surgical_peft import BlockMap, Selection, SurgicalConfig, SurgicalError, procedures, run_search
 from surgical_peft.search import study as studies
 from surgical_peft.search.result import SearchResult, SearchTrial, candidate_of
+from tests.support.played import BLOCKS, LAYERS
 
-LAYERS = tuple(map(str, range(12)))
-BLOCKS = BlockMap(
-    names=("embeddings", *LAYERS, "final_norm", "head"), modules={}, stacks={"": LAYERS}, tied={}, model_name="Toy"
-)
 FILES = {"sqlite": "sqlite:///{}/study.db", "journal": "journal:///{}/study.log"}
 SWEEP = procedures.sweep()  # 12 layers alone, all, head: 14 trainings
 FORK = multiprocessing.get_context("fork")

@@ -39,17 +39,10 @@ from surgical_peft.experiments.compare.tables import markdown, sentences, table
 from surgical_peft.experiments.recipe.recipe import load_recipe
 from surgical_peft.experiments.tasks.image_classification import _Images
 from surgical_peft.experiments.training.profiling import LEAST, MOST, LiveTensors, ms_ratio, step_costs
+from tests.support.cli import QUIET, timeless
 from tests.support.tiny import write_data, write_recipe
 
-QUIET = Console(file=io.StringIO())
 BROKEN = "tests.experiments.compare.test_compare:broken"
-TIMED = ("date", "seconds", "ms", "ms_ratio", "choosing_seconds")
-
-
-def timeless(report: Any) -> Any:
-    if isinstance(report, dict):
-        return {key: timeless(value) for key, value in report.items() if key not in TIMED}
-    return [timeless(each) for each in report] if isinstance(report, list) else report
 
 
 def settle(recipe: Path, means: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> list[Job]:

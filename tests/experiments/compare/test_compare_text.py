@@ -20,7 +20,7 @@ from surgical_peft.experiments.compare.comparison import Job
 from surgical_peft.experiments.compare.jobs import JobRunner
 from surgical_peft.experiments.recipe.recipe import Recipe
 from surgical_peft.experiments.tasks import load_task
-from tests.experiments.compare.test_compare import QUIET, timeless
+from tests.support.cli import QUIET, timeless
 from tests.support.toy_tasks import bert, words, write_model
 
 SIZES = {"train": 16, "validation": 24, "test": 40}

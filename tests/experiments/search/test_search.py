@@ -27,11 +27,10 @@ from surgical_peft.experiments.search.objective import RecipeObjective
 from surgical_peft.experiments.search.search import plan, search
 from surgical_peft.search.result import SearchResult, SearchTrial
 from surgical_peft.search.run import count_trainings
-from tests.cli.test_main import run
-from tests.search.test_run import BLOCKS as MAP
+from tests.support.cli import QUIET, run
+from tests.support.played import BLOCKS as MAP
 from tests.support.tiny import write_data, write_recipe
 
-QUIET = Console(file=io.StringIO())
 BLOCKS = ("embeddings", "0", "1", "final_norm", "head")
 
 

@@ -28,24 +28,12 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from surgical_peft import SurgicalConfig, SurgicalError
 from surgical_peft.tuner import name_checks as patterns
 from surgical_peft.tuner.loading import saved_files as loading
-from tests.support.toys import TOYS, Toy
+from tests.support.toys import TOYS
+from tests.support.wrapping import logits, nudge
 
 VIT = TOYS["vit"]
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
-
-
-def nudge(model: nn.Module) -> nn.Module:
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.1)
-    return model
-
-
-def logits(model: nn.Module, toy: Toy = VIT) -> torch.Tensor:
-    with torch.no_grad():
-        return model(**toy.batch()).logits
 
 
 @pytest.fixture(scope="module")
@@ -227,7 +215,7 @@ def picture(model: nn.Module) -> tuple[Any, ...]:
         list(getattr(model, "peft_config", {})),
         getattr(model, "_hf_peft_config_loaded", False),
         [name for name, _ in model.state_dict().items()],
-        [*(value.clone() for value in model.state_dict().values()), logits(model)],
+        [*(value.clone() for value in model.state_dict().values()), logits(model, VIT.batch())],
     )
 
 
@@ -264,7 +252,7 @@ def test_a_good_adapter_gets_in_through_every_door(door: str, good: Path) -> Non
         loaded = load(model, good)
     model = loaded if isinstance(loaded, PeftModel) else model
     model.set_adapter("second" if "second" in model.peft_config else "default")
-    assert torch.equal(logits(model), logits(AutoPeftModel.from_pretrained(good)))
+    assert torch.equal(logits(model, VIT.batch()), logits(AutoPeftModel.from_pretrained(good), VIT.batch()))
 
 
 @pytest.mark.parametrize("auto", [AutoPeftModel, AutoModelForImageClassification])
@@ -428,7 +416,7 @@ def test_a_choice_that_was_read_can_be_made_afresh_on_another_model(folder: Path
     """Not a loading: the weights beside the config are another model's, or are not there."""
     of(larger)(folder)
     choice = SurgicalConfig.from_pretrained(folder)
-    assert logits(get_peft_model(VIT.model(), choice)).shape == (4, 3)
+    assert logits(get_peft_model(VIT.model(), choice), VIT.batch()).shape == (4, 3)
     (folder / WEIGHTS).unlink()
     get_peft_model(VIT.model(), SurgicalConfig.from_pretrained(folder))
     injected: Any = VIT.model()
@@ -469,7 +457,9 @@ def test_resized_embeddings_come_along(tmp_path: Path) -> None:
     tuned = nudge(get_peft_model(resized(), SurgicalConfig(blocks=[0])))
     with pytest.warns(UserWarning, match="resized"):
         tuned.save_pretrained(tmp_path / "adapter")
-    assert torch.equal(logits(PeftModel.from_pretrained(resized(), tmp_path / "adapter"), llama), logits(tuned, llama))
+    assert torch.equal(
+        logits(PeftModel.from_pretrained(resized(), tmp_path / "adapter"), llama.batch()), logits(tuned, llama.batch())
+    )
     with pytest.raises(SurgicalError, match="resize_token_embeddings first"):
         PeftModel.from_pretrained(llama.model(), tmp_path / "adapter")
 
@@ -502,7 +492,7 @@ def test_an_adapter_in_the_cache_of_the_hub(door: str, there: bool, good: Path, 
             model = DOORS[door][1](model, "someone/adapter") if door != "transformers" else model
             if door == "transformers":
                 model.load_adapter("someone/adapter")
-            assert torch.equal(logits(model), logits(AutoPeftModel.from_pretrained(good)))
+            assert torch.equal(logits(model, VIT.batch()), logits(AutoPeftModel.from_pretrained(good), VIT.batch()))
             return
         with pytest.raises(SurgicalError, match=f"'someone/adapter'.*{WEIGHTS}"):
             DOORS[door][1](model, "someone/adapter")
