@@ -96,7 +96,7 @@ def test_blocks_that_cannot_be_tuned_are_left_out_and_said_so() -> None:
 
 def test_more_blocks_than_there_are(vit: Toy) -> None:
     given = SurgicalConfig(blocks="auto", criterion="rgn", num_blocks=99)
-    with pytest.raises(SurgicalError, match="k=99 is not a whole number from 1 to 15"):
+    with pytest.raises(SurgicalError, match=r"k=99 .*1 to 15"):
         choose_blocks(vit.model(), given, batches(vit, 2))
 
 
@@ -107,5 +107,5 @@ def test_a_loader_that_can_be_read_once_will_do(vit: Toy) -> None:
 
 
 def test_one_batch_cannot_decide_how_many(vit: Toy) -> None:
-    with pytest.raises(SurgicalError, match=r"num_blocks=None .* needs 2 batches or more, and there are 1"):
+    with pytest.raises(SurgicalError, match=r"num_blocks=None .*2 batches"):
         choose_blocks(vit.model(), SurgicalConfig(blocks="auto", criterion="rgn"), batches(vit, 1))

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import CONFIG_MAPPING, MODEL_MAPPING, PreTrainedModel, XLMConfig, XLMWithLMHeadModel
 
 from surgical_peft import BlockMap
-from tests.blocks.test_blocks import assert_partition
+from tests.support.wrapping import assert_partition
 
 ENCODER_DECODER = {"encoder": 12, "decoder": 12}
 

@@ -13,18 +13,10 @@ from transformers import AutoModelForImageClassification
 
 from surgical_peft import SurgicalConfig, SurgicalError
 from surgical_peft.cli import main as cli
-from surgical_peft.cli.main import main
+from tests.support.cli import run
 
 ROOT = Path(__file__).parents[2]
 VIT = ROOT / "recipes" / "fashion_mnist" / "vit"
-
-
-def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    """The command line in this process; returns its exit code."""
-    monkeypatch.setattr(sys, "argv", ["surgical-peft", *arguments])
-    with pytest.raises(SystemExit) as stop:
-        main()
-    return int(stop.value.code or 0)
 
 
 def test_blocks_as_a_table_and_as_json(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

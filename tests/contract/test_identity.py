@@ -64,6 +64,7 @@ def test_unloading_gives_the_very_objects_back(anyone: Toy) -> None:
     nudge(model, seed=1)
     again = model.unload()
     assert again is base and objects(again).keys() == before.keys()
+    assert not hasattr(base, "peft_config")
     assert all(objects(again)[name] is each for name, each in before.items())
     assert all(torch.equal(tensor, values[name]) for name, tensor in again.state_dict().items())
     assert [parameter.requires_grad for parameter in again.parameters()] == flags

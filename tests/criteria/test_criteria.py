@@ -19,6 +19,7 @@ from surgical_peft.criteria.angle import degrees
 from surgical_peft.criteria.criterion import Moments
 from surgical_peft.criteria.rgn import norm
 from surgical_peft.criteria.weight_snr import ratio
+from tests.support.criteria import Routed, own_loss, plain_depth_gain
 from tests.support.toys import TOYS, Batch, Toy
 
 Arrays = dict[str, np.ndarray]  # of each weight
@@ -234,19 +235,6 @@ def test_every_criterion_has_a_reference() -> None:
     assert {*REFERENCES, "weight_change", "angle", "weight_snr", "random", *elsewhere} == set(criteria.__all__)
 
 
-def plain_depth_gain(model: nn.Module, gains: dict[str, float]) -> dict[str, float]:
-    """The formula, with depths told from the order of the blocks."""
-    sizes = {block: sum(p.numel() for p in each) for block, each in BlockMap.find(model).parameters(model).items()}
-    layers = [block for block in gains if block.isdigit()]
-    depths = {block: int(block) / len(layers) if block.isdigit() else block != "embeddings" for block in gains}
-    most = max(gains.values())
-    credit = 16 * gains["head"] / most if gains.get("head") else math.e
-    return {
-        block: gain / most * (sizes[block] / max(sizes[each] for each in gains)) ** 0.25 * credit ** depths[block]
-        for block, gain in gains.items()
-    }
-
-
 @pytest.mark.parametrize("name", ["vit", "bert", "llama"])
 def test_depth_gain_is_the_gain_with_credit_for_size_and_depth(name: str) -> None:
     toy = TOYS[name]
@@ -443,10 +431,6 @@ class Normed(nn.Module):
         return nn.functional.cross_entropy(self.classifier(x.mean(-1)), labels)
 
 
-def own_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    return model(**batch)
-
-
 @pytest.mark.parametrize("name", criteria.__all__)
 def test_batch_norms_are_scored_with_their_block_and_keep_their_statistics(name: str) -> None:
     torch.manual_seed(0)
@@ -477,19 +461,6 @@ def test_the_gradient_of_a_tied_weight_is_that_of_all_its_uses(name: str) -> Non
     model, data = TOYS["gpt2"].model().double(), batches(TOYS["gpt2"], torch.float64)
     value = score_blocks(model, data, name, "tensor").values[tied]
     assert value == pytest.approx(REFERENCES[name](facts, [tied]), rel=1e-6)
-
-
-class Routed(nn.Module):
-    """Layers of two experts each, of which each example uses the one that it names."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(nn.ModuleList(nn.Linear(4, 4) for _ in range(2)) for _ in range(3))
-
-    def forward(self, x: Tensor, expert: Tensor) -> Tensor:
-        for layer in self.layers:
-            x = x + torch.stack([layer[int(which)](row) for row, which in zip(x, expert, strict=True)])
-        return x.square().mean()
 
 
 @pytest.mark.parametrize("name", criteria.__all__)

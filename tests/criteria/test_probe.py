@@ -16,7 +16,7 @@ from surgical_peft.criteria.criterion import of_model
 from surgical_peft.criteria.short_training.context import ScoringContext
 from surgical_peft.experiments.recipe import load_recipe
 from surgical_peft.experiments.training.train import score
-from tests.criteria.test_criteria import plain_depth_gain
+from tests.support.criteria import plain_depth_gain
 from tests.support.toys import TOYS, Toy
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -147,9 +147,9 @@ def test_a_unit_without_a_gradient_is_left_out(vit: Toy) -> None:
 @pytest.mark.parametrize(
     ("count", "loss_fn", "why"),
     [
-        (1, loss_of, "needs at least 2, got 1"),
-        (4, lambda model, batch: -loss_of(model, batch), "must be above 0"),
-        (4, lambda model, batch: torch.ones((), requires_grad=True) * 2, "does not depend on any weight"),
+        (1, loss_of, "at least 2"),
+        (4, lambda model, batch: -loss_of(model, batch), "above 0"),
+        (4, lambda model, batch: torch.ones((), requires_grad=True) * 2, "does not depend"),
     ],
 )
 def test_what_cannot_be_probed_is_refused(count: int, loss_fn: Any, why: str, vit: Toy) -> None:
@@ -161,7 +161,7 @@ def test_what_cannot_be_probed_is_refused(count: int, loss_fn: Any, why: str, vi
 def test_a_bad_batch_is_named(criterion: str, vit: Toy) -> None:
     batches = [vit.batch(seed) for seed in range(4)]
     batches[2]["pixel_values"][0, 0, 0, 0] = math.inf
-    with pytest.raises(SurgicalError, match=r"the loss in batch 2 is NaN or infinite"):
+    with pytest.raises(SurgicalError, match=r"loss.*batch 2.*NaN"):
         score_blocks(vit.model(), batches, criterion)
 
 
@@ -169,7 +169,7 @@ def test_a_bad_batch_is_named(criterion: str, vit: Toy) -> None:
 def test_a_bad_gradient_is_named(criterion: str, vit: Toy) -> None:
     model = vit.model()
     next(model.vit.layers[5].parameters()).register_hook(lambda grad: grad * math.nan)
-    with pytest.raises(SurgicalError, match=r"the gradient of '5' in batch 0 is NaN or infinite"):
+    with pytest.raises(SurgicalError, match=r"gradient.*'5'.*batch 0.*NaN"):
         score_blocks(model, [vit.batch(seed) for seed in range(4)], criterion)
 
 

@@ -71,7 +71,7 @@ def test_spans_of_different_examples_are_different() -> None:
 
 
 def test_tags_of_another_scheme_are_refused() -> None:
-    with pytest.raises(ValueError, match="tag 'S-A' is not IOB2"):
+    with pytest.raises(ValueError, match=r"'S-A'.*IOB2"):
         load_metric("span_f1")([["S-A"]], [["O"]])
 
 
@@ -104,8 +104,8 @@ def test_a_script_has_one_import_a_line_and_imports_nothing_to_install(name: str
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("acuracy", "did you mean 'accuracy'\\? accuracy, exact_match, .* ship with us and need no network"),
-        ("no-such/metric", "metric 'no-such/metric' is unknown: accuracy, .* not to be had from the Hub now"),
+        ("acuracy", "'accuracy'.*accuracy, exact_match"),
+        ("no-such/metric", "'no-such/metric'.*accuracy.*Hub"),
     ],
 )
 def test_an_unknown_metric_says_which_ship(name: str, message: str) -> None:
@@ -135,7 +135,7 @@ def test_a_metric_of_the_users_own_with_several_numbers(tmp_path: Path) -> None:
     path = str(tmp_path / "mine")
     assert load_metric(f"{path}:last")([3, 4], [0, 0]) == 4
     for name in (path, f"{path}:each", f"{path}:median"):
-        with pytest.raises(SurgicalError, match=rf"is no number. Write one of: {path}:first, {path}:last\."):
+        with pytest.raises(SurgicalError, match=rf"{path}:first, {path}:last\."):
             load_metric(name)([3, 4], [0, 0])
 
 

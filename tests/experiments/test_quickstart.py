@@ -81,7 +81,7 @@ def test_a_damaged_adapter_fails_the_reload_check(tmp_path: Path) -> None:
 
 
 def test_missing_files_are_named() -> None:
-    with pytest.raises(SurgicalError, match=r"recipes/nothing did not come with this installation"):
+    with pytest.raises(SurgicalError, match="recipes/nothing"):
         trials.shipped("nothing")
 
 

@@ -70,7 +70,7 @@ def test_the_result_of_a_search_is_beside_the_recipe(tmp_path: Path) -> None:
     path = str(tmp_path / "run" / "search.json")
     assert recipe.methods == ["full", {"searched": {"result": path}}, {"searched": {"procedure": "sweep"}}]
     assert recipe.keys()["methods"][1] == {"searched": {"result": "run/search.json"}}
-    with pytest.raises(SurgicalError, match=f"searched: there is no file '{path}', .*relative to itself: give the"):
+    with pytest.raises(SurgicalError, match=f"searched.*'{path}'"):
         make_method(recipe.methods[1])
 
 
@@ -88,34 +88,34 @@ def test_a_policy_with_its_options(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (MINIMAL + "lerning_rate: 1e-3\n", "unknown key 'lerning_rate': did you mean 'learning_rate'"),
-        (MINIMAL + "block: [1]\n", "unknown key 'block': did you mean 'blocks'"),
-        (MINIMAL + "blocks: [1]\n", "the key 'blocks' is given twice"),
-        (MINIMAL + "learning_rate: fast\n", "learning_rate: 'fast' is not of the type float"),
-        (MINIMAL + "seed: true\n", "seed: True is not of the type int"),
-        (MINIMAL + "policy_options: {decay: 1, decay: 2}\n", "the key 'decay' is given twice"),
-        ("model: m\n", "the key data is missing"),
-        ("model: 3\ndata: d\n", "model: 3 is not of the type str"),
-        (MINIMAL + "optim: adamw\n", "TrainingArguments does not take"),
-        (MINIMAL + "lr_scheduler_type: cosin\n", "TrainingArguments does not take"),
-        (MINIMAL + "num_batches: many\n", "num_batches: 'many' is not of the type int"),
-        (MINIMAL + "frozen_eval: nope\n", "frozen_eval: 'nope' is not of the type bool"),
-        ("model: m\ndata: d\nblocks: auto\nnum_blocks: two\n", "num_blocks: 'two' is not of the type"),
-        (MINIMAL + "policy: layer_decai\n", "did you mean 'layer_decay'"),
+        (MINIMAL + "lerning_rate: 1e-3\n", "'lerning_rate'.*'learning_rate'"),
+        (MINIMAL + "block: [1]\n", "'block'.*'blocks'"),
+        (MINIMAL + "blocks: [1]\n", "'blocks'.*twice"),
+        (MINIMAL + "learning_rate: fast\n", "learning_rate: 'fast'.*float"),
+        (MINIMAL + "seed: true\n", "seed: True.*int"),
+        (MINIMAL + "policy_options: {decay: 1, decay: 2}\n", "'decay'.*twice"),
+        ("model: m\n", "data.*missing"),
+        ("model: 3\ndata: d\n", "model: 3 .*str"),
+        (MINIMAL + "optim: adamw\n", "TrainingArguments"),
+        (MINIMAL + "lr_scheduler_type: cosin\n", "TrainingArguments"),
+        (MINIMAL + "num_batches: many\n", "num_batches: 'many'.*int"),
+        (MINIMAL + "frozen_eval: nope\n", "frozen_eval: 'nope'.*bool"),
+        ("model: m\ndata: d\nblocks: auto\nnum_blocks: two\n", "num_blocks: 'two'"),
+        (MINIMAL + "policy: layer_decai\n", "'layer_decay'"),
         (MINIMAL + "policy: static\npolicy_options: {multipliers: {0: x}}\n", "factor of 0"),
         (
             MINIMAL + "policy: lp_ft\npolicy_options: {epochs: 9}\nnum_train_epochs: 3\n",
-            "the last one would never be reached: it begins after 9 epochs, and the training ends with 3",
+            "9 epochs.*3",
         ),
         (MINIMAL + "policy: stages\npolicy_options: {plan: [{steps: 5}, {}]}\nmax_steps: 5\n", "begins after 5 steps"),
-        (MINIMAL + "resume_from_checkpoint: x\n", "resume_from_checkpoint is not for recipes"),
+        (MINIMAL + "resume_from_checkpoint: x\n", "resume_from_checkpoint"),
         (MINIMAL + "? [a]\n: 1\n", "cannot be a key"),
         ("", "holds no keys"),
         ("- a\n- b\n", "holds no keys"),
         ("model: [\n", "is not YAML"),
         ("model: m\ndata: d\nblocks: []\n", "selects nothing"),
-        ("model: m\ndata: d\nblocks: [0]\nnum_blocks: 2\n", "only speak to blocks='auto'"),
-        ("model: m\ndata: d\ncriterion: rnn\ncriterion_options: {a: 1}\n", "did you mean 'rgn'"),
+        ("model: m\ndata: d\nblocks: [0]\nnum_blocks: 2\n", "blocks='auto'"),
+        ("model: m\ndata: d\ncriterion: rnn\ncriterion_options: {a: 1}\n", "'rgn'"),
         ("model: m\ndata: d\ncriterion: random\ncriterion_options: {sed: 1}\n", "no option 'sed'. It has: seed"),
         ("model: m\ndata: d\ncriterion_options: {seed: 1}\n", "need a criterion"),
     ],
@@ -153,15 +153,15 @@ def test_the_keys_of_finished_studies_and_comparisons_stay(tmp_path: Path) -> No
 
 
 def test_no_such_recipe(tmp_path: Path) -> None:
-    with pytest.raises(SurgicalError, match="there is no recipe"):
+    with pytest.raises(SurgicalError, match="no recipe"):
         load_recipe(tmp_path / "none.yaml")
 
 
 @pytest.mark.parametrize(
     ("recipe", "message"),
     [
-        (Recipe(model="m", data="d", policy="layer_decai"), "did you mean 'layer_decay'"),
-        (Recipe(model="m", data="d", policy="layer_decay", policy_options={"rate": 1}), "do not fit layer_decay"),
+        (Recipe(model="m", data="d", policy="layer_decai"), "'layer_decay'"),
+        (Recipe(model="m", data="d", policy="layer_decay", policy_options={"rate": 1}), "layer_decay"),
     ],
 )
 def test_a_wrong_policy_is_named_before_anything_is_loaded(recipe: Recipe, message: str) -> None:

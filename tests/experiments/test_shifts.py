@@ -77,18 +77,17 @@ def test_noise_is_that_of_its_generator() -> None:
 
 
 def test_all_of_imagenet_c_are_there() -> None:
-    """15, and 4 more that are meant for validation."""
-    assert len(CORRUPTIONS) == 19 and {"snow", "jpeg_compression", "speckle_noise", "saturate"} < {*CORRUPTIONS}
+    assert {"snow", "jpeg_compression", "speckle_noise", "saturate"} < {*CORRUPTIONS}
 
 
 def test_unknown_corruption_suggests_the_nearest() -> None:
-    with pytest.raises(SurgicalError, match="did you mean 'gaussian_noise'"):
+    with pytest.raises(SurgicalError, match="'gaussian_noise'"):
         corruption("gausian_noise", 5)
 
 
 @pytest.mark.parametrize("severity", [0, 6, -1])
 def test_severity_out_of_range(severity: int) -> None:
-    with pytest.raises(SurgicalError, match=f"severity={severity} is out of range"):
+    with pytest.raises(SurgicalError, match=f"severity={severity}"):
         corruption("gaussian_noise", severity)
 
 
@@ -96,7 +95,7 @@ def test_without_the_library_its_corruptions_name_the_extra(monkeypatch: pytest.
     monkeypatch.setitem(sys.modules, "imagecorruptions", None)
     assert corruption("contrast", 1)
     for name in THEIRS:
-        with pytest.raises(SurgicalError, match=r"pip install 'surgical-peft\[shifts\]'.* there are gaussian_noise"):
+        with pytest.raises(SurgicalError, match=r"'surgical-peft\[shifts\]'.*gaussian_noise"):
             corruption(name, 1)
 
 
@@ -176,14 +175,14 @@ def test_label_maps() -> None:
 @pytest.mark.parametrize(
     ("label_map", "message"),
     [
-        ([0, 1], "it needs 4 entries, one for each class of the data: boot, coat, dress, shirt"),
-        ([0, 1, 2, -1], "-1 is not a label"),
-        ([0, 1, 2, True], "True is not a label"),
-        ({"shoe": 0}, "label_map: there is no class 'shoe'"),
-        ({"shirts": 0}, "did you mean 'shirt'"),
-        ({4: 0}, "no class 4: There are: boot, coat, dress, shirt, or 0 to 3"),
-        ({"boot": "first"}, "'first' is not a label"),
-        ("reversed", "neither a list nor a mapping"),
+        ([0, 1], "4 entries.*boot, coat, dress, shirt"),
+        ([0, 1, 2, -1], "-1 "),
+        ([0, 1, 2, True], "True "),
+        ({"shoe": 0}, "label_map.*'shoe'"),
+        ({"shirts": 0}, "'shirt'"),
+        ({4: 0}, "4.*boot, coat, dress, shirt.*0 to 3"),
+        ({"boot": "first"}, "'first'"),
+        ("reversed", "a list nor a mapping"),
     ],
 )
 def test_a_wrong_label_map(label_map: Any, message: str) -> None:
@@ -203,5 +202,5 @@ def test_a_share_of_a_class_is_kept() -> None:
 
 def test_classes_by_name_and_number() -> None:
     assert class_number("imbalance", "b", ["a", "b"]) == 1 == class_number("imbalance", 1, ["a", "b"])
-    with pytest.raises(SurgicalError, match="imbalance: there is no class True"):
+    with pytest.raises(SurgicalError, match=r"imbalance.*True"):
         class_number("imbalance", True, ["a", "b"])

@@ -206,7 +206,7 @@ def test_lora_beside_the_blocks_is_merged_and_in_the_delta(keep_base: str, tmp_p
     export(tmp_path / "adapter", tmp_path / "delta", "delta")
     export(tmp_path / "delta", tmp_path / "back", "adapter")
     assert (tmp_path / "back" / WEIGHTS).read_bytes() == (tmp_path / "adapter" / WEIGHTS).read_bytes()
-    with pytest.raises(SurgicalError, match="holds LoRA weights beside its blocks"):
+    with pytest.raises(SurgicalError, match="LoRA"):
         export(tmp_path / "adapter", tmp_path / "lora", "lora", rank=2)
 
 
@@ -248,7 +248,7 @@ def test_biases_alone_as_lora(tmp_path: Path) -> None:
 def test_biases_alone_are_refused(tmp_path: Path) -> None:
     toy_adapter(TOYS["vit"], tmp_path, blocks=[0], target_modules="all-bias")
     before = tree(tmp_path)
-    with pytest.raises(SurgicalError, match=r"without its weight.*--format merged or delta"):
+    with pytest.raises(SurgicalError, match=r"without its weight.*--format"):
         export_to_peft(tmp_path / "adapter", tmp_path / "out")
     assert tree(tmp_path) == before
 
@@ -256,12 +256,12 @@ def test_biases_alone_are_refused(tmp_path: Path) -> None:
 def test_a_path_that_ends_another_is_refused(tmp_path: Path) -> None:
     """PEFT matches by `endswith`, without a dot: `layers.1` would take `tower.layers.1` too."""
     saved(plain(), SurgicalConfig(target_modules=r"layers\.1"), tmp_path / "adapter")
-    with pytest.raises(SurgicalError, match=r"layers.1 would stand for tower.layers.1 too"):
+    with pytest.raises(SurgicalError, match=r"layers.1.*tower.layers.1"):
         export_to_peft(tmp_path / "adapter", tmp_path / "out", base_model=plain())
     assert not (tmp_path / "out").exists()
     saved(plain(), SurgicalConfig(target_modules=r"tower\.layers\.1"), tmp_path / "other")
     export_to_peft(tmp_path / "other", tmp_path / "out", base_model=plain())
-    with pytest.raises(SurgicalError, match="no module of that path"):
+    with pytest.raises(SurgicalError, match="no module"):
         export_to_peft(tmp_path / "other", tmp_path / "out", base_model=nn.Linear(4, 4))
 
 
@@ -373,10 +373,10 @@ def test_a_delta_on_another_base_is_refused(tmp_path: Path) -> None:
     other = toy.model(seed=5)
     name = "vit.layers.0.attention.k_proj.bias"
     here, there = (fingerprint([model.state_dict()[name]]) for model in (other, base))
-    with pytest.raises(SurgicalError, match="made with another base model") as error:
+    with pytest.raises(SurgicalError, match="base model") as error:
         export(tmp_path / "delta", tmp_path / "back", "adapter", base_model=other)
     assert name not in str(error.value) or (str(here) in str(error.value) and str(there) in str(error.value))
-    with pytest.raises(SurgicalError, match="no weight of that name"):
+    with pytest.raises(SurgicalError, match="no weight"):
         export(tmp_path / "delta", tmp_path / "back", "adapter", base_model=nn.Linear(2, 2))
     assert not (tmp_path / "back").exists()
 
@@ -529,7 +529,7 @@ def test_read_directly_is_seen_in_the_source() -> None:
 
 def test_what_lora_cannot_hold_alone_is_refused(tmp_path: Path) -> None:
     toy_adapter(TOYS["vit"], tmp_path, blocks=["final_norm"])
-    with pytest.raises(SurgicalError, match="no Linear weight that LoRA could hold"):
+    with pytest.raises(SurgicalError, match=r"Linear.*LoRA"):
         export(tmp_path / "adapter", tmp_path / "out", "lora", rank=2)
     assert not (tmp_path / "out").exists()
 
@@ -564,18 +564,18 @@ def _pickled(folder: Path) -> None:
     ("damage", "format", "message"),
     [
         (_remove("adapter_config.json"), "peft", "no adapter's folder"),
-        (lambda folder: (folder / "adapter_config.json").write_text("{"), "peft", "not readable as JSON"),
+        (lambda folder: (folder / "adapter_config.json").write_text("{"), "peft", "JSON"),
         (lambda folder: (folder / "adapter_config.json").write_text("[]"), "peft", "not a dictionary"),
-        (_edit(peft_type="LORA"), "peft", "of the method 'LORA'"),
-        (_edit(tuned_modules=None), "peft", "no record of the tuned modules"),
+        (_edit(peft_type="LORA"), "peft", "'LORA'"),
+        (_edit(tuned_modules=None), "peft", "tuned modules"),
         (_remove(WEIGHTS), "peft", "no weights"),
         (_pickled, "peft", "pickled"),
         (_truncate, "peft", "corrupt"),
         (_without_a_weight, "peft", "without its"),
-        (_edit(base_model_name_or_path=None), "merged", "does not say which base model"),
+        (_edit(base_model_name_or_path=None), "merged", "base model"),
         (_edit(base_model_name_or_path="no/where"), "delta", "cannot be loaded"),
-        (_edit(auto_mapping={"base_model_class": "Evil", "parent_library": "os"}), "merged", "no model class of"),
-        (_edit(auto_mapping={"base_model_class": "Trainer", "parent_library": "x"}), "merged", "no model class of"),
+        (_edit(auto_mapping={"base_model_class": "Evil", "parent_library": "os"}), "merged", "model class"),
+        (_edit(auto_mapping={"base_model_class": "Trainer", "parent_library": "x"}), "merged", "model class"),
         (lambda folder: None, "zip", "format 'zip' is unknown"),
     ],
 )
@@ -598,7 +598,7 @@ def test_nothing_is_overwritten_but_an_earlier_export(tmp_path: Path) -> None:
     toy_adapter(TOYS["vit"], tmp_path, blocks=[0])
     before = {name: (tmp_path / name).stat().st_mtime_ns for name in tree(tmp_path)}
     for out in ("base", "adapter", "."):
-        with pytest.raises(SurgicalError, match=r"what the export reads|something other than an earlier result"):
+        with pytest.raises(SurgicalError, match=r"export reads|earlier result"):
             export(tmp_path / "adapter", tmp_path / out, "merged")
     assert {name: (tmp_path / name).stat().st_mtime_ns for name in tree(tmp_path)} == before
     export(tmp_path / "adapter", tmp_path / "out", "merged")

@@ -176,20 +176,18 @@ def test_a_name_that_exists_is_refused(online: Hub, made: Path) -> None:
     push(made, "someone/one")
     before = list(online.repositories["someone/one"].commits)
     for name in ("someone/one", "one"):
-        with pytest.raises(SurgicalError, match="someone/one exists and is not empty"):
+        with pytest.raises(SurgicalError, match=r"someone/one .*not empty"):
             push(made, name)
     assert online.repositories["someone/one"].commits == before
 
 
 def test_a_push_that_did_not_get_through_can_be_done_again(online: Hub, made: Path) -> None:
     online.refuse = 413
-    with pytest.raises(
-        SurgicalError, match=r"refuses 'someone/one' \(no more room\).*nothing that was trained is lost"
-    ):
+    with pytest.raises(SurgicalError, match=r"'someone/one' \(no more room\)"):
         push(made, "someone/one")
     assert list(online.repositories["someone/one"].files) == [".gitattributes"]
     online.refuse = None
-    with pytest.raises(SurgicalError, match="exists, empty, and is private; you asked for a public one"):
+    with pytest.raises(SurgicalError, match=r"private.*public"):
         push(made, "someone/one", public=True)
     assert push(made, "someone/one").repository == "someone/one"
 
@@ -197,10 +195,10 @@ def test_a_push_that_did_not_get_through_can_be_done_again(online: Hub, made: Pa
 @pytest.mark.parametrize(
     ("repository", "token", "message"),
     [
-        ("someone/one", None, "there is no token for the Hub: log in with `hf auth login`"),
-        ("someone/one", "hf_other", "the token is not valid"),
-        ("elsewhere/one", TOKEN, "the token may not write there"),
-        ("a/b/c", TOKEN, "'a/b/c' cannot be a repository's name"),
+        ("someone/one", None, "`hf auth login`"),
+        ("someone/one", "hf_other", "not valid"),
+        ("elsewhere/one", TOKEN, "may not write"),
+        ("a/b/c", TOKEN, "'a/b/c'"),
         ("someone/with space", TOKEN, "cannot be a repository's name"),
     ],
 )
@@ -218,7 +216,7 @@ def test_what_the_hub_refuses_is_said(
 
 def test_no_network_is_said(online: Hub, made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # the discard port, where nobody listens
-    with pytest.raises(SurgicalError, match=r"the Hub at http://127\.0\.0\.1:9 cannot be reached"):
+    with pytest.raises(SurgicalError, match=r"http://127\.0\.0\.1:9"):
         push(made, "someone/one")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(SurgicalError, match="HF_HUB_OFFLINE is set"):
@@ -229,16 +227,14 @@ def test_a_card_that_the_hub_refuses_is_said(online: Hub, made: Path, tmp_path: 
     shutil.copytree(made, tmp_path / "run")
     card = tmp_path / "run" / "adapter" / "README.md"
     card.write_text(card.read_text().replace("---\n", "---\nbase_model: /my/folder\n", 1))
-    with pytest.raises(
-        SurgicalError, match=r'refuses the card: .*\n.*"base_model" with value "/my/folder" is not valid'
-    ):
+    with pytest.raises(SurgicalError, match=r'(?s)card.*"base_model" with value "/my/folder"'):
         push(tmp_path / "run", "someone/one")
 
 
 @pytest.mark.parametrize(
     ("missing", "message"),
     [
-        ("README.md", "make it with `surgical-peft card"),
+        ("README.md", "`surgical-peft card"),
         ("adapter_model.safetensors", "train first"),
         ("adapter_config.json", "train first"),
     ],
@@ -248,7 +244,7 @@ def test_a_folder_without_its_parts_is_refused(
 ) -> None:
     shutil.copytree(made, tmp_path / "run")
     (tmp_path / "run" / "adapter" / missing).unlink()
-    with pytest.raises(SurgicalError, match=rf"has no {missing}: {message}"):
+    with pytest.raises(SurgicalError, match=f"{missing}.*{message}"):
         push(tmp_path / "run", "someone/one")
     assert online.repositories == {}
 

@@ -35,7 +35,7 @@ from surgical_peft import (
 )
 from surgical_peft.policies.auto_rgn import AutoRGN
 from surgical_peft.policies.policy import Policy, TrainingState
-from tests.policies.test_policies import used_rates
+from tests.support.steps import backward, used_rates
 from tests.support.toys import TOYS, Toy
 
 ADAMW = torch.optim.AdamW
@@ -61,11 +61,6 @@ class DecayedRGN(AutoRGN):
 
 def wrapped(toy: Toy) -> PeftModel:
     return get_peft_model(toy.model(), SurgicalConfig(blocks=[toy.first, toy.last]))
-
-
-def backward(model: nn.Module, toy: Toy, seed: int = 0) -> None:
-    model.zero_grad()
-    model(**toy.batch(seed)).loss.backward()
 
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, toy: Toy, steps: int) -> nn.Module:
@@ -277,7 +272,7 @@ def test_a_factor_for_a_unit_that_is_not_trained_is_refused(vit: Toy) -> None:
     model = wrapped(vit)
     optimizer = create_surgical_optimizer(model, ADAMW, lr=1e-2, policy=Scripted({"3": 0.5}))
     backward(model, vit)
-    with pytest.raises(SurgicalError, match=r"'3' a factor.*no block that is trained.*0, 11"):
+    with pytest.raises(SurgicalError, match=r"'3' .*0, 11"):
         optimizer.step()
 
 
@@ -286,12 +281,12 @@ def test_a_constant_factor_for_a_block_that_does_not_exist_is_refused(vit: Toy) 
         def base_multipliers(self, blocks: BlockMap) -> dict[str, float]:
             return {"layers.0": 0.5}
 
-    with pytest.raises(SurgicalError, match=r"'layers.0' a factor, which is no block of ViT.*embeddings, 0, 1"):
+    with pytest.raises(SurgicalError, match=r"'layers.0'.*ViT.*embeddings, 0, 1"):
         create_surgical_optimizer(wrapped(vit), ADAMW, lr=1e-2, policy=Misnamed())
 
 
 def test_a_policy_that_was_not_called_is_refused(vit: Toy) -> None:
-    with pytest.raises(SurgicalError, match=r"not a policy: call it first, as in policies.auto_rgn\(\)"):
+    with pytest.raises(SurgicalError, match=r"policies.auto_rgn\(\)"):
         create_surgical_optimizer(wrapped(vit), ADAMW, lr=1e-2, policy=policies.auto_rgn)  # type: ignore[arg-type]
 
 
@@ -301,13 +296,13 @@ def test_a_policy_that_was_not_called_is_refused(vit: Toy) -> None:
 def test_state_of_another_policy_is_refused(vit: Toy) -> None:
     saved = create_surgical_optimizer(wrapped(vit), ADAMW, lr=1e-2, policy=policies.auto_rgn()).state_dict()
     other = create_surgical_optimizer(wrapped(vit), ADAMW, lr=1e-2, policy=policies.layer_decay(0.5))
-    with pytest.raises(SurgicalError, match=r"AutoRGN\(.*not under LayerDecay\(.*decay=0.5.*resume"):
+    with pytest.raises(SurgicalError, match=r"AutoRGN\(.*LayerDecay\(.*decay=0.5"):
         other.load_state_dict(saved)
 
 
 def test_state_of_a_plain_optimizer_is_refused(vit: Toy) -> None:
     saved = trainers_adamw(wrapped(vit), 1e-2, 0.0).state_dict()
-    with pytest.raises(SurgicalError, match="trained under another optimizer"):
+    with pytest.raises(SurgicalError, match="another optimizer"):
         create_surgical_optimizer(wrapped(vit), ADAMW, lr=1e-2).load_state_dict(saved)
 
 
@@ -317,7 +312,7 @@ def test_state_of_other_blocks_is_refused(vit: Toy) -> None:
         create_surgical_optimizer(get_peft_model(vit.model(), SurgicalConfig(blocks=blocks)), ADAMW, lr=1e-2)
         for blocks in ([0, 1], [0, 2])
     )
-    with pytest.raises(SurgicalError, match=r"blocks 0, 1, not under .* blocks 0, 2"):
+    with pytest.raises(SurgicalError, match=r"blocks 0, 1,.*blocks 0, 2"):
         two.load_state_dict(one.state_dict())
 
 
@@ -554,7 +549,7 @@ def test_optims_with_groups_of_their_own_are_refused(
     monkeypatch.setattr(trainer_optimizer, available, lambda: True)
     args = arguments(tmp_path, optim=optim, optim_target_modules="all-linear")
     extra = {"optimizer_cls_and_kwargs": surgical_optimizer(args)}
-    with pytest.raises(SurgicalError, match=rf"optim='{optim}' makes its own parameter groups.*adamw_torch"):
+    with pytest.raises(SurgicalError, match=f"optim='{optim}'.*adamw_torch"):
         Trainer(model=wrapped(vit), args=args, **extra).create_optimizer()
 
 
@@ -562,7 +557,7 @@ def test_optimizer_factories_are_refused(vit: Toy, tmp_path: Any, monkeypatch: p
     monkeypatch.setitem(trainer_optimizer._OPTIMIZER_HANDLERS, "sgd", lambda context: (object, {}))
     args = arguments(tmp_path, optim="sgd")
     extra = {"optimizer_cls_and_kwargs": surgical_optimizer(args)}
-    with pytest.raises(SurgicalError, match="makes its own parameter groups"):
+    with pytest.raises(SurgicalError, match="parameter groups"):
         Trainer(model=wrapped(vit), args=args, **extra).create_optimizer()
 
 
@@ -586,5 +581,5 @@ def test_callback_without_our_optimizer_is_refused(vit: Toy, tmp_path: Any) -> N
         train_dataset=examples(vit),
         callbacks=[SurgicalCallback()],  # type: ignore[arg-type]
     )
-    with pytest.raises(SurgicalError, match="SurgicalCallback found no surgical optimizer"):
+    with pytest.raises(SurgicalError, match="surgical optimizer"):
         trainer.train()

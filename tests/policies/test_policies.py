@@ -30,6 +30,7 @@ from surgical_peft import (
 from surgical_peft.policies.gradient_norms import _norms_in_one_call, _norms_on_cpu, gradient_ratios
 from surgical_peft.policies.policy import Policy, TrainingState, Unit
 from surgical_peft.scoring.block_scores import BlockScores
+from tests.support.steps import backward, used_rates
 from tests.support.toys import TOYS, Toy
 
 ADAMW = torch.optim.AdamW
@@ -41,24 +42,8 @@ def rates(model: nn.Module, policy: Policy, lr: float = 1.0) -> dict[str, float]
     return used_rates(optimizer)
 
 
-def used_rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
-    """The rates at which the next step is made."""
-    found: dict[str, float] = {}
-    hook = optimizer.register_step_pre_hook(
-        lambda o, a, k: found.update((g["block"], g["lr"]) for g in o.param_groups)
-    )
-    optimizer.step()
-    hook.remove()
-    return found
-
-
 def factors(optimizer: torch.optim.Optimizer) -> dict[str, float]:
     return {group["unit"]: group["lr_multiplier"] for group in optimizer.param_groups}
-
-
-def backward(model: nn.Module, toy: Toy, seed: int = 0) -> None:
-    model.zero_grad()
-    model(**toy.batch(seed)).loss.backward()
 
 
 # ---- static
@@ -108,7 +93,7 @@ def test_static_refuses_blocks_that_do_not_exist(block: int | str, vit: Toy) -> 
 
 def test_static_refuses_a_block_under_two_keys(vit: Toy) -> None:
     """The later key won without a word."""
-    with pytest.raises(SurgicalError, match="block '3' is named twice"):
+    with pytest.raises(SurgicalError, match=r"'3'.*twice"):
         rates(vit.model(), policies.static({"0:6": 0.1, 3: 0.5}))
 
 
@@ -306,7 +291,7 @@ def test_auto_rgn_reads_from_the_device_once_a_step(
     [{"every": "batch"}, {"granularity": "module"}, {"normalized": "sum"}, {"every": "epoch", "num_batches": 0}],
 )
 def test_auto_rgn_refuses_unknown_settings(kwargs: dict[str, Any]) -> None:
-    with pytest.raises(SurgicalError, match=r"unknown to auto_rgn. There are: |out of range"):
+    with pytest.raises(SurgicalError, match="auto_rgn"):
         policies.auto_rgn(**kwargs)
 
 
@@ -467,7 +452,7 @@ def test_probing_a_stream_is_refused_before_the_first_step(vit: Toy, tmp_path: A
     start = [p.detach().clone() for p in model.parameters()]
     policy = policies.auto_rgn("epoch")
     trainer = trainer_for(model, policy, tmp_path, Stream(examples(vit)), callbacks=[SurgicalCallback()])
-    with pytest.raises(SurgicalError, match=r"not a stream \(Stream\): use a policy without a probe"):
+    with pytest.raises(SurgicalError, match=r"\(Stream\).*probe"):
         trainer.train()
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), start, strict=True))
 

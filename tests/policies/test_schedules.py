@@ -45,9 +45,9 @@ from surgical_peft import (
 )
 from surgical_peft.policies import ClassBalancedLoss, Stage
 from surgical_peft.policies.policy import Policy
-from tests.policies.test_policies import used_rates
 from tests.support.families import FAMILIES
 from tests.support.plain import PLAIN, Net
+from tests.support.steps import backward, used_rates
 from tests.support.toys import TOYS, Toy
 
 ADAMW = torch.optim.AdamW
@@ -57,11 +57,6 @@ LAYERS = tuple(map(str, range(12)))
 def start(toy: Toy, policy: Policy, **kwargs: Any) -> tuple[nn.Module, torch.optim.Optimizer]:
     model = toy.model().train()
     return model, create_surgical_optimizer(model, ADAMW, lr=1e-2, policy=policy, **kwargs)
-
-
-def backward(model: nn.Module, toy: Toy, seed: int = 0) -> None:
-    model.zero_grad()
-    model(**toy.batch(seed)).loss.backward()
 
 
 def on(optimizer: torch.optim.Optimizer) -> set[str]:
@@ -303,7 +298,7 @@ def test_a_stages_loss_is_the_one_that_trains_and_evaluation_keeps_its_own(vit: 
     )
     assert model.eval()(**batch).loss != outputs.loss
     model.train()
-    with pytest.raises(SurgicalError, match=r"needs the labels.*leave out compute_loss_func"):
+    with pytest.raises(SurgicalError, match=r"labels.*compute_loss_func"):
         model(pixel_values=batch["pixel_values"])
     outputs.loss.backward()
     optimizer.step()
@@ -397,15 +392,15 @@ def test_after_training_all_may_be_trained_again(vit: Toy, tmp_path: Any) -> Non
 @pytest.mark.parametrize(
     ("name", "settings", "words"),
     [
-        ("auto_snr", {"threshold": 1.5}, "threshold=1.5 is out of range"),
-        ("auto_snr", {"threshold": math.nan}, "threshold=nan is out of range"),
-        ("auto_snr", {"threshold": 0.5, "criterion": "snrr"}, "did you mean 'snr'"),
-        ("auto_snr", {"threshold": 0.5, "every": "step"}, r"unknown to auto_snr\. .*epoch, a number of steps"),
-        ("auto_rgn", {"every": 0}, "every=0 is out of range for auto_rgn"),
-        ("auto_rgn", {"state": "reset"}, "would drop the moments at every step"),
-        ("badam", {"every": 0}, "every=0 is out of range"),
-        ("badam", {"order": "randm"}, "did you mean 'random'"),
-        ("badam", {"state_policy": "drop"}, "state_policy='drop' is unknown.*keep, reset, offload"),
+        ("auto_snr", {"threshold": 1.5}, "threshold=1.5"),
+        ("auto_snr", {"threshold": math.nan}, "threshold=nan"),
+        ("auto_snr", {"threshold": 0.5, "criterion": "snrr"}, "'snr'"),
+        ("auto_snr", {"threshold": 0.5, "every": "step"}, "auto_snr.*epoch"),
+        ("auto_rgn", {"every": 0}, "every=0.*auto_rgn"),
+        ("auto_rgn", {"state": "reset"}, "every step"),
+        ("badam", {"every": 0}, "every=0"),
+        ("badam", {"order": "randm"}, "'random'"),
+        ("badam", {"state_policy": "drop"}, "state_policy='drop'.*keep, reset, offload"),
         ("bvg_ls", {"alpha": 1.0}, "alpha=1.0"),
         ("bvg_ls", {"num_selected": 0}, "num_selected=0"),
         ("bvg_ls", {"momentum": "reset"}, "accumulate, masked"),
@@ -418,14 +413,14 @@ def test_after_training_all_may_be_trained_again(vit: Toy, tmp_path: Any) -> Non
         ("progressive_freezing", {"percentile": 101}, "percentile=101"),
         ("sample_by_score", {"epsilon": -0.1}, "epsilon=-0.1"),
         ("stages", {"plan": []}, "has no stage"),
-        ("stages", {"plan": [{}, {}]}, "stage 1 .* needs its length"),
+        ("stages", {"plan": [{}, {}]}, "stage 1"),
         ("stages", {"plan": [{"epochs": 1}, {"steps": 1}]}, "epochs or in steps"),
         ("stages", {"plan": [{"epochs": 1, "steps": 1}]}, "one of the two"),
-        ("stages", {"plan": [{"block": 0}]}, "did you mean 'blocks'"),
+        ("stages", {"plan": [{"block": 0}]}, "'blocks'"),
         ("stages", {"plan": [{"lr_multiplier": -1.0}]}, "lr_multiplier=-1.0"),
         ("stages", {"plan": [{"lr_multiplier": math.nan}]}, "lr_multiplier=nan"),
-        ("stages", {"plan": [{"loss": "no_such"}]}, "'no_such' is none of the losses"),
-        ("stages", {"plan": ["head"]}, "'head' is not a stage"),
+        ("stages", {"plan": [{"loss": "no_such"}]}, "'no_such'.*losses"),
+        ("stages", {"plan": ["head"]}, "'head'.*stage"),
         ("two_stage", {"counts": [5, 0], "epochs": 1}, "at least 1"),
     ],
 )
@@ -477,11 +472,11 @@ class Given(Policy):
 @pytest.mark.parametrize(
     ("policy", "words"),
     [
-        (policies.lisa(num_blocks=13), "num_blocks=13 is more than lisa has to choose from: 12 repeated"),
-        (policies.sample_by_score(num_blocks=13), "num_blocks=13 is more than sample_by_score"),
-        (policies.bvg_ls(num_selected=16), "num_selected=16 is more than the 14 blocks"),
-        (policies.badam(always=["heads"]), "block 'heads' does not exist"),
-        (policies.stages([Stage("head", steps=1), Stage([12])]), "block 12 does not exist"),
+        (policies.lisa(num_blocks=13), "num_blocks=13.*lisa.*12 repeated"),
+        (policies.sample_by_score(num_blocks=13), "num_blocks=13.*sample_by_score"),
+        (policies.bvg_ls(num_selected=16), "num_selected=16.*14 blocks"),
+        (policies.badam(always=["heads"]), "'heads'"),
+        (policies.stages([Stage("head", steps=1), Stage([12])]), "block 12 "),
     ],
 )
 def test_a_policy_that_does_not_fit_the_model_is_refused_when_the_optimizer_is_made(
@@ -493,7 +488,7 @@ def test_a_policy_that_does_not_fit_the_model_is_refused_when_the_optimizer_is_m
 
 def test_a_stage_of_what_is_not_tuned_is_refused(vit: Toy) -> None:
     model = get_peft_model(vit.model(), SurgicalConfig(blocks=[0, 5]))
-    with pytest.raises(SurgicalError, match=r"names 'head', which is not trained. Trained: 0, 5"):
+    with pytest.raises(SurgicalError, match=r"'head'.*0, 5"):
         create_surgical_optimizer(model, ADAMW, lr=1e-2, policy=policies.lp_ft(epochs=1))
 
 
@@ -512,15 +507,15 @@ def test_epochs_without_the_callback_are_refused_before_the_first_step(vit: Toy)
         (
             policies.lp_ft(epochs=2),
             {"num_train_epochs": 2},
-            r"blocks='head', epochs=2.* after 2 epochs, .*ends with 2\.",
+            "blocks='head', epochs=2.*after 2 epochs",
         ),
-        (policies.lp_ft(epochs=2), {"max_steps": 4}, "begins after 2 epochs, and the training ends with 2"),
+        (policies.lp_ft(epochs=2), {"max_steps": 4}, "after 2 epochs"),
         (
             policies.two_stage([2, 3, 1], epochs=9),
             {"num_train_epochs": 3},
             "begins after 9 epochs.*Shorten the stages",
         ),
-        (policies.stages([Stage("head", steps=6), Stage()]), {"num_train_epochs": 3}, "after 6 steps, .*ends with 6"),
+        (policies.stages([Stage("head", steps=6), Stage()]), {"num_train_epochs": 3}, "after 6 steps"),
     ],
 )
 def test_a_stage_that_would_never_be_reached(
@@ -558,9 +553,7 @@ def test_a_threshold_that_freezes_everything_names_the_highest_score(vit: Toy, t
     extra = {"optimizer_cls_and_kwargs": surgical_optimizer(args, policy)}
     model = wrapped(TOYS["vit"])
     before = [p.detach().clone() for p in model.parameters()]
-    with pytest.raises(
-        SurgicalError, match=r"threshold=1000000.0 freezes everything: the highest grad_norm is [\d.]+ \("
-    ):
+    with pytest.raises(SurgicalError, match=r"threshold=1000000.0 .*grad_norm is [\d.]+ \("):
         Trainer(model=model, args=args, train_dataset=data, callbacks=[SurgicalCallback()], **extra).train()  # type: ignore[arg-type]
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
 

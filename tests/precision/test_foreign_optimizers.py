@@ -12,7 +12,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from surgical_peft import SurgicalConfig, SurgicalError, create_surgical_optimizer
 from surgical_peft.precision import foreign_optimizers
-from tests.precision.test_master_weights import RoundsAtRandom, step, trained, wrapped
+from tests.support.precision import RoundsAtRandom, step, trained, wrapped
 from tests.support.toys import TOYS
 
 

@@ -11,13 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import get_peft_model
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 from transformers.optimization import Adafactor
 
 from surgical_peft import SurgicalConfig, SurgicalError, create_surgical_optimizer, policies, surgical_optimizer
 from surgical_peft.precision import master_weights
+from tests.support.precision import RoundsAtRandom, step, trained, wrapped
 from tests.support.toys import TOYS
 
 BF16, FP16 = torch.bfloat16, torch.float16
@@ -36,24 +37,8 @@ if find_spec("bitsandbytes") is not None:
     OPTIMIZERS["8 bit"] = AdamW8bit, {"min_8bit_size": 16}  # loads its state in a way of its own
 
 
-def wrapped(dtype: torch.dtype = BF16, blocks: Any = "all", **kwargs: Any) -> PeftModel:
-    return get_peft_model(TOYS["llama"].model().to(dtype), SurgicalConfig(blocks=blocks, **kwargs)).train()
-
-
-def step(model: nn.Module, optimizer: torch.optim.Optimizer, seed: int = 0) -> float:
-    optimizer.zero_grad()
-    loss = model(**TOYS["llama"].batch(seed)).loss
-    loss.backward()
-    optimizer.step()
-    return loss.item()
-
-
 def masters(optimizer: torch.optim.Optimizer) -> dict[Tensor, Tensor]:
     return {weight: state[master_weights.KEY] for weight, state in optimizer.state.items()}
-
-
-def trained(model: nn.Module) -> list[Tensor]:
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 class Reference:
@@ -418,12 +403,6 @@ def test_no_masters_where_none_are_needed_or_wanted(dtype: torch.dtype) -> None:
     optimizer = create_surgical_optimizer(model, torch.optim.AdamW, lr=1e-3, master_weights=dtype == torch.float32)
     step(model, optimizer)
     assert not any(master_weights.KEY in state for state in optimizer.state.values())
-
-
-class RoundsAtRandom(torch.optim.SGD):
-    def __init__(self, params: Any, lr: float, bf16_stochastic_round: bool = False) -> None:
-        super().__init__(params, lr=lr)
-        self.bf16_stochastic_round = bf16_stochastic_round
 
 
 @pytest.mark.parametrize("on", [True, False])

@@ -10,7 +10,6 @@ import json
 import re
 import statistics
 import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -24,11 +23,11 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 
-from surgical_peft.cli.main import main
 from surgical_peft.experiments.compare.comparison import SHIFTS, Comparison
 from surgical_peft.experiments.recipe import load_recipe
 from surgical_peft.experiments.recipe.load import StrictLoader
 from surgical_peft.experiments.tasks import load_task
+from tests.support.cli import run
 
 ROOT = Path(__file__).parents[2]
 PATHS = sorted((ROOT / "recipes").rglob("*.yaml"))
@@ -158,13 +157,6 @@ def shortened(name: str) -> dict[str, Any]:
         own = {**keys["policy_options"], "epochs": 1}
         first |= {"policy_options": own, "per_device_train_batch_size": sum(ROWS.values())}
     return {key: value for key, value in {**keys, **first}.items() if key != "sources"}
-
-
-def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    monkeypatch.setattr(sys, "argv", ["surgical-peft", *arguments])
-    with pytest.raises(SystemExit) as stop:
-        main()
-    return int(stop.value.code or 0)
 
 
 def check_training(folder: Path) -> None:

@@ -49,7 +49,7 @@ def test_save_and_load(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "3", "{}", '{"values": {}, "unscored": []}', "null"])
 def test_what_is_not_scores_is_refused(text: str) -> None:
-    with pytest.raises(SurgicalError, match="JSON of block scores"):
+    with pytest.raises(SurgicalError, match="JSON"):
         BlockScores.from_json(text)
 
 
@@ -131,9 +131,9 @@ def test_minmax_of_negative_scores() -> None:
     [
         (VALUES, "mean", "normalize='mean' is unknown. There are: max, minmax"),
         ({"head": 1.0}, "mean", "normalize='mean' is unknown"),
-        ({"0": 0.0, "1": 0.0, "head": 1.0}, "max", "all scores are zero"),
-        ({"0": 0.0, "1": 0.0}, "minmax", "all scores are zero"),
-        ({"0": -2.0, "1": -1.0}, "max", "lowest score is -2.*use 'minmax'"),
+        ({"0": 0.0, "1": 0.0, "head": 1.0}, "max", "zero"),
+        ({"0": 0.0, "1": 0.0}, "minmax", "zero"),
+        ({"0": -2.0, "1": -1.0}, "max", "-2.*'minmax'"),
     ],
 )
 def test_normalized_refuses(values: dict[str, float], how: str, why: str) -> None:

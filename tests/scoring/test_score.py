@@ -307,19 +307,19 @@ def test_a_torch_loader_works_and_leaves_the_random_state(vit: Toy) -> None:
     ("kwargs", "why"),
     [
         ({"dataloader": []}, "empty"),
-        ({"dataloader": [(1, 2)]}, "a batch is a tuple"),
+        ({"dataloader": [(1, 2)]}, "tuple"),
         ({"num_batches": 0}, "num_batches=0"),
         ({"num_batches": 0, "criterion": "fisher"}, "num_batches=0"),
         ({"dataloader": None}, "empty"),
-        ({"criterion": 3}, "criterion=3 is a int, not a name or a function"),
+        ({"criterion": 3}, "criterion=3.*int"),
         ({"criterion": "fischer"}, "'fischer' is none of the criteria: did you mean 'fisher'.*weight_snr"),
-        ({"memory": "lo"}, "memory='lo' is unknown: did you mean 'low'"),
-        ({"criterion": "fisher", "dataloader": [{"labels": torch.tensor(1)}]}, "a dict without a tensor of rows"),
-        ({"criterion": "snr", "dataloader": [{"labels": torch.zeros(0)}]}, "a dict of no examples"),
-        ({"criterion": "held_out_gain", "num_batches": 1}, "compares 2 parts of the data"),
+        ({"memory": "lo"}, "memory='lo'.*'low'"),
+        ({"criterion": "fisher", "dataloader": [{"labels": torch.tensor(1)}]}, "without a tensor"),
+        ({"criterion": "snr", "dataloader": [{"labels": torch.zeros(0)}]}, "no examples"),
+        ({"criterion": "held_out_gain", "num_batches": 1}, "2 parts"),
         ({"num_batches": -1}, "num_batches=-1"),
-        ({"granularity": "blocks"}, "'blocks' is unknown: did you mean 'block'.*block, module, tensor"),
-        ({"criterion": "rnn"}, "'rnn' is none of the criteria: did you mean 'rgn'"),
+        ({"granularity": "blocks"}, "'blocks'.*'block'.*block, module, tensor"),
+        ({"criterion": "rnn"}, "'rnn'.*'rgn'"),
         ({"criterion": "surgical_peft:rgn_"}, "cannot be imported"),
         ({"criterion": "math:pi"}, "'math:pi' is a float"),
     ],
@@ -465,7 +465,7 @@ def test_a_container_changes_no_score(wrap: Callable[[nn.Module], nn.Module]) ->
 def test_a_criterion_that_returns_no_number_is_refused(value: Any, vit: Toy) -> None:
     model = mixed_state(vit.model())
     before = Snapshot(model)
-    with pytest.raises(SurgicalError, match=r"returned .* for 'head', a \w+: it must return one number"):
+    with pytest.raises(SurgicalError, match=r"'head', a \w+: .*one number"):
         score_blocks(model, batches(vit), lambda weights, grads: value)
     before.assert_unchanged()
 
@@ -478,13 +478,13 @@ def test_numbers_of_any_kind_are_taken(value: Any, vit: Toy) -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_a_criterion_that_returns_nan_is_refused(value: float, vit: Toy) -> None:
-    with pytest.raises(SurgicalError, match="'head' in batch 0 gives the score"):
+    with pytest.raises(SurgicalError, match="'head' in batch 0"):
         score_blocks(vit.model(), batches(vit), lambda weights, grads: value)
 
 
 @pytest.mark.parametrize(("found", "why"), [(3.0, "a float"), ({"nowhere": 1.0}, "the units nowhere")])
 def test_a_criterion_of_the_model_must_return_its_units(found: Any, why: str, vit: Toy) -> None:
-    with pytest.raises(SurgicalError, match=f"returned {why}: it must return {{unit: score}}"):
+    with pytest.raises(SurgicalError, match=f"{why}: .*{{unit: score}}"):
         score_blocks(vit.model(), batches(vit), of_model(batches=1)(lambda trial: found))
 
 
@@ -493,7 +493,7 @@ def test_a_bad_example_is_named(name: str, vit: Toy) -> None:
     data = batches(vit)  # of 2, 3 and 4 examples
     data[1]["pixel_values"][2, 0, 0, 0] = float("nan")
     where = {"bvr": "batch 1", "fisher": "example 4"}[name]
-    with pytest.raises(SurgicalError, match=f"'head' in {where} .*Look at that {where.split()[0]}"):
+    with pytest.raises(SurgicalError, match=f"'head' in {where} "):
         score_blocks(vit.model(), data, name)
 
 
@@ -503,7 +503,7 @@ def test_labels_out_of_range_are_named(toy_name: str, wrong: int, known: int) ->
     toy = TOYS[toy_name]
     batch = toy.batch()
     batch["labels"].view(-1)[-1] = wrong
-    with pytest.raises(SurgicalError, match=f"labels out of range: {wrong}; .* {known} classes, 0 to {known - 1}"):
+    with pytest.raises(SurgicalError, match=f"labels.*{wrong}; .*0 to {known - 1}"):
         score_blocks(toy.model(), [batch])
 
 
@@ -531,7 +531,7 @@ class Integers(nn.Module):
 
 
 def test_a_model_of_integers_is_refused() -> None:
-    with pytest.raises(SurgicalError, match="Integers has no floating-point weight"):
+    with pytest.raises(SurgicalError, match=r"Integers.*floating-point"):
         score_blocks(Integers(), [{"x": torch.ones(1)}])
 
 

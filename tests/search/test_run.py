@@ -32,11 +32,8 @@ from optuna.trial import TrialState
 from surgical_peft import BlockMap, Selection, SurgicalConfig, SurgicalError, procedures, run_search
 from surgical_peft.search import study as studies
 from surgical_peft.search.result import SearchResult, SearchTrial, candidate_of
+from tests.support.played import BLOCKS, LAYERS
 
-LAYERS = tuple(map(str, range(12)))
-BLOCKS = BlockMap(
-    names=("embeddings", *LAYERS, "final_norm", "head"), modules={}, stacks={"": LAYERS}, tied={}, model_name="Toy"
-)
 FILES = {"sqlite": "sqlite:///{}/study.db", "journal": "journal:///{}/study.log"}
 SWEEP = procedures.sweep()  # 12 layers alone, all, head: 14 trainings
 FORK = multiprocessing.get_context("fork")
@@ -449,7 +446,7 @@ def test_a_study_of_the_users_own_is_refused(tmp_path: Path) -> None:
     study.optimize(lambda trial: trial.suggest_float("x", 0, 1), n_trials=1)
     optuna.create_study(storage=storage, study_name="down")
     for name in ("search", "down"):
-        with pytest.raises(SurgicalError, match=f"study '{name}'.*not made by run_search"):
+        with pytest.raises(SurgicalError, match=f"'{name}'.*run_search"):
             run_search(SWEEP, Objective(tmp_path), storage=storage, name=name)
 
 
@@ -492,9 +489,7 @@ def test_no_metric_anywhere_is_an_error_and_the_trials_are_kept(journal: str) ->
     def objective(selection: Selection) -> float:
         raise RuntimeError("no validation examples")
 
-    with pytest.raises(
-        SurgicalError, match=r"14 of 14 trainings failed.*\['0'\].*RuntimeError: no validation examples"
-    ):
+    with pytest.raises(SurgicalError, match=r"14 of 14 .*\['0'\].*RuntimeError: no validation examples"):
         run_search(SWEEP, objective, blocks=BLOCKS, storage=journal)
     assert len(load(journal).trials) == 14
 
@@ -546,14 +541,14 @@ def chooses_another(blocks: BlockMap) -> Any:
 @pytest.mark.parametrize(
     ("procedure", "message"),
     [
-        (nothing, "nothing.*ended without proposing anything"),
+        (nothing, "nothing.*without proposing"),
         (empty_round, r"empty_round.*proposed \[\], nothing"),
-        (empty_candidate, r"empty_candidate.*selects no block"),
-        (unknown, r"unknown.*\[\('99',\)\].*'99' does not exist"),
-        (a_word, "a_word.*proposed '11'.*a tuple of block names"),
-        (a_number, "a_number.*proposed 11.*a tuple of block names"),
-        (endless, "endless.*more than 25 trainings.*max_trials"),
-        (chooses_another, r"chooses_another.*chose \('1',\), which it had not proposed"),
+        (empty_candidate, "empty_candidate.*no block"),
+        (unknown, r"unknown.*\[\('99',\)\]"),
+        (a_word, "a_word.*'11'.*tuple"),
+        (a_number, "a_number.*11.*tuple"),
+        (endless, "endless.*25 trainings.*max_trials"),
+        (chooses_another, r"chooses_another.*\('1',\)"),
     ],
 )
 def test_a_procedure_that_errs_is_named_and_its_trials_are_kept(
@@ -570,7 +565,7 @@ def test_what_cannot_be_searched_is_refused(tmp_path: Path) -> None:
         run_search(SWEEP, metric_of)
     with pytest.raises(SurgicalError, match="with its brackets"):
         run_search(procedures.sweep, objective)
-    with pytest.raises(SurgicalError, match=r"rates=\[0.1, 0.1\] has an entry twice"):
+    with pytest.raises(SurgicalError, match=r"rates=\[0.1, 0.1\] .*twice"):
         run_search(SWEEP, objective, rates=[0.1, 0.1])
     with pytest.raises(SurgicalError, match="dead_after=0 "):
         run_search(SWEEP, objective, dead_after=0)
@@ -578,20 +573,20 @@ def test_what_cannot_be_searched_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("storage", ["mysql://me:secret@host/db", "study.db", "sqlite:///:memory:", "journal:///"])
 def test_a_storage_of_another_kind_is_refused(storage: str, tmp_path: Path) -> None:
-    with pytest.raises(SurgicalError, match=r"is not supported: use 'sqlite:///.*'journal:///.*'postgresql") as caught:
+    with pytest.raises(SurgicalError, match=r"'sqlite:///.*'journal:///.*'postgresql") as caught:
         run_search(SWEEP, Objective(tmp_path), storage=storage)
     assert "secret" not in str(caught.value)
 
 
 def test_an_unreachable_storage_is_named_with_cause_and_cure(storage: str, tmp_path: Path) -> None:
     Path(storage.split("///")[1]).mkdir()  # a folder where the file should be
-    with pytest.raises(SurgicalError, match=r"study 'search' in .*cannot be read or written: .*run the same again"):
+    with pytest.raises(SurgicalError, match=r"'search'.*cannot be read or written"):
         run_search(SWEEP, Objective(tmp_path), storage=storage)
 
 
 def test_a_server_that_does_not_answer_is_named_without_its_password(tmp_path: Path) -> None:
     url = "postgresql+psycopg://me:secret@127.0.0.1:1/db"  # port 1: nobody listens; without a driver it fails earlier
-    with pytest.raises(SurgicalError, match=r"me:\*\*\*@127.0.0.1:1/db cannot be read or written: .*driver") as caught:
+    with pytest.raises(SurgicalError, match=r"me:\*\*\*@127.0.0.1:1/db.*driver") as caught:
         run_search(SWEEP, Objective(tmp_path), storage=url)
     assert "secret" not in str(caught.value)
 
@@ -637,7 +632,7 @@ def test_a_full_disk_keeps_what_is_finished(storage: str, tmp_path: Path) -> Non
 def test_without_optuna_it_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "surgical_peft.search.study")
     monkeypatch.setitem(sys.modules, "optuna", None)
-    with pytest.raises(SurgicalError, match=r"needs optuna: pip install 'surgical-peft\[search\]'"):
+    with pytest.raises(SurgicalError, match=r"optuna.*'surgical-peft\[search\]'"):
         run_search(SWEEP, Objective(tmp_path))
 
 

@@ -11,6 +11,10 @@ from surgical_peft import BlockMap
 
 Candidate = tuple[str, ...]
 Metric = Callable[[Candidate], float]
+LAYERS = tuple(map(str, range(12)))
+BLOCKS = BlockMap(
+    names=("embeddings", *LAYERS, "final_norm", "head"), modules={}, stacks={"": LAYERS}, tied={}, model_name="Toy"
+)
 
 
 @dataclass(frozen=True)

@@ -95,6 +95,14 @@ def module_paths(model: nn.Module, *blocks: str) -> list[str]:
     return [path for block in blocks for path in found.modules[block]]
 
 
+def assert_partition(blocks: BlockMap, model: nn.Module) -> None:
+    grouped = blocks.parameters(model)
+    assert tuple(grouped) == blocks.names
+    ids = [id(parameter) for group in grouped.values() for parameter in group]
+    assert len(ids) == len(set(ids))
+    assert set(ids) == {id(parameter) for parameter in model.parameters()}
+
+
 def weights(directory: Path) -> dict[str, Tensor]:
     return load_file(directory / "adapter_model.safetensors")
 

@@ -13,14 +13,13 @@ from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments
+from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 from trl.generation.vllm_generation import VLLMGeneration
 
 from surgical_peft import SurgicalConfig, create_surgical_optimizer, policies
 from tests.support.families import FAMILIES
 from tests.support.toys import TOYS, Batch, Toy
-from tests.support.wrapping import layers, logits, nudge, same, trainable
-from tests.trainers.test_trained_by_others import (
+from tests.support.trainers import (
     arguments,
     assert_same_weights,
     frozen_but_for,
@@ -30,12 +29,12 @@ from tests.trainers.test_trained_by_others import (
     sentence,
     tokenizer,
 )
+from tests.support.wrapping import layers, logits, nudge, same, trainable
 
 EVERY = TOYS | FAMILIES
 BLOCKS, TUNED = ["0", "2"], ("model.layers.0.", "model.layers.2.")
 KEPT = ["device", "cpu", "none"]
 LANGUAGE = ["llama", "llama_tied", "gpt2", "qwen3_moe", "t5", "mamba"]
-assert tokenizer  # a fixture
 
 
 def wrap(family: Toy, keep_base: str = "device", lora: bool = False, **kwargs: Any) -> PeftModel:
@@ -226,10 +225,10 @@ def prompts() -> Dataset:
     return Dataset.from_dict({"prompt": [f"{sentence(i)} " for i in range(8)]})
 
 
-def test_grpo_trains_the_blocks_and_compares_with_the_base(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_grpo_trains_the_blocks_and_compares_with_the_base(tmp_path: Path) -> None:
     llama().save_pretrained(tmp_path / "base")  # from where TRL takes the reference
     args = grpo_arguments(tmp_path, beta=0.5, max_steps=2)
-    more: dict[str, Any] = {"reward_funcs": reward, "train_dataset": prompts(), "processing_class": tokenizer}
+    more: dict[str, Any] = {"reward_funcs": reward, "train_dataset": prompts(), "processing_class": tokenizer()}
     frozen = frozen_but_for(LlamaForCausalLM.from_pretrained(tmp_path / "base"), TUNED)
     by_hand: Any = trl.GRPOTrainer(frozen, args=args, **more)
     by_hand.train()
@@ -255,7 +254,7 @@ def rates(trainer: Any) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("by", ["Trainer", "SFTTrainer", "DPOTrainer"])
-def test_our_optimizer_is_handed_over(by: str, tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_our_optimizer_is_handed_over(by: str, tmp_path: Path) -> None:
     """`optimizers=(...)` is what every trainer takes; the model is wrapped before."""
     model = get_peft_model(llama(), SurgicalConfig(blocks=BLOCKS, task_type="CAUSAL_LM"))
     optimizer = create_surgical_optimizer(model, torch.optim.AdamW, lr=1e-2, policy=policies.layer_decay(0.5))
@@ -266,10 +265,10 @@ def test_our_optimizer_is_handed_over(by: str, tmp_path: Path, tokenizer: PreTra
     elif by == "SFTTrainer":
         data = Dataset.from_dict({"text": [sentence(i) for i in range(12)]})
         args: Any = trl.SFTConfig(**arguments(tmp_path, gradient_checkpointing=False))
-        trainer = trl.SFTTrainer(model, args, train_dataset=data, processing_class=tokenizer, **more)
+        trainer = trl.SFTTrainer(model, args, train_dataset=data, processing_class=tokenizer(), **more)
     else:
         args = trl.DPOConfig(**arguments(tmp_path, gradient_checkpointing=False))
-        trainer = trl.DPOTrainer(model, None, args, train_dataset=preferences(), processing_class=tokenizer, **more)
+        trainer = trl.DPOTrainer(model, None, args, train_dataset=preferences(), processing_class=tokenizer(), **more)
     trainer.train()
     assert getattr(trainer.optimizer, "optimizer", trainer.optimizer) is optimizer
     assert rates(trainer)["0"] < rates(trainer)["2"]

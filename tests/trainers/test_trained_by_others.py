@@ -15,105 +15,59 @@ import torch
 import trl
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
-from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
-from transformers import PreTrainedTokenizerFast
 
 from surgical_peft import SurgicalConfig
 from surgical_peft.tuner.layer import SurgicalLayer
 from tests.support.launched import BLOCKS, assert_same_adapter, train
-from tests.support.toys import TOYS, VOCABULARY
+from tests.support.toys import TOYS
+from tests.support.trainers import (
+    LAUNCH,
+    TUNED,
+    arguments,
+    assert_same_weights,
+    frozen_but_for,
+    llama,
+    losses,
+    preferences,
+    sentence,
+    tokenizer,
+)
 
 REPOSITORY = Path(__file__).parents[2]
-TUNED = ("model.layers.0.", "model.layers.2.")
-WORDS = [f"w{i}" for i in range(VOCABULARY - 3)]
-
-
-def llama() -> nn.Module:
-    return TOYS["llama"].model()
-
-
-def frozen_but_for(model: nn.Module, tuned: tuple[str, ...]) -> nn.Module:
-    """The reference: the bare model, in which only these parameters train."""
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name.startswith(tuned))
-    return model
-
-
-def assert_same_weights(merged: nn.Module, reference: nn.Module, **tolerance: float) -> None:
-    start = dict(llama().named_parameters())
-    for name, expected in reference.named_parameters():
-        found = dict(merged.named_parameters())[name]
-        torch.testing.assert_close(found.detach(), expected.detach(), **tolerance, msg=lambda m, n=name: f"{n}: {m}")
-        assert torch.equal(found, start[name]) != name.startswith(TUNED), name
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> PreTrainedTokenizerFast:
-    words = {word: i for i, word in enumerate(["<pad>", "<s>", "</s>", *WORDS])}
-    inner = Tokenizer(models.WordLevel(words, unk_token="<s>"))
-    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
-
-
-def sentence(seed: int, length: int = 6) -> str:
-    picks = torch.randint(len(WORDS), (length,), generator=torch.Generator().manual_seed(seed))
-    return " ".join(WORDS[i] for i in picks)
-
-
-def preferences() -> Dataset:
-    columns = {"prompt": "{} ", "chosen": "{}", "rejected": "{}"}  # words are split at the blank
-    return Dataset.from_list(
-        [
-            {name: form.format(sentence(50 * i + k)) for k, (name, form) in enumerate(columns.items())}
-            for i in range(12)
-        ]
-    )
-
-
-def arguments(folder: Path, **more: Any) -> dict[str, Any]:
-    common = {"use_cpu": True, "bf16": False, "report_to": "none", "disable_tqdm": True, "save_strategy": "no"}
-    common |= {"max_steps": 3, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "logging_steps": 1, "seed": 0}
-    return {"output_dir": str(folder), **common, **more}
-
-
-def losses(trainer: Any) -> list[float]:
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
 @pytest.mark.parametrize("checkpointing", [True, False])
-def test_sft(tmp_path: Path, tokenizer: PreTrainedTokenizerFast, checkpointing: bool) -> None:
+def test_sft(tmp_path: Path, checkpointing: bool) -> None:
     data = Dataset.from_dict({"text": [sentence(i) for i in range(12)]})
     args = trl.SFTConfig(**arguments(tmp_path, gradient_checkpointing=checkpointing))
     config = SurgicalConfig(blocks=BLOCKS, task_type="CAUSAL_LM")
-    ours = trl.SFTTrainer(llama(), args, train_dataset=data, processing_class=tokenizer, peft_config=config)
+    ours = trl.SFTTrainer(llama(), args, train_dataset=data, processing_class=tokenizer(), peft_config=config)
     ours.train()
     ours.save_model(str(tmp_path / "adapter"))
     frozen = frozen_but_for(llama(), TUNED)
-    reference = trl.SFTTrainer(frozen, args, train_dataset=data, processing_class=tokenizer)
+    reference = trl.SFTTrainer(frozen, args, train_dataset=data, processing_class=tokenizer())
     reference.train()
     assert losses(ours) == pytest.approx(losses(reference), rel=1e-5)
     loaded = PeftModel.from_pretrained(llama(), tmp_path / "adapter")
     assert_same_weights(loaded.merge_and_unload(), frozen, rtol=1e-5, atol=1e-6)
 
 
-def test_dpo_compares_with_the_disabled_adapter(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_dpo_compares_with_the_disabled_adapter(tmp_path: Path) -> None:
     data = preferences()
     args = trl.DPOConfig(**arguments(tmp_path, beta=0.5, gradient_checkpointing=False))
     config = SurgicalConfig(blocks=BLOCKS, task_type="CAUSAL_LM")
-    ours = trl.DPOTrainer(llama(), None, args, train_dataset=data, processing_class=tokenizer, peft_config=config)
+    ours = trl.DPOTrainer(llama(), None, args, train_dataset=data, processing_class=tokenizer(), peft_config=config)
     ours.train()
     frozen = frozen_but_for(llama(), TUNED)
-    reference = trl.DPOTrainer(frozen, llama(), args, train_dataset=data, processing_class=tokenizer)
+    reference = trl.DPOTrainer(frozen, llama(), args, train_dataset=data, processing_class=tokenizer())
     reference.train()
     assert losses(ours)[0] == pytest.approx(0.6931, abs=1e-3)  # log 2: before the first step, both models are one
     assert losses(ours) == pytest.approx(losses(reference), rel=1e-4)
     assert_same_weights(ours.model.merge_and_unload(), frozen, rtol=1e-4, atol=1e-5)
 
 
-def test_dpo_from_a_trained_adapter_compares_with_its_start(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_dpo_from_a_trained_adapter_compares_with_its_start(tmp_path: Path) -> None:
     """TRL makes an adapter `ref` from the same config object, and switches between the two."""
     data = preferences()
     args = trl.DPOConfig(**arguments(tmp_path, gradient_checkpointing=False))
@@ -124,7 +78,7 @@ def test_dpo_from_a_trained_adapter_compares_with_its_start(
                 parameter.mul_(1.5)
     layers = [module for module in model.modules() if isinstance(module, SurgicalLayer)]
     start = [{name: t.detach().clone() for name, t in layer.tensors("default").items()} for layer in layers]
-    trainer = trl.DPOTrainer(model, None, args, train_dataset=data, processing_class=tokenizer)
+    trainer = trl.DPOTrainer(model, None, args, train_dataset=data, processing_class=tokenizer())
     trainer.train()
     assert losses(trainer)[0] == pytest.approx(0.6931, abs=1e-3)
     assert layers
@@ -146,17 +100,6 @@ def test_plain_loop_with_accelerate(tmp_path: Path) -> None:
         optimizer.step()
         optimizer.zero_grad()
     assert_same_weights(loaded.merge_and_unload(), reference, rtol=1e-5, atol=1e-6)
-
-
-# Not `--cpu`: with it, the launcher starts one process, whatever it is told.
-LAUNCH = {
-    "ddp": ["--multi_gpu"],
-    "fsdp2": [
-        *("--use_fsdp", "--fsdp_version", "2", "--fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP"),
-        *("--fsdp_transformer_layer_cls_to_wrap", "LlamaDecoderLayer"),
-        *("--fsdp_state_dict_type", "FULL_STATE_DICT"),
-    ],
-}
 
 
 @pytest.mark.parametrize("way", LAUNCH)

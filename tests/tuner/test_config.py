@@ -20,12 +20,12 @@ from surgical_peft.tuner.config import SurgicalPeftType
         ({"blocks": ()}, r"blocks=\[\] selects nothing"),
         ({"blocks": ""}, "blocks='' selects nothing"),
         ({"target_modules": []}, r"target_modules=\[\] selects nothing"),
-        ({"blocks": [0], "target_modules": []}, r"target_modules=\[\] selects nothing.*leave it out"),
+        ({"blocks": [0], "target_modules": []}, r"target_modules=\[\]"),
         ({"blocks": [0], "criterion": "rgn"}, r"criterion only speak.*blocks=\[0\] already says"),
         ({"blocks": [0], "criterion": "rgn", "num_blocks": 2}, "criterion and num_blocks only speak"),
-        ({"target_modules": ["a"], "num_blocks": 2}, "num_blocks only speak to blocks='auto'"),
-        ({"blocks": "auto", "num_blocks": 0}, "num_blocks=0 is out of range"),
-        ({"blocks": "auto", "num_blocks": -1}, "num_blocks=-1 is out of range"),
+        ({"target_modules": ["a"], "num_blocks": 2}, "num_blocks.*blocks='auto'"),
+        ({"blocks": "auto", "num_blocks": 0}, "num_blocks=0"),
+        ({"blocks": "auto", "num_blocks": -1}, "num_blocks=-1"),
     ],
 )
 def test_refuses_nothing_and_two_answers(kwargs: dict[str, Any], message: str) -> None:
@@ -111,5 +111,5 @@ def test_parts_of_blocks_become_modules_by_block() -> None:
     config = SurgicalConfig.from_selection(Selection(("0/mlp", "3/attention", "3/mlp", "head")))
     assert config.target_modules == {"0": ["mlp"], "3": ["attention", "mlp"], "head": "all"}
     assert config.blocks == ["0", "3", "head"]
-    with pytest.raises(SurgicalError, match="cannot be combined with parts of blocks"):
+    with pytest.raises(SurgicalError, match="parts of blocks"):
         SurgicalConfig.from_selection(Selection(("0/mlp",)), target_modules=["attention"])

@@ -13,9 +13,9 @@ from transformers import ViTConfig, ViTForImageClassification
 
 from surgical_peft import SurgicalConfig, SurgicalError
 from surgical_peft.tuner.config import KEEP_BASE
-from surgical_peft.tuner.layer import SurgicalLayer
 from surgical_peft.tuner.tensors.slots import BASE
 from tests.support.toys import Toy
+from tests.support.wrapping import layers, logits, nudge
 
 META = torch.device("meta")  # stands for an accelerator: what is on it takes none of the CPU's memory
 
@@ -37,18 +37,6 @@ def resident(model: nn.Module, device: str = "cpu") -> int:
     return sum(sizes.values())
 
 
-def answer(model: nn.Module, toy: Toy) -> Tensor:
-    with torch.no_grad():
-        return model(**toy.batch()).logits
-
-
-def nudge(model: nn.Module) -> None:
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.1)
-
-
 def test_none_holds_no_second_copy(toy: Toy) -> None:
     assert resident(wrap(toy, "none")) == resident(toy.model())
     model = wrap(toy, "device")
@@ -62,10 +50,6 @@ def test_cpu_holds_nothing_more_on_the_accelerator(toy: Toy) -> None:
     model.to(META)
     assert resident(model, "meta") == resident(plain.to(META), "meta")
     assert before and all(torch.equal(*both) for both in zip(before, parked(model), strict=True))
-
-
-def layers(model: nn.Module) -> list[SurgicalLayer]:
-    return [module for module in model.modules() if isinstance(module, SurgicalLayer)]
 
 
 def parked(model: nn.Module) -> list[Tensor]:
@@ -118,18 +102,18 @@ def test_all_ways_train_save_and_merge_alike(toy: Toy, keep_base: str, tmp_path:
         return model.eval()
 
     model, reference = trained(keep_base), trained("device")
-    assert torch.equal(answer(model, toy), answer(reference, toy))
+    assert torch.equal(logits(model, toy.batch()), logits(reference, toy.batch()))
     model.save_pretrained(tmp_path / "a")
     reference.save_pretrained(tmp_path / "b")
     files = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in "ab"]
     assert files[0] == files[1]
     loaded = PeftModel.from_pretrained(toy.model(), tmp_path / "a", adapter_name="other").eval()
     assert loaded.peft_config["other"].keep_base == keep_base
-    assert torch.equal(answer(loaded, toy), answer(reference, toy))
+    assert torch.equal(logits(loaded, toy.batch()), logits(reference, toy.batch()))
     merged = model.merge_and_unload()
     assert type(merged) is type(toy.model())
     assert list(merged.state_dict()) == list(toy.model().state_dict())
-    assert torch.equal(answer(merged, toy), answer(reference, toy))
+    assert torch.equal(logits(merged, toy.batch()), logits(reference, toy.batch()))
 
 
 @pytest.mark.parametrize("keep_base", ["device", "cpu"])
@@ -137,12 +121,12 @@ def test_a_kept_base_can_be_gone_back_to(toy: Toy, keep_base: str) -> None:
     base, model = toy.model(), wrap(toy, keep_base)
     nudge(model)
     with model.disable_adapter():
-        assert torch.equal(answer(model, toy), answer(base, toy))
+        assert torch.equal(logits(model, toy.batch()), logits(base, toy.batch()))
     model.add_adapter("other", SurgicalConfig(blocks=[toy.first], keep_base=keep_base))
     model.set_adapter("other")
-    assert torch.equal(answer(model, toy), answer(base, toy))
+    assert torch.equal(logits(model, toy.batch()), logits(base, toy.batch()))
     model.delete_adapter("default")
-    assert torch.equal(answer(model.unload(), toy), answer(base, toy))
+    assert torch.equal(logits(model.unload(), toy.batch()), logits(base, toy.batch()))
 
 
 REFUSED: dict[str, Callable[[PeftModel], object]] = {
@@ -161,10 +145,10 @@ def test_without_a_base_there_is_nothing_to_go_back_to(vit: Toy, what: str) -> N
     model = wrap(vit, "none")
     nudge(model)
     model.eval()
-    before, trainable = answer(model, vit), [name for name, p in model.named_parameters() if p.requires_grad]
+    before, trainable = logits(model, vit.batch()), [name for name, p in model.named_parameters() if p.requires_grad]
     with pytest.raises(SurgicalError, match="keep_base="):
         REFUSED[what](model)
-    assert torch.equal(answer(model, vit), before)
+    assert torch.equal(logits(model, vit.batch()), before)
     assert [name for name, p in model.named_parameters() if p.requires_grad] == trainable
     assert list(model.peft_config) == ["default"]
 
@@ -172,21 +156,19 @@ def test_without_a_base_there_is_nothing_to_go_back_to(vit: Toy, what: str) -> N
 def test_merging_and_unmerging_in_place_changes_nothing(vit: Toy) -> None:
     model = wrap(vit, "none")
     nudge(model)
-    before = answer(model, vit)
+    before = logits(model, vit.batch())
     model.merge_adapter()
-    assert torch.equal(answer(model, vit), before)
+    assert torch.equal(logits(model, vit.batch()), before)
     model.unmerge_adapter()
-    assert torch.equal(answer(model, vit), before)
+    assert torch.equal(logits(model, vit.batch()), before)
 
 
 def test_adapters_on_one_block_share_its_base(vit: Toy) -> None:
     model = wrap(vit, "cpu")
-    with pytest.raises(
-        SurgicalError, match=r"keep_base='device': vit.layers.0\..* is tuned by another adapter already, with"
-    ):
+    with pytest.raises(SurgicalError, match=r"keep_base='device': vit.layers.0\..*another adapter"):
         model.add_adapter("other", SurgicalConfig(blocks=["0"]))
     model.add_adapter("elsewhere", SurgicalConfig(blocks=["1"]))
-    with pytest.raises(SurgicalError, match="'gpu' is none of device, cpu, none"):
+    with pytest.raises(SurgicalError, match=r"'gpu'.*device, cpu, none"):
         SurgicalConfig(blocks=[0], keep_base="gpu")
 
 
@@ -196,7 +178,7 @@ def test_an_adapter_trained_in_place_can_be_loaded_beside_the_base(vit: Toy, tmp
         for parameter in model.parameters():
             parameter.add_(0.1 * parameter.requires_grad)
     model.save_pretrained(tmp_path)
-    with pytest.raises(SurgicalError, match="for a model of another size"):  # still looked at first
+    with pytest.raises(SurgicalError, match="size"):  # still looked at first
         small = ViTForImageClassification(ViTConfig(**{**vit.model().config.to_dict(), "intermediate_size": 16}))
         PeftModel.from_pretrained(small, tmp_path, keep_base="cpu")
     loaded = PeftModel.from_pretrained(vit.model(), tmp_path, keep_base="cpu").eval()  # as the refusal says

@@ -138,7 +138,7 @@ def test_two_adapters_are_not_merged_or_active_at_once() -> None:
 def test_safe_merge_refuses_what_is_not_finite(value: float) -> None:
     layer = layer_with("a")
     owner_of(layer).weight.data[0, 0] = value
-    with pytest.raises(SurgicalError, match="adapter a seems to be broken: weight of a Linear"):
+    with pytest.raises(SurgicalError, match=r"adapter a .*weight"):
         layer.merge(safe_merge=True)
     assert not layer.merged
     layer.merge()
@@ -269,7 +269,7 @@ def test_it_stands_aside_of_the_forward_pass() -> None:
 def test_a_weight_that_was_taken_out_of_its_module_is_missed_by_name() -> None:
     layer = layer_with("a")
     torch.nn.utils.prune.l1_unstructured(owner_of(layer), "weight", amount=1)
-    with pytest.raises(SurgicalError, match="Linear has lost its weight"):
+    with pytest.raises(SurgicalError, match=r"Linear.*weight"):
         layer.enable_adapters(False)
 
 

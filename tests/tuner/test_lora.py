@@ -128,7 +128,7 @@ def test_a_config_object_and_a_dictionary_say_the_same() -> None:
 def test_a_lora_that_would_be_nowhere_is_refused_before_anything_changes() -> None:
     toy = TOYS["vit"]
     model = toy.model()
-    with pytest.raises(SurgicalError, match=r"lora: target_modules=\['nobody'\] match no module outside"):
+    with pytest.raises(SurgicalError, match=r"lora: target_modules=\['nobody'\]"):
         get_peft_model(model, config(toy, target_modules=["nobody"]))
     assert [type(module) for module in model.modules()] == [type(module) for module in toy.model().modules()]
     assert all(parameter.requires_grad for parameter in model.parameters())
@@ -162,7 +162,7 @@ def test_a_refused_second_merge_keeps_the_first(vit: Toy) -> None:
     trained(model, vit)
     model.merge_adapter(["second"])
     merged = answer(model, vit)
-    with pytest.raises(SurgicalError, match="tune the same block"):
+    with pytest.raises(SurgicalError, match="same block"):
         model.merge_adapter(["default"])
     assert all(layer.merged_adapters == ["second"] for layer in model.modules() if isinstance(layer, LoraLayer))
     torch.testing.assert_close(answer(model, vit), merged, rtol=1e-4, atol=1e-4)

@@ -122,7 +122,7 @@ def test_generates_for_each_row_and_beam(name: str, beams: int) -> None:
 
 def test_what_cannot_be_mixed_is_said(vit: Toy) -> None:
     model, batch = two_adapters(vit), inputs(vit)
-    with pytest.raises(SurgicalError, match=r"non-existing adapter\(s\): nobody. There are a, b, and '__base__'"):
+    with pytest.raises(SurgicalError, match=r"nobody.*a, b, and '__base__'"):
         model(**batch, adapter_names=["a", "nobody", "b", "a"])
     with pytest.raises(SurgicalError, match="but got 3 and 4 respectively"):
         model(**batch, adapter_names=["a", "b", "a"])

@@ -24,26 +24,8 @@ from surgical_peft import (
 )
 from surgical_peft.criteria.budget import Budget
 from surgical_peft.tuner.eval_mode import reads_training
-from surgical_peft.tuner.layer import SurgicalLayer
-from tests.support.toys import TOYS, Batch, Toy
-
-
-def logits(model: nn.Module, batch: Batch) -> Tensor:
-    with torch.no_grad():
-        return model(**batch).logits
-
-
-def nudge(model: nn.Module) -> nn.Module:
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.1)
-    return model
-
-
-def layers(model: nn.Module) -> list[SurgicalLayer]:
-    return [module for module in model.modules() if isinstance(module, SurgicalLayer)]
-
+from tests.support.toys import TOYS, Toy
+from tests.support.wrapping import layers, logits, nudge
 
 # frozen_eval
 
@@ -316,7 +298,7 @@ def test_auto_passes_loss_and_batches_on(vit: Toy, monkeypatch: pytest.MonkeyPat
 
 def test_auto_without_data_is_refused(vit: Toy) -> None:
     config = SurgicalConfig(blocks="auto")
-    with pytest.raises(SurgicalError, match="needs data to choose by"):
+    with pytest.raises(SurgicalError, match="data"):
         get_surgical_model(vit.model(), config)
     with pytest.raises(SurgicalError, match="call get_surgical_model"):
         get_peft_model(vit.model(), config)

@@ -347,7 +347,7 @@ def test_the_record_of_float_layers(folder: Path, kind: str) -> None:
     known = ["lm_head", "experts", "model.layers.2.mlp"]
     record = merged({"quant_method": method, field: known}).config.quantization_config
     assert record[field] == [*known, *[path for path in paths if "self_attn" in path]]
-    with pytest.warns(UserWarning, match=r"record of the model \(dict\) cannot say .* model\.layers\.2"):
+    with pytest.warns(UserWarning, match=r"\(dict\).*model\.layers\.2"):
         model = merged({"quant_method": "another"})
     assert model.config.quantization_config == {"quant_method": "another"}
     answer(model)
@@ -389,7 +389,7 @@ class Packed(nn.Linear):
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float8_e4m3fn])
 def test_weights_that_cannot_be_dequantised_are_named(dtype: torch.dtype) -> None:
     module = nn.Sequential(Packed(dtype), nn.LayerNorm(2))
-    with pytest.raises(SurgicalError, match=r"0\.weight is packed .* choose other blocks"):
+    with pytest.raises(SurgicalError, match=r"0\.weight is packed"):
         get_peft_model(module, SurgicalConfig(target_modules=["0"]))
     get_peft_model(module, SurgicalConfig(target_modules=["1"]))
 
@@ -405,7 +405,7 @@ class Table(nn.Module):
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int16, torch.bool])
 def test_integers_that_are_no_packed_weights_are_told_as_such(dtype: torch.dtype) -> None:
     module = nn.Sequential(nn.Sequential(Table(dtype), nn.LayerNorm(2)))
-    with pytest.raises(SurgicalError, match=rf"0\.0\.places holds integers .*{dtype}.* exclude_modules=\['0\.0'\]"):
+    with pytest.raises(SurgicalError, match=rf"0\.0\.places .*{dtype}.*exclude_modules=\['0\.0'\]"):
         get_peft_model(module, SurgicalConfig(target_modules=["0"]))
     model = get_peft_model(module, SurgicalConfig(target_modules=["0"], exclude_modules=["0.0"]))
     assert {name for name, p in model.named_parameters() if p.requires_grad} == {

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from surgical_peft import SurgicalConfig
 from tests.support.launched_switching import BLOCKS, EXAMPLES, accelerator, play, toy
-from tests.trainers.test_trained_by_others import LAUNCH
+from tests.support.trainers import LAUNCH
 
 REPOSITORY = Path(__file__).parents[2]
 NO_DEEPSPEED = find_spec("deepspeed") is None or shutil.which("g++") is None

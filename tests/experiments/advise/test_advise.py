@@ -470,7 +470,7 @@ def test_a_new_head_is_never_to_be_left_untrained(tmp_path: Path, monkeypatch: p
 
 
 def test_nothing_that_gave_a_number_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(SurgicalError, match=r"no training gave a number for accuracy: lower the rates, \[0\.01"):
+    with pytest.raises(SurgicalError, match=r"accuracy.*\[0\.01"):
         played_advice(load_recipe(write_recipe(tmp_path)), float("nan"), monkeypatch)
     assert not (tmp_path / "run" / "advice").exists()
 
@@ -549,7 +549,7 @@ def spoil(folder: Path, how: str) -> dict[str, Any]:
     [
         ("no validation split", "validation"),
         ("something else in its place", "would be lost"),
-        ("too few to measure on", "there are 8 validation examples, too few to tell"),
+        ("too few to measure on", "8 validation examples"),
         ("a wrong key", "severity"),
         ("no source", "nowhere"),
     ],

@@ -42,17 +42,10 @@ from surgical_peft.experiments.compare.tables import interval_in_words, markdown
 from surgical_peft.experiments.recipe import load_recipe
 from surgical_peft.experiments.tasks.image_classification import _Images
 from surgical_peft.experiments.training.profiling import LEAST, MOST, LiveTensors, ms_ratio, step_costs
+from tests.support.cli import QUIET, timeless
 from tests.support.tiny import write_data, write_recipe
 
-QUIET = Console(file=io.StringIO())
 BROKEN = "tests.experiments.compare.test_compare:broken"
-TIMED = ("date", "seconds", "ms", "ms_ratio", "choosing_seconds")
-
-
-def timeless(report: Any) -> Any:
-    if isinstance(report, dict):
-        return {key: timeless(value) for key, value in report.items() if key not in TIMED}
-    return [timeless(each) for each in report] if isinstance(report, list) else report
 
 
 def settle(recipe: Path, means: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> list[Job]:
@@ -105,7 +98,7 @@ def test_the_paired_interval_is_that_of_scipy(count: int) -> None:
 def test_of_one_value_there_is_no_interval() -> None:
     found = t_interval([0.3])
     assert (found.mean, found.low, found.high, found.is_clear) == (0.3, None, None, False)
-    with pytest.raises(SurgicalError, match="no interval of 0 values"):
+    with pytest.raises(SurgicalError, match="0 values"):
         t_interval([])
 
 
@@ -260,7 +253,7 @@ def test_a_test_metric_that_is_no_number(tmp_path: Path, monkeypatch: pytest.Mon
     report = compare(recipe, tmp_path / "one", console=QUIET).to_json()
     assert report["methods"][0]["to_full"] is None and report["compared"] == 1
     lose("full fine-tuning")
-    with pytest.raises(SurgicalError, match=r"full fine-tuning at its best rate, 0.001, gave no number for accuracy"):
+    with pytest.raises(SurgicalError, match=r"full.*0.001.*accuracy"):
         compare(recipe, tmp_path / "other", console=QUIET)
 
 
@@ -492,47 +485,47 @@ def test_dry_run_keeps_nothing(tmp_path: Path) -> None:
     ("keys", "message"),
     [
         ({"methods": None}, "nothing to compare"),
-        ({"methods": ["full", "hed"]}, "'hed' is none of the methods: did you mean 'head'"),
-        ({"methods": ["full", {"lora": {"rnk": 8}}]}, r"did you mean 'rank'\? lora has: rank, alpha, head, rates"),
-        ({"methods": ["full", {"lora": {"rank": 0}}]}, "rank=0 is no rank"),
-        ({"methods": ["full", {"head": {"rates": []}}]}, r"head: rates: \[\] is no grid"),
-        ({"methods": ["full", {"head": {"rates": [1e-3, 0]}}]}, "a number above 0"),
+        ({"methods": ["full", "hed"]}, "'hed'.*'head'"),
+        ({"methods": ["full", {"lora": {"rnk": 8}}]}, "'rank'.*alpha, head, rates"),
+        ({"methods": ["full", {"lora": {"rank": 0}}]}, "rank=0"),
+        ({"methods": ["full", {"head": {"rates": []}}]}, r"head: rates: \[\]"),
+        ({"methods": ["full", {"head": {"rates": [1e-3, 0]}}]}, "above 0"),
         ({"methods": ["full", {"head": {}, "last": {}}]}, "is no method"),
-        ({"methods": ["full", {"top_k": {"criterion": "rgm"}}]}, "did you mean 'rgn'"),
-        ({"methods": ["full", "full"]}, "full fine-tuning is there twice"),
-        ({"methods": ["head"]}, "full is not among them"),
-        ({"methods": ["full"], "rates": [1e-2, 1e-2]}, "has an entry twice"),
-        ({"methods": ["full"], "sources": ["other", "other"]}, "sources: .* has an entry twice"),
-        ({"methods": ["full"], "seeds": [0, 1], "draws": ["data"]}, "draws: there are 1 for 2 seeds"),
-        ({"methods": ["full"], "source_data": "data", "new_head": True}, "source_data: a model with new_head"),
-        ({"methods": ["full"], "source_data": {"data": "data", "lable_map": []}}, "did you mean 'label_map'"),
-        ({"methods": ["full", "lp_ft"], "num_train_epochs": 1}, "lp_ft trains the head for half"),
+        ({"methods": ["full", {"top_k": {"criterion": "rgm"}}]}, "'rgn'"),
+        ({"methods": ["full", "full"]}, "full.*twice"),
+        ({"methods": ["head"]}, "full"),
+        ({"methods": ["full"], "rates": [1e-2, 1e-2]}, "twice"),
+        ({"methods": ["full"], "sources": ["other", "other"]}, "sources.*twice"),
+        ({"methods": ["full"], "seeds": [0, 1], "draws": ["data"]}, "draws.*1.*2 seeds"),
+        ({"methods": ["full"], "source_data": "data", "new_head": True}, "source_data.*new_head"),
+        ({"methods": ["full"], "source_data": {"data": "data", "lable_map": []}}, "'label_map'"),
+        ({"methods": ["full", "lp_ft"], "num_train_epochs": 1}, "lp_ft.*head"),
         (
             {"methods": ["full", {"first": {"k": 9}}]},
-            "first 9 does not fit ViTForImageClassification: k=9 is more than the layers",
+            "first 9.*ViTForImageClassification.*k=9",
         ),
-        ({"methods": ["full", {"lp_ft": {"epochs": 9}}], "num_train_epochs": 3}, "after 9 epochs, .*ends with 3"),
+        ({"methods": ["full", {"lp_ft": {"epochs": 9}}], "num_train_epochs": 3}, "9 epochs.*3"),
         (
             {"methods": ["full", {"lp_ft": {"epochs": 9}}], "max_steps": 12},
-            "epochs=9 does not fit max_steps=12: leave",
+            "epochs=9.*max_steps=12",
         ),
-        ({"methods": ["full", "lp_ft"], "max_steps": 1}, "epochs=None does not fit max_steps=1"),
+        ({"methods": ["full", "lp_ft"], "max_steps": 1}, "epochs=None.*max_steps=1"),
         ({"methods": ["full", {"blocks": {"names": ["haed"]}}]}, "haed"),
         (
             {"methods": ["full", BROKEN]},
-            "broken does not fit ViTForImageClassification: Target",
+            "broken.*ViTForImageClassification.*Target",
         ),
-        ({"methods": ["full", {"top_k": {"criterion": "rgn", "k": 9}}]}, "top 9 by rgn does not fit .* from 1 to 5"),
+        ({"methods": ["full", {"top_k": {"criterion": "rgn", "k": 9}}]}, "top 9.*rgn.*1 to 5"),
         (
             {"methods": ["full", {"top_k": {"criterion": "rgn", "num_batches": 0}}]},
-            "num_batches=0 is out of range for top_k",
+            "num_batches=0.*top_k",
         ),
-        ({"methods": ["full", {"auto": {"criterion": "rgm"}}]}, "did you mean 'rgn'"),
-        ({"methods": ["full", {"auto": {"num_blocks": 9}}]}, "auto, 9 blocks does not fit .* k=9 .* from 1 to 5"),
-        ({"methods": ["full", "auto"], "per_device_train_batch_size": 64}, "needs 2 batches or more, and there are 1"),
+        ({"methods": ["full", {"auto": {"criterion": "rgm"}}]}, "'rgn'"),
+        ({"methods": ["full", {"auto": {"num_blocks": 9}}]}, "auto, 9 blocks.*k=9.*1 to 5"),
+        ({"methods": ["full", "auto"], "per_device_train_batch_size": 64}, "2 batches"),
         (
             {"methods": ["full", {"searched": {"procedure": "windows", "options": {"width": 7}}}]},
-            "search by windows.* does not fit .* width=7",
+            "windows.*width=7",
         ),
     ],
 )
@@ -556,7 +549,7 @@ def test_all_misfits_are_told_at_once(tmp_path: Path) -> None:
         {"blocks": {"names": ["7"]}},
     ]
     recipe = load_recipe(write_recipe(tmp_path, methods=methods, num_train_epochs=1))
-    with pytest.raises(SurgicalError, match="4 of 6 methods do not fit; change them, or leave them out:") as told:
+    with pytest.raises(SurgicalError, match="4 of 6") as told:
         compare(recipe, console=QUIET)
     lines = str(told.value).splitlines()[1:]
     assert [line.partition(" does not fit ViT")[0] for line in lines] == [
@@ -576,14 +569,10 @@ def test_each_source_model_is_asked(tmp_path: Path) -> None:
     shutil.copy(tmp_path / "model" / "preprocessor_config.json", tmp_path / "second")
     methods = ["full", {"last": {"k": 3}}]
     recipe = load_recipe(write_recipe(tmp_path, methods=methods, sources=["second"]))
-    with pytest.raises(
-        SurgicalError, match=r"last 3 does not fit ViTForImageClassification of \S+/model: k=3 is more"
-    ):
+    with pytest.raises(SurgicalError, match=r"last 3.*ViTForImageClassification.*/model.*k=3"):
         compare(recipe, console=QUIET)
     other = replace(recipe, model=str(tmp_path / "second"), sources=[recipe.model])
-    with pytest.raises(
-        SurgicalError, match=r"last 3 does not fit ViTForImageClassification of \S+/model: k=3 is more"
-    ):
+    with pytest.raises(SurgicalError, match=r"last 3.*ViTForImageClassification.*/model.*k=3"):
         compare(other, console=QUIET)
 
 

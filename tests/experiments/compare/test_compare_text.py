@@ -20,7 +20,7 @@ from surgical_peft.experiments.compare.comparison import Job
 from surgical_peft.experiments.compare.jobs import JobRunner
 from surgical_peft.experiments.recipe.recipe import Recipe
 from surgical_peft.experiments.tasks import load_task
-from tests.experiments.compare.test_compare import QUIET, timeless
+from tests.support.cli import QUIET, timeless
 from tests.support.toy_tasks import bert, words, write_model
 
 SIZES = {"train": 16, "validation": 24, "test": 40}
@@ -144,10 +144,10 @@ def emptied(data: Any) -> Any:
 @pytest.mark.parametrize(
     ("split", "change", "message"),
     [
-        ("train", emptied, r"split train: 2 of 16 rows have no text in the column 'text', the first is row 3"),
-        ("test", emptied, r"split test: 2 of 40 rows have no text in the column 'text', the first is row 3"),
-        ("train", lambda data: data.filter(lambda row: row["label"] == 1), "all 8 rows .* train have the label 1"),
-        ("test", lambda data: data.rename_column("label", "lable"), r"train has no column 'lable' .* mean 'label'"),
+        ("train", emptied, "train.*2 of 16.*'text'.*row 3"),
+        ("test", emptied, "test.*2 of 40.*'text'.*row 3"),
+        ("train", lambda data: data.filter(lambda row: row["label"] == 1), "8 rows.*train.*label 1"),
+        ("test", lambda data: data.rename_column("label", "lable"), "train.*'lable'.*'label'"),
     ],
 )
 def test_a_draw_that_does_not_fit(split: str, change: Any, message: str, recipe: Recipe, tmp_path: Path) -> None:
@@ -161,11 +161,11 @@ def test_a_draw_that_does_not_fit(split: str, change: Any, message: str, recipe:
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"columns": {"text": "txet"}}, r"no column 'txet' for the text: did you mean 'text'\? It has: text"),
-        ({"columns": {"lable": "label"}}, r"has no 'lable': did you mean 'label'\?"),
-        ({"source_data": {"data": "one", "character_nois": 3}}, r"did you mean 'character_noise'\?"),
+        ({"columns": {"text": "txet"}}, "'txet'.*'text'"),
+        ({"columns": {"lable": "label"}}, "'lable'.*'label'"),
+        ({"source_data": {"data": "one", "character_nois": 3}}, "'character_noise'"),
         ({"label_map": {"spam": 1, "hamm": 0}}, "hamm"),
-        ({"character_noise": 0}, "character_noise=0 is no percentage"),
+        ({"character_noise": 0}, "character_noise=0"),
     ],
 )
 def test_a_recipe_that_does_not_fit(keys: dict[str, Any], message: str, recipe: Recipe, tmp_path: Path) -> None:

@@ -120,7 +120,7 @@ def test_each_fold_is_measured_on_what_it_was_not_trained_on(tmp_path: Path, mon
 
 @pytest.mark.parametrize("folds", [49, 1000])
 def test_more_folds_than_examples(folds: int, tmp_path: Path) -> None:
-    with pytest.raises(SurgicalError, match=f"folds={folds} does not fit 48 training examples: from 2 to 48"):
+    with pytest.raises(SurgicalError, match=f"folds={folds} .*48 training examples.*2 to 48"):
         objective_of(tmp_path, folds=folds)
 
 
@@ -156,7 +156,7 @@ def test_a_report_after_every_epoch_but_the_last(tmp_path: Path) -> None:
 def test_a_pruner_ends_trainings(tmp_path: Path) -> None:
     keys = {"pruner": "ThresholdPruner", "pruner_options": {"lower": 1.1}}
     objective = objective_of(tmp_path, **keys)
-    with pytest.raises(SurgicalError, match=r"failed or were pruned, the first, blocks .*pruned at step 6"):
+    with pytest.raises(SurgicalError, match="pruned at step 6"):
         run_search("prefix", objective, rates=objective.rates, pruner=objective.recipe.make_pruner(), seeds=[0])
 
 

@@ -27,11 +27,10 @@ from surgical_peft.experiments.search.objective import RecipeObjective
 from surgical_peft.experiments.search.search import plan, search
 from surgical_peft.search.result import SearchResult, SearchTrial
 from surgical_peft.search.run import count_trainings
-from tests.cli.test_main import run
-from tests.search.test_run import BLOCKS as MAP
+from tests.support.cli import QUIET, run
+from tests.support.played import BLOCKS as MAP
 from tests.support.tiny import write_data, write_recipe
 
-QUIET = Console(file=io.StringIO())
 BLOCKS = ("embeddings", "0", "1", "final_norm", "head")
 
 
@@ -242,16 +241,16 @@ def test_what_is_wrong_is_one_line(
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"rates": []}, r"rates: \[\] is not a list with at least one"),
-        ({"rates": [0]}, "rates: 0 is not a learning rate"),
-        ({"rates": ["fast"]}, "'fast' is not a learning rate"),
-        ({"seeds": [-1]}, "-1 is not a whole number"),
-        ({"seeds": [1, 1]}, "has an entry twice"),
-        ({"seeds": 3}, "seeds: 3 is not a list"),
-        ({"seeds": [0.5]}, "0.5 is not a whole number"),
-        ({"divide": "attention"}, "divide: 'attention' is not a list"),
-        ({"folds": 1}, "folds: 1 is too few"),
-        ({"folds": 3, "seeds": [0, 1]}, "seeds and folds are both given"),
+        ({"rates": []}, r"rates: \[\]"),
+        ({"rates": [0]}, "rates: 0"),
+        ({"rates": ["fast"]}, "'fast'"),
+        ({"seeds": [-1]}, "-1 .*whole number"),
+        ({"seeds": [1, 1]}, "twice"),
+        ({"seeds": 3}, "seeds: 3 .*list"),
+        ({"seeds": [0.5]}, "0.5 .*whole number"),
+        ({"divide": "attention"}, "divide: 'attention'.*list"),
+        ({"folds": 1}, "folds: 1"),
+        ({"folds": 3, "seeds": [0, 1]}, "seeds.*folds"),
         ({"pruner_options": {"percentile": 3}}, "need a pruner"),
     ],
 )
@@ -262,7 +261,7 @@ def test_a_wrong_key_is_named_when_the_recipe_is_read(keys: dict[str, Any], mess
 
 def test_wrong_pruner_options(tmp_path: Path) -> None:
     recipe = load_recipe(write_recipe(tmp_path, pruner="MedianPruner", pruner_options={"percent": 3}))
-    with pytest.raises(SurgicalError, match="do not fit MedianPruner"):
+    with pytest.raises(SurgicalError, match="MedianPruner"):
         search(recipe, console=QUIET)
     with pytest.raises(SurgicalError, match="jobs=0"):
         search(recipe, jobs=0, console=QUIET)

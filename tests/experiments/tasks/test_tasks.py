@@ -119,28 +119,28 @@ def test_imbalance_is_for_training_alone() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"task": "image_clasification"}, "did you mean 'image_classification'"),
-        ({"model": "no-such/model"}, "the model 'no-such/model' cannot be loaded"),
-        ({"data": "no-such/data"}, "the data set 'no-such/data' cannot be loaded"),
+        ({"task": "image_clasification"}, "'image_classification'"),
+        ({"model": "no-such/model"}, "'no-such/model'"),
+        ({"data": "no-such/data"}, "'no-such/data'"),
         ({"label_map": [1, 0]}, "it needs 10 entries"),
-        ({"label_map": [10] * 10}, "does not fit: the labels of .*vit are 0 to 9"),
-        ({"label_map": {"Dres": 0}}, "did you mean 'Dress'"),
-        ({"label_map": {"Dress": 0, "Coat": 0}}, "rows of the split train have the label 0"),
-        ({"label_map": [None] * 10}, "no row of the split train"),
-        ({"imbalance": {"Coat": 0}}, "Coat: 0 is no share"),
-        ({"imbalance": {"Goat": 0.5}}, "did you mean 'Coat'"),
+        ({"label_map": [10] * 10}, "labels.*vit.*0 to 9"),
+        ({"label_map": {"Dres": 0}}, "'Dress'"),
+        ({"label_map": {"Dress": 0, "Coat": 0}}, "train.*label 0"),
+        ({"label_map": [None] * 10}, "no row.*train"),
+        ({"imbalance": {"Coat": 0}}, "Coat: 0 "),
+        ({"imbalance": {"Goat": 0.5}}, "'Coat'"),
         ({"corruption": "rain"}, "corruption 'rain' is unknown"),
-        ({"corruption": "gaussian_noise", "severity": 9}, "severity=9 is out of range"),
-        ({"character_noise": 10.0}, "character_noise=10.0 is not for image_classification, which knows: corruption"),
-        ({"shift_seed": -1}, "shift_seed=-1 is below 0"),
-        ({"max_length": 10}, "max_length=10 is not for image_classification"),
-        ({"metric": "acuracy"}, "did you mean 'accuracy'"),
-        ({"metric": "span_f1"}, "metric 'span_f1' is not for this task, which has: accuracy, macro_f1"),
-        ({"columns": {"images": "image"}}, "image_classification has no 'images': did you mean 'image'"),
+        ({"corruption": "gaussian_noise", "severity": 9}, "severity=9"),
+        ({"character_noise": 10.0}, "character_noise=10.0.*image_classification.*corruption"),
+        ({"shift_seed": -1}, "shift_seed=-1 "),
+        ({"max_length": 10}, "max_length=10.*image_classification"),
+        ({"metric": "acuracy"}, "'accuracy'"),
+        ({"metric": "span_f1"}, "metric 'span_f1'.*accuracy, macro_f1"),
+        ({"columns": {"images": "image"}}, "image_classification.*'images'.*'image'"),
         ({"columns": {"image": "img"}}, "no column 'img' for the image: .*image \\(Image\\), label \\(ClassLabel"),
         (
             {"columns": {"label": "image"}},
-            "the column 'image' cannot be the label of image_classification: it is Image",
+            "'image'.*label.*image_classification.*Image",
         ),
     ],
 )
@@ -152,12 +152,12 @@ def test_what_does_not_fit_is_named(change: dict[str, Any], message: str) -> Non
 def test_data_without_a_validation_split(tmp_path: Path) -> None:
     data = load_dataset(RECIPE.data)["train"].select(range(8))
     data.to_parquet(tmp_path / "train.parquet")
-    with pytest.raises(SurgicalError, match=r"has the splits train; it needs train, validation, test\. A file"):
+    with pytest.raises(SurgicalError, match=r"train;.*train, validation, test"):
         load_task(replace(RECIPE, data=str(tmp_path)))
-    with pytest.raises(SurgicalError, match="is one file: give a folder with a file for each split"):
+    with pytest.raises(SurgicalError, match=r"one file.*folder"):
         load_task(replace(RECIPE, data=str(tmp_path / "train.parquet")))
     data.save_to_disk(tmp_path / "saved")
-    with pytest.raises(SurgicalError, match="was written by save_to_disk: write each split with to_parquet"):
+    with pytest.raises(SurgicalError, match=r"save_to_disk.*to_parquet"):
         load_task(replace(RECIPE, data=str(tmp_path / "saved")))
 
 
@@ -198,12 +198,12 @@ def test_a_task_of_ones_own() -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("columns: text", "columns: 'text' is not of the type dict"),
-        ("character_noise: much", "character_noise: 'much' is not of the type float"),
-        ("casing: yes", "casing: True is not of the type float"),
-        ("imbalance: [0.1]", "imbalance: .* is not of the type dict"),
-        ("shift_seed: 0.5", "shift_seed: 0.5 is not of the type int"),
-        ("new_head: 2", "new_head: 2 is not of the type bool"),
+        ("columns: text", "columns: 'text'.*dict"),
+        ("character_noise: much", "character_noise: 'much'.*float"),
+        ("casing: yes", "casing: True.*float"),
+        ("imbalance: [0.1]", "imbalance.*dict"),
+        ("shift_seed: 0.5", "shift_seed: 0.5.*int"),
+        ("new_head: 2", "new_head: 2.*bool"),
     ],
 )
 def test_keys_of_a_wrong_type(tmp_path: Path, line: str, message: str) -> None:
@@ -296,14 +296,12 @@ def test_images_that_stay_of_another_size(tmp_path: Path, toy_images: Recipe) ->
     source.save_pretrained(model)
     data = save_images(tmp_path / "data", Image.fromarray(COLOUR), ".png")
     recipe = replace(toy_images, model=str(model), data=str(data))
-    with pytest.raises(SurgicalError, match=r"does not take the images .*3 x 12 x 12 values.*set do_resize"):
+    with pytest.raises(SurgicalError, match=r"3 x 12 x 12.*do_resize"):
         load_task(recipe, ("train",))
     Image.fromarray(COLOUR[:8, :8]).save(data / "train" / "a" / "0.png")
     images = load_task(recipe, ("train",)).splits["train"]
     assert images[0]["pixel_values"].shape == (3, 8, 8)
-    with pytest.raises(
-        SurgicalError, match=r"data, split train: the image of row 1 \(.*b/0\.png\) has 12 x 12 pixels, a"
-    ):
+    with pytest.raises(SurgicalError, match=r"train.*row 1 \(.*b/0\.png\).*12 x 12"):
         images[1]
 
 
@@ -344,7 +342,7 @@ def test_an_image_without_a_file_that_cannot_be_converted_is_named(tmp_path: Pat
     features = load_dataset(toy_images.data)["train"].features
     Dataset.from_list(data, features=features).to_parquet(tmp_path / "train.parquet")
     images = load_task(replace(toy_images, data=str(tmp_path)), ("train",)).splits["train"]
-    with pytest.raises(SurgicalError, match=rf"^{tmp_path}, split train: the image of row 2: .*floating point pixels"):
+    with pytest.raises(SurgicalError, match=f"^{tmp_path}.*train.*row 2.*floating point"):
         images[2]
 
 
@@ -356,13 +354,13 @@ def test_classes_of_image_folders_are_those_of_training(tmp_path: Path, toy_imag
     assert [int(validation[0]["labels"])] == [1]  # c, by the classes of training
     (data / "validation" / "d").mkdir()
     Image.fromarray(COLOUR).save(data / "validation" / "d" / "0.png")
-    with pytest.raises(SurgicalError, match=r"split validation: row 1 has the label 'd', .*There are: b, c"):
+    with pytest.raises(SurgicalError, match=r"validation.*row 1 .*'d'.*b, c"):
         load_task(recipe, ("train", "validation"))
 
 
 def test_more_classes_than_labels_need_a_new_head(tmp_path: Path, toy_images: Recipe) -> None:
     data = str(save_images(tmp_path, Image.fromarray(COLOUR), ".png", ("k", "l", "m", "n", "o")))
-    with pytest.raises(SurgicalError, match=r"5 classes does not fit: the labels of .* are 0 to 2, .*new_head: true"):
+    with pytest.raises(SurgicalError, match=r"5 classes.*0 to 2.*new_head: true"):
         load_task(replace(toy_images, data=data), ("train",))
     model = load_task(replace(toy_images, data=data, new_head=True), ("train",)).load_model()
     assert model.config.id2label == dict(enumerate("klmno"))

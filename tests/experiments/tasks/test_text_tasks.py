@@ -94,10 +94,10 @@ def test_labels_that_are_numbers(tmp_path: Path, toys: dict[str, Recipe]) -> Non
     examples = load_task(recipe, ("train",)).splits["train"]
     assert [examples[index]["labels"] for index in range(2)] == [1, 0]  # columns found by their types
     below = folder_of(tmp_path / "b", [{"body": "win", "y": 1}, {"body": "now", "y": -1}])
-    with pytest.raises(SurgicalError, match="the label -1 is below 0"):
+    with pytest.raises(SurgicalError, match="label -1 "):
         load_task(replace(recipe, data=below), ("train",))
     beyond = folder_of(tmp_path / "c", [{"body": "win", "y": 7}, {"body": "now", "y": 0}])
-    with pytest.raises(SurgicalError, match=r"8 classes does not fit: the labels of .* are 0 to 1"):
+    with pytest.raises(SurgicalError, match=r"8 classes.*0 to 1"):
         load_task(replace(recipe, data=beyond), ("train",))
 
 
@@ -107,10 +107,10 @@ TWO = [{"subject": "a", "body": "win", "kind": "ham"}, {"subject": "b", "body": 
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        ({}, r"subject and body and kind may each be the text of text_classification: name it in the recipe, columns"),
-        ({"text": "bodi", "label": "kind"}, r"no column 'bodi' for the text: did you mean 'body'\? It has: subject"),
-        ({"txt": "body"}, r"text_classification has no 'txt': did you mean 'text'\? It has: text, label"),
-        ({"text": "body"}, r"subject and kind may each be the label"),
+        ({}, "subject.*body.*kind.*text_classification.*columns"),
+        ({"text": "bodi", "label": "kind"}, "'bodi'.*'body'.*subject"),
+        ({"txt": "body"}, "text_classification.*'txt'.*'text'.*text, label"),
+        ({"text": "body"}, "subject.*kind.*label"),
         ({"text": "body", "label": "kind"}, None),
     ],
 )
@@ -140,27 +140,25 @@ def test_labels_of_a_type_that_does_not_fit(tmp_path: Path, toys: dict[str, Reci
 @pytest.mark.parametrize("text", ["", "  \n", None])
 def test_rows_without_text_are_refused(tmp_path: Path, toys: dict[str, Recipe], text: str | None) -> None:
     data = folder_of(tmp_path, [*MAILS, {"text": text, "label": "ham"}])
-    with pytest.raises(
-        SurgicalError, match="split train: 1 of 4 rows have no text in the column 'text', the first is row 3"
-    ):
+    with pytest.raises(SurgicalError, match=r"train.*1 of 4.*'text'.*row 3"):
         load_task(replace(toys["text_classification"], data=data), ("train",))
 
 
 @pytest.mark.parametrize(
     ("task", "change", "message"),
     [
-        ("text_classification", {"corruption": "contrast"}, "corruption='contrast' is not for text_classification"),
-        ("text_classification", {"character_noise": 120.0}, "character_noise=120.0 is no percentage"),
-        ("text_classification", {"casing": 0.0}, "casing=0.0 is no percentage"),
-        ("text_classification", {"max_length": 17}, "max_length=17 does not fit .*, which takes 1 to 16"),
-        ("text_classification", {"max_length": 0}, "max_length=0 does not fit"),
-        ("token_classification", {"label_map": [0, 1, 2, 3, None]}, "a tag cannot be left out"),
-        ("token_classification", {"imbalance": {"O": 0.5}}, "imbalance=.* is not for token_classification"),
-        ("token_classification", {"metric": "exact_match"}, "not for this task, which has: span_f1, accuracy"),
-        ("causal_lm", {"new_head": True}, "new_head=True is not for causal_lm"),
-        ("causal_lm", {"label_map": [1, 0]}, "label_map=.* is not for causal_lm"),
-        ("causal_lm", {"metric": "exact_match"}, "not for this task, which has: accuracy, log_likelihood"),
-        ("seq2seq", {"metric": "rouge"}, "metric 'rouge' is unknown: accuracy, exact_match, .* ship"),
+        ("text_classification", {"corruption": "contrast"}, "corruption='contrast'.*text_classification"),
+        ("text_classification", {"character_noise": 120.0}, "character_noise=120.0"),
+        ("text_classification", {"casing": 0.0}, "casing=0.0"),
+        ("text_classification", {"max_length": 17}, "max_length=17.*1 to 16"),
+        ("text_classification", {"max_length": 0}, "max_length=0"),
+        ("token_classification", {"label_map": [0, 1, 2, 3, None]}, "tag"),
+        ("token_classification", {"imbalance": {"O": 0.5}}, "imbalance=.*token_classification"),
+        ("token_classification", {"metric": "exact_match"}, "span_f1, accuracy"),
+        ("causal_lm", {"new_head": True}, "new_head=True.*causal_lm"),
+        ("causal_lm", {"label_map": [1, 0]}, "label_map=.*causal_lm"),
+        ("causal_lm", {"metric": "exact_match"}, "accuracy, log_likelihood"),
+        ("seq2seq", {"metric": "rouge"}, "'rouge'.*accuracy, exact_match"),
     ],
 )
 def test_what_does_not_fit_is_named(toys: dict[str, Recipe], task: str, change: dict[str, Any], message: str) -> None:
@@ -175,12 +173,12 @@ def test_what_does_not_fit_is_named(toys: dict[str, Recipe], task: str, change: 
         (
             "text_classification",
             {"text": "now", "label": "ham"},
-            "'label' of the split train has one class only, 'ham'",
+            "'label'.*train.*'ham'",
         ),
         (
             "token_classification",
             {"tokens": ["now"], "tags": ["O"]},
-            "'tags' of the split train has one class only, 'O'",
+            "'tags'.*train.*'O'",
         ),
     ],
 )
@@ -189,15 +187,13 @@ def test_one_class_only(
 ) -> None:
     """With a new head the model was blamed: `MODEL: there is one label only`."""
     recipe = replace(toys[task], data=folder_of(tmp_path, [row] * 3), new_head=new_head)
-    with pytest.raises(SurgicalError, match=rf"^{tmp_path}: the column {said}: .* Add rows of another one"):
+    with pytest.raises(SurgicalError, match=f"^{tmp_path}.*{said}"):
         load_task(recipe, ("train",))
 
 
 def test_a_label_map_beyond_the_labels_of_the_model(tmp_path: Path, toys: dict[str, Recipe]) -> None:
     recipe = replace(toys["text_classification"], data=folder_of(tmp_path, MAILS), label_map=[0, 5])
-    with pytest.raises(
-        SurgicalError, match=r"label_map=\[0, 5\] does not fit: .* Map to the labels from 0 to 1, or new_h"
-    ):
+    with pytest.raises(SurgicalError, match=r"label_map=\[0, 5\].*0 to 1.*new_h"):
         load_task(recipe, ("train",))
 
 
@@ -206,15 +202,13 @@ def test_one_label_only(tmp_path: Path, toys: dict[str, Recipe]) -> None:
     for label_map in (None, {"ham": 0, "spam": 0}):  # by number the classes are the model's own
         kept = [row for row in MAILS if label_map or row["label"] == "ham"]
         data = folder_of(tmp_path / str(label_map), [{**row, "label": 1} if not label_map else row for row in kept])
-        with pytest.raises(SurgicalError, match=r"rows of the split train have the label [01] \(column 'label'\)"):
+        with pytest.raises(SurgicalError, match=r"train.*label [01] \(column 'label'\)"):
             load_task(replace(recipe, data=data, label_map=label_map), ("train",))
-    with pytest.raises(
-        SurgicalError, match=r"'spam': 0\} leaves one label only: .*Give the classes different labels; th"
-    ):
+    with pytest.raises(SurgicalError, match=r"'spam': 0\}.*one label"):
         load_task(replace(recipe, label_map={"ham": 0, "spam": 0}, new_head=True), ("train",))
     model = tmp_path / "model"
     write_model(model, bert(BertForSequenceClassification, 1))
-    with pytest.raises(SurgicalError, match=f"the model {model} has one label only: .*Write new_head: true"):
+    with pytest.raises(SurgicalError, match=f"{model}.*one label.*new_head: true"):
         load_task(replace(recipe, model=str(model)), ("train",))
 
 
@@ -233,14 +227,14 @@ def test_casing_for_a_tokenizer_that_does_not_see_it(tmp_path: Path, toys: dict[
     model = write_model(tmp_path, bert(BertForSequenceClassification, 2), lowercase=True)
     recipe = replace(toys["text_classification"], model=str(model))
     assert load_task(replace(recipe, character_noise=10.0))
-    with pytest.raises(SurgicalError, match=r"casing=50.0 changes nothing: the tokenizer of"):
+    with pytest.raises(SurgicalError, match=r"casing=50.0"):
         load_task(replace(recipe, casing=50.0))
 
 
 def test_a_model_that_was_not_trained_for_the_task(tmp_path: Path, toys: dict[str, Recipe]) -> None:
     encoder = BertModel(bert(BertForSequenceClassification, 2).config)
     recipe = replace(toys["text_classification"], model=str(write_model(tmp_path, encoder)))
-    with pytest.raises(SurgicalError, match=r"no weights for classifier\.bias, classifier\.weight: .* new_head: true"):
+    with pytest.raises(SurgicalError, match=r"classifier\.bias, classifier\.weight.*new_head: true"):
         load_task(recipe).load_model()
     model = load_task(replace(recipe, new_head=True)).load_model()
     assert model.config.id2label == {0: "ham", 1: "spam"}
@@ -316,7 +310,7 @@ def test_tags_are_measured_by_word(split_words: Recipe, metric: str | None, expe
 
 def test_words_and_tags_of_different_number(tmp_path: Path, toys: dict[str, Recipe]) -> None:
     rows = [{"tokens": ["Ada", "now"], "tags": ["O", "O"]}, {"tokens": ["Ada"], "tags": ["B-PER", "O"]}]
-    with pytest.raises(SurgicalError, match="split train: row 1 has 1 words and 2 tags"):
+    with pytest.raises(SurgicalError, match=r"train.*row 1 .*1 words.*2 tags"):
         load_task(replace(toys["token_classification"], data=folder_of(tmp_path, rows)), ("train",))
 
 

@@ -253,14 +253,14 @@ def test_what_is_of_a_wrong_kind_is_named(report: dict[str, Any], path: str, wro
 @pytest.mark.parametrize("options", [[1], None, {"every": "step"}])
 def test_the_policy_is_that_of_the_recipe(report: dict[str, Any], options: Any) -> None:
     report["recipe"] |= {"policy": "auto_rgn", "policy_options": {"every": "epoch"}}
-    with pytest.raises(SurgicalError, match=r"rates\.policy is None"):
+    with pytest.raises(SurgicalError, match=r"rates\.policy is None.*'auto_rgn'"):
         make_card(report)
     report["rates"] |= {"policy": "auto_rgn", "policy_options": options}
-    with pytest.raises(SurgicalError, match=r"rates\.policy_options is"):
+    with pytest.raises(SurgicalError, match=r"rates\.policy_options.*recipe"):
         make_card(report)
     report["recipe"]["policy_options"] = options
     if not isinstance(options, dict):
-        with pytest.raises(SurgicalError, match=r"rates\.policy_options is"):
+        with pytest.raises(SurgicalError, match=r"rates\.policy_options.*keys"):
             make_card(report)
 
 
@@ -279,7 +279,7 @@ def test_the_losses_that_told_the_number_of_blocks_are_there() -> None:
     for block in report["selection"]["joint_loss"]:
         broken = copy.deepcopy(report)
         del broken["selection"]["joint_loss"][block]
-        with pytest.raises(SurgicalError, match=rf"has no selection\.joint_loss\.{block}"):
+        with pytest.raises(SurgicalError, match=rf"selection\.joint_loss\.{block}"):
             make_card(broken)
 
 
@@ -301,7 +301,7 @@ def test_a_card_is_written_whole_or_not_at_all(run: Path, report: dict[str, Any]
     [
         (lambda run: shutil.rmtree(run / "adapter"), "has no adapter"),
         (lambda run: (run / "report.json").unlink(), "has no report.json"),
-        (lambda run: (run / "report.json").write_text("{"), "not readable as JSON"),
+        (lambda run: (run / "report.json").write_text("{"), "JSON"),
         (lambda run: (run / "scores.png").unlink(), "has no scores.png"),
     ],
 )

@@ -146,16 +146,16 @@ BERT = MODELS["text_classification"]
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"tiny": {}}, r"has no tiny model: write the config of one into it, such as tiny: \{model_type: bert"),
-        ({"tiny": {"hidden_size": 8}}, "the model_type None is unknown to transformers"),
-        ({"tiny": {**BERT, "model_type": "bret"}}, "the model_type 'bret' is unknown to transformers: did you mean"),
-        ({"tiny": {**BERT, "hiden_size": 8}}, "config of bert has no 'hiden_size': did you mean 'hidden_size'"),
-        ({"tiny": {**BERT, "vocab_size": 9}}, "vocab_size follows from the generated data: leave it out"),
+        ({"tiny": {}}, r"tiny: \{model_type"),
+        ({"tiny": {"hidden_size": 8}}, "model_type None"),
+        ({"tiny": {**BERT, "model_type": "bret"}}, "model_type 'bret'"),
+        ({"tiny": {**BERT, "hiden_size": 8}}, "bert.*'hiden_size'.*'hidden_size'"),
+        ({"tiny": {**BERT, "vocab_size": 9}}, "vocab_size"),
         ({"tiny": {**BERT, "hidden_size": "big"}}, "(?s)transformers does not take it: .*expected int, got str"),
-        ({"tiny": {**BERT, "num_attention_heads": 3}}, "no model for text_classification can be made of it: .*hidden"),
-        ({"tiny": MODELS["image_classification"]}, "no model for text_classification can be made of it: Unrecognized"),
-        ({"task": "mine:own"}, "'mine:own' cannot be imported"),
-        ({"task": "tests.support.own_tasks:plain"}, "own_tasks:plain' has no generated data"),
+        ({"tiny": {**BERT, "num_attention_heads": 3}}, "text_classification.*hidden"),
+        ({"tiny": MODELS["image_classification"]}, "text_classification.*Unrecognized"),
+        ({"task": "mine:own"}, "'mine:own'"),
+        ({"task": "tests.support.own_tasks:plain"}, "own_tasks:plain"),
     ],
 )
 def test_what_it_refuses_before_writing(tmp_path: Path, keys: dict[str, Any], message: str) -> None:
@@ -187,7 +187,7 @@ def test_what_is_not_ours_is_kept(tmp_path: Path) -> None:
     own = tmp_path / "tiny" / "tiny-generated-data" / "notes.txt"
     own.parent.mkdir(parents=True)
     own.write_text("mine")
-    with pytest.raises(SurgicalError, match="holds something other than an earlier result"):
+    with pytest.raises(SurgicalError, match="earlier result"):
         make_tiny(recipe_for("seq2seq"), tmp_path)
     assert own.read_text() == "mine" and not (tmp_path / "tiny" / "tiny-random-model").exists()
 

@@ -165,10 +165,10 @@ def test_frozen_weights_count_too(door: str, blocks: Any, tmp_path: Path) -> Non
             base.classifier.bias[0] += 1e-3
         return base
 
-    with pytest.warns(UserWarning, match="fingerprint float32:.*in what is not tuned") as caught:
+    with pytest.warns(UserWarning, match="fingerprint float32:.*not tuned") as caught:
         load(door, other(), tmp_path)
     assert len([each for each in caught if "fingerprint" in str(each.message)]) == 1
-    with pytest.raises(SurgicalError, match="in what is not tuned"):
+    with pytest.raises(SurgicalError, match="not tuned"):
         load(door, other(), tmp_path, strict_base=True)
 
 
@@ -179,7 +179,7 @@ def test_frozen_statistics_count_too(name: str, tmp_path: Path) -> None:
     PeftModel.from_pretrained(family.model(), tmp_path, strict_base=True)
     base = family.model()
     next(buffer for key, buffer in reversed([*base.named_buffers()]) if key.endswith("running_var")).mul_(2)
-    with pytest.raises(SurgicalError, match="in what is not tuned"):
+    with pytest.raises(SurgicalError, match="not tuned"):
         PeftModel.from_pretrained(base, tmp_path, strict_base=True)
 
 
@@ -209,7 +209,7 @@ def test_an_earlier_version_compared_what_is_tuned(strict: bool, tmp_path: Path)
         warnings.simplefilter("always")
         PeftModel.from_pretrained(VIT.model(), tmp_path, strict_base=strict)
     assert any("earlier version" in str(each.message) for each in caught) is strict
-    with pytest.raises(SurgicalError, match="in the tuned blocks"):
+    with pytest.raises(SurgicalError, match="tuned blocks"):
         PeftModel.from_pretrained(changed(VIT.model()), tmp_path, strict_base=True)
 
 
@@ -217,9 +217,7 @@ def test_an_earlier_version_compared_what_is_tuned(strict: bool, tmp_path: Path)
 def test_another_base_warns_with_both(door: str, tmp_path: Path) -> None:
     theirs = saved(tmp_path, blocks=[0, 11])["fingerprint"]
     ours = saved(tmp_path / "other", changed(VIT.model()), blocks=[0, 11])["fingerprint"]
-    with pytest.warns(
-        UserWarning, match=f"fingerprint {theirs}.*has {ours}.*load the base it was made from"
-    ) as caught:
+    with pytest.warns(UserWarning, match=f"fingerprint {theirs}.*has {ours}") as caught:
         model = load(door, changed(VIT.model()), tmp_path)
     assert len([each for each in caught if "fingerprint" in str(each.message)]) == 1
     model.save_pretrained(tmp_path / "again")
@@ -240,9 +238,7 @@ def test_another_base_is_refused_if_strict(door: str, tmp_path: Path) -> None:
 
 def test_another_dtype_may_be_all(tmp_path: Path) -> None:
     saved(tmp_path, blocks=[0])
-    with pytest.warns(
-        UserWarning, match=r"float32:.*bfloat16:.*another dtype than the adapter was made in, which may"
-    ):
+    with pytest.warns(UserWarning, match="float32:.*bfloat16:.*dtype"):
         PeftModel.from_pretrained(VIT.model().bfloat16(), tmp_path)
 
 
