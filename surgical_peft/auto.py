@@ -34,9 +34,9 @@ from .validation import resolve
 
 CRITERION = "probe"  # the lowest regret on the seen shifts of benchmarks/criteria
 MOST = 4  # blocks that are tried together
-FOR_JOINT = 0.25  # of a budget: what joint trainings are sure of
+FOR_JOINT = 0.25  # of a budget: reserved for joint trainings
 AT_MOST = GRADIENTS + 2 * (1 + FORWARD)  # training steps for each batch: its gradients, and two joint trainings of all
-LEAST = 0.1  # what one more block must take of the loss that is left
+LEAST = 0.1  # of the loss that is left: what one more block must take away
 
 
 def get_surgical_model(
@@ -60,8 +60,8 @@ def get_surgical_model(
             test split.
         num_batches: how many batches to score on; default is what the criterion asks for.
         loss_fn: `(model, batch) -> loss`; default is the model's own loss.
-        steps: how many steps the training will have, more than 0, each on a batch as large as those of `dataloader`;
-            with gradient accumulation so many times more. Choosing then costs at most half of that training: on fewer
+        steps: number of steps of the training, more than 0, each on a batch as large as those of `dataloader`; with
+            gradient accumulation so many times more. Choosing then costs at most half of that training: on fewer
             batches, with fewer short trainings, or by gradients alone where that is all there is room for. Default:
             not known, and no limit.
         **kwargs: passed on to `get_peft_model` (`adapter_name`, ...).
@@ -105,8 +105,8 @@ def choose_blocks(
     Args:
         model, config, dataloader, num_batches, loss_fn: as for `get_surgical_model`.
         budget: how many training steps all this may cost, as for `score_blocks`. A quarter is for the joint trainings;
-            where they have no room, one block is taken. What it was and what it took is in the record.
-        stages: where to tell what is done.
+            where they have no room, one block is taken. The budget and the cost are in the record.
+        stages: where to show the progress.
 
     Raises:
         SurgicalError: what scoring refuses, no block that can be tuned, or more blocks asked for than there are.
@@ -167,13 +167,13 @@ def _named(criterion: str | Criterion) -> str:
 
 
 def _ranking(values: Mapping[str, float], refused: Collection[str]) -> tuple[str, ...]:
-    """The blocks that may be tried together, best first."""
+    """The blocks to train together, best first."""
     left = [name for name in values if name not in refused]
     return tuple(sorted(left, key=lambda name: -values[name])[:MOST])
 
 
 def _for_joint(budget: Budget) -> float:
-    """What to keep for the joint trainings; nothing where it would not be enough for them."""
+    """Steps to reserve for the joint trainings; none where they would not be enough."""
     return FOR_JOINT * budget.steps if 2 * AT_MOST <= budget.steps < math.inf else 0.0
 
 
@@ -216,7 +216,7 @@ def together(context: ScoringContext, *, ranking: tuple[str, ...]) -> dict[str, 
             if cost > budget.left:
                 break
             budget.stage(f"the best {at + 1} trained together", cost)
-            gain = sum(gains.get(each, 0.0) for each in names)  # gains add up
+            gain = sum(gains.get(block, 0.0) for block in names)  # gains add up
             left[name] = ShortRun(names, PACE * start / gain, passes=1).train(context, 1) if gain else start
             if how_many(list(left.values())) <= at:
                 break
@@ -224,7 +224,7 @@ def together(context: ScoringContext, *, ranking: tuple[str, ...]) -> dict[str, 
 
 
 def how_many(left: list[float]) -> int:
-    """How many blocks to take, given the loss left by the first, by the first two, and so on."""
+    """Number of blocks to take, given the loss left by the first, by the first two, and so on."""
     count = 1
     while count < len(left) and left[count] < (1 - LEAST) * left[count - 1]:
         count += 1

@@ -1,6 +1,6 @@
-"""The block map: which parameters form `embeddings`, each repeated layer, `final_norm` and `head`.
+"""The block map: the parameters of `embeddings`, of each repeated layer, of `final_norm` and of `head`.
 
-Everything else in the package asks this map; nobody else parses parameter names.
+Everything else in the package asks this map; no other module parses names of parameters or blocks.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ PART = "/"  # between a layer and a part of it
 
 @dataclass(frozen=True)
 class BlockMap:
-    """Which block each parameter of a model belongs to: a partition, in the order of execution.
+    """Map from the parameters of a model to its blocks: a partition, in the order of execution.
 
     Attributes:
         names: block names, e.g. `("embeddings", "0", ..., "11", "final_norm", "head")`. With two or more stacks the
@@ -207,7 +207,7 @@ class BlockMap:
         return {block: list(named.values()) for block, named in self.named_parameters(model).items()}
 
     def parse(self, spec: int | str | Iterable[int | str]) -> tuple[str, ...]:
-        """Turn what a user says into block names, in the map's order.
+        """Turn a choice of blocks into their names, in the map's order.
 
         Args:
             spec: an index into the repeated layers (negative counts from the last), a slice as a string (`"0:3"`,

@@ -78,7 +78,7 @@ class BlockGrammar:
             raise SurgicalError(f"block {given!r} does not exist: {where}. Negative numbers count from the last: -1.")
         if (block := layers[int(text)]) not in self.names:
             raise SurgicalError(
-                f"block {given!r} has no weights of its own: all of them are tied to those of other self. Name one "
+                f"block {given!r} has no weights of its own: all of them are tied to those of other blocks. Name one "
                 f"that holds them: {listed(self.names)}."
             )
         return (block,)

@@ -37,11 +37,11 @@ def as_paths(layers: Layers | None) -> tuple[str, ...]:
 
 def adapter_configs(model: nn.Module) -> dict[str, Any]:
     """The configs of the adapters in `model`, by name."""
-    found: dict[str, Any] = {}
+    every: dict[str, Any] = {}
     for nested in nested_models(model):
         configs = nested.__dict__.get("peft_config")  # PEFT puts it on the tuner, and on the model inside
-        found |= configs if isinstance(configs, dict) else {}
-    return found
+        every |= configs if isinstance(configs, dict) else {}
+    return every
 
 
 def layers_of_adapters(model: nn.Module) -> tuple[str, ...]:
@@ -58,9 +58,9 @@ def stacks_at(model: nn.Module, paths: Sequence[str]) -> list[Stack]:
             with layers that lie in other layers.
     """
     modules = dict(named_bare_modules(model))
-    found = {path: _layers_at(path, modules) for path in paths}
-    _check_apart(found, paths)
-    places = {path: ".".join(part for part in path.replace("*", "").split(".") if part) for path in found}
+    stacks = {path: _layers_at(path, modules) for path in paths}
+    _check_apart(stacks, paths)
+    places = {path: ".".join(part for part in path.replace("*", "").split(".") if part) for path in stacks}
     if len(set(places.values())) < len(places):
         raise SurgicalError(f"layers={list(paths)}: two of these differ by a * alone: give the lists one by one.")
     shared = shared_depth(list(places.values()))
@@ -75,7 +75,7 @@ def stacks_at(model: nn.Module, paths: Sequence[str]) -> list[Stack]:
             places[path],
             homes_of(places[path], label, shared),
         )
-        for path, layers in found.items()
+        for path, layers in stacks.items()
     ]
 
 
@@ -111,7 +111,7 @@ def _layers_at(path: str, modules: Mapping[str, nn.Module]) -> list[str]:
 
 
 def _matches(name: str, pattern: str) -> bool:
-    """Whether each part of a path matches that of the pattern, in which `*` stands for any characters but a dot."""
+    """True if each part of a path matches that of the pattern, in which `*` stands for any characters but a dot."""
     parts, patterns = name.split("."), pattern.split(".")
     return len(parts) == len(patterns) and all(map(fnmatchcase, parts, patterns))
 
@@ -120,12 +120,12 @@ def _has_weights(module: nn.Module) -> bool:
     return next(module.parameters(), None) is not None
 
 
-def _check_apart(found: Mapping[str, Sequence[str]], paths: Sequence[str]) -> None:
+def _check_apart(stacks: Mapping[str, Sequence[str]], paths: Sequence[str]) -> None:
     """Refuse a layer that is named twice or lies in another."""
-    layers = [layer for stack in found.values() for layer in stack]
+    layers = [layer for stack in stacks.values() for layer in stack]
     for layer in layers:
         inside = [other for other in layers if other.startswith(layer + ".")]
-        if inside or layers.count(layer) > 1 or len(found) < len(paths):
+        if inside or layers.count(layer) > 1 or len(stacks) < len(paths):
             fault = f"{inside[0]!r} lies in {layer!r}" if inside else f"{layer!r} is named twice"
             raise SurgicalError(
                 f"layers={list(paths)}: {fault}. Every layer is named once, and holds no other: leave one out."

@@ -1,4 +1,4 @@
-"""Sees through what DDP, FSDP, `torch.compile`, checkpointing and PEFT put around a model, its modules and names."""
+"""Unwraps models, modules and names from DDP, FSDP, `torch.compile`, checkpointing and PEFT."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _FRONT = re.compile(r"^(?:module\.|base_model\.model\.)+")
 
 
 def bare_parameter_name(name: str) -> str:
-    """A parameter's name in the bare model: without what containers and PEFT's wrappers put before or into it.
+    """A parameter's name in the bare model: without the parts that containers and PEFT's wrappers add.
 
     Example:
         >>> bare_parameter_name("module.base_model.model.vit.layers.1.modules_to_save.default.mlp.fc1.weight")
@@ -26,7 +26,7 @@ def bare_parameter_name(name: str) -> str:
 
 
 def unwrap_model(model: nn.Module) -> nn.Module:
-    """The user's own model inside DDP, FSDP, `torch.compile` and `PeftModel`, in whatever order they were put on."""
+    """The user's own model inside DDP, FSDP, `torch.compile` and `PeftModel`, in any order of these."""
     *_, bare = nested_models(model)
     return bare
 
@@ -51,12 +51,12 @@ def unwrap_module(module: nn.Module) -> nn.Module:
 
 
 def named_children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """As `nn.Module`'s, without what we add to a tuned module."""
+    """As `nn.Module`'s, without the `SurgicalLayer` of a tuned module."""
     return ((name, child) for name, child in module.named_children() if name != PARKED)
 
 
 def named_bare_modules(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """`named_modules` of the bare model: wrappers are seen through, so paths carry no container."""
+    """`named_modules` of the bare model: paths have no containers."""
     module = unwrap_module(module)
     yield path, module
     for name, child in named_children(module):
@@ -64,7 +64,7 @@ def named_bare_modules(module: nn.Module, path: str = "") -> Iterator[tuple[str,
 
 
 def idle_parameters(model: nn.Module) -> set[int]:
-    """`id`s of what PEFT keeps beside the weights in use: parked sets, wrapped originals, LoRA of idle adapters."""
+    """`id`s of parameters that are not in use: parked sets, wrapped originals, LoRA of idle adapters."""
     idle: set[int] = set()
     for module in model.modules():
         wrapper: Any = module

@@ -34,7 +34,7 @@ def adam_gain(weights: Sequence[Tensor], moments: Moments) -> float:
 
 
 def gain(pull: Tensor, mean: Tensor, square: Tensor) -> float:
-    """`sum pull * mean / sqrt(square)`, where `square` is 0 nothing."""
+    """`sum pull * mean / sqrt(square)`; entries with `square` 0 count as 0."""
     step = torch.where(square > 0, mean * square.rsqrt(), 0.0)
     return whole((pull * step).sum(dtype=torch.float64)).item()
 
@@ -60,7 +60,7 @@ def gains_of(context: ScoringContext, ats: Sequence[int]) -> tuple[dict[str, flo
             moments[name].update(grads, at)
             for weight in unit.values():
                 weight.grad = None
-    gains = context.agreed({name: adam_gain([], each) for name, each in moments.items()})
+    gains = context.agreed({name: adam_gain([], part) for name, part in moments.items()})
     if not any(gains.values()):
         raise SurgicalError(
             f"no unit has a gradient: the loss does not depend on any weight that is scored. {NO_GRADIENT}"

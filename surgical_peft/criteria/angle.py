@@ -1,4 +1,4 @@
-"""How far weights turn in a short training of everything."""
+"""Angle by which weights turn in a short training of everything."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ def angle(context: ScoringContext, *, steps: int = 16, rate: float = 1e-4) -> di
 def degrees(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
     """The angle between two lists of tensors, each as one vector; exact for small angles too (Kahan)."""
     u, v = (
-        torch.cat([whole(tensor.detach()).double().flatten().cpu() for tensor in each]) for each in (before, after)
+        torch.cat([whole(tensor.detach()).double().flatten().cpu() for tensor in tensors])
+        for tensors in (before, after)
     )
     u, v = u / u.norm(), v / v.norm()
     return math.degrees(2 * math.atan2((u - v).norm().item(), (u + v).norm().item()))

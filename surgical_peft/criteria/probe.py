@@ -44,7 +44,7 @@ def probe(context: ScoringContext, *, pace: float = PACE, thrift: float = 0.15) 
     Within a budget: as many batches, up to all, as leave room for their gradients and the first round, whichever units
     the gradients favour; where that is fewer than 8, 8 batches and of the units those with the highest `depth_gain`
     that fit; later rounds as far as they fit. Where not even two units can be trained: a quarter of the logarithm of
-    `depth_gain`, of as many batches as fit.
+    `depth_gain` on as many batches as fit.
 
     Range: any number, no unit; without the second term 0.7 = half of the loss is gone, and a training that diverged
     has -14. Cost: gradients of all batches; as many training steps for each unit that is trained, most of them late
@@ -86,12 +86,12 @@ def probe(context: ScoringContext, *, pace: float = PACE, thrift: float = 0.15) 
                 "every short training diverged, so none is better: look at the batches, or give a smaller pace="
                 f"{pace}."
             )
-        found = {
+        scores = {
             n: log_loss_reduction(start, loss) - thrift * math.log(rates[n] / smallest) for n, loss in left.items()
         }
-        rounds.append(found)
-        best, *others = ranked(found)[: max(2, math.ceil(len(found) / 2))]
-        runs = {name: runs[name] for name in (best, *(n for n in others if found[best] - found[n] < MARGIN))}
+        rounds.append(scores)
+        best, *others = ranked(scores)[: max(2, math.ceil(len(scores) / 2))]
+        runs = {name: runs[name] for name in (best, *(n for n in others if scores[best] - scores[n] < MARGIN))}
         if len(runs) == 1:
             break
     scores = reduce(lambda later, earlier: given_up(earlier, later), reversed(rounds))
@@ -99,16 +99,16 @@ def probe(context: ScoringContext, *, pace: float = PACE, thrift: float = 0.15) 
 
 
 def _fitted(context: ScoringContext) -> bool:
-    """Drop the batches that the budget has no room for; whether there is room for training on those that are left."""
+    """Drop the batches that the budget has no room for; True if it has room for training on the rest."""
     budget, count = context.budget, len(context.batches)
     few = min(FEW, count)
     if not budget.is_given or count < 2:
         return True
     if budget.left > GRADIENTS * few:
-        context.mean_loss(range(1))  # now it is known what has to be run for each unit
-        each = {name: context.cost(name) / count for name in context.units}  # of a batch
-        dear = sorted(each.values(), reverse=True)
-        cheap = sum(cost for name, cost in each.items() if context.share_run(name) <= CHEAP)
+        context.mean_loss(range(1))  # records which layers each unit needs
+        costs = {name: context.cost(name) / count for name in context.units}  # of a batch
+        dear = sorted(costs.values(), reverse=True)
+        cheap = sum(cost for name, cost in costs.items() if context.share_run(name) <= CHEAP)
         whole = GRADIENTS + sum(dear[: math.ceil(FAVOURITES * len(dear))]) + cheap
         room = int(budget.left / whole)
         if room >= few or budget.left >= few * (GRADIENTS + dear[0] + dear[-1]):
@@ -119,7 +119,7 @@ def _fitted(context: ScoringContext) -> bool:
 
 
 def _paid(context: ScoringContext, names: list[str]) -> list[str]:
-    """The units, best first, a first round of which the budget has room for."""
+    """The best units whose first round fits into the budget."""
     paid, left = [], context.budget.left
     for name in names:
         if (cost := context.cost(name)) <= left:
@@ -129,11 +129,11 @@ def _paid(context: ScoringContext, names: list[str]) -> list[str]:
 
 
 def ranked(scores: dict[str, float]) -> list[str]:
-    """The names, that with the highest score first."""
+    """The names, highest score first."""
     return sorted(scores, key=lambda name: -scores[name])
 
 
 def given_up(scores: dict[str, float], of_kept: dict[str, float]) -> dict[str, float]:
-    """The scores of those that went on, and of the others what they had, at most the lowest of those that went on."""
+    """Scores of the kept units, and of the others their own, capped at the lowest of the kept."""
     lowest = min(of_kept.values())
     return {name: of_kept[name] if name in of_kept else min(value, lowest) for name, value in scores.items()}

@@ -1,4 +1,4 @@
-"""How far weights move in a short training of everything."""
+"""Distance that weights move in a short training of everything."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ def weight_snr(context: ScoringContext) -> dict[str, float]:
 
     `S` the singular values of a matrix, `sigma` their interquartile range / 1.349, `beta` its short by its long side:
     `sum_{S > e} S / sum_{S <= e} S / max S` with `e = sigma (1 + sqrt(beta))`. Ranks, from 1/n to 1, ties shared, run
-    over the matrices of one type: the same place in different layers (`layers.*.mlp.fc1.weight`). Convolutions count
+    over the matrices of one type: the same module in different layers (`layers.*.mlp.fc1.weight`). Convolutions count
     as matrices of output channels, stacks of experts by the mean of theirs. Vectors, zeros and weights alone of their
     type (embeddings, head) have no rank; a unit of nothing else is left out.
 
@@ -37,14 +37,14 @@ def weight_snr(context: ScoringContext) -> dict[str, float]:
         mean = sum(map(ratio, matrices)) / len(matrices)
         ratios.setdefault(_NUMBER.sub("*", path), {})[path] = mean
     ranks: dict[str, float] = {}
-    for each in ratios.values():
-        if len(each) > 1:
-            for path, value in each.items():
-                below = sum(other < value for other in each.values())
-                equal = sum(other == value for other in each.values())
-                ranks[path] = (below + (equal + 1) / 2) / len(each)
+    for group in ratios.values():
+        if len(group) > 1:
+            for path, value in group.items():
+                below = sum(other < value for other in group.values())
+                equal = sum(other == value for other in group.values())
+                ranks[path] = (below + (equal + 1) / 2) / len(group)
     ranked = {name: [ranks[path] for path in unit if path in ranks] for name, unit in context.units.items()}
-    return {name: sum(each) / len(each) for name, each in ranked.items() if each}
+    return {name: sum(values) / len(values) for name, values in ranked.items() if values}
 
 
 def _matrices(context: ScoringContext) -> dict[str, list[Tensor]]:

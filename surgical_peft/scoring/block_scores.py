@@ -1,4 +1,4 @@
-"""`BlockScores`: what `score_blocks` found; plain data that prints, draws itself and goes through JSON."""
+"""`BlockScores`: the result of `score_blocks`; plain data to print, plot and save as JSON."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class BlockScores:
         blocks: the block that each unit belongs to.
         unscored: units left out because their weights are all zero, the loss reaches none of them, or the criterion
             does not define a score of them.
-        criterion, granularity, num_batches, model_name: what was scored, how, and on how many batches.
+        criterion, granularity, num_batches, model_name: the settings of the scoring.
         layer_paths: those of the `BlockMap`: which modules are the layers, where they were not found but named.
 
     Example:
@@ -60,8 +60,8 @@ class BlockScores:
         Raises:
             SurgicalError: unknown `how`, all scores are zero, or `"max"` of scores below zero.
         """
-        inside = {name: value for name, value in self.values.items() if kind_of(self.blocks[name]) != "head"}
-        return {**dict.fromkeys(self.values, 1.0), **normalize(inside, how)}
+        others = {name: value for name, value in self.values.items() if kind_of(self.blocks[name]) != "head"}
+        return {**dict.fromkeys(self.values, 1.0), **normalize(others, how)}
 
     def table(self) -> Table:
         """A table of unit, parameters, score and a bar."""

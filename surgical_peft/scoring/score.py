@@ -1,4 +1,4 @@
-"""`score_blocks`: which blocks the new data pull at hardest, without a second copy of the model."""
+"""`score_blocks`: scores the blocks of a model on labelled data, without a second copy of the model."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def score_blocks(
         budget: how many training steps scoring may cost: forward and backward passes of the whole model on one batch,
             with an update of all weights; more than 0. It is counted, not timed: the choice is the same on every
             machine. Scoring takes fewer batches to stay within it, `probe` also fewer units and passes, or gradients
-            alone; what was planned and what it took is told (`transformers.utils.logging.disable_progress_bar()`
+            alone; the plan and the cost are printed (`transformers.utils.logging.disable_progress_bar()`
             silences it). Default: no limit.
         blocks: the model's map; default `BlockMap.find(model)`.
 
@@ -133,7 +133,7 @@ def score_blocks(
         zero = _zero_units(units, lent)
         scored = {name: unit for name, unit in units.items() if name not in zero}
         for weight in (weight for name in zero for weight in units[name].values()):
-            weight.requires_grad_(False)  # nobody reads its gradient
+            weight.requires_grad_(False)  # its gradient is not read
         if needs.what == "model":
             if lent and needs.batches:
                 raise SurgicalError(
@@ -152,11 +152,11 @@ def score_blocks(
             context = ScoringContext(
                 model, at_hand, block_of, layers, on_device, loss_of, broadcast_from_first, spending
             )
-            found = _named_values(score(context), score, scored)
+            returned = _named_values(score(context), score, scored)
             values = broadcast_from_first(
-                {name: as_finite_float(found[name], score, name) for name in scored if name in found}
+                {name: as_finite_float(returned[name], score, name) for name in scored if name in returned}
             )
-            total = len(on_device)  # what the budget has left of them
+            total = len(on_device)  # a budget may drop some of them
         else:
             values = {}
             groups = list(_groups(scored)) if memory == "low" else [scored]
@@ -175,9 +175,9 @@ def score_blocks(
                 values |= _from_gradients(model, group, score, ours, loss_of, lent, spending)
             tell_unreached([name for name in scored if name not in values], scored)
     if not any(values.values()):
-        found_none = f"is zero for every {granularity}" if values else f"scores no {granularity}"
+        fault = f"is zero for every {granularity}" if values else f"scores no {granularity}"
         raise SurgicalError(
-            f"{name_of(score)} {found_none} of {blocks.model_name}, so there is nothing to choose by. {NO_GRADIENT}"
+            f"{name_of(score)} {fault} of {blocks.model_name}, so there is nothing to choose by. {NO_GRADIENT}"
         )
     return BlockScores(
         values=values,
@@ -211,11 +211,11 @@ def _from_gradients(
     receiver = PerBatch(score, units) if needs.what == "gradients" else OverSamples(score, needs, units)
     with GradientReader(units, receiver.take, lent, kind_of(needs)).watching() as reader:
         examples = 0
-        for place, batch in batches:
+        for at, batch in batches:
             batch = to_device(batch, model)
             if needs.samples == "batches":
                 spending.spend(_cost(batch, needs))
-                reader.read(loss_of(model, batch), place)
+                reader.read(loss_of(model, batch), at)
                 continue
             before = examples
             alone = list(examples_of(batch))
@@ -227,14 +227,14 @@ def _from_gradients(
                 reader.read(loss, examples)
                 examples += 1
             if examples == before:
-                raise not_finite("loss", "batch", place)
+                raise not_finite("loss", "batch", at)
     reached = union_of_names(reader.reached)
     values = receiver.result(alone=is_sharded(model))
     return {name: value for name, value in values.items() if name in reached}
 
 
 def _cost(batch: Any, needs: Needs) -> float:
-    """What it costs to read the gradients of a batch, in training steps on it."""
+    """Cost of reading the gradients of a batch, in training steps on it."""
     if needs.what == "gradients":
         return 1.0
     return 1.0 + READING * (1 if needs.samples == "batches" else len(list(examples_of(batch))))
@@ -253,7 +253,7 @@ def _groups(units: Units) -> Iterator[Units]:
 
 
 def _units(model: nn.Module, blocks: BlockMap, granularity: str, tied: set[str]) -> dict[str, dict[str, nn.Parameter]]:
-    """The parameters of `model` in use by unit and cleaned name; module and tensor units go by such names too."""
+    """The parameters of `model` in use, by unit and by bare name; module and tensor units have bare names too."""
     units: dict[str, dict[str, nn.Parameter]] = {}
     idle = idle_parameters(model)
     for block, named in blocks.named_parameters(model).items():
@@ -279,10 +279,10 @@ def _zero_units(units: Units, lent: list[Lent]) -> list[str]:
     return [name for name, unit in units.items() if not any(alive(path, weight) for path, weight in unit.items())]
 
 
-def _named_values(found: Any, criterion: Criterion, units: Units) -> dict[str, Any]:
-    if isinstance(found, Mapping) and set(found) <= set(units):
-        return dict(found)
-    shown = f"the units {', '.join(map(str, found))}" if isinstance(found, Mapping) else f"a {type(found).__name__}"
+def _named_values(values: Any, criterion: Criterion, units: Units) -> dict[str, Any]:
+    if isinstance(values, Mapping) and set(values) <= set(units):
+        return dict(values)
+    shown = f"the units {', '.join(map(str, values))}" if isinstance(values, Mapping) else f"a {type(values).__name__}"
     raise SurgicalError(
         f"the criterion {name_of(criterion)} returned {shown}: it must return {{unit: score}} for units among "
         f"{', '.join(units)}."

@@ -1,4 +1,4 @@
-"""Rules: scores -> a selection. A rule never looks at the model or the data."""
+"""Rules that turn scores into a selection, without a look at the model or the data."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ def top_k(scores: BlockScores, k: int) -> Selection:
 
 
 def check_k(k: int, count: int) -> None:
-    """Refuse to take other than 1 to `count` blocks.
+    """Check that `k` is a number of blocks.
 
     Raises:
-        SurgicalError: `k` is not between them.
+        SurgicalError: it is not a whole number from 1 to `count`.
     """
     if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= count:
         raise SurgicalError(f"k={k!r} is not a whole number from 1 to {count}, the number of scored blocks.")
@@ -64,7 +64,7 @@ def top_fraction(scores: BlockScores, fraction: float) -> Selection:
 def above(scores: BlockScores, threshold: float, normalized: str | None = None) -> Selection:
     """The blocks that score more than `threshold`; raw scores, or divided as `normalized` (`"max"`, `"minmax"`) says.
 
-    Here the head is normalised with the others: a threshold compares blocks, it scales no learning rate.
+    Here the head is normalized with the others: a threshold compares blocks, it scales no learning rate.
 
     Raises:
         SurgicalError: no block is above; the message gives the highest score.

@@ -23,12 +23,12 @@ from .tensors.tuned_tensors import Targets, TensorMap
 
 @dataclass(frozen=True)
 class AdapterPlan:
-    """What a new adapter is to have in a model; nothing is changed yet.
+    """The tensors that a new adapter will have in a model; nothing is changed yet.
 
     Attributes:
         targets: paths of the largest modules that it tunes, and the parameters in them (None for all).
         trained: for each tensor of the adapter, by the first of its names, whether it is trained.
-        packed: paths of the quantised layers that become float for it, and the dtype that they get.
+        packed: paths of the quantized layers that become float for it, and the dtype that they get.
     """
 
     targets: Targets
@@ -37,7 +37,7 @@ class AdapterPlan:
 
 
 def plan_adapter(model: nn.Module, config: SurgicalConfig, targets: Targets) -> AdapterPlan:
-    """Which tensors the modules at the paths `targets` stand for, and which of them train.
+    """Plan the tensors of an adapter for the modules at the paths `targets`, and which of them train.
 
     A parameter trains unless the architecture fixes it. What happens to be frozen, by a merge or by hand, trains: the
     config asks for it.
@@ -47,7 +47,7 @@ def plan_adapter(model: nn.Module, config: SurgicalConfig, targets: Targets) -> 
             anew.
 
     Raises:
-        SurgicalError: quantised weights that cannot be made float, and integers.
+        SurgicalError: quantized weights that cannot be made float, and integers.
     """
     tensors = TensorMap.find(model)
     chosen = tensors.chosen(targets)
@@ -102,13 +102,13 @@ def _by_owner(plan: AdapterPlan, modules: Mapping[str, nn.Module]) -> dict[str, 
     That is the module which owns them; of one that goes through its children (`nn.ModuleList`, torch's
     parametrizations, a `forward` over `self.children()`) the one around it: a further child would not go unnoticed.
     """
-    found: dict[str, dict[str, str]] = {}
+    owners: dict[str, dict[str, str]] = {}
     for name in plan.trained:
         path = name.rpartition(".")[0]
         while path and _goes_through_children(modules[path]):
             path = path.rpartition(".")[0]
-        found.setdefault(path, {})[name[len(path) + 1 if path else 0 :]] = name
-    return found
+        owners.setdefault(path, {})[name[len(path) + 1 if path else 0 :]] = name
+    return owners
 
 
 def _goes_through_children(module: nn.Module) -> bool:
@@ -128,7 +128,7 @@ def requires_grad_by_name(model: nn.Module) -> dict[str, bool]:
 
 
 def restore_requires_grad(model: nn.Module, before: Mapping[str, bool]) -> None:
-    """Put back what `requires_grad_by_name` has told; packed and integer weights stay as they are."""
+    """Restore the flags of `requires_grad_by_name`; packed and integer weights stay as they are."""
     for path, module in named_bare_modules(model):
         for name, parameter in module._parameters.items():
             if parameter is not None and not is_packed(parameter):

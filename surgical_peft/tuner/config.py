@@ -1,4 +1,4 @@
-"""What a user says, and what `adapter_config.json` holds."""
+"""`SurgicalConfig`: the user's choice, as `adapter_config.json` holds it."""
 
 from __future__ import annotations
 
@@ -57,10 +57,10 @@ class SurgicalConfig(PeftConfig):
             saved; another adapter of the model needs not say it again.
         target_modules: with `blocks`, tune only these modules inside them; alone, PEFT's own meaning (names that
             end so, or a regular expression for the whole name) for any type of module. `"all-linear"`, `"all-norm"`
-            (normalisation layers) and `"all-bias"` choose by kind; a dictionary chooses for each block, as in
+            (normalization layers) and `"all-bias"` choose by kind; a dictionary chooses for each block, as in
             `{"0": "all", "11": ["mlp"], "head": "all-bias"}`, and needs no `blocks` beside it.
         exclude_modules: modules to leave out, matched as `target_modules`.
-        modules_to_save: newly initialised modules, such as a new head, to train and save as well.
+        modules_to_save: newly initialized modules, such as a new head, to train and save as well.
         criterion: for `blocks="auto"`, what scores the blocks: a name or a function; default is `probe`, which
             has the lowest regret on the shifts that criteria were developed on (benchmarks/criteria).
         num_blocks: for `blocks="auto"`, how many to take; by default, short joint trainings decide it.
@@ -196,7 +196,7 @@ class SurgicalConfig(PeftConfig):
         for name in ("target_modules", "exclude_modules", "modules_to_save", "new_weights"):
             check_names(name, getattr(self, name))
         check_names("layers", list(as_paths(self.layers)))
-        check_names("blocks", [str(each) for each in self.blocks] if isinstance(self.blocks, list) else None)
+        check_names("blocks", [str(block) for block in self.blocks] if isinstance(self.blocks, list) else None)
         kinds: dict[str, Any] = {
             "num_blocks": int | None,
             "lora": LoraConfig | dict | None,
@@ -281,7 +281,7 @@ def _plain(choice: Any) -> Choice:
 
 
 def _lora_arguments(lora: LoraConfig | dict[str, Any]) -> dict[str, Any]:
-    """What differs from LoRA's defaults, as JSON can hold it."""
+    """The arguments that differ from LoRA's defaults, as JSON can hold them."""
     try:
         config = lora if isinstance(lora, LoraConfig) else LoraConfig(**lora)
     except TypeError as error:
@@ -292,7 +292,7 @@ def _lora_arguments(lora: LoraConfig | dict[str, Any]) -> dict[str, Any]:
             "SurgicalConfig itself."
         )
     default = LoraConfig()
-    given = {each.name: getattr(config, each.name) for each in fields(config)}
+    given = {known.name: getattr(config, known.name) for known in fields(config)}
     return {
         name: _plain(value)
         for name, value in given.items()

@@ -20,7 +20,7 @@ from .gradient_checkpointing import skip_frozen_prefix
 from .layer import SurgicalLayer
 from .loading.adapter_weights import adapter_weights, load_weights
 from .loading.compatibility import check_fit, names_today, prepare_loading, recorded
-from .loading.new_weights import newly_initialised, note_new_weights
+from .loading.new_weights import newly_initialized, note_new_weights
 from .loading.same_base import check_base
 from .lora import check_lora, inject_lora
 from .moved_buffers import note_buffers
@@ -77,7 +77,7 @@ class PeftHooks(BaseTuner):
         saved = prepare_loading(model, peft_config)
         today = None if saved is None else names_today(model, saved)
         own = None if today is None else recorded(model, peft_config, today)
-        new = newly_initialised(model)
+        new = newly_initialized(model)
         targets = modules_to_tune(model, peft_config)
         moving = not peft_config.frozen_eval or (self._for_others_to_train and not self._empty)
         every = with_modules_besides(model, peft_config, targets, new, moving, own)
@@ -170,9 +170,9 @@ class PeftHooks(BaseTuner):
         state_dict: dict[str, torch.Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, torch.Tensor]:
-        found = adapter_weights(model, config, adapter_name, state_dict)
+        weights = adapter_weights(model, config, adapter_name, state_dict)
         lora = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        return {**found, **lora}
+        return {**weights, **lora}
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -188,5 +188,5 @@ class PeftHooks(BaseTuner):
         return key  # our keys carry none, and a module may be called as the adapter is
 
     def layers(self) -> Iterator[SurgicalLayer]:
-        """What holds the parked tensors, in the order of the modules."""
+        """The layers that hold the parked tensors, in the order of the modules."""
         return (module for module in self.model.modules() if isinstance(module, SurgicalLayer))

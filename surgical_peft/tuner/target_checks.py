@@ -1,4 +1,4 @@
-"""What is refused about a choice of modules before anything is changed."""
+"""Checks of a choice of modules, before anything is changed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .tensors.tuned_tensors import TensorMap, put
 
 
 def check_adapter_names(model: nn.Module, adapters: dict[str, SurgicalConfig], new: SurgicalConfig) -> None:
-    """Refuse what PEFT would only find out by losing weights.
+    """Refuse adapter names by which PEFT would lose weights.
 
     Raises:
         SurgicalError: the model is wrapped already, or, with several adapters, one has the name of a module.
@@ -106,10 +106,10 @@ def check_exchangeable(model: nn.Module, tensors: TensorMap, chosen: Iterable[st
 
 def check_at_hand(model: nn.Module, names: list[str]) -> None:
     """Refuse weights that accelerate keeps elsewhere."""
-    for each in lent_weights(model):
-        if each.name in names or each.path in names:
+    for weight in lent_weights(model):
+        if weight.name in names or weight.path in names:
             raise SurgicalError(
-                f"{each.name} is offloaded by accelerate, so there is no weight to train in its place: load the "
+                f"{weight.name} is offloaded by accelerate, so there is no weight to train in its place: load the "
                 "model with a device_map that keeps the chosen blocks on a device (the others may be offloaded), or "
                 "wrap it before cpu_offload."
             )

@@ -1,4 +1,4 @@
-"""Which modules a config asks to tune in a model, and all that is refused before anything is changed."""
+"""Resolves a config to the modules to tune in a model; refuses misfits before anything is changed."""
 
 from __future__ import annotations
 
@@ -113,14 +113,14 @@ def with_modules_besides(
     moving: bool,
     saved: Collection[str] | None = None,
 ) -> Targets:
-    """All that belongs to the adapter: the modules that were asked for and others; notes it in `config.tuned_modules`.
+    """All modules of the adapter, those asked for and others; records them in `config.tuned_modules`.
 
     The others are the layers of a new head that PEFT does not know by their names, what else is new beside it, and the
     buffers of frozen modules that move in training.
 
     Args:
         targets: from `modules_to_tune`, which has settled `config`.
-        new: names of the weights that are newly initialised.
+        new: names of the weights that are newly initialized.
         moving: whether frozen modules are in train mode, too.
         saved: of a saved adapter, today's names of the weights that it says are its own. The others are not asked of
             it, and neither the base nor who trains it on decides what it holds.
@@ -154,13 +154,13 @@ def _choices(blocks: BlockMap, names: tuple[str, ...], target_modules: Asked) ->
     if not isinstance(target_modules, dict):
         return [(names, target_modules or "all")]
     groups = [(blocks.parse(key), choice) for key, choice in target_modules.items()]
-    said = [name for group, _ in groups for name in group]
-    for name in said:
-        if said.count(name) > 1 or name not in names:
-            reason = "is there twice" if said.count(name) > 1 else f"is not among blocks={list(names)}"
+    keys = [name for group, _ in groups for name in group]
+    for name in keys:
+        if keys.count(name) > 1 or name not in names:
+            reason = "is there twice" if keys.count(name) > 1 else f"is not among blocks={list(names)}"
             raise SurgicalError(f"target_modules={target_modules!r}: block {name!r} {reason}. Say each block once.")
     for name in names:
-        if name not in said:
+        if name not in keys:
             raise SurgicalError(
                 f"target_modules={target_modules!r} says nothing about block {name!r}, which is among blocks="
                 f"{list(names)}: add {name!r}: 'all', or leave blocks out; the keys are the blocks then."
@@ -197,7 +197,7 @@ def _chosen(
 
 
 def _parameters_of(module: nn.Module, parts: str, among: set[str] | None) -> set[str]:
-    """Names of the biases, or of the parameters of normalisation layers (known by class), in `module`."""
+    """Names of the biases, or of the parameters of normalization layers (known by class), in `module`."""
     found: set[str] = set()
     for path, child in named_bare_modules(module):
         for name, _ in child.named_parameters(recurse=False):
@@ -261,7 +261,7 @@ def _still_to_save(model: nn.Module, config: SurgicalConfig, targets: list[str])
 def _rest_of_new_head(
     model: nn.Module, config: SurgicalConfig, targets: Targets, tensors: TensorMap
 ) -> dict[str, set[str] | None]:
-    """What a model has beside the body that it shares with other tasks, and PEFT does not save by its name.
+    """Modules beside the body that a model shares with other tasks, which PEFT does not save by name.
 
     DeBERTa's pooler, for one: it is as new as the classifier behind it, and random in every process.
     """

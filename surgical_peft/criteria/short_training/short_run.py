@@ -1,4 +1,4 @@
-"""Short trainings that are judged on batches which they have not seen."""
+"""Short trainings, judged on held-out batches."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ...errors import SurgicalError
 from ..adam_gain import gains_of_all
 from .context import ScoringContext
 
-WORST = 1e6  # times the loss before: what a training counts that diverged
+WORST = 1e6  # times the loss before: the loss of a training that diverged
 
 
 def gains_and_loss(context: ScoringContext, least: int = 2) -> tuple[dict[str, float], float]:
@@ -92,8 +92,8 @@ def log_loss_reduction(before: float, left: float) -> float:
 
 
 def _on_cpu(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    found = optimizer.state_dict()
-    found["state"] = {
-        at: {name: value.to("cpu") for name, value in numbers.items()} for at, numbers in found["state"].items()
+    state = optimizer.state_dict()
+    state["state"] = {
+        at: {name: value.to("cpu") for name, value in numbers.items()} for at, numbers in state["state"].items()
     }
-    return found
+    return state

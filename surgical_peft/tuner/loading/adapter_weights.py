@@ -29,7 +29,7 @@ def layers_by_path(model: nn.Module) -> dict[str, SurgicalLayer]:
 def adapter_weights(
     model: nn.Module, config: SurgicalConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """What of `state_dict`, a model's, an adapter saves: its tensors, under the base model's own names.
+    """The tensors of `state_dict`, a model's, that an adapter saves, under the base model's own names.
 
     What is parked is taken out of `state_dict`: no one else is to save it.
 

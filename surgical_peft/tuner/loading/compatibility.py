@@ -1,4 +1,4 @@
-"""Whether a saved adapter belongs to a model: names and shapes, under today's names of the modules."""
+"""Checks that a saved adapter fits a model: names and shapes, under today's names of the modules."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _KEYS_SHOWN = 5
 
 
 def prepare_loading(model: nn.Module, config: SurgicalConfig) -> Shapes | None:
-    """What must be known before a config's names are looked up in `model`; settles names that transformers changed.
+    """Read the saved shapes before a config's names are looked up in `model`; follow names that transformers changed.
 
     Returns:
         names and shapes of the saved weights; None if the adapter is a new one.
@@ -74,7 +74,7 @@ def check_fit(model: nn.Module, config: SurgicalConfig, targets: Targets, saved:
     tensors = TensorMap.find(model)
     expected: Shapes = {}
     for name in tensors.chosen(targets):
-        tensor = tensors.places[name][0].tensor  # a quantised one is in the file in float, and whole
+        tensor = tensors.places[name][0].tensor  # a quantized one is in the file in float, and whole
         packed = isinstance(tensor, nn.Parameter) and is_packed(tensor)
         expected[name] = saved.get(name, (0,)) if packed else tuple(tensor.shape)
     for path in to_save:
@@ -85,7 +85,7 @@ def check_fit(model: nn.Module, config: SurgicalConfig, targets: Targets, saved:
 
 
 def match(model: nn.Module, config: SurgicalConfig, saved: Shapes, expected: Shapes, what: str) -> dict[str, str]:
-    """Which expected weight each saved one is: of the same name, or of the name that transformers gave it since.
+    """Map each saved weight to an expected one: of the same name, or of the name that transformers gave it since.
 
     Args:
         what: the saved weights in words, for messages.
@@ -157,12 +157,12 @@ def _embeddings(model: nn.Module) -> Shapes:
 
 
 def _renamer(model: nn.Module) -> Callable[[str], str]:
-    """Gives a weight the name that it has had since transformers, or the model's author, renamed modules."""
+    """Return a function from the old name of a weight to the one that transformers, or its author, gave it since."""
     base = unwrap_model(model)
     if not isinstance(base, PreTrainedModel):
         return lambda key: key
     own = getattr(base, "_checkpoint_conversion_mapping", None) or {}  # of models with code of their own
-    renamings = [each for each in get_model_conversion_mapping(base) if isinstance(each, WeightRenaming)]
+    renamings = [rule for rule in get_model_conversion_mapping(base) if isinstance(rule, WeightRenaming)]
 
     def rename(key: str) -> str:
         for pattern, new in own.items():

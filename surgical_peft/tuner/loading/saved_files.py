@@ -132,7 +132,7 @@ def _weights_of(config: SurgicalConfig) -> Path | None:
 
 
 def _in_hub_cache(path: Path) -> dict[str, Any] | None:
-    """What to ask the Hub for a file beside `path`, if that lies in a snapshot of a repository."""
+    """Arguments by which to ask the Hub for a file beside `path`, if that lies in a snapshot of a repository."""
     for folder in path.parents:
         if folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--"):
             home = folder.parent.parent

@@ -1,4 +1,4 @@
-"""What the architecture of a model never trains, such as sinusoidal positions, and what only happens to be frozen."""
+"""Tells parameters that an architecture never trains, such as sinusoidal positions, from those frozen by chance."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ...blocks.unwrap import named_bare_modules
 
 
 def fixed_by_architecture(model: nn.Module, names: Collection[str]) -> tuple[set[str], list[str]]:
-    """Which of the parameters `names` the model's class, built anew from its config, freezes by itself.
+    """The parameters among `names` that the model's class, built anew from its config, freezes by itself.
 
     Each `PreTrainedModel` in `model` is built on the meta device, which takes a few hundredths of a second. What is
     frozen now, after a merge or by hand, does not count.
