@@ -148,5 +148,5 @@ def test_a_comparison_has_nothing_left_to_do(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(JobRunner, "do", lambda self, job: pytest.fail(f"{job} is done again"))
     monkeypatch.chdir(tmp_path)
     report = compare(load_recipe(tmp_path / "recipe.yaml"), console=Console(file=io.StringIO()))
-    assert len(report["methods"]) == 6
+    assert len(report.methods) == 6
     assert {path.name: path.read_bytes() for path in (tmp_path / "run" / "runs").iterdir()} == runs
