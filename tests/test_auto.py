@@ -96,7 +96,7 @@ def test_blocks_that_cannot_be_tuned_are_left_out_and_said_so() -> None:
 
 def test_more_blocks_than_there_are(vit: Toy) -> None:
     given = SurgicalConfig(blocks="auto", criterion="rgn", num_blocks=99)
-    with pytest.raises(SurgicalError, match="k=99 is not a whole number from 1 to 15"):
+    with pytest.raises(SurgicalError, match=r"k=99 .* from 1 to 15"):
         choose_blocks(vit.model(), given, batches(vit, 2))
 
 

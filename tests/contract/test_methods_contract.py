@@ -227,9 +227,9 @@ def test_a_searchs_file_is_a_method(tmp_path: Path, job_runner: JobRunner) -> No
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"lora": {"rank": 4, "alpha": "big"}}, "lora: alpha='big' is no scale: a number above 0"),
-        ({"lora": {"alpha": -3}}, "lora: alpha=-3 is no scale"),
-        ({"lora": {"alpha": True}}, "lora: alpha=True is no scale"),
+        ({"lora": {"rank": 4, "alpha": "big"}}, "alpha='big' is out of range for lora"),
+        ({"lora": {"alpha": -3}}, "alpha=-3 is out of range for lora"),
+        ({"lora": {"alpha": True}}, "alpha=True is out of range for lora"),
         ({"lora": {"head": 3}}, "lora: head=3 is neither true nor false"),
         ({"top_k": {"criterion": 3}}, "top_k: criterion=3 is no name. There are: .*rgn"),
         ({"top_k": {"criterion": None}}, "top_k: criterion=None is no name"),

@@ -350,7 +350,7 @@ def test_scores_that_change_later_change_nothing() -> None:
         (lambda: procedures.cross_val(0), "parts=0 is out of range for cross_val"),
         (lambda: procedures.random_subsets(0, 1), "num_blocks=0 is out of range for random_subsets"),
         (lambda: procedures.random_subsets(1, 0), "num_trials=0 is out of range for random_subsets"),
-        (lambda: procedures.random_subsets(1, 1, seed=None), "seed=None is not a whole number"),
+        (lambda: procedures.random_subsets(1, 1, seed=None), "seed=None is out of range"),
         (lambda: procedures.by_score_then_greedy({"0": NAN}, 1), r"NaN or infinite cannot be ranked: 0 \(nan\)"),
         (lambda: procedures.by_score_then_greedy(scores({"0.q": 1.0}, "module"), 1), "scores of modules"),
         (lambda: procedures.by_score_then_greedy(SCORED, 0), "num_candidates=0 is out of range"),

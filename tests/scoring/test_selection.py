@@ -55,7 +55,7 @@ def test_top_k(k: int, expected: tuple[str, ...]) -> None:
 
 @pytest.mark.parametrize("k", [0, -1, 7, True, 2.0, "2", None])
 def test_top_k_refuses(k: object) -> None:
-    with pytest.raises(SurgicalError, match=f"k={k!r} is not a whole number from 1 to 6"):
+    with pytest.raises(SurgicalError, match=f"k={k!r} .* from 1 to 6"):
         top_k(SCORES, k)  # type: ignore[arg-type]
 
 

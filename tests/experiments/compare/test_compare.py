@@ -479,9 +479,9 @@ def test_dry_run_keeps_nothing(tmp_path: Path) -> None:
         ({"methods": None}, "nothing to compare"),
         ({"methods": ["full", "hed"]}, "'hed' is none of the methods: did you mean 'head'"),
         ({"methods": ["full", {"lora": {"rnk": 8}}]}, r"did you mean 'rank'\? lora has: rank, alpha, head, rates"),
-        ({"methods": ["full", {"lora": {"rank": 0}}]}, "rank=0 is no rank"),
+        ({"methods": ["full", {"lora": {"rank": 0}}]}, "rank=0"),
         ({"methods": ["full", {"head": {"rates": []}}]}, r"head: rates: \[\] is no grid"),
-        ({"methods": ["full", {"head": {"rates": [1e-3, 0]}}]}, "a number above 0"),
+        ({"methods": ["full", {"head": {"rates": [1e-3, 0]}}]}, "rates=0"),
         ({"methods": ["full", {"head": {}, "last": {}}]}, "is no method"),
         ({"methods": ["full", {"top_k": {"criterion": "rgm"}}]}, "did you mean 'rgn'"),
         ({"methods": ["full", "full"]}, "full fine-tuning is there twice"),
@@ -494,7 +494,7 @@ def test_dry_run_keeps_nothing(tmp_path: Path) -> None:
         ({"methods": ["full", "lp_ft"], "num_train_epochs": 1}, "lp_ft trains the head for half"),
         (
             {"methods": ["full", {"first": {"k": 9}}]},
-            "first 9 does not fit ViTForImageClassification: k=9 is more than the layers",
+            "first 9 does not fit ViTForImageClassification: k=9",
         ),
         ({"methods": ["full", {"lp_ft": {"epochs": 9}}], "num_train_epochs": 3}, "after 9 epochs, .*ends with 3"),
         (
@@ -513,7 +513,10 @@ def test_dry_run_keeps_nothing(tmp_path: Path) -> None:
             "num_batches=0 is out of range for top_k",
         ),
         ({"methods": ["full", {"auto": {"criterion": "rgm"}}]}, "did you mean 'rgn'"),
-        ({"methods": ["full", {"auto": {"num_blocks": 9}}]}, "auto, 9 blocks does not fit .* k=9 .* from 1 to 5"),
+        (
+            {"methods": ["full", {"auto": {"num_blocks": 9}}]},
+            "auto, 9 blocks .* num_blocks=9 .* from 1 to 5",
+        ),
         ({"methods": ["full", "auto"], "per_device_train_batch_size": 64}, "needs 2 batches or more, and there are 1"),
         (
             {"methods": ["full", {"searched": {"procedure": "windows", "options": {"width": 7}}}]},

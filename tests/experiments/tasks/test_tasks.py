@@ -128,7 +128,7 @@ def test_imbalance_is_for_training_alone() -> None:
         ({"label_map": [None] * 10}, "no row of the split train"),
         ({"imbalance": {"Coat": 0}}, "Coat: 0 is no share"),
         ({"imbalance": {"Goat": 0.5}}, "did you mean 'Coat'"),
-        ({"corruption": "rain"}, "corruption 'rain' is unknown"),
+        ({"corruption": "rain"}, "corruption='rain'"),
         ({"corruption": "gaussian_noise", "severity": 9}, "severity=9 is out of range"),
         ({"character_noise": 10.0}, "character_noise=10.0 is not for image_classification, which knows: corruption"),
         ({"shift_seed": -1}, "shift_seed=-1 is below 0"),

@@ -12,6 +12,7 @@ from ....errors import SurgicalError
 from ....policies.policy import Policy
 from ....policies.stages import Stage, Stages, check_length, planned_length
 from ....scoring.selection import Selection
+from ....validation import check_count
 from ...recipe.recipe import Recipe
 from .method import Method
 
@@ -66,8 +67,8 @@ def lp_ft(epochs: int | None = None) -> Method:
     Example:
         methods: [full, {lp_ft: {epochs: 2}}]
     """
-    if epochs is not None and (isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 1):
-        raise SurgicalError(f"lp_ft: epochs={epochs!r} is no number of epochs: 1 or more.")
+    if epochs is not None:
+        check_count("lp_ft", "epochs", epochs, "for the head alone")
     title = "LP-FT" if epochs is None else f"LP-FT, {epochs} + rest"
     return Method(title, wrap=_tune_all, policy=partial(_lp_ft, epochs))
 
