@@ -27,10 +27,10 @@ from .scoring.block_scores import BlockScores
 from .scoring.gradients import name_of
 from .scoring.progress import Stages, counted
 from .scoring.score import score_blocks
-from .scoring.selection import check_k, top_k
+from .scoring.selection import top_k
 from .tuner.config import SurgicalConfig
 from .tuner.target_modules import block_map_for, modules_to_tune
-from .validation import resolve
+from .validation import check_count, resolve
 
 CRITERION = "probe"  # the lowest regret on the seen shifts of benchmarks/criteria
 MOST = 4  # blocks that are tried together
@@ -188,7 +188,7 @@ def check_choice(model: nn.Module, config: SurgicalConfig, dataloader: Iterable[
     if config.num_blocks is None:
         _check_enough(length_hint(dataloader, 2))
     else:
-        check_k(config.num_blocks, count)
+        check_count("blocks='auto'", "num_blocks", config.num_blocks, "of those that can be tuned", at_most=count)
 
 
 @of_model(batches=16)

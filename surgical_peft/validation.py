@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from numbers import Real
 from types import ModuleType
 from typing import Any
@@ -52,7 +52,7 @@ def is_number(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def check_choice(owner: str, name: str, value: Any, known: Sequence[Any]) -> None:
+def check_choice(owner: str, name: str, value: Any, known: Collection[Any]) -> None:
     """Refuse a value that is none of the known ones.
 
     Raises:
@@ -61,13 +61,15 @@ def check_choice(owner: str, name: str, value: Any, known: Sequence[Any]) -> Non
     Example:
         >>> check_choice("lisa", "state_policy", "keep", ("keep", "reset"))
     """
-    if value not in known:
+    if value not in list(known):  # it may be no key
         hint = nearest(value, [word for word in known if isinstance(word, str)]) if isinstance(value, str) else ""
-        raise SurgicalError(f"{name}={value!r} is unknown to {owner}. {hint}There are: {', '.join(map(str, known))}.")
+        raise SurgicalError(f"{name}={value!r} is unknown to {owner}: {hint}There are: {', '.join(map(str, known))}.")
 
 
-def check_count(owner: str, name: str, value: Any, what: str, at_most: int | None = None) -> None:
-    """Refuse what is not a whole number from 1 upwards, or to `at_most`; `what` says what is counted.
+def check_count(
+    owner: str, name: str, value: Any, what: str, *, at_least: float = 1, at_most: float = math.inf
+) -> None:
+    """Refuse what is not a whole number within the bounds; `what` says what is counted.
 
     Raises:
         SurgicalError: it is not.
@@ -75,10 +77,10 @@ def check_count(owner: str, name: str, value: Any, what: str, at_most: int | Non
     Example:
         >>> check_count("lisa", "num_blocks", 2, "blocks trained at once")
     """
-    is_whole = isinstance(value, int) and not isinstance(value, bool)
-    if not is_whole or value < 1 or (at_most is not None and value > at_most):
-        bounds = "from 1 upwards" if at_most is None else f"from 1 to {at_most}"
-        raise SurgicalError(f"{name}={value!r} is out of range for {owner}: {what}, a whole number {bounds}.")
+    if isinstance(value, bool) or not isinstance(value, int) or not at_least <= value <= at_most:
+        low = f" from {at_least}" if math.isfinite(at_least) else ""
+        high = f" to {at_most}" if math.isfinite(at_most) else " upwards" if low else ""
+        raise SurgicalError(f"{name}={value!r} is out of range for {owner}: {what}, a whole number{low}{high}.")
 
 
 def check_number(
@@ -87,10 +89,10 @@ def check_number(
     value: Any,
     what: str = "a finite number",
     *,
-    above: float | None = None,
-    at_least: float | None = None,
-    below: float | None = None,
-    at_most: float | None = None,
+    above: float = -math.inf,
+    at_least: float = -math.inf,
+    below: float = math.inf,
+    at_most: float = math.inf,
 ) -> None:
     """Refuse what is no finite number, or not within the bounds.
 
@@ -100,15 +102,9 @@ def check_number(
     Example:
         >>> check_number("layer_decay", "decay", 0.75, above=0, at_most=1)
     """
-    bounds = {"above": above, "at least": at_least, "below": below, "at most": at_most}
-    is_within = is_number(value) and not (
-        (above is not None and value <= above)
-        or (at_least is not None and value < at_least)
-        or (below is not None and value >= below)
-        or (at_most is not None and value > at_most)
-    )
-    if not is_within:
-        limits = "".join(f", {word} {limit:g}" for word, limit in bounds.items() if limit is not None)
+    if not (is_number(value) and above < value < below and at_least <= value <= at_most):
+        bounds = {"above": above, "at least": at_least, "below": below, "at most": at_most}
+        limits = "".join(f", {word} {bound:g}" for word, bound in bounds.items() if math.isfinite(bound))
         raise SurgicalError(f"{name}={value!r} is out of range for {owner}: {what}{limits}.")
 
 

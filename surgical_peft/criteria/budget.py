@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import SurgicalError
+from ..validation import check_number
 
 SHARE = 0.5  # of a planned training: the most that choosing its blocks may cost
 FORWARD = 1 / 3  # of a training step: a backward pass computes twice as much as a forward pass
@@ -107,11 +108,7 @@ def check_steps(name: str, value: Any) -> float:
     Raises:
         SurgicalError: not a finite number above 0.
     """
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise SurgicalError(
-            f"{name}={value!r} is no number of training steps: a number above 0, such as {name}=50; leave it out for "
-            "no limit."
-        )
+    check_number("the budget", name, value, "training steps (leave it out for no limit), a finite number", above=0)
     return float(value)
 
 

@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from ..blocks.module_lists import within
 from ..errors import SurgicalError
 from ..tuner.loading.saved_adapter import PREFIX, LoadedBase, SavedAdapter, check_fits, heads_of
+from ..validation import check_count
 from .stock_peft import check_found_alone, check_untied, stock_config
 
 
@@ -36,8 +37,7 @@ def write_lora(adapter: SavedAdapter, base: LoadedBase, rank: int, folder: Path)
     Raises:
         SurgicalError: a rank below 1, another base model, or nothing for LoRA to hold.
     """
-    if rank < 1:
-        raise SurgicalError(f"rank {rank} is out of range: give at least 1.")
+    check_count("LoRA", "rank", rank, "of the updates")
     if adapter.config.lora:
         raise SurgicalError("the adapter holds LoRA weights beside its blocks already: export it with --format peft.")
     state = base.model.state_dict()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from .. import criteria
@@ -53,8 +54,8 @@ class AutoSNR(Policy):
         check_choice("auto_snr", "normalized", self.normalized, ("max", "minmax", None))
         check_choice("auto_snr", "state_policy", self.state_policy, STATE_POLICIES)
         check_count("auto_snr", "num_batches", self.num_batches, "batches to score on")
-        above, at_most = (0, 1) if self.normalized else (None, None)
-        check_number("auto_snr", "threshold", self.threshold, above=above, at_most=at_most)
+        low, high = (0, 1) if self.normalized else (-math.inf, math.inf)
+        check_number("auto_snr", "threshold", self.threshold, above=low, at_most=high)
 
     @property
     def probe_batches(self) -> int:

@@ -15,8 +15,7 @@ from .procedure import Blocks, Candidate, Proposals, check_fits, layers, procedu
 def _check(num_blocks: int, num_trials: int, seed: int, **_: Any) -> None:
     check_count("random_subsets", "num_blocks", num_blocks, "blocks in a set")
     check_count("random_subsets", "num_trials", num_trials, "sets")
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise SurgicalError(f"seed={seed!r} is not a whole number.")
+    check_count("random_subsets", "seed", seed, "of the draws", at_least=-math.inf)
 
 
 @procedure(_check)

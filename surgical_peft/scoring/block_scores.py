@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from ..atomic_files import write_text
 from ..blocks.block_map import kind_of
 from ..errors import SurgicalError
+from ..validation import check_choice
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -124,8 +125,7 @@ class BlockScores:
 
 def normalize(values: dict[str, float], how: str) -> dict[str, float]:
     """`"max"`: each value divided by the largest (the paper's code). `"minmax"`: smallest to 0, largest to 1."""
-    if how not in ("max", "minmax"):
-        raise SurgicalError(f"normalize={how!r} is unknown. There are: max, minmax.")
+    check_choice("the scores", "normalize", how, ("max", "minmax"))
     if not values:
         return {}
     low, high = min(values.values()), max(values.values())

@@ -26,7 +26,7 @@ from ..criteria.criterion import (
 )
 from ..criteria.short_training.context import ScoringContext
 from ..errors import SurgicalError
-from ..validation import nearest, resolve
+from ..validation import check_choice, check_count, resolve
 from .batches import LossFunction, all_ignored, check_labelled, check_separable, examples_of, model_loss, to_device
 from .block_scores import BlockScores
 from .distributed import broadcast_from_first, is_sharded, size_of_union, split_batches, union_of_names, without_ddp
@@ -90,18 +90,15 @@ def score_blocks(
         >>> scores = score_blocks(model, DataLoader(dataset, batch_size=32), num_batches=5)
         >>> print(scores)
     """
-    for name, value, known in (("granularity", granularity, GRANULARITIES), ("memory", memory, MEMORY)):
-        if value not in known:
-            raise SurgicalError(
-                f"{name}={value!r} is unknown: {nearest(str(value), known)}There are: {', '.join(known)}."
-            )
+    check_choice("score_blocks", "granularity", granularity, GRANULARITIES)
+    check_choice("score_blocks", "memory", memory, MEMORY)
     score = resolve(criterion, criteria) if isinstance(criterion, str) else criterion
     if not callable(score):
         raise SurgicalError(f"criterion={criterion!r} is a {type(criterion).__name__}, not a name or a function.")
     needs = needs_of(score)
     wanted = needs.batches if num_batches is None else num_batches
-    if wanted < 1 and not (num_batches is None and needs.what == "model"):
-        raise SurgicalError(f"num_batches={num_batches} is out of range: score on at least 1 batch.")
+    if num_batches is not None or needs.what != "model":
+        check_count("score_blocks", "num_batches", wanted, "batches to score on")
     model = without_ddp(model)
     reshard(model)
     blocks = blocks or BlockMap.find(model)

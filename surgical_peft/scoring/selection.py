@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import SurgicalError
+from ..validation import check_count, check_number
 from .block_scores import BlockScores, normalize
 
 
@@ -34,18 +35,8 @@ def top_k(scores: BlockScores, k: int) -> Selection:
         >>> top_k(scores, 2).blocks
         ('embeddings', 'head')
     """
-    check_k(k, len(scores.values))
+    check_count("top_k", "k", k, "of the scored blocks", at_most=len(scores.values))
     return _selection(scores, _ranked(scores)[:k], rule="top_k", k=k)
-
-
-def check_k(k: int, count: int) -> None:
-    """Check that `k` is a number of blocks.
-
-    Raises:
-        SurgicalError: it is not a whole number from 1 to `count`.
-    """
-    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= count:
-        raise SurgicalError(f"k={k!r} is not a whole number from 1 to {count}, the number of scored blocks.")
 
 
 def top_fraction(scores: BlockScores, fraction: float) -> Selection:
@@ -55,8 +46,7 @@ def top_fraction(scores: BlockScores, fraction: float) -> Selection:
         >>> len(top_fraction(scores, 0.25).blocks)
         2
     """
-    if not 0 < fraction <= 1:
-        raise SurgicalError(f"fraction={fraction} is out of range: more than 0, at most 1.")
+    check_number("top_fraction", "fraction", fraction, above=0, at_most=1)
     count = max(1, round(fraction * len(scores.values)))
     return _selection(scores, _ranked(scores)[:count], rule="top_fraction", fraction=fraction)
 

@@ -19,6 +19,7 @@ from ..blocks.block_map import PART
 from ..blocks.given_layers import as_paths
 from ..errors import SurgicalError
 from ..scoring.selection import Selection
+from ..validation import check_count
 from .name_checks import check_names
 
 
@@ -188,8 +189,8 @@ class SurgicalConfig(PeftConfig):
                 f"{' and '.join(given)} only speak to blocks='auto', but blocks={self.blocks!r} already says which "
                 "blocks to tune: drop one of the two."
             )
-        if self.num_blocks is not None and self.num_blocks < 1:
-            raise SurgicalError(f"num_blocks={self.num_blocks} is out of range: tune at least 1 block.")
+        if self.num_blocks is not None:
+            check_count("SurgicalConfig", "num_blocks", self.num_blocks, "blocks to tune")
 
     def _check_types(self) -> None:
         """Refuse what a file made by hand, or by an attacker, may hold."""

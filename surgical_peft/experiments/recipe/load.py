@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import fields
 from pathlib import Path
@@ -14,7 +13,7 @@ from transformers import TrainingArguments
 
 from ...errors import SurgicalError
 from ...policies.stages import check_length, planned_length
-from ...validation import nearest
+from ...validation import check_count, check_number, nearest
 from ..metrics import SHIPPED
 from .recipe import Recipe
 
@@ -132,11 +131,9 @@ def _check_search(recipe: Recipe) -> None:
         if values is not None and (not isinstance(values, list) or not values):
             raise SurgicalError(f"{key}: {values!r} is not a list with at least one entry, such as {example}.")
     for rate in recipe.rates or ():
-        if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate < math.inf:
-            raise SurgicalError(f"rates: {rate!r} is not a learning rate: a number above 0, such as 1e-3.")
+        check_number("a recipe", "rates", rate, "learning rates such as 1e-3, each a finite number", above=0)
     for seed in recipe.seeds or ():
-        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
-            raise SurgicalError(f"seeds: {seed!r} is not a whole number from 0 to 2**32 - 1.")
+        check_count("a recipe", "seeds", seed, "each", at_least=0, at_most=2**32 - 1)
     for key in ("rates", "seeds"):
         if len(set(getattr(recipe, key) or ())) != len(getattr(recipe, key) or ()):
             raise SurgicalError(f"{key}: {getattr(recipe, key)} has an entry twice: name it once.")

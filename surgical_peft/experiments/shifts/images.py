@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ...errors import SurgicalError
-from ...validation import nearest
+from ...validation import check_choice, check_count
 
 Pixels = NDArray[np.uint8]
 
@@ -94,12 +94,8 @@ def corruption(name: str, severity: int) -> Callable[[Pixels, Generator], Pixels
         >>> corruption("contrast", 5)(np.zeros((28, 28), np.uint8), np.random.default_rng(0)).shape
         (28, 28)
     """
-    if name not in CORRUPTIONS:
-        raise SurgicalError(
-            f"corruption {name!r} is unknown: {nearest(name, CORRUPTIONS)}There are: {', '.join(CORRUPTIONS)}."
-        )
-    if severity not in range(1, 6):
-        raise SurgicalError(f"severity={severity} is out of range: 1 to 5.")
+    check_choice("images", "corruption", name, CORRUPTIONS)
+    check_count(name, "severity", severity, "how strong it is", at_most=5)
     if name in _BY_LIBRARY:
         _library()  # that it is missing is said now, not at the first image
     return lambda pixels, rng: CORRUPTIONS[name](pixels, severity, rng)

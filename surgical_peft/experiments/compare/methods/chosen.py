@@ -14,7 +14,7 @@ from ....criteria.budget import Budget
 from ....errors import SurgicalError
 from ....procedures.procedure import Procedure, as_procedure
 from ....scoring.score import score_blocks
-from ....scoring.selection import Selection, check_k
+from ....scoring.selection import Selection
 from ....scoring.selection import top_k as take_top_k
 from ....search.result import SearchResult
 from ....search.run import count_trainings, run_search
@@ -36,8 +36,7 @@ def top_k(criterion: str, k: int = 2, num_batches: int | None = None) -> Method:
     """
     _check_criterion("top_k", criterion)
     _check_batches("top_k", num_batches)
-    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
-        raise SurgicalError(f"top_k: k={k!r} is no number of blocks: 1 or more.")
+    check_count("top_k", "k", k, "blocks")
     return Method(
         f"top {k} by {criterion}", choose=partial(_top_k, criterion, k, num_batches), preview=partial(_check_k, k)
     )
@@ -63,7 +62,8 @@ def _top_k(criterion: str, k: int, num_batches: int | None, context: MethodConte
 
 
 def _check_k(k: int, context: MethodContext) -> None:
-    check_k(k, sum(bool(weights) for weights in context.blocks.parameters(context.model).values()))
+    count = sum(bool(weights) for weights in context.blocks.parameters(context.model).values())
+    check_count("top_k", "k", k, "of the scored blocks", at_most=count)
 
 
 def auto(criterion: str | None = None, num_blocks: int | None = None, num_batches: int | None = None) -> Method:

@@ -7,8 +7,8 @@ from functools import partial
 from typing import Any
 
 from ....blocks.block_map import BlockMap
-from ....errors import SurgicalError
 from ....scoring.selection import Selection
+from ....validation import check_count
 from .method import Method, MethodContext, of_known_blocks, parsed
 
 
@@ -86,15 +86,15 @@ def _title(name: str, k: int | None) -> str:
 
 
 def _checked(name: str, k: int | None) -> int | None:
-    if k is not None and (isinstance(k, bool) or not isinstance(k, int) or k < 1):
-        raise SurgicalError(f"{name}: k={k!r} is no number of layers: 1 or more.")
+    if k is not None:
+        check_count(name, "k", k, "layers")
     return k
 
 
 def _layers(blocks: BlockMap, k: int | None) -> tuple[tuple[str, ...], int]:
     names = blocks.layers
-    if k is not None and k > len(names):
-        raise SurgicalError(f"k={k} is more than the layers of {blocks.model_name}: {len(names)}.")
+    if k is not None:
+        check_count(blocks.model_name, "k", k, "of its layers", at_most=len(names))
     return names, max(1, len(names) // 3) if k is None else k
 
 

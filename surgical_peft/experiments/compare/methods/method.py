@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -20,7 +19,7 @@ from ....errors import SurgicalError
 from ....policies.policy import Policy
 from ....scoring.selection import Selection
 from ....tuner.config import SurgicalConfig
-from ....validation import nearest, resolve
+from ....validation import check_rates, nearest, resolve
 from ...recipe.recipe import Recipe
 from ...tasks.source_model import modules_to_save
 
@@ -129,7 +128,7 @@ def make_method(given: Any) -> Method:
     made = call_with_options("methods", name, function, options, "rates")
     if not isinstance(made, Method):
         raise SurgicalError(f"methods: {name!r} makes a {type(made).__name__}, not a Method.")
-    return made if rates is None else replace(made, rates=check_rates(f"methods: {name}", rates))
+    return made if rates is None else replace(made, rates=check_rates(name, rates))
 
 
 def call_with_options(
@@ -158,20 +157,6 @@ def call_with_options(
         raise SurgicalError(
             f"{key}: {dict(options)} does not fit {name}: {error}. {wrong}{name} has: {', '.join(known)}."
         ) from error
-
-
-def check_rates(owner: str, rates: Any) -> tuple[float, ...]:
-    """The rates as a grid, from the lowest to the highest.
-
-    Raises:
-        SurgicalError: an empty list, something else than positive numbers, or one of them twice.
-    """
-    is_list = isinstance(rates, list | tuple) and bool(rates)
-    if not is_list or any(isinstance(r, bool) or not isinstance(r, int | float) for r in rates):
-        raise SurgicalError(f"{owner}: rates: {rates!r} is no grid of learning rates, such as [1e-3, 3e-3].")
-    if not all(0 < rate < math.inf for rate in rates) or len(set(rates)) != len(rates):
-        raise SurgicalError(f"{owner}: rates: {rates!r}: each is a number above 0, and there once.")
-    return tuple(sorted(map(float, rates)))
 
 
 def of_known_blocks(title: str, choose: Callable[[MethodContext], Selection]) -> Method:

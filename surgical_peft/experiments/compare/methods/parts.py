@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -16,6 +15,7 @@ from ....blocks.block_map import BlockMap
 from ....errors import SurgicalError
 from ....scoring.selection import Selection
 from ....tuner.config import SurgicalConfig
+from ....validation import check_count, check_number
 from ...recipe.recipe import Recipe
 from ...tasks.source_model import modules_to_save as always_saved
 from .method import Method, of_known_blocks, parsed
@@ -45,11 +45,9 @@ def lora(rank: int = 8, alpha: float | None = None, head: bool = True) -> Method
     Example:
         methods: [full, {lora: {rank: 4}}, {lora: {rank: 16}}]
     """
-    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-        raise SurgicalError(f"lora: rank={rank!r} is no rank: 1 or more.")
-    is_number = isinstance(alpha, int | float) and not isinstance(alpha, bool)
-    if alpha is not None and not (is_number and 0 < alpha < math.inf):
-        raise SurgicalError(f"lora: alpha={alpha!r} is no scale: a number above 0.")
+    check_count("lora", "rank", rank, "of the updates")
+    if alpha is not None:
+        check_number("lora", "alpha", alpha, "the scale of the updates", above=0)
     if not isinstance(head, bool):
         raise SurgicalError(f"lora: head={head!r} is neither true nor false.")
     settings = {"r": rank, "lora_alpha": 2 * rank if alpha is None else alpha}
