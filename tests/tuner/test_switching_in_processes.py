@@ -27,7 +27,6 @@ NO_DEEPSPEED = find_spec("deepspeed") is None or shutil.which("g++") is None
 WAYS = {  # with what they are tried on; the last two are about how FSDP2 reads and shards weights
     "ddp": ["llama"],
     "fsdp2": ["llama", "llama_tied", "new_head"],
-    "zero1": ["llama"],
     "zero2": ["llama"],
     "zero3": ["llama"],
 }
