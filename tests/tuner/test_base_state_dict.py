@@ -73,9 +73,7 @@ def equal(mine: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
 
 
 @pytest.mark.parametrize(("state", "keep_base", "name"), KEPT)
-def test_it_is_the_bases_whatever_stands_and_setting_it_changes_no_adapter(
-    state: str, keep_base: str, name: str
-) -> None:
+def test_it_is_the_bases_whatever_stands(state: str, keep_base: str, name: str) -> None:
     anyone = EVERY[name]
     expected = anyone.model().state_dict()
     model = STATES[state](anyone, keep_base=keep_base)
@@ -88,6 +86,11 @@ def test_it_is_the_bases_whatever_stands_and_setting_it_changes_no_adapter(
     assert same(logits(model, anyone.batch()), answer)
     assert anyone.model().load_state_dict(get_base(model))  # strictly
 
+
+@pytest.mark.parametrize(("state", "keep_base", "name"), KEPT)
+def test_setting_it_changes_the_base_and_no_adapter(state: str, keep_base: str, name: str) -> None:
+    anyone = EVERY[name]
+    model = STATES[state](anyone, keep_base=keep_base)
     sets = {
         (number, adapter, attribute): tensor.detach().clone()
         for number, layer in enumerate(layers(model))
