@@ -261,7 +261,7 @@ def test_gradients_are_freed_and_not_just_moved(vit: Toy) -> None:
 def test_a_gradient_that_is_not_finite_names_the_block_and_the_batch(value: float, shown: str, vit: Toy) -> None:
     data = batches(vit)
     data[2]["pixel_values"][0, 0, 0, 0] = value
-    with pytest.raises(SurgicalError, match=f"'head' in batch 2.*{shown}"):
+    with pytest.raises(SurgicalError, match=f"'head' in batch 2.*({shown})"):
         score_blocks(vit.model(), data)
 
 
