@@ -37,8 +37,13 @@ def objects(model: nn.Module) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("keep_base", ["device", "cpu", "none"])
-def test_wrapping_replaces_nothing(anyone: Toy, keep_base: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "keep_base"),
+    [(name, "device") for name in EVERY]
+    + [(name, kept) for kept in ("cpu", "none") for name in ("t5", "resnet", "lone")],
+)
+def test_wrapping_replaces_nothing(name: str, keep_base: str) -> None:
+    anyone = EVERY[name]
     base = anyone.model()
     before, expected = objects(base), logits(base, anyone.batch())
     model = wrapped(anyone, base, keep_base=keep_base)

@@ -19,7 +19,8 @@ from transformers import TrainerControl, TrainerState, TrainingArguments, defaul
 
 from surgical_peft import SurgicalCallback, SurgicalConfig, SurgicalError, create_surgical_optimizer, policies
 from surgical_peft.policies.policy import Policy, TrainingState
-from tests.support.toys import TOYS, Toy
+from tests.support import families
+from tests.support.toys import Toy
 
 STEPS_AN_EPOCH = 2
 SHARED = {"policy", "gradient_norms"}  # files of `policies/` that are no policy
@@ -81,7 +82,9 @@ def maker(name: str) -> Callable[[], Policy]:
 
 
 MAKERS = {**{name: maker(name) for name in policies.__all__}, **MORE}
-FAMILIES = [TOYS[name] for name in ("vit", "qwen3_moe", "t5")]  # experts without a gradient; two stacks and no head
+FAMILIES = [
+    families.FAMILIES[name] for name in ("vit", "qwen3_moe", "t5")
+]  # experts without a gradient; two stacks and no head
 CASES = [
     (name, toy)
     for name in MAKERS
@@ -223,9 +226,9 @@ def test_two_of_the_same_settings_are_one_policy(make: Callable[[], Policy]) -> 
 
 
 @every_policy
-def test_a_checkpoint_of_another_policy_is_refused_by_both_names(make: Callable[[], Policy], vit: Toy) -> None:
+def test_a_checkpoint_of_another_policy_is_refused_by_both_names(make: Callable[[], Policy]) -> None:
     def optimizer(policy: Policy) -> torch.optim.Optimizer:
-        model = get_peft_model(vit.model(), SurgicalConfig(blocks=[0, -1, "head"]))
+        model = get_peft_model(FAMILIES[0].model(), SurgicalConfig(blocks=[0, -1, "head"]))
         return create_surgical_optimizer(model, torch.optim.AdamW, lr=1e-2, policy=policy)
 
     saved, other = optimizer(make()).state_dict(), policies.static({0: 0.125})

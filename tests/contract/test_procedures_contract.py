@@ -89,14 +89,23 @@ def block_map(model: str) -> BlockMap:
     return BlockMap.find(MODELS[model].model())
 
 
-@pytest.fixture(params=MAKERS)
-def make(request: pytest.FixtureRequest) -> Maker:
-    return MAKERS[request.param]
+# The others are those of the package in other settings, or know of a map no more than its names.
+CASES = [(name, model) for name in MAKERS for model in (MODELS if name in procedures.__all__ else ["two stacks"])]
 
 
-@pytest.fixture(params=MODELS)
-def blocks(request: pytest.FixtureRequest) -> BlockMap:
-    return block_map(request.param)
+@pytest.fixture(params=CASES, ids=map(" on ".join, CASES))
+def case(request: pytest.FixtureRequest) -> tuple[str, str]:
+    return request.param
+
+
+@pytest.fixture
+def make(case: tuple[str, str]) -> Maker:
+    return MAKERS[case[0]]
+
+
+@pytest.fixture
+def blocks(case: tuple[str, str]) -> BlockMap:
+    return block_map(case[1])
 
 
 def table(seed: int) -> Metric:

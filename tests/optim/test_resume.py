@@ -15,44 +15,43 @@ from safetensors.torch import load_file
 from surgical_peft import policies
 
 REPOSITORY = Path(__file__).parents[2]
-STEPS, CHECKPOINT, KILLED = 30, 15, 18
-# Policy, steps an epoch, noise. 10 steps an epoch put the checkpoint in the middle of one; 15 at its end, where the
+STEPS, CHECKPOINT, KILLED = 16, 8, 10
+# Policy, steps an epoch, noise. 5 steps an epoch put the checkpoint in the middle of one; 8 at its end, where the
 # next probe is due. Noise: the collator draws random numbers. Within an epoch Trainer itself does not resume those
 # exactly.
 RGN = "auto_rgn(every='{}', granularity='{}', num_batches=2)"
-VARIANTS = {
-    "step-block": (RGN.format("step", "block"), 10, False),
-    "step-tensor": (RGN.format("step", "tensor"), 10, False),
-    "epoch-block": (RGN.format("epoch", "block"), 10, False),
-    "epoch-block-noise-at-the-end": (RGN.format("epoch", "block"), 15, True),
-    "every-4-steps": ("auto_rgn(every=4, num_batches=1)", 10, False),
-    "static": ("static({0: 0.5})", 10, False),
-    "layer_decay": ("layer_decay(0.9)", 10, False),
-    "discriminative": ("discriminative(1.1)", 10, False),
-    "auto_rgn_paper": ("auto_rgn_paper()", 10, False),
-    "auto_snr": ("auto_snr(0.2, num_batches=2, state_policy='reset')", 10, False),
-    "bvg_ls": ("bvg_ls()", 10, False),
-    "bvg_ls-masked": ("bvg_ls(momentum='masked')", 10, False),
-    "lisa": ("lisa(num_blocks=1, every=4)", 10, False),
-    "badam": ("badam(every=4)", 10, False),
-    "badam-offload": ("badam(every=2, state_policy='offload')", 10, False),
-    "gradual_unfreezing": ("gradual_unfreezing()", 10, False),
-    "lp_ft": ("lp_ft(epochs=1)", 10, False),
-    "lp_ft-at-the-end": ("lp_ft(epochs=1)", 15, False),
-    "two_stage": ("two_stage(counts=[3, 2, 1], epochs=2)", 10, False),
-    "stages": ("stages([{'blocks': [0], 'steps': 14}, {'blocks': [5, 9], 'steps': 4}, {}])", 10, False),
-    "progressive_freezing": ("progressive_freezing(interval=4)", 10, False),
-    "sample_by_score": ("sample_by_score(num_blocks=1, every=2)", 10, False),
+VARIANTS = {name: (f"{name}()", 5, False) for name in policies.__all__}  # and where that is not enough:
+VARIANTS |= {
+    "step-block": (RGN.format("step", "block"), 5, False),
+    "step-tensor": (RGN.format("step", "tensor"), 5, False),
+    "epoch-block": (RGN.format("epoch", "block"), 5, False),
+    "epoch-block-noise-at-the-end": (RGN.format("epoch", "block"), 8, True),
+    "every-4-steps": ("auto_rgn(every=4, num_batches=1)", 5, False),
+    "static": ("static({0: 0.5})", 5, False),
+    "discriminative": ("discriminative(1.1)", 5, False),
+    "auto_snr": ("auto_snr(0.2, num_batches=2, state_policy='reset')", 5, False),
+    "bvg_ls-masked": ("bvg_ls(momentum='masked')", 5, False),
+    "lisa": ("lisa(num_blocks=1, every=4)", 5, False),
+    "badam": ("badam(every=4)", 5, False),
+    "badam-offload": ("badam(every=2, state_policy='offload')", 5, False),
+    "lp_ft": ("lp_ft(epochs=1)", 5, False),
+    "lp_ft-at-the-end": ("lp_ft(epochs=1)", 8, False),
+    "two_stage": ("two_stage(counts=[3, 2, 1], epochs=2)", 5, False),
+    "stages": ("stages([{'blocks': [0], 'steps': 7}, {'blocks': [5, 9], 'steps': 2}, {}])", 5, False),
+    "progressive_freezing": ("progressive_freezing(interval=3, percentile=90)", 5, False),
+    "sample_by_score": ("sample_by_score(num_blocks=1, every=2)", 5, False),
 }
 COARSE = "-bfloat16"  # the same on the same model in bfloat16, which is tuned through float32 masters
-TWICE = ("step-block", "step-tensor", "epoch-block-noise-at-the-end", "every-4-steps", "bvg_ls", "lp_ft-at-the-end")
-VARIANTS |= {name + COARSE: variant for name, variant in VARIANTS.items() if name not in TWICE}  # of each policy one
+# One of each way in which a policy treats the optimizer's state.
+MASTERS = ("layer_decay", "epoch-block", "auto_snr", "bvg_ls-masked", "lisa", "badam", "badam-offload", "stages")
+VARIANTS |= {name + COARSE: VARIANTS[name] for name in MASTERS}
 DRAWN = "step-block"
+KILLS = (DRAWN, "epoch-block", "lisa", "badam-offload" + COARSE)  # the others take the checkpoint of the straight run
 CONSTANT = ("static", "layer_decay", "discriminative")
 
 # Imports and what is made once by a first model, then a process of its own for every variant.
 SCRIPT = f"""
-import gc, json, os, sys
+import gc, json, os, shutil, sys
 from pathlib import Path
 
 import torch
@@ -128,6 +127,11 @@ for how in hows:
     children = {{}}
     for name, variant in variants.items():
         (root / name).mkdir(exist_ok=True)
+        if how == "killed" and name not in {KILLS}:
+            shutil.copytree(root / name / "straight", root / name / "broken")
+            shutil.rmtree(root / name / "broken" / "checkpoint-{STEPS}")
+            shutil.copy(root / name / "straight.jsonl", root / name / "killed.jsonl")
+            continue
         if (child := os.fork()) == 0:
             train(how, root / name, *variant)
             os._exit(0)
@@ -151,7 +155,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         assert done.returncode == 0, done.stderr[-3000:]
         ends = [json.loads(line) for line in (root / "ends.jsonl").read_text().splitlines()]
         (root / "ends.jsonl").unlink()
-        assert ends == [[name, how, codes[how]] for how in hows for name in VARIANTS], done.stderr[-3000:]
+        ran = [(how, name) for how in hows for name in VARIANTS if how != "killed" or name in KILLS]
+        assert ends == [[name, how, codes[how]] for how, name in ran], done.stderr[-3000:]
     return root
 
 
@@ -178,7 +183,7 @@ def test_resumed_factors_are_those_of_the_uninterrupted_run(variant: str, runs: 
         for how in ("straight", "killed", "resumed")
     )
     assert list(straight) == list(range(1, STEPS + 1))
-    assert list(killed) == list(range(1, KILLED + 1))
+    assert list(killed) == list(range(1, (KILLED if variant in KILLS else STEPS) + 1))
     assert list(resumed) == list(range(CHECKPOINT + 1, STEPS + 1))
     assert {**killed, **resumed} == straight
     changed = [step for step in range(1, STEPS) if straight[step] != straight[step + 1]]
@@ -197,9 +202,3 @@ def test_resumed_history_is_that_of_the_uninterrupted_run(variant: str, runs: Pa
     assert (len(steps) > 1) == (variant.removesuffix(COARSE) not in CONSTANT)
     picture = runs / variant / "broken" / "surgical_history.png"
     assert picture.stat().st_size > 10_000 if variant == DRAWN else not picture.exists()
-
-
-def test_every_policy_is_here() -> None:
-    for ending in ("", COARSE):
-        here = [policy for variant, (policy, *_) in VARIANTS.items() if variant.endswith(ending)]
-        assert [name for name in policies.__all__ if not any(name in policy for policy in here)] == []

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -15,15 +14,13 @@ import torch
 from surgical_peft import policies
 
 REPOSITORY = Path(__file__).parents[2]
-SOFT = {
+SOFT = {name: f"{name}()" for name in policies.__all__}  # and where that is not enough:
+SOFT |= {
     "static": "static({0: 0.5})",
     "layer_decay": "layer_decay(0.9)",
     "discriminative": "discriminative(1.1)",
-    "auto_rgn": "auto_rgn()",
     "auto_rgn-epoch": "auto_rgn(every='epoch', num_batches=3)",
-    "auto_rgn_paper": "auto_rgn_paper()",
     "auto_snr": "auto_snr(0.3, granularity='block', num_batches=4, hard=False)",
-    "bvg_ls": "bvg_ls()",
     "bvg_ls-masked": "bvg_ls(momentum='masked')",
     "lisa": "lisa(num_blocks=1, every=2, hard=False)",
     "badam": "badam(every=2, hard=False)",
@@ -37,9 +34,10 @@ SOFT = {
 HARD = ["auto_snr", "lisa", "badam", "gradual_unfreezing", "lp_ft", "two_stage", "stages", "progressive_freezing"]
 HARD += ["sample_by_score"]
 
-# One process accumulates two batches of 4, two processes take one each: the same examples at every step.
+# Imports once, then three processes. One accumulates two batches of 4, two take one each: the same examples at every
+# step.
 SCRIPT = """
-import json, os, sys
+import json, os, socket, sys, traceback
 from pathlib import Path
 
 import torch
@@ -54,16 +52,15 @@ from tests.support.toys import TOYS
 torch.set_num_threads(1)
 History.plot = lambda *_: None  # a picture takes longer than the training
 root, soft, hard = Path(sys.argv[1]), json.loads(sys.argv[2]), json.loads(sys.argv[3])
-world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
 toy = TOYS["vit"]
 batch = toy.batch(size=32)
 data = [{key: value[i] for key, value in batch.items()} for i in range(32)]
 
 
-def trainer_for(text, folder):
+def trainer_for(text, folder, world):
     set_seed(0)
     args = TrainingArguments(
-        output_dir=folder, report_to="none", use_cpu=True, disable_tqdm=True, max_steps=8, save_strategy="no",
+        output_dir=folder, report_to="none", use_cpu=True, disable_tqdm=True, max_steps=6, save_strategy="no",
         per_device_train_batch_size=4, gradient_accumulation_steps=2 // world, learning_rate=1e-3, seed=3,
         logging_steps=1,
     )
@@ -73,23 +70,45 @@ def trainer_for(text, folder):
                    optimizer_cls_and_kwargs=surgical_optimizer(args, policy))
 
 
-for name, text in soft.items():
-    trainer = trainer_for(text, root / name / str(world))
-    trainer.train()
-    if rank == 0:
-        weights = {key: p.detach() for key, p in trainer.model.named_parameters() if p.requires_grad}
-        torch.save(weights, root / name / f"{world}.pt")
-if world > 1:
+def play(world, rank):
+    for name, text in soft.items():
+        trainer = trainer_for(text, root / name / str(world), world)
+        trainer.train()
+        if rank == 0:
+            weights = {key: p.detach() for key, p in trainer.model.named_parameters() if p.requires_grad}
+            torch.save(weights, root / name / f"{world}.pt")
+    if world == 1:
+        return
     refused = {}
     for name in hard:
         try:
-            trainer_for(soft[name].replace("hard=False", "hard=True"), root / "hard").create_optimizer()
+            trainer_for(soft[name].replace("hard=False", "hard=True"), root / "hard", world).create_optimizer()
         except SurgicalError as error:
             refused[name] = str(error)
     if rank == 0:
         (root / "refused.json").write_text(json.dumps(refused))
     dist.barrier()
     dist.destroy_process_group()
+
+
+with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    port = str(free.getsockname()[1])
+children = []
+for world, rank in ((1, 0), (2, 0), (2, 1)):
+    if (child := os.fork()) == 0:
+        code = 1
+        try:
+            if world > 1:
+                os.environ.update(WORLD_SIZE=str(world), RANK=str(rank), LOCAL_RANK=str(rank))
+                os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+            play(world, rank)
+            code = 0
+        except Exception:
+            traceback.print_exc()
+        os._exit(code)
+    children.append(child)
+sys.exit(any([os.waitpid(child, 0)[1] for child in children]))
 """
 
 
@@ -97,17 +116,10 @@ if world > 1:
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every soft policy on 1 process and on 2 (gloo)."""
     root = tmp_path_factory.mktemp("processes")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    base = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-    ddp = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", SCRIPT, str(root), json.dumps(SOFT), json.dumps(HARD)]
-    environments = [base, *({**base, **ddp, "RANK": rank, "LOCAL_RANK": rank} for rank in ("0", "1"))]
-    started = [subprocess.Popen(command, env=e, stderr=subprocess.PIPE, text=True) for e in environments]
-    for process in started:
-        _, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors[-3000:]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
     return root
 
 
@@ -124,10 +136,4 @@ def test_two_processes_end_as_one(name: str, runs: Path) -> None:
 @pytest.mark.parametrize("name", HARD)
 def test_a_mask_that_changes_is_refused_with_its_remedy(name: str, runs: Path) -> None:
     message = json.loads((runs / "refused.json").read_text())[name]
-    assert "DistributedDataParallel does not notice: it runs on 1 process, not on 2" in message
-    assert "hard=False" in message
-    assert "SurgicalConfig(blocks=...)" in message
-
-
-def test_every_policy_is_here() -> None:
-    assert [name for name in policies.__all__ if not any(text.startswith(f"{name}(") for text in SOFT.values())] == []
+    assert all(name in message for name in ("DistributedDataParallel", "hard=False", "SurgicalConfig(blocks=...)"))

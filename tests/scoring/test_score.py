@@ -261,7 +261,7 @@ def test_gradients_are_freed_and_not_just_moved(vit: Toy) -> None:
 def test_a_gradient_that_is_not_finite_names_the_block_and_the_batch(value: float, shown: str, vit: Toy) -> None:
     data = batches(vit)
     data[2]["pixel_values"][0, 0, 0, 0] = value
-    with pytest.raises(SurgicalError, match=f"'head' in batch 2 gives the score ({shown})"):
+    with pytest.raises(SurgicalError, match=f"'head' in batch 2.*({shown})"):
         score_blocks(vit.model(), data)
 
 
@@ -312,7 +312,7 @@ def test_a_torch_loader_works_and_leaves_the_random_state(vit: Toy) -> None:
         ({"num_batches": 0, "criterion": "fisher"}, "num_batches=0"),
         ({"dataloader": None}, "empty"),
         ({"criterion": 3}, "criterion=3.*int"),
-        ({"criterion": "fischer"}, "'fischer' is none of the criteria: did you mean 'fisher'.*weight_snr"),
+        ({"criterion": "fischer"}, "'fischer'.*'fisher'.*weight_snr"),
         ({"memory": "lo"}, "memory='lo'.*'low'"),
         ({"criterion": "fisher", "dataloader": [{"labels": torch.tensor(1)}]}, "without a tensor"),
         ({"criterion": "snr", "dataloader": [{"labels": torch.zeros(0)}]}, "no examples"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from surgical_peft import SurgicalCallback, SurgicalConfig, policies, surgical_optimizer
 from tests.support.launched import BLOCKS, EXAMPLES
+from tests.support.processes import in_two_processes
 from tests.support.toys import TOYS
 
 
@@ -57,14 +59,21 @@ def loss(model: nn.Module) -> float:
     return model(**TOYS["llama"].batch()).loss.item()
 
 
-if __name__ == "__main__":
-    done = train(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
+def tell(base: Path, folder: Path, stage: int, keep_base: str) -> None:
+    """Trains in one of two processes; the first writes what it found to `folder/found.json`."""
+    done = train(base, folder, stage, keep_base)
     found = {"stage": done.model_wrapped.zero_optimization_stage(), "processes": done.args.world_size}
     found["tuned"] = loss(done.model_wrapped)
-    if sys.argv[4] != "none":
+    if keep_base != "none":
         with done.model.disable_adapter():
             found["base"] = loss(done.model_wrapped)
     if done.args.process_index == 0:
-        print(json.dumps(found), flush=True)
+        (folder / "found.json").write_text(json.dumps(found))
     done.accelerator.end_training()
-    os._exit(0)  # now and then a thread of DeepSpeed's aborts a process that ends by itself
+
+
+if __name__ == "__main__":
+    import deepspeed  # noqa: F401  (once, not in each process)
+
+    for number, kept in json.loads(sys.argv[2]):
+        in_two_processes(partial(tell, Path(sys.argv[1]) / "base", Path(sys.argv[1]) / str(number), number, kept))

@@ -8,11 +8,14 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator, DeepSpeedPlugin, DistributedType, PartialState
+from accelerate.commands.launch import launch_command_parser
+from accelerate.utils.launch import prepare_multi_gpu_env
 from peft import get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -22,7 +25,9 @@ from transformers import AutoModelForCausalLM
 
 from surgical_peft import SurgicalConfig
 from tests.support.families import FAMILIES
+from tests.support.processes import in_two_processes
 from tests.support.toys import Toy
+from tests.support.trainers import LAUNCH
 
 EXAMPLES = 8  # a step, whatever the number of processes
 BLOCKS: dict[str, dict[str, list[str | int]]] = {
@@ -226,17 +231,35 @@ def traffic(runtime: Accelerator, base: Path, family: str, other: Path | None) -
     return found
 
 
-if __name__ == "__main__":
-    work, launched = Path(sys.argv[1]), accelerator()
-    for kind in sys.argv[2:]:
+def tell(work: Path, way: str, families: list[str]) -> None:
+    """Trains each family in one of two processes; the first writes what it found to `work/way.json`."""
+    launched, found = accelerator(), []
+    for kind in families:
         there = work / kind
-        told = play(launched, there / "base", there / "second", there / "two", kind)
+        told = play(launched, there / "base", there / "second", there / way, kind)
         if "ZERO_STAGE" in os.environ:  # what is smaller, ZeRO-3 gathers after each step, whatever it is
             plugin = launched.state.deepspeed_plugin
             plugin.deepspeed_config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
         told["alone"] = traffic(launched, there / "base", kind, None)
         told["beside others"] = traffic(launched, there / "base", kind, there / "second")
-        if launched.is_main_process:
-            print(json.dumps({"family": kind, **told}), flush=True)
+        found.append({"family": kind, **told})
+    if launched.is_main_process:
+        (work / f"{way}.json").write_text(json.dumps(found))
     launched.wait_for_everyone()
-    os._exit(0)  # now and then a thread of DeepSpeed's aborts a process that ends by itself
+
+
+def environment(way: str) -> dict[str, str]:
+    """What `accelerate launch` and DeepSpeed's launcher tell their processes."""
+    if way.startswith("zero"):
+        return {"ZERO_STAGE": way.removeprefix("zero")}
+    plain = ["--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    plain += ["--num_cpu_threads_per_process", "1"]
+    args = launch_command_parser().parse_args([*plain, *LAUNCH[way], "script.py"])
+    return prepare_multi_gpu_env(args)
+
+
+if __name__ == "__main__":
+    for name, kinds in json.loads(sys.argv[2]).items():
+        if name.startswith("zero"):
+            import deepspeed  # noqa: F401  (once, not in each process)
+        in_two_processes(partial(tell, Path(sys.argv[1]), name, kinds), environment(name))

@@ -64,15 +64,17 @@ def disabled(family: Toy, **kwargs: Any) -> PeftModel:
 
 
 STATES = {each.__name__: each for each in (tuned, with_second, merged, disabled)}
-KEPT = [(state, keep_base) for state in STATES for keep_base in ("device", "cpu")]
+KEPT = [(state, "device", name) for state in STATES for name in NAMES]
+KEPT += [(state, "cpu", name) for state in STATES for name in ("llama_tied", "lone")]
 
 
 def equal(mine: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
     return mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
 
 
-@pytest.mark.parametrize(("state", "keep_base"), KEPT)
-def test_it_is_the_bases_whatever_stands(anyone: Toy, state: str, keep_base: str) -> None:
+@pytest.mark.parametrize(("state", "keep_base", "name"), KEPT)
+def test_it_is_the_bases_whatever_stands(state: str, keep_base: str, name: str) -> None:
+    anyone = EVERY[name]
     expected = anyone.model().state_dict()
     model = STATES[state](anyone, keep_base=keep_base)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -85,6 +87,31 @@ def test_it_is_the_bases_whatever_stands(anyone: Toy, state: str, keep_base: str
     assert anyone.model().load_state_dict(get_base(model))  # strictly
 
 
+@pytest.mark.parametrize(("state", "keep_base", "name"), KEPT)
+def test_setting_it_changes_the_base_and_no_adapter(state: str, keep_base: str, name: str) -> None:
+    anyone = EVERY[name]
+    model = STATES[state](anyone, keep_base=keep_base)
+    sets = {
+        (number, adapter, attribute): tensor.detach().clone()
+        for number, layer in enumerate(layers(model))
+        for adapter in layer.adapters
+        for attribute, tensor in layer.tensors(adapter).items()
+    }
+    other = anyone.model(seed=7)
+    result = set_base(model, other.state_dict())
+    assert not result.missing_keys and not result.unexpected_keys
+    assert equal(get_base(model), other.state_dict())
+    for (number, adapter, attribute), values in sets.items():
+        assert torch.equal(layers(model)[number].tensors(adapter)[attribute], values), (adapter, attribute)
+    model.base_model.enable_adapter_layers()
+    if state == "merged":
+        model.unmerge_adapter()
+    with model.disable_adapter():
+        assert same(logits(model, anyone.batch()), logits(other, anyone.batch()))
+    unloaded = model.unload()
+    assert same(logits(unloaded, anyone.batch()), logits(other, anyone.batch()))
+
+
 def test_lora_beside_is_left_out() -> None:
     for name in ("bert", "llama"):
         family = TOYS[name]
@@ -93,30 +120,6 @@ def test_lora_beside_is_left_out() -> None:
             SurgicalConfig(blocks=[family.last], lora=LoraConfig(target_modules=r".*\.0\..*(query|q_proj)")),
         )
         assert equal(get_base(nudge(model)), family.model().state_dict())
-
-
-@pytest.mark.parametrize(("state", "keep_base"), KEPT)
-def test_setting_it_changes_the_base_and_no_adapter(anyone: Toy, state: str, keep_base: str) -> None:
-    model = STATES[state](anyone, keep_base=keep_base)
-    sets = {
-        (number, name, attribute): tensor.detach().clone()
-        for number, layer in enumerate(layers(model))
-        for name in layer.adapters
-        for attribute, tensor in layer.tensors(name).items()
-    }
-    other = anyone.model(seed=7)
-    result = set_base(model, other.state_dict())
-    assert not result.missing_keys and not result.unexpected_keys
-    assert equal(get_base(model), other.state_dict())
-    for (number, name, attribute), values in sets.items():
-        assert torch.equal(layers(model)[number].tensors(name)[attribute], values), (name, attribute)
-    model.base_model.enable_adapter_layers()
-    if state == "merged":
-        model.unmerge_adapter()
-    with model.disable_adapter():
-        assert same(logits(model, anyone.batch()), logits(other, anyone.batch()))
-    unloaded = model.unload()
-    assert same(logits(unloaded, anyone.batch()), logits(other, anyone.batch()))
 
 
 def test_a_state_dict_that_lacks_a_key_is_refused_and_one_that_is_not_strict_is_not(anyone: Toy) -> None:
