@@ -13,7 +13,7 @@ from .... import policies
 from ....errors import SurgicalError
 from ....policies.policy import Policy
 from ....policies.stages import Stage, Stages, check_length, planned_length
-from ....validation import resolve
+from ....validation import check_count, resolve
 from .method import Method, call_with_options, of_known_blocks, parsed
 from .whole import tune_everything
 
@@ -72,8 +72,8 @@ def lp_ft(epochs: int | None = None) -> Method:
     Example:
         methods: [full, {lp_ft: {epochs: 2}}]
     """
-    if epochs is not None and (isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 1):
-        raise SurgicalError(f"lp_ft: epochs={epochs!r} is no number of epochs: 1 or more.")
+    if epochs is not None:
+        check_count("lp_ft", "epochs", epochs, "for the head alone")
     title = "LP-FT" if epochs is None else f"LP-FT, {epochs} + rest"
     return Method(title, wrap=tune_everything, policy=partial(_lp_ft, epochs))
 
