@@ -73,7 +73,7 @@ def lp_ft(epochs: int | None = None) -> Method:
         methods: [full, {lp_ft: {epochs: 2}}]
     """
     if epochs is not None and (isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 1):
-        raise SurgicalError(f"lp_ft: epochs={epochs!r} is no number of epochs: 1 or more.")
+        raise SurgicalError(f"lp_ft: epochs={epochs!r} is not a number of epochs: give 1 or more.")
     title = "LP-FT" if epochs is None else f"LP-FT, {epochs} + rest"
     return Method(title, wrap=tune_everything, policy=partial(_lp_ft, epochs))
 
@@ -118,7 +118,7 @@ def auto_rgn_paper() -> Method:
 
 
 def bvg_ls(momentum: str = "accumulate") -> Method:
-    """BVG-LS with its own recipe: SGD, Nesterov momentum 0.9, weight decay 5e-4, constant rate; `policies.bvg_ls`.
+    """BVG-LS as its code trains: SGD, Nesterov momentum 0.9, weight decay 5e-4, constant rate; `policies.bvg_ls`.
 
     Its rate in the released code is 1e-2; here it has a grid around that.
 

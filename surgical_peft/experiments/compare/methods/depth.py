@@ -1,4 +1,4 @@
-"""Blocks by where they are in the model, whatever the data; and at random, to see what choosing is worth."""
+"""Blocks by their depth, whatever the data; and at random, to see what choosing is worth."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def _title(name: str, k: int | None) -> str:
 
 def _checked(name: str, k: int | None) -> int | None:
     if k is not None and (isinstance(k, bool) or not isinstance(k, int) or k < 1):
-        raise SurgicalError(f"{name}: k={k!r} is no number of layers: 1 or more.")
+        raise SurgicalError(f"{name}: k={k!r} is not a number of layers: give 1 or more.")
     return k
 
 
