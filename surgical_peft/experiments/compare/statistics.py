@@ -75,9 +75,11 @@ def crossed_interval(values: Sequence[Sequence[float]], confidence: float = CONF
         >>> crossed_interval([[0.1, 0.2], [0.2, 0.6]]).low
         -1.313...
     """
-    of_draws = t_interval([statistics.fmean(each) for each in zip(*values, strict=True)], confidence)
-    of_sources = t_interval([statistics.fmean(each) for each in values], confidence)
-    return max(of_draws, of_sources, key=lambda found: -1 if found.high is None else found.high - found.mean)
+    of_draws = t_interval([statistics.fmean(draw) for draw in zip(*values, strict=True)], confidence)
+    of_sources = t_interval([statistics.fmean(source) for source in values], confidence)
+    return max(
+        of_draws, of_sources, key=lambda interval: -1 if interval.high is None else interval.high - interval.mean
+    )
 
 
 def t_quantile(confidence: float, freedom: int) -> float:

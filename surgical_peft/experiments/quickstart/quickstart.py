@@ -1,4 +1,4 @@
-"""`surgical-peft quickstart`: on real images, which blocks matter under which shift, and what tuning only them gives.
+"""Demonstration on real images, `surgical-peft quickstart`: the blocks that matter differ with the shift.
 
 The shipped Fashion-MNIST ViT meets two shifts: noise (the input changes) and a relabelling (the output changes).
 Every method trains on three draws of 500 images at each rate of its grid; the rate is chosen by mean validation
@@ -25,6 +25,7 @@ from rich.console import Console
 from ...atomic_files import check_replaceable, whole_folder
 from ...scoring.block_scores import BlockScores
 from ...scoring.plot import plot_scores
+from ..compare.lr_grid import best_rate
 from ..training.workers import WorkerPool, shared_threads
 from . import trials
 from .tables import comparison_markdown, comparison_table
@@ -113,9 +114,8 @@ def runs_at_best_rates(validation: dict[Run, float]) -> list[Run]:
         by_rate.setdefault((run.shift, run.method), {}).setdefault(run.rate, []).append(run)
     chosen: list[Run] = []
     for rates in by_rate.values():
-        chosen += max(
-            (rates[rate] for rate in sorted(rates)), key=lambda runs: statistics.mean(validation[run] for run in runs)
-        )
+        means = {rate: statistics.mean(validation[run] for run in runs) for rate, runs in rates.items()}
+        chosen += rates[best_rate(means)]
     return chosen
 
 
@@ -125,7 +125,7 @@ def best_surgical_run(shift: str, chosen: list[Run], validation: dict[Run, float
     for run in chosen:
         if run.shift == shift and METHODS[run.method].is_surgical:
             runs.setdefault(run.method, []).append(run)
-    return max(runs.values(), key=lambda each: statistics.mean(validation[run] for run in each))[0]
+    return max(runs.values(), key=lambda draws: statistics.mean(validation[run] for run in draws))[0]
 
 
 def _row(

@@ -1,6 +1,6 @@
-"""The rows of a comparison: one function a method, each returns a `Method`.
+"""Methods of a comparison: one function each, which returns a `Method`.
 
-What a method is, and what one of the user's own has to give, is in `methods.method`.
+`methods.method` says what a method is and what one of your own has to give.
 """
 
 from __future__ import annotations

@@ -118,7 +118,7 @@ def auto_rgn_paper() -> Method:
 
 
 def bvg_ls(momentum: str = "accumulate") -> Method:
-    """BVG-LS with its own recipe: SGD, Nesterov momentum 0.9, weight decay 5e-4, constant rate; `policies.bvg_ls`.
+    """BVG-LS as its code trains: SGD, Nesterov momentum 0.9, weight decay 5e-4, constant rate; `policies.bvg_ls`.
 
     Its rate in the released code is 1e-2; here it has a grid around that.
 

@@ -1,4 +1,4 @@
-"""Blocks that the training data choose: by a score, by the library's default, or by a search."""
+"""Blocks chosen on the training data: by a score, by the library's default, or by a search."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def top_k(criterion: str, k: int = 2, num_batches: int | None = None) -> Method:
 def _check_criterion(owner: str, criterion: Any) -> None:
     if not isinstance(criterion, str):
         raise SurgicalError(
-            f"{owner}: criterion={criterion!r} is no name. There are: {', '.join(criteria.__all__)}; your own as "
+            f"{owner}: criterion={criterion!r} is not a name. There are: {', '.join(criteria.__all__)}; your own as "
             "'package.module:name'."
         )
     resolve(criterion, criteria)
@@ -78,9 +78,9 @@ def auto(criterion: str | None = None, num_blocks: int | None = None, num_batche
         _check_criterion("auto", criterion)
     _check_batches("auto", num_batches)
     config = SurgicalConfig(blocks="auto", criterion=criterion, num_blocks=num_blocks)
-    said = [each for each in (criterion, num_blocks and f"{num_blocks} blocks") if each]
+    options = [option for option in (criterion, num_blocks and f"{num_blocks} blocks") if option]
     return Method(
-        ", ".join(["auto", *said]), choose=partial(_auto, config, num_batches), preview=partial(_check_auto, config)
+        ", ".join(["auto", *options]), choose=partial(_auto, config, num_batches), preview=partial(_check_auto, config)
     )
 
 
@@ -96,9 +96,9 @@ def _check_auto(config: SurgicalConfig, context: MethodContext) -> None:
 def _auto(config: SurgicalConfig, num_batches: int | None, context: MethodContext) -> Selection:
     config = _with_recipe(config, context)
     batches = context.batches()
-    budget = Budget(budget_of(context.recipe.arguments(), batches))  # the command has a bar of its own
-    found, _ = choose_blocks(context.model, config, batches, num_batches, budget=budget)
-    return Selection(context.blocks.parse(found.blocks or []), found.selection or {})
+    budget = Budget(budget_of(context.recipe.arguments(), batches))  # the command shows its own bar
+    chosen, _ = choose_blocks(context.model, config, batches, num_batches, budget=budget)
+    return Selection(context.blocks.parse(chosen.blocks or []), chosen.selection or {})
 
 
 def searched(
@@ -138,11 +138,11 @@ def _check_search(procedure: Procedure, context: MethodContext) -> None:
 
 def _searched(procedure: Procedure, context: MethodContext) -> Selection:
     objective = RecipeObjective(replace(context.recipe, seeds=[context.seed], folds=None, policy=None, divide=None))
-    found = run_search(
+    result = run_search(
         procedure,
         objective,
         rates=objective.rates,
         seeds=objective.seeds,
         storage=f"sqlite:///{context.folder / 'study.db'}",
     )
-    return found.best
+    return result.best

@@ -1,4 +1,4 @@
-"""Blocks by where they are in the model, whatever the data; and at random, to see what choosing is worth."""
+"""Blocks by their depth, whatever the data; and at random, to see what choosing is worth."""
 
 from __future__ import annotations
 

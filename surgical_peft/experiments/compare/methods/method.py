@@ -1,4 +1,4 @@
-"""What a method of a comparison is: how a source model is made ready to be trained on new data, and trained."""
+"""Method of a comparison: how a source model is made ready to be trained on new data, and trained."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from ...tasks.source_model import modules_to_save
 
 @dataclass(frozen=True)
 class MethodContext:
-    """What a method may look at to choose its blocks. It leaves all of it as it is.
+    """All that a method may look at to choose its blocks; it leaves all of it as it is.
 
     Attributes:
         recipe: of the comparison, with the source model and the data at hand.
@@ -34,7 +34,7 @@ class MethodContext:
         blocks: its map.
         batches: makes a loader of shuffled training batches, the same at every call.
         seed: of the training.
-        folder: for files of its own, such as a study; there as long as the comparison.
+        folder: for the files of the method, such as a study; kept as long as the comparison.
     """
 
     recipe: Recipe
@@ -53,12 +53,12 @@ def tune_blocks(model: nn.Module, selection: Selection, recipe: Recipe) -> nn.Mo
 
 
 def nothing_known(context: MethodContext) -> Selection | None:
-    """Of a choice of blocks, before it is made."""
+    """The default `preview`: the choice is not known before it is made."""
     return None
 
 
 def no_policy(args: TrainingArguments) -> Policy | None:
-    """The same rate for all that is trained."""
+    """The default `policy`: the same rate for all that is trained."""
     return None
 
 
@@ -74,8 +74,8 @@ class Method:
             is nothing to choose.
         wrap: `(model, selection, recipe)` -> what is trained: all that has `requires_grad`. The model is a copy.
         policy: of the learning rates, by the training arguments.
-        training: training arguments of its own, instead of the recipe's.
-        rates: its own grid; None: the recipe's.
+        training: training arguments that replace the recipe's.
+        rates: grid of learning rates; None: the recipe's.
         is_trained: whether there is anything to train.
         preview: what `choose` will give, where that takes neither data nor training; else None, having refused what is
             sure not to do. Called for each source model before anything else, so that all misfits are told at once.
@@ -105,7 +105,7 @@ def make_method(given: Any) -> Method:
     """The method that an entry of a recipe's `methods` stands for.
 
     Args:
-        given: a name, or a mapping of one name to its arguments. `rates` among them is a grid of its own.
+        given: a name, or a mapping of one name to its arguments. `rates` among them is the method's grid.
 
     Raises:
         SurgicalError: not of these forms, an unknown name, arguments that do not fit, or something else than a method.
@@ -119,7 +119,7 @@ def make_method(given: Any) -> Method:
     options = {} if options is None else options
     if not isinstance(name, str) or not isinstance(options, dict):
         raise SurgicalError(
-            f"methods: {given!r} is no method: write a name, such as full, or a name with its arguments, such as "
+            f"methods: {given!r} is not a method: write a name, such as full, or a name with its arguments, such as "
             "{lora: {rank: 8}}."
         )
     function = resolve(name, package)
@@ -134,7 +134,7 @@ def make_method(given: Any) -> Method:
 def call_with_options(
     key: str, name: str, function: Callable[..., Any], options: Mapping[str, Any], *more: str
 ) -> Any:
-    """What a function makes of its options in a recipe.
+    """Call a function with its options in a recipe.
 
     Args:
         key: of the recipe, for the message.

@@ -51,8 +51,8 @@ def lora(rank: int = 8, alpha: float | None = None, head: bool = True) -> Method
     if not isinstance(head, bool):
         raise SurgicalError(f"lora: head={head!r} is neither true nor false.")
     settings = {"r": rank, "lora_alpha": 2 * rank if alpha is None else alpha}
-    said = [f"LoRA r={rank}", *([f"alpha={alpha:g}"] if alpha is not None else []), *([] if head else ["no head"])]
-    return Method(", ".join(said), wrap=partial(_add_lora, settings, head))
+    title = [f"LoRA r={rank}", *([f"alpha={alpha:g}"] if alpha is not None else []), *([] if head else ["no head"])]
+    return Method(", ".join(title), wrap=partial(_add_lora, settings, head))
 
 
 def modules_to_save(names: Any) -> Method:
@@ -74,9 +74,9 @@ def _tune_norms(model: nn.Module, selection: Selection, recipe: Recipe) -> nn.Mo
 
 def _with_heads(model: nn.Module, recipe: Recipe) -> list[str] | None:
     """The modules of the model's heads, and those that the recipe wants trained with every method."""
-    every, blocks = dict(model.named_modules()), BlockMap.find(model)
-    own = [path for head in blocks.heads for path in blocks.modules[head]]
-    whole = [path for path in own if path in every and next(every[path].parameters(), None) is not None]
+    modules, blocks = dict(model.named_modules()), BlockMap.find(model)
+    heads = [path for head in blocks.heads for path in blocks.modules[head]]
+    whole = [path for path in heads if path in modules and next(modules[path].parameters(), None) is not None]
     return list(dict.fromkeys([*whole, *(always_saved(recipe, model) or [])])) or None
 
 
@@ -88,10 +88,10 @@ def _add_lora(
 
 
 def _save_modules(model: nn.Module, selection: Selection, recipe: Recipe) -> nn.Module:
-    every = dict(model.named_modules())
-    found = BlockMap.find(model).modules
-    paths = [path for name in selection.blocks for path in found[name]]
-    loose = [path for path in paths if path not in every]
+    modules = dict(model.named_modules())
+    modules_of_block = BlockMap.find(model).modules
+    paths = [path for name in selection.blocks for path in modules_of_block[name]]
+    loose = [path for path in paths if path not in modules]
     if loose:
         raise SurgicalError(f"modules_to_save: PEFT saves modules, and {', '.join(loose)} is a parameter by itself.")
     whole = sorted({*paths, *(always_saved(recipe, model) or [])})
