@@ -54,10 +54,9 @@ class GradualUnfreezing(Policy):
             and not training.blocks.tied
             and {*filter(is_head, training.blocks.names)} <= {*poolers(training.blocks)}
         ):
-            last = max(
-                depth_of[name] for name in training.repeated
-            )  # the loss may reach neither pooler nor final norm
+            # the loss may reach neither pooler nor final norm
+            last = max(depth_of[name] for name in training.repeated)
             depth_of |= {name: min(depth_of[name], last) for name in training.names}
-        there = sorted({depth_of[name] for name in training.names}, reverse=self.direction == "last_to_first")
-        thawed = set(there[: turn + 1])
+        order = sorted({depth_of[name] for name in training.names}, reverse=self.direction == "last_to_first")
+        thawed = set(order[: turn + 1])
         return training.only([*training.heads, *(name for name in training.names if depth_of[name] in thawed)])

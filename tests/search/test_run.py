@@ -546,7 +546,7 @@ def chooses_another(blocks: BlockMap) -> Any:
 @pytest.mark.parametrize(
     ("procedure", "message"),
     [
-        (nothing, "nothing.*ended without proposing anything"),
+        (nothing, "nothing.*ended without a proposal"),
         (empty_round, r"empty_round.*proposed \[\], nothing"),
         (empty_candidate, r"empty_candidate.*selects no block"),
         (unknown, r"unknown.*\[\('99',\)\].*'99' does not exist"),
