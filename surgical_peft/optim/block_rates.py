@@ -108,24 +108,24 @@ class BlockRates:
             SurgicalError: a factor that is no number from 0 upwards, a unit that is not trained, or nothing left to
                 train; the rates stay as they were.
         """
-        now = {group["unit"]: group["lr_multiplier"] for group in optimizer.param_groups}
+        current = {group["unit"]: group["lr_multiplier"] for group in optimizer.param_groups}
         for unit, factor in multipliers.items():
-            if unit not in now:
+            if unit not in current:
                 raise SurgicalError(
                     f"{self.policy} gives {unit!r} a factor, which is no {self.policy.granularity} that is trained. "
-                    f"There are: {', '.join(sorted(now))}."
+                    f"There are: {', '.join(sorted(current))}."
                 )
             check_number(str(self.policy), f"the factor of {unit!r}", factor, at_least=0)
-        new = {**now, **multipliers}
-        if new == now:
+        updated = {**current, **multipliers}
+        if updated == current:
             return
-        if not any(new.values()):
+        if not any(updated.values()):
             raise SurgicalError(
                 f"{self.policy} gives everything the factor 0, so that nothing is trained. Trained before: "
-                f"{', '.join(unit for unit, factor in now.items() if factor)}."
+                f"{', '.join(unit for unit, factor in current.items() if factor)}."
             )
         for group in optimizer.param_groups:
-            group["lr_multiplier"] = new[group["unit"]]
+            group["lr_multiplier"] = updated[group["unit"]]
         self._mask(optimizer)
 
     def begin_epoch(self, optimizer: Optimizer, step: int, length: int | None = None) -> None:
@@ -278,11 +278,11 @@ class BlockRates:
         self._plan(optimizer)
 
 
-def release_others(parameters: Iterable[int], own: BlockRates | None = None) -> None:
+def release_others(parameters: Iterable[int], exempt: BlockRates | None = None) -> None:
     """Lift what other optimizers mask that train one of these parameters, by `id`; they mask no more."""
     parameters = set(parameters)
     for rates in list(_living):
-        if rates is not own and any(id(p) in parameters for unit in rates._units for p in unit.parameters):
+        if rates is not exempt and any(id(p) in parameters for unit in rates._units for p in unit.parameters):
             rates.release()
 
 

@@ -1,4 +1,4 @@
-"""`SurgicalCallback`: what a policy needs to know from `Trainer`, and what `Trainer` and the user get to see of it."""
+"""`SurgicalCallback`: passes epochs and scores from `Trainer` to the policy, and logs its factors."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class SurgicalCallback(TrainerCallback):
             SurgicalError: the training ends before the policy's last stage begins, or the policy scores on batches
                 that the training set or the model's loss does not allow.
         """
-        optimizer, rates = _found(kwargs["optimizer"])
+        optimizer, rates = _surgical(kwargs["optimizer"])
         check_length(rates.policy, state.num_train_epochs, state.max_steps)
         if rates.has_callback and state.global_step == 0:  # a loop of one's own begins again
             rates.restart(optimizer)
@@ -86,7 +86,7 @@ class SurgicalCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Tell the epoch, and score if it is time."""
-        optimizer, rates = _found(kwargs["optimizer"])
+        optimizer, rates = _surgical(kwargs["optimizer"])
         rates.begin_epoch(optimizer, state.global_step, _steps_an_epoch(kwargs["train_dataloader"], args))
         if rates.policy.probe_every == "epoch":
             epoch = optimizer.param_groups[0]["surgical"]["epoch"]
@@ -96,7 +96,7 @@ class SurgicalCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Score if it is time."""
-        optimizer, rates = _found(kwargs["optimizer"])
+        optimizer, rates = _surgical(kwargs["optimizer"])
         rates.begin_step(optimizer, state.global_step)
         every = rates.policy.probe_every
         if isinstance(every, int) and state.global_step % every == 0:
@@ -107,7 +107,7 @@ class SurgicalCallback(TrainerCallback):
     ) -> None:
         """Note the factors of the step."""
         if self._history is not None:
-            _, rates = _found(kwargs["optimizer"])
+            _, rates = _surgical(kwargs["optimizer"])
             self._history.note(state.global_step, rates.by_block(rates.used))
 
     def on_log(  # type: ignore[override]  # Trainer gives it the logs
@@ -119,7 +119,7 @@ class SurgicalCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Add the factors and scores to what is logged while training."""
-        optimizer, rates = _found(kwargs["optimizer"])
+        optimizer, rates = _surgical(kwargs["optimizer"])
         if "loss" not in logs or rates.policy == Policy():
             return
         factors = rates.by_block(rates.used)
@@ -136,7 +136,7 @@ class SurgicalCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Lift the masks, and draw the history."""
-        _, rates = _found(kwargs["optimizer"])
+        _, rates = _surgical(kwargs["optimizer"])
         rates.release()
         if self._history is not None and self._history.rows and can_draw():
             self._history.plot(state.global_step, str(rates.policy).partition("(")[0])
@@ -216,7 +216,7 @@ def _steps_an_epoch(training: DataLoader, args: TrainingArguments) -> int | None
     return max(math.ceil(len(training) / args.gradient_accumulation_steps), 1) if has_length(training) else None
 
 
-def _found(optimizer: Any) -> tuple[Optimizer, BlockRates]:
+def _surgical(optimizer: Any) -> tuple[Optimizer, BlockRates]:
     optimizer, rates = find_rates(optimizer)
     if rates is None:
         raise SurgicalError(

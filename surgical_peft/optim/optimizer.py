@@ -150,7 +150,7 @@ class SurgicalOptimizerFactory:
 def surgical_optimizer(
     args: TrainingArguments, policy: Policy | None = None, master_weights: bool = True
 ) -> tuple[type[SurgicalOptimizerFactory], dict[str, Any]]:
-    """What to hand to `Trainer(optimizer_cls_and_kwargs=...)` for learning rates by block.
+    """The value of `Trainer(optimizer_cls_and_kwargs=...)` for learning rates by block.
 
     Args:
         args: the Trainer's; read when it makes its optimizer.

@@ -1,4 +1,4 @@
-"""Which policy and blocks an optimizer's state comes from, by the text in its parameter groups."""
+"""The policy and blocks that an optimizer's state comes from, by the text in its parameter groups."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _DISCRIMINATIVE = re.compile(r"Discriminative\((.*)factor=(.*)\)")
 
 
 def text_of(policy: Policy) -> str:
-    """What a parameter group says of its policy."""
+    """The text by which a parameter group knows its policy."""
     return _VERSION + str(policy)
 
 

@@ -29,8 +29,8 @@ class AutoSNR(Policy):
         hard: freeze; False = rate 0 only, which saves nothing and works under DDP.
         state_policy: what freezing does to the optimizer's state: `"keep"`, `"reset"` or `"offload"`.
 
-    Source: Lee et al. 2022 (arXiv 2210.11466). The paper tunes the threshold; its grid and exact formula were not to
-    be found in what we could read, so the default is ours: tune it. Its released code is
+    Source: Lee et al. 2022 (arXiv 2210.11466). The paper tunes the threshold; its grid and exact formula are not in
+    the text that we could read, so the default is ours: tune it. Its released code is
     `auto_snr(0.95, criterion="eb", normalized=None)`: other statistics under the same name.
 
     Example:
@@ -80,7 +80,7 @@ class AutoSNR(Policy):
             best = max(inside, key=inside.__getitem__, default=None)
             raise SurgicalError(
                 f"threshold={self.threshold} freezes everything: "
-                + (f"the highest {self.criterion} is {inside[best]:.4g} ({best})." if best else "nothing is scored.")
+                + (f"the highest {self.criterion} is {inside[best]:.4g} ({best})." if best else "nothing has a score.")
                 + " Lower it."
             )
         training.state["chosen"] = True

@@ -66,14 +66,14 @@ class BVGLS(Policy):
 
     def step_multipliers(self, training: TrainingState) -> dict[str, float] | None:
         parameters = [p for unit in training.units for p in unit.parameters]
-        seen = [at for at, p in enumerate(parameters) if p.grad is not None]
+        with_grad = [at for at, p in enumerate(parameters) if p.grad is not None]
         grads = [p.grad.float() for p in parameters if p.grad is not None]
         if not grads or not _all_finite(grads):
             return None  # a step that the gradient scaler will skip: it must not enter the averages
         means, squares = _averages(training.state, parameters)
         torch._foreach_mul_([*means, *squares], self.alpha)
-        torch._foreach_add_([means[at] for at in seen], grads, alpha=1 - self.alpha)
-        torch._foreach_addcmul_([squares[at] for at in seen], grads, grads, value=1 - self.alpha)
+        torch._foreach_add_([means[at] for at in with_grad], grads, alpha=1 - self.alpha)
+        torch._foreach_addcmul_([squares[at] for at in with_grad], grads, grads, value=1 - self.alpha)
         training.state["count"] = training.state.get("count", 0) + 1
 
         norms = [*torch._foreach_norm(means, 2), *torch._foreach_norm(squares, 1)]

@@ -52,6 +52,6 @@ class GradualUnfreezing(Policy):
         if training.repeated and not blocks.tied and blocks.heads == blocks.poolers:
             last = max(depth_of[name] for name in training.repeated)  # the loss may reach nothing behind it
             depth_of |= {name: min(depth_of[name], last) for name in training.names}
-        there = sorted({depth_of[name] for name in training.names}, reverse=self.direction == "last_to_first")
-        thawed = set(there[: turn + 1])
+        order = sorted({depth_of[name] for name in training.names}, reverse=self.direction == "last_to_first")
+        thawed = set(order[: turn + 1])
         return training.only([*training.heads, *(name for name in training.names if depth_of[name] in thawed)])

@@ -1,4 +1,4 @@
-"""What a policy is; the optimizer asks it, see `optim.block_rates`."""
+"""The base class of policies; `optim.block_rates` applies what they return."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ GRAIN = 2**15  # numbers: fewer, torch copies and sums on the spot, without waki
 
 @dataclass(frozen=True)
 class Unit:
-    """What has a learning rate of its own: a block, or one tensor of it, with the parameters that are trained."""
+    """A group with one learning rate: a block or a single tensor of it, with its trainable parameters."""
 
     name: str
     block: str
@@ -91,7 +91,7 @@ class TrainingState:
 
 @dataclass(frozen=True)
 class Policy:
-    """Says the factor on the learning rate of each unit. Holds settings only: its state is `training.state`.
+    """Sets the factor on the learning rate of each unit. Holds settings only: its state is `training.state`.
 
     A policy is a frozen dataclass: its fields are its settings, checked in `__post_init__`. It overrides one or more
     of the methods, and what differs of the attributes: each as a class attribute, a field with a default, or a
@@ -127,22 +127,22 @@ class Policy:
 
     @property
     def probe_every(self) -> str | int:
-        """When to: at the start of every `"epoch"`, or a number of steps."""
+        """When to probe: at the start of every `"epoch"`, or every so many steps."""
         return "epoch"
 
     @property
     def reset_at_probe(self) -> bool:
-        """Whether each probe drops the optimizer's whole state."""
+        """If true, each probe drops the optimizer's whole state."""
         return False
 
     @property
     def by_epoch(self) -> bool:
-        """Whether the plan depends on `training.epoch`, which needs `SurgicalCallback`."""
+        """True if the plan depends on `training.epoch`, which needs `SurgicalCallback`."""
         return False
 
     @property
     def skip_idle(self) -> bool:
-        """Whether a factor of 0 from `step_multipliers` also takes the unit's gradient away for that step.
+        """If true, a factor of 0 from `step_multipliers` also removes the unit's gradient for that step.
 
         Then its moments stay as they are.
         """
@@ -150,14 +150,14 @@ class Policy:
 
     @property
     def own_loss(self) -> bool:
-        """Whether `loss` may give one."""
+        """True if `loss` may return a loss."""
         return False
 
     @property
     def is_constant(self) -> bool:
-        """Whether all it gives is constant factors."""
-        asked = ("plan", "step_multipliers", "multipliers_from", "loss")
-        return all(getattr(type(self), name) is getattr(Policy, name) for name in asked)
+        """True if the policy has constant factors only."""
+        changing = ("plan", "step_multipliers", "multipliers_from", "loss")
+        return all(getattr(type(self), name) is getattr(Policy, name) for name in changing)
 
     def base_multipliers(self, blocks: BlockMap) -> dict[str, float]:
         """Constant factors by block, more than 0; blocks left out have 1. Asked once, when the optimizer is made."""

@@ -59,22 +59,22 @@ class ProgressiveFreezing(Policy):
         frozen = training.state.setdefault("frozen", [])
         active = [unit for unit in training.units if unit.name not in frozen and depth_of[unit.block] < top]
         for unit in active:
-            held = sums.get(unit.name) or [torch.zeros_like(p, dtype=torch.float32) for p in unit.parameters]
+            totals = sums.get(unit.name) or [torch.zeros_like(p, dtype=torch.float32) for p in unit.parameters]
             for at, p in enumerate(unit.parameters):
-                held[at] = held[at].detach().to(p.device)  # a checkpoint is read to the CPU
+                totals[at] = totals[at].detach().to(p.device)  # a checkpoint is read to the CPU
                 if p.grad is not None:
-                    held[at] += p.grad
-            sums[unit.name] = held
+                    totals[at] += p.grad
+            sums[unit.name] = totals
         if active and (training.step + 1) % self.interval == 0:
             norms = [torch.stack([total.abs().sum() for total in sums.pop(unit.name)]).sum() for unit in active]
-            now = torch.stack([norm.to(norms[0].device) for norm in norms]).tolist()
-            found = dict(zip((unit.name for unit in active), now, strict=True))
+            values = torch.stack([norm.to(norms[0].device) for norm in norms]).tolist()
+            current = dict(zip((unit.name for unit in active), values, strict=True))
             if before := training.state.get("before"):
-                changes = {name: abs(before[name] - value) / (before[name] or 1.0) for name, value in found.items()}
+                changes = {name: abs(before[name] - value) / (before[name] or 1.0) for name, value in current.items()}
                 training.scores.update(changes)
                 frozen += settled(changes, self.percentile)
-            training.state["before"] = {name: value for name, value in found.items() if name not in frozen}
-        return None  # what was found holds from the next step on, see plan
+            training.state["before"] = {name: value for name, value in current.items() if name not in frozen}
+        return None  # frozen from the next step on, see `plan`
 
 
 def settled(changes: dict[str, float], percentile: float) -> list[str]:

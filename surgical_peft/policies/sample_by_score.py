@@ -83,10 +83,10 @@ class SampleByScore(Policy):
 
     def step_multipliers(self, training: TrainingState) -> dict[str, float] | None:
         if (training.step + 1) % self.every == 0:  # the gradients before the next draw
-            seen = {unit.name: [p.grad for p in unit.parameters if p.grad is not None] for unit in training.units}
+            grads_of = {unit.name: [p.grad for p in unit.parameters if p.grad is not None] for unit in training.units}
             norms = {
                 name: torch.stack([norm.to(grads[0].device) for norm in torch._foreach_norm(grads, 2)]).norm()
-                for name, grads in seen.items()
+                for name, grads in grads_of.items()
                 if grads
             }
             values = {name: float(norm) for name, norm in norms.items()}

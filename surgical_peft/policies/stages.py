@@ -57,8 +57,8 @@ class Stage:
 
     def __repr__(self) -> str:
         given = ((f.name, getattr(self, f.name)) for f in fields(self) if getattr(self, f.name) != f.default)
-        told = (f"{name}={_name_of(value) if name == 'loss' else repr(value)}" for name, value in given)
-        return f"Stage({', '.join(told)})"
+        settings = (f"{name}={_name_of(value) if name == 'loss' else repr(value)}" for name, value in given)
+        return f"Stage({', '.join(settings)})"
 
 
 def stages(plan: Iterable[Stage | Mapping[str, Any]], hard: bool = True, state_policy: str = "reset") -> Stages:
@@ -86,7 +86,7 @@ def stages(plan: Iterable[Stage | Mapping[str, Any]], hard: bool = True, state_p
 
 @dataclass(frozen=True)
 class Stages(Policy):
-    """What [`stages`][surgical_peft.policies.stages] gives: its policy, with the stages read and checked."""
+    """The policy that [`stages`][surgical_peft.policies.stages] returns, with the stages checked."""
 
     stages: tuple[Stage, ...]
     hard: bool = True
@@ -116,7 +116,7 @@ class Stages(Policy):
         return sum(stage.epochs or 0 for stage in before), sum(stage.steps or 0 for stage in before)
 
     def plan(self, training: TrainingState) -> dict[str, float] | None:
-        if training.step == 0:  # a wrong name in the last stage is said now, not when its turn comes
+        if training.step == 0:  # a wrong name in the last stage is an error now, not when its turn comes
             for stage in self.stages:
                 _trained(stage, training)
         stage = self.stages[self._number(training)]
@@ -128,16 +128,16 @@ class Stages(Policy):
         return self.stages[self._number(training)].loss  # type: ignore[return-value]  # Stage resolves names
 
     def _number(self, training: TrainingState) -> int:
-        done = (training.epoch or 0) if self.by_epoch else training.step
+        elapsed = (training.epoch or 0) if self.by_epoch else training.step
         for number, stage in enumerate(self.stages[:-1]):
-            done -= stage.epochs or stage.steps or 0
-            if done < 0:
+            elapsed -= stage.epochs or stage.steps or 0
+            if elapsed < 0:
                 return number
         return len(self.stages) - 1
 
 
 def check_length(policy: Policy | None, epochs: float, steps: float) -> None:
-    """Refuse a training that ends before the last stage begins, since all would look as if it had been in force.
+    """Raise if the training ends before the last stage begins.
 
     Args:
         policy: any; only stages are looked at.
@@ -149,11 +149,11 @@ def check_length(policy: Policy | None, epochs: float, steps: float) -> None:
     """
     if not isinstance(policy, Stages):
         return
-    for unit, begins, there in zip(("epochs", "steps"), policy.last_turn(), (epochs, steps), strict=True):
-        if begins >= there:
+    for unit, begins, length in zip(("epochs", "steps"), policy.last_turn(), (epochs, steps), strict=True):
+        if begins >= length:
             raise SurgicalError(
                 f"stages={list(policy.stages)}: the last one would never be reached: it begins after {begins} {unit}, "
-                f"and the training ends with {there:g}. Shorten the stages before it, or train longer."
+                f"and the training ends with {length:g}. Shorten the stages before it, or train longer."
             )
 
 

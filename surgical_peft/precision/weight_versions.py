@@ -1,4 +1,4 @@
-"""Whether something else than its optimizer has changed a weight."""
+"""Detects changes of a weight that its optimizer did not make."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ Settings = ParamSpec("Settings")
 
 @dataclass(frozen=True, repr=False)
 class Procedure:
-    """Proposes what to train, and is told how it went; plain settings, no state.
+    """Proposes what to train and receives the metrics; plain settings, no state.
 
     Called with a block map it gives a generator. That yields rounds: lists of candidates, each a tuple of block names
     in the map's order. It receives the metrics of the round in the same order, larger = better, NaN = the trial
@@ -111,7 +111,7 @@ def as_procedure(given: Procedure | Callable[..., Any] | str, settings: Mapping[
 def procedure(
     check: Callable[..., Mapping[str, Any] | None] | None = None,
 ) -> Callable[[Callable[Concatenate[BlockMap, Settings], Proposals]], Callable[Settings, Procedure]]:
-    """Makes a generator function `(blocks, **settings)` one that takes the settings alone and gives a `Procedure`.
+    """Decorator that makes a generator function `(blocks, **settings)` take its settings first.
 
     Args:
         check: called with all settings by name when the procedure is made; it raises if they will not do, and may
@@ -153,13 +153,13 @@ def layers(blocks: BlockMap, candidates: Blocks | None = None) -> Candidate:
 
 
 def best_of(metrics: Sequence[float]) -> int | None:
-    """Where the largest metric is: of equals the first, never a NaN; None if there are only NaNs."""
+    """The index of the largest metric: of equals the first, never a NaN; None if all are NaN."""
     numbers = [number for number, metric in enumerate(metrics) if not math.isnan(metric)]
     return max(numbers, key=metrics.__getitem__, default=None)
 
 
 def falls_short(metric: float, reached: float, epsilon: float) -> bool:
-    """Whether the gain is less than epsilon; 0.82 over 0.81 is a gain of 0.01, which floats alone would deny."""
+    """True if the gain is less than epsilon; 0.82 over 0.81 counts as 0.01 in spite of rounding."""
     gain = metric - reached
     return gain < epsilon and not math.isclose(gain, epsilon)
 

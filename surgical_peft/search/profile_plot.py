@@ -28,7 +28,7 @@ def plot_profile(result: SearchResult, path: str | Path) -> None:
             f"{result.procedure} tuned no block alone (the head apart) to the end, so there is no profile to draw: "
             "search with sweep."
         )
-    known = {each.blocks: each.metric for each in result.candidates}
+    known = {candidate.blocks: candidate.metric for candidate in result.candidates}
     references = {"all": (result.blocks, "#117733"), "head": (heads, "#cc6677")}
     lines = {name: (known[blocks], colour) for name, (blocks, colour) in references.items() if blocks in known}
     spread = [result.deviations.get(name, 0.0) for name in bars]
@@ -45,13 +45,13 @@ def plot_profile(result: SearchResult, path: str | Path) -> None:
         places = range(len(bars))
         heights = [0.0 if math.isnan(metric) else metric - floor for metric in bars.values()]
         axes.bar(places, heights, bottom=floor, color="#4477aa", width=0.7)
-        for place, (metric, width) in enumerate(zip(bars.values(), spread, strict=True)):
+        for position, (metric, width) in enumerate(zip(bars.values(), spread, strict=True)):
             if width and math.isfinite(metric):
-                axes.errorbar(place, metric, yerr=width, color="#222222", capsize=3, linewidth=1.2)
+                axes.errorbar(position, metric, yerr=width, color="#222222", capsize=3, linewidth=1.2)
             if math.isnan(metric):
                 white = {"facecolor": "white", "edgecolor": "none", "pad": 1}
                 style: dict[str, Any] = {"rotation": 90, "ha": "center", "va": "bottom", "fontsize": 8, "bbox": white}
-                axes.text(place, floor + margin / 4, "no metric", **style)
+                axes.text(position, floor + margin / 4, "no metric", **style)
         lines = {name: line for name, line in lines.items() if math.isfinite(line[0])}
         for name, (metric, colour) in lines.items():
             axes.axhline(metric, color=colour, linestyle="--", linewidth=1.2, label=f"{name} {metric:.3g}")

@@ -541,7 +541,7 @@ def chooses_another(blocks: BlockMap) -> Any:
 @pytest.mark.parametrize(
     ("procedure", "message"),
     [
-        (nothing, "nothing.*without proposing"),
+        (nothing, "nothing.*ended"),
         (empty_round, r"empty_round.*proposed \[\], nothing"),
         (empty_candidate, "empty_candidate.*no block"),
         (unknown, r"unknown.*\[\('99',\)\]"),
