@@ -36,14 +36,14 @@ def search(
     recipe: RecipeFile,
     procedure: Annotated[
         str | None,
-        typer.Option(help="What to try, instead of the recipe's procedure: a name, or package.module:name."),
+        typer.Option(help="Search procedure, instead of the recipe's: a name, or package.module:name."),
     ] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Processes that share the trainings.")] = 1,
     storage: Annotated[
         str | None,
         typer.Option(
             metavar="URL",
-            help="Where the study is kept; run the same command elsewhere with the same URL to help. sqlite:///, "
+            help="Storage of the study; run the same command elsewhere with the same URL to help. sqlite:///, "
             "journal:/// or postgresql+psycopg://; default is study.db in the output folder.",
         ),
     ] = None,

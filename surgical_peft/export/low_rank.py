@@ -175,7 +175,7 @@ def _relative(pairs: list[tuple[float, float]]) -> float:
 
 
 def can_be_low_rank(modules: dict[str, nn.Module], path: str) -> bool:
-    """Whether LoRA can stand for a change of this module: a Linear layer that is called, and not read directly."""
+    """LoRA can stand for a change of this module: it is a Linear layer that is called, and not read directly."""
     if type(modules[path]) not in (nn.Linear, Conv1D):
         return False
     parent, _, name = path.rpartition(".")

@@ -1,4 +1,4 @@
-"""What processes that train side by side share: the threads of the machine."""
+"""The threads of the machine, shared among processes that train side by side."""
 
 from __future__ import annotations
 
