@@ -62,7 +62,7 @@ def top_fraction(scores: BlockScores, fraction: float) -> Selection:
 def above(scores: BlockScores, threshold: float, normalized: str | None = None) -> Selection:
     """The blocks that score more than `threshold`; raw scores, or divided as `normalized` (`"max"`, `"minmax"`) says.
 
-    Here the head is normalised with the others: a threshold compares blocks, it scales no learning rate.
+    Here the head is normalized with the others: a threshold compares blocks, it scales no learning rate.
 
     Raises:
         SurgicalError: no block is above; the message gives the highest score.

@@ -28,7 +28,7 @@ class AdapterPlan:
     Attributes:
         targets: paths of the largest modules that it tunes, and the parameters in them (None for all).
         trained: for each tensor of the adapter, by the first of its names, whether it is trained.
-        packed: paths of the quantised layers that become float for it, and the dtype that they get.
+        packed: paths of the quantized layers that become float for it, and the dtype that they get.
     """
 
     targets: Targets
@@ -47,7 +47,7 @@ def plan_adapter(model: nn.Module, config: SurgicalConfig, targets: Targets) -> 
             anew.
 
     Raises:
-        SurgicalError: quantised weights that cannot be made float, and integers.
+        SurgicalError: quantized weights that cannot be made float, and integers.
     """
     tensors = TensorMap.find(model)
     chosen = tensors.chosen(targets)

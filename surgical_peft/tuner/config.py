@@ -52,10 +52,10 @@ class SurgicalConfig(PeftConfig):
             [`get_surgical_model`][surgical_peft.get_surgical_model] choose. Saved as the final block names.
         target_modules: with `blocks`, tune only these modules inside them; alone, PEFT's own meaning (names that
             end so, or a regular expression for the whole name) for any type of module. `"all-linear"`, `"all-norm"`
-            (normalisation layers) and `"all-bias"` choose by kind; a dictionary chooses for each block, as in
+            (normalization layers) and `"all-bias"` choose by kind; a dictionary chooses for each block, as in
             `{"0": "all", "11": ["mlp"], "head": "all-bias"}`, and needs no `blocks` beside it.
         exclude_modules: modules to leave out, matched as `target_modules`.
-        modules_to_save: newly initialised modules, such as a new head, to train and save as well.
+        modules_to_save: newly initialized modules, such as a new head, to train and save as well.
         criterion: for `blocks="auto"`, what scores the blocks: a name or a function; default is `probe`, which
             has the lowest regret on the shifts that criteria were developed on (benchmarks/criteria).
         num_blocks: for `blocks="auto"`, how many to take; by default, short joint trainings decide it.

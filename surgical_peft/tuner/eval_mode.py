@@ -16,7 +16,7 @@ from .class_code import names_in_code
 def eval_frozen(model: nn.Module, tuned: Iterable[nn.Module]) -> None:
     """Put what is frozen, and behaves otherwise in training, into eval mode.
 
-    That is every module whose class reads `self.training`: dropout, batch normalisation, stochastic depth, attention
+    That is every module whose class reads `self.training`: dropout, batch normalization, stochastic depth, attention
     that drops out by itself. All others stay in train mode; so do embeddings, on which NEFTune's hook looks for it.
 
     Args:

@@ -65,7 +65,7 @@ class SurgicalLayer(ParkedTensors, BaseTunerLayer):
             places: by the owner's attributes, all places where the tensor stands.
             like: the set whose values it begins with.
             empty: make them on the meta device, for weights that are loaded next (PEFT's `low_cpu_mem_usage`).
-            packed: the base's values, where the base itself runs by quantised weights.
+            packed: the base's values, where the base itself runs by quantized weights.
         """
         for attribute, where in places.items():
             if attribute not in self.slots:

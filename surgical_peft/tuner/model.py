@@ -92,12 +92,12 @@ class SurgicalModel(PeftHooks):
         """Inside, the base's own weights stand in the model, whatever is active or merged.
 
         Raises:
-            SurgicalError: there is no base to go back to (`keep_base="none"`), or it is quantised where it was tuned.
+            SurgicalError: there is no base to go back to (`keep_base="none"`), or it is quantized where it was tuned.
         """
         self.check_base_kept()
         if any(isinstance(module, FloatLinear) for module in self.model.modules()):
             raise SurgicalError(
-                "the chosen blocks are quantised in the base model, and stand in float beside it: their base weights "
+                "the chosen blocks are quantized in the base model, and stand in float beside it: their base weights "
                 "are no entries of a state dict. Load the base model afresh."
             )
         reshard(self.model)

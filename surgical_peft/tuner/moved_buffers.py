@@ -22,8 +22,8 @@ _SHOWN = 5
 def moving_buffers(model: nn.Module, chosen: Collection[str]) -> dict[str, set[str]]:
     """Modules outside of what is tuned whose saved buffers move where frozen blocks are in train mode.
 
-    That is every module that behaves otherwise in training and has such buffers: batch and instance normalisation,
-    spectral normalisation, a moving average of the user's. Packed layers, whose weights are buffers, are none.
+    That is every module that behaves otherwise in training and has such buffers: batch and instance normalization,
+    spectral normalization, a moving average of the user's. Packed layers, whose weights are buffers, are none.
     """
     tensors = TensorMap.find(model)
     return {

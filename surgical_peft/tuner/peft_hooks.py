@@ -20,7 +20,7 @@ from .gradient_checkpointing import skip_frozen_prefix
 from .layer import SurgicalLayer
 from .loading.adapter_weights import adapter_weights, load_weights
 from .loading.compatibility import check_fit, names_today, prepare_loading, recorded
-from .loading.new_weights import newly_initialised, note_new_weights
+from .loading.new_weights import newly_initialized, note_new_weights
 from .loading.same_base import check_base
 from .lora import check_lora, inject_lora
 from .moved_buffers import note_buffers
@@ -77,7 +77,7 @@ class PeftHooks(BaseTuner):
         saved = prepare_loading(model, peft_config)
         today = None if saved is None else names_today(model, saved)
         own = None if today is None else recorded(model, peft_config, today)
-        new = newly_initialised(model)
+        new = newly_initialized(model)
         targets = modules_to_tune(model, peft_config)
         moving = not peft_config.frozen_eval or (self._for_others_to_train and not self._empty)
         every = with_modules_besides(model, peft_config, targets, new, moving, own)
@@ -159,7 +159,7 @@ class PeftHooks(BaseTuner):
             tensor.requires_grad_(requires_grad)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        pass  # a block upcast to float32 inside a bfloat16 model could not take its neighbour's output
+        pass  # a block upcast to float32 inside a bfloat16 model could not take its neighbor's output
 
     @classmethod
     def _get_adapter_state_dict(

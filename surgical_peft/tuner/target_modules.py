@@ -95,7 +95,7 @@ def with_modules_besides(
 
     Args:
         targets: from `modules_to_tune`, which has settled `config`.
-        new: names of the weights that are newly initialised.
+        new: names of the weights that are newly initialized.
         moving: whether frozen modules are in train mode, too.
         saved: of a saved adapter, today's names of the weights that it says are its own. The others are not asked of
             it, and neither the base nor who trains it on decides what it holds.
@@ -172,7 +172,7 @@ def _chosen(
 
 
 def _parameters_of(module: nn.Module, parts: str, among: set[str] | None) -> set[str]:
-    """Names of the biases, or of the parameters of normalisation layers (known by class), in `module`."""
+    """Names of the biases, or of the parameters of normalization layers (known by class), in `module`."""
     found: set[str] = set()
     for path, child in named_bare_modules(module):
         for name, _ in child.named_parameters(recurse=False):

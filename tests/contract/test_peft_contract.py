@@ -164,7 +164,7 @@ def test_a_bfloat16_model_stays_bfloat16(family: Toy, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("autocast_adapter_dtype", [True, False])
 def test_an_adapter_has_the_dtype_of_its_model(family: Toy, autocast_adapter_dtype: bool) -> None:
-    """Upcast as LoRA's small matrices are, a block could not take its neighbour's output."""
+    """Upcast as LoRA's small matrices are, a block could not take its neighbor's output."""
     autocast = {"autocast_adapter_dtype": autocast_adapter_dtype}
     model = get_peft_model(family.model().half(), SurgicalConfig(blocks=[family.first]), **autocast)
     model.add_adapter("second", SurgicalConfig(blocks=[family.last]), **autocast)

@@ -74,7 +74,7 @@ def check_fit(model: nn.Module, config: SurgicalConfig, targets: Targets, saved:
     tensors = TensorMap.find(model)
     expected: Shapes = {}
     for name in tensors.chosen(targets):
-        tensor = tensors.places[name][0].tensor  # a quantised one is in the file in float, and whole
+        tensor = tensors.places[name][0].tensor  # a quantized one is in the file in float, and whole
         packed = isinstance(tensor, nn.Parameter) and is_packed(tensor)
         expected[name] = saved.get(name, (0,)) if packed else tuple(tensor.shape)
     for path in to_save:

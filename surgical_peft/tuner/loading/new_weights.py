@@ -41,14 +41,14 @@ def new_head(model: nn.Module, config: SurgicalConfig) -> list[str]:
     return [path for path, _ in named_children(task_model) if path != body]
 
 
-def newly_initialised(model: nn.Module) -> set[str]:
+def newly_initialized(model: nn.Module) -> set[str]:
     """Names of the parameters that `from_pretrained` has not read from the checkpoint: missing, or of another size.
 
     transformers 5 marks the weights that it reads. So this also finds what was put into the model by hand since. Of a
     model without marks nothing is told: it was built from its config, or is a `deepcopy`, which drops them.
 
     Example:
-        >>> newly_initialised(BertForSequenceClassification.from_pretrained("bert-base-uncased"))
+        >>> newly_initialized(BertForSequenceClassification.from_pretrained("bert-base-uncased"))
         {'classifier.weight', 'classifier.bias'}
     """
     found: set[str] = set()
@@ -60,7 +60,7 @@ def newly_initialised(model: nn.Module) -> set[str]:
         fixed = re.compile("|".join(part._keys_to_ignore_on_load_missing or ()) or "(?!)")
         for name in weights if read else ():
             tensor, module = base[name], places[name][0].module
-            # offloaded, quantised and sharded ones are made anew, and what was packed is float by our own doing
+            # offloaded, quantized and sharded ones are made anew, and what was packed is float by our own doing
             plain = type(tensor) is nn.Parameter and tensor.is_floating_point() and not tensor.is_meta
             ours = isinstance(module, FloatLinear) or WAS_PACKED in module.__dict__
             if name not in read and plain and not ours and not fixed.search(name.removeprefix(f"{path}.")):
@@ -77,7 +77,7 @@ def note_new_weights(
 
     Args:
         chosen: the tensors of the adapter.
-        new: as `newly_initialised` tells.
+        new: as `newly_initialized` tells.
         saved: today's names in the file of a saved adapter, whose config says already what was new when it was made.
 
     Warns:
@@ -95,7 +95,7 @@ def note_new_weights(
         homes = list(dict.fromkeys(name.rpartition(".")[0] or name for name in rest))
         warnings.warn(
             f"{', '.join(rest[:_SHOWN])}{', ...' if len(rest) > _SHOWN else ''}: not in the checkpoint that the model "
-            "was loaded from, so initialised anew in every process, and neither tuned nor saved by this adapter. "
+            "was loaded from, so initialized anew in every process, and neither tuned nor saved by this adapter. "
             "Where it is loaded again, its answers will be others. Give their modules to the adapter "
             f"(modules_to_save={homes[:_SHOWN]}, or their block in blocks), or save the whole model once "
             "(save_pretrained) and load the base from there.",

@@ -90,7 +90,7 @@ def _compare(
         problem = (
             "the adapter has no fingerprint of its base model"
             if there is None
-            else "the weights of this base model cannot be read yet (offloaded, sharded or quantised)"
+            else "the weights of this base model cannot be read yet (offloaded, sharded or quantized)"
         )
         return False, f"strict_base=True, but {problem}: load without it if you know that the base is right."
     cause = (

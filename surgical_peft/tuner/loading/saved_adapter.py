@@ -177,7 +177,7 @@ def check_fits(adapter: SavedAdapter, state: dict[str, Tensor], new: frozenset[s
             raise SurgicalError(
                 f"{name!r} is {_kind(tuned)} in the adapter and {_kind(state[name])} in the base model: give the one "
                 f"that the adapter was made from ({adapter.config.base_model_name_or_path!r}); with a new head of "
-                "another size, a folder to which it was saved with that head; if quantised, the unquantised one."
+                "another size, a folder to which it was saved with that head; if quantized, the unquantized one."
             )
 
 

@@ -25,7 +25,7 @@ class Slot:
     Args:
         places: the modules and attributes where it stands, more than one if it is tied.
         keep_base: where the base's tensor stays while another one stands (see
-            [`SurgicalConfig`][surgical_peft.SurgicalConfig]); `"packed"`: the base runs without, by quantised weights.
+            [`SurgicalConfig`][surgical_peft.SurgicalConfig]); `"packed"`: the base runs without, by quantized weights.
 
     Attributes:
         standing: the set whose tensor stands in the places now: an adapter's name, or `BASE`.

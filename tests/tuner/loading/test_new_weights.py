@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from surgical_peft import SurgicalConfig, SurgicalError
 from surgical_peft.blocks.unwrap import bare_parameter_name
 from surgical_peft.tuner.loading import new_weights
-from surgical_peft.tuner.loading.new_weights import newly_initialised
+from surgical_peft.tuner.loading.new_weights import newly_initialized
 from tests.support.families import FAMILIES
 from tests.support.wrapping import no_warnings, nudge
 
@@ -78,31 +78,31 @@ def test_all_kinds_are_known(kind: str, tmp_path: Path) -> None:
     build, load, part, number = LOADED[kind]
     build().save_pretrained(tmp_path)
     model = load(tmp_path)
-    found = newly_initialised(model)
+    found = newly_initialized(model)
     assert len(found) == number and all(part in name for name in found)
-    assert newly_initialised(pickle.loads(pickle.dumps(model.double()))) == found
+    assert newly_initialized(pickle.loads(pickle.dumps(model.double()))) == found
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_nothing_is_new_of_what_was_built_or_loaded_whole(name: str, tmp_path: Path) -> None:
     base: Any = FAMILIES[name].model()
-    assert newly_initialised(base) == set()
+    assert newly_initialized(base) == set()
     base.save_pretrained(tmp_path)
     loaded = type(base).from_pretrained(tmp_path)
-    assert newly_initialised(loaded) == newly_initialised(nn.Sequential(loaded)) == set()
+    assert newly_initialized(loaded) == newly_initialized(nn.Sequential(loaded)) == set()
     with no_warnings():
         model = get_peft_model(loaded, SurgicalConfig(blocks=[FAMILIES[name].first]))
-    assert newly_initialised(nudge(model)) == newly_initialised(model.merge_and_unload()) == set()
+    assert newly_initialized(nudge(model)) == newly_initialized(model.merge_and_unload()) == set()
 
 
 def test_in_a_wrapped_model_it_is_the_base_that_counts(tmp_path: Path) -> None:
     T.BertForMaskedLM(T.BertConfig(**BERT)).save_pretrained(tmp_path)
     model = T.BertForSequenceClassification.from_pretrained(tmp_path)
-    found = newly_initialised(model)
+    found = newly_initialized(model)
     wrapped = get_peft_model(model, SurgicalConfig(blocks=["0", "head"], modules_to_save=["classifier"]), "one")
     wrapped.add_adapter("two", SurgicalConfig(blocks=["head"]))
-    assert newly_initialised(wrapped.get_base_model()) == found
-    assert newly_initialised(copy.deepcopy(model)) == set()  # of which nothing is told
+    assert newly_initialized(wrapped.get_base_model()) == found
+    assert newly_initialized(copy.deepcopy(model)) == set()  # of which nothing is told
 
 
 @pytest.mark.parametrize(
@@ -174,12 +174,12 @@ def test_added_tokens_are_saved_by_peft(blocks: list[str], tied: bool, tmp_path:
 def test_processes_that_read_no_weights_ask_the_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Under FSDP, transformers lets one process read; in the others all weights are on the meta device, and marked."""
     T.BertForMaskedLM(T.BertConfig(**BERT)).save_pretrained(tmp_path)
-    found = newly_initialised(T.BertForSequenceClassification.from_pretrained(tmp_path))
+    found = newly_initialized(T.BertForSequenceClassification.from_pretrained(tmp_path))
     with torch.device("meta"):
         other = T.BertForSequenceClassification(T.BertConfig(**BERT))
     monkeypatch.setattr(new_weights, "is_fsdp_enabled", lambda: True)
     monkeypatch.setattr(new_weights, "broadcast_from_first", lambda mine: found | mine)
-    assert newly_initialised(other) == found
+    assert newly_initialized(other) == found
     model = get_peft_model(other, SurgicalConfig(blocks=[0], task_type="SEQ_CLS"))
     assert found <= {
         bare_parameter_name(name) for name, parameter in model.named_parameters() if parameter.requires_grad
