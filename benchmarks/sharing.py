@@ -3,7 +3,7 @@
     python benchmarks/sharing.py
 
 Each candidate of the sweep on noise is trained once in each way, in turns, in one process: from scratch (data loaded,
-decoded, corrupted and normalised as `Trainer` asks for them, model read from disk) and by the objective of a search.
+decoded, corrupted and normalized as `Trainer` asks for them, model read from disk) and by the objective of a search.
 What the objective makes once is in its time. The table goes to `benchmarks/sharing.md`.
 """
 

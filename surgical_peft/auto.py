@@ -56,7 +56,7 @@ def get_surgical_model(
         config: with `blocks="auto"`, `criterion` (default `probe`) scores the blocks and the `num_blocks` highest that
             can be tuned are taken; without a number, short joint trainings decide how many. The caller's config is not
             changed; the model's holds the names and the record.
-        dataloader: labelled batches of the new data, needed for `"auto"`; those of the training split, not of the
+        dataloader: labeled batches of the new data, needed for `"auto"`; those of the training split, not of the
             test split.
         num_batches: how many batches to score on; default is what the criterion asks for.
         loss_fn: `(model, batch) -> loss`; default is the model's own loss.
@@ -80,7 +80,7 @@ def get_surgical_model(
     if config.blocks == "auto":
         if dataloader is None:
             raise SurgicalError(
-                "blocks='auto' needs data to choose by: get_surgical_model(model, config, dataloader) with labelled "
+                "blocks='auto' needs data to choose by: get_surgical_model(model, config, dataloader) with labeled "
                 "batches."
             )
         config, _ = choose_blocks(model, config, dataloader, num_batches, loss_fn, budget)

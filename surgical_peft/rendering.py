@@ -20,7 +20,7 @@ NO_FIGURES = "drawing needs matplotlib, which is not installed: pip install 'sur
 
 
 def can_draw() -> bool:
-    """Whether matplotlib is installed."""
+    """True if matplotlib is installed."""
     return find_spec("matplotlib") is not None
 
 

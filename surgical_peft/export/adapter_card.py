@@ -35,7 +35,7 @@ _GENERATED = re.compile(r"- PEFT |### Framework versions$|This is the model card
 
 @dataclass(frozen=True)
 class AdapterInfo:
-    """What the card says of an adapter.
+    """The facts about an adapter that its card says.
 
     Attributes:
         blocks, target_modules, modules_to_save, lora, selection, fingerprint: as in
@@ -69,11 +69,12 @@ class AdapterInfo:
 def describe(tuned: Sequence[AdapterInfo]) -> str:
     """The part of a card that says what each adapter tunes, on which base model, and how to load it."""
     parts = [BEGIN]
-    for each in tuned:
-        parts.append(_what(each) if each.subfolder is None else f"Adapter `{each.subfolder}`: {_what(each)}")
-        parts += filter(None, [_why(each)])
+    for info in tuned:
+        text = _tuned_parts(info)
+        parts.append(text if info.subfolder is None else f"Adapter `{info.subfolder}`: {text}")
+        parts += filter(None, [_choice(info)])
     parts += [_base(tuned[0]), "## How to load", _with_us(tuned[0])]
-    if not any(each.lora for each in tuned):
+    if not any(info.lora for info in tuned):
         parts.append(_without_us(tuned[0]))
     return "\n\n".join([*parts, END])
 
@@ -136,7 +137,7 @@ def _complete(path: Path, before: ModelCardData, tuned: Sequence[AdapterInfo]) -
 
 
 def _is_unfilled(text: str) -> bool:
-    """Whether a card says nothing but what the form of huggingface_hub does."""
+    """True if a card says nothing but what the form of huggingface_hub does."""
     form = set(ModelCard.from_template(ModelCardData()).text.splitlines())
     return all(line in form or _GENERATED.match(line) for line in text.splitlines() if line.strip())
 
@@ -145,13 +146,13 @@ def _tuned(model: PeftModel) -> list[AdapterInfo]:
     base = model.get_base_model()
     of_transformers = isinstance(base, PreTrainedModel)
     tensors = TensorMap.find(base)
-    found = []
+    infos = []
     for name, config in model.peft_config.items():
         if config.peft_type != SurgicalPeftType.SURGICAL:
             continue
         path = config.base_model_name_or_path or ""
         on_hub, commit = origin(path, config.revision)
-        found.append(
+        infos.append(
             AdapterInfo(
                 blocks=config.blocks,
                 target_modules=config.target_modules,
@@ -169,7 +170,7 @@ def _tuned(model: PeftModel) -> list[AdapterInfo]:
                 tied=tensors.tied(tensors.chosen(config.tuned_modules or {})),
             )
         )
-    return found
+    return infos
 
 
 def _new_labels(base: PreTrainedModel, modules: Sequence[str]) -> int | None:
@@ -180,7 +181,7 @@ def _new_labels(base: PreTrainedModel, modules: Sequence[str]) -> int | None:
 
 
 def origin(name: str, revision: str | None = None) -> tuple[bool, str | None]:
-    """Whether a model that was loaded by `name` is from the Hub, and at which commit, as far as the cache knows."""
+    """If a model that was loaded by `name` is from the Hub, and its commit, as far as the cache knows."""
     if not name or Path(name).exists():
         return False, None
     try:
@@ -190,7 +191,7 @@ def origin(name: str, revision: str | None = None) -> tuple[bool, str | None]:
     return True, Path(cached).parent.name if isinstance(cached, str) else None
 
 
-def _what(tuned: AdapterInfo) -> str:
+def _tuned_parts(tuned: AdapterInfo) -> str:
     modules = _listed(tuned.modules[:20]) + (f" and {more} more" if (more := len(tuned.modules) - 20) > 0 else "")
     blocks = f"the block{'s' if len(tuned.blocks or ()) > 1 else ''} {_listed(tuned.blocks or ())}"
     where = blocks if tuned.blocks else f"the modules {modules}"
@@ -202,7 +203,7 @@ def _what(tuned: AdapterInfo) -> str:
     return f"**Tuned in full: {where}{parts}**{paths}{also}; {rest}.{tied}"
 
 
-def _why(tuned: AdapterInfo) -> str:
+def _choice(tuned: AdapterInfo) -> str:
     record = tuned.selection or {}
     plain = {name: value for name, value in record.items() if isinstance(value, str | int | float)}
     if not plain:
@@ -285,5 +286,5 @@ def _code(lines: Sequence[str]) -> str:
 
 def _listed(names: Any) -> str:
     if isinstance(names, dict):
-        return "; ".join(f"in `{block}`: {_listed(each)}" for block, each in names.items())
+        return "; ".join(f"in `{block}`: {_listed(parts)}" for block, parts in names.items())
     return ", ".join(f"`{name}`" for name in ([names] if isinstance(names, str) else names))

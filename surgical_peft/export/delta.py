@@ -203,10 +203,10 @@ def _unpack(data: bytes, planes: list[tuple[str, int]], count: int, width: int) 
 
 
 def _dtype(name: str) -> torch.dtype:
-    found = getattr(torch, name, None)
-    if not isinstance(found, torch.dtype):
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
         raise ValueError(f"{name!r} is no dtype")
-    return found
+    return dtype
 
 
 def _ratio(before: int, after: int) -> float:

@@ -1,4 +1,4 @@
-"""Handing a tuned model over: to PEFT alone, to transformers alone, as a delta, as a LoRA."""
+"""Exports of a tuned model: for PEFT alone, for transformers alone, as a delta, as a LoRA."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ def model_loss(model: nn.Module, batch: Any) -> Tensor:
             f"a batch is a {type(batch).__name__}, not a mapping of the model's arguments: give a collate_fn that "
             "returns a dict, or loss_fn=(model, batch) -> loss."
         )
-    unlabelled = (
+    unlabeled = (
         f"the model returned no loss for a batch with the keys {', '.join(batch)}: add 'labels' to the batch, or "
         "give loss_fn=(model, batch) -> loss."
     )
@@ -38,7 +38,7 @@ def model_loss(model: nn.Module, batch: Any) -> Tensor:
         outputs = model(**batch)
     except ValueError as error:
         if _lacks_labels(batch, model, error):
-            raise SurgicalError(unlabelled) from error
+            raise SurgicalError(unlabeled) from error
         raise
     except (IndexError, torch.AcceleratorError) as error:  # on a GPU, a label out of range fails an assertion
         wrong = _out_of_range(batch, model)
@@ -48,7 +48,7 @@ def model_loss(model: nn.Module, batch: Any) -> Tensor:
     # As Trainer does: transformers' outputs are mappings, those of other models may be plain dictionaries
     loss = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
     if loss is None:
-        raise SurgicalError(unlabelled)
+        raise SurgicalError(unlabeled)
     return loss
 
 
@@ -117,7 +117,7 @@ def all_ignored(batch: Any) -> bool:
     return isinstance(labels, Tensor) and labels.numel() > 0 and bool((labels == IGNORED).all())
 
 
-def check_labelled(batches: Iterable[tuple[int, Any]]) -> None:
+def check_labeled(batches: Iterable[tuple[int, Any]]) -> None:
     """Make sure that each batch, given with its place, has a label that losses do not ignore.
 
     Raises:

@@ -28,7 +28,7 @@ class Leftovers:
     attention biases: with the graph that led to them, of which a second backward pass finds nothing left.
 
     Followed are dicts, lists and sets, and objects of a class that is written in the module's own file or is a cache
-    of transformers. No tensor is copied but the statistics of batch normalisations, which move in place.
+    of transformers. No tensor is copied but the statistics of batch normalizations, which move in place.
     """
 
     def __init__(self, model: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""`score_blocks`: scores the blocks of a model on labelled data, without a second copy of the model."""
+"""`score_blocks`: scores the blocks of a model on labeled data, without a second copy of the model."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from ..criteria.criterion import (
 from ..criteria.short_training.context import ScoringContext
 from ..errors import SurgicalError
 from ..validation import check_choice, check_count, resolve
-from .batches import LossFunction, all_ignored, check_labelled, check_separable, examples_of, model_loss, to_device
+from .batches import LossFunction, all_ignored, check_labeled, check_separable, examples_of, model_loss, to_device
 from .block_scores import BlockScores
 from .distributed import broadcast_from_first, is_sharded, size_of_union, split_batches, union_of_names, without_ddp
 from .gradients import GradientReader, OverSamples, PerBatch, Units, as_finite_float, kind_of, name_of
@@ -50,7 +50,7 @@ def score_blocks(
     budget: float | Budget | None = None,
     blocks: BlockMap | None = None,
 ) -> BlockScores:
-    """Score every block of `model` on labelled data; the model comes back as it was.
+    """Score every block of `model` on labeled data; the model comes back as it was.
 
     Gradients are read as the backward pass delivers them, reduced to one number a unit and freed at once: memory is
     weights + activations + one unit's gradients, and what the criterion itself keeps. The model runs in eval mode, as
@@ -114,9 +114,9 @@ def score_blocks(
         batches = list(islice(dataloader, wanted)) if wanted and dataloader is not None else []
         ours, total = split_batches(batches, everywhere=needs.what == "model" or is_sharded(model))
         if wanted and not total:
-            raise SurgicalError("the data loader is empty: scoring needs at least one batch of labelled examples.")
+            raise SurgicalError("the data loader is empty: scoring needs at least one batch of labeled examples.")
         if loss_fn is None:
-            check_labelled(ours)
+            check_labeled(ours)
         units = _units(model, blocks, granularity, {each.name for each in lent if each.name != each.path})
         if not units:
             raise SurgicalError(

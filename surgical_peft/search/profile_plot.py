@@ -30,7 +30,7 @@ def plot_profile(result: SearchResult, path: str | Path) -> None:
         )
     known = {candidate.blocks: candidate.metric for candidate in result.candidates}
     references = {"all": (result.blocks, "#117733"), "head": (heads, "#cc6677")}
-    lines = {name: (known[blocks], colour) for name, (blocks, colour) in references.items() if blocks in known}
+    lines = {name: (known[blocks], color) for name, (blocks, color) in references.items() if blocks in known}
     spread = [result.deviations.get(name, 0.0) for name in bars]
     ends = [metric + side * width for metric, width in zip(bars.values(), spread, strict=True) for side in (-1, 1)]
     ends = [end for end in (*ends, *(metric for metric, _ in lines.values())) if math.isfinite(end)]
@@ -53,8 +53,8 @@ def plot_profile(result: SearchResult, path: str | Path) -> None:
                 style: dict[str, Any] = {"rotation": 90, "ha": "center", "va": "bottom", "fontsize": 8, "bbox": white}
                 axes.text(position, floor + margin / 4, "no metric", **style)
         lines = {name: line for name, line in lines.items() if math.isfinite(line[0])}
-        for name, (metric, colour) in lines.items():
-            axes.axhline(metric, color=colour, linestyle="--", linewidth=1.2, label=f"{name} {metric:.3g}")
+        for name, (metric, color) in lines.items():
+            axes.axhline(metric, color=color, linestyle="--", linewidth=1.2, label=f"{name} {metric:.3g}")
         axes.set_ylim(floor, max(ends) + margin)
         axes.set_xticks(places, list(bars), rotation=90 if is_turned else 0)
         axes.set_xlabel("block tuned alone")

@@ -54,8 +54,7 @@ class SurgicalConfig(PeftConfig):
             [`get_surgical_model`][surgical_peft.get_surgical_model] choose. Saved as the final block names.
         layers: where the repeated layers are, for a model whose list of them cannot be guessed, or is guessed wrong: a
             path, a pattern or a list of these, as [`BlockMap.from_layers`][surgical_peft.BlockMap.from_layers] takes
-            them. `blocks` are then of these layers, and so is all that asks for the blocks of the wrapped model. It is
-            saved; another adapter of the model needs not say it again.
+            them. Everything that asks for the blocks of the wrapped model goes by it, and it is saved.
         target_modules: with `blocks`, tune only these modules inside them; alone, PEFT's own meaning (names that
             end so, or a regular expression for the whole name) for any type of module. `"all-linear"`, `"all-norm"`
             (normalization layers) and `"all-bias"` choose by kind; a dictionary chooses for each block, as in

@@ -159,7 +159,7 @@ class PeftHooks(BaseTuner):
             tensor.requires_grad_(requires_grad)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        pass  # a block upcast to float32 inside a bfloat16 model could not take its neighbour's output
+        pass  # a block upcast to float32 inside a bfloat16 model could not take its neighbor's output
 
     @classmethod
     def _get_adapter_state_dict(

@@ -144,7 +144,7 @@ def test_a_bfloat16_model_stays_bfloat16(family: Toy, tmp_path: Path) -> None:
 
 
 def test_an_adapter_has_the_dtype_of_its_model(family: Toy) -> None:
-    """Upcast as LoRA's small matrices are, a block could not take its neighbour's output."""
+    """Upcast as LoRA's small matrices are, a block could not take its neighbor's output."""
     model = get_peft_model(family.model().half(), SurgicalConfig(blocks=[family.first]), autocast_adapter_dtype=True)
     model.add_adapter("second", SurgicalConfig(blocks=[family.last]), autocast_adapter_dtype=True)
     model.set_adapter("second")

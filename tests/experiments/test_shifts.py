@@ -100,7 +100,7 @@ def test_without_the_library_its_corruptions_name_the_extra(monkeypatch: pytest.
 
 
 def test_the_library_gets_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its functions draw from NumPy's global generator, or from a seed; they take colour images only."""
+    """Its functions draw from NumPy's global generator, or from a seed; they take color images only."""
     seen: list[Any] = []
 
     def shift(image: Image.Image, severity: int, **kwargs: Any) -> np.ndarray:
@@ -113,8 +113,8 @@ def test_the_library_gets_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None
     state = np.random.get_state()[1].tolist()
     image = np.zeros((4, 5), dtype=np.uint8)
     for name in ("fog", "fog", "glass_blur"):
-        grey = corruption(name, 2)(image, rng(1))
-        assert grey.shape == (4, 5) and grey.dtype == np.uint8 and (grey == 10).all()
+        gray = corruption(name, 2)(image, rng(1))
+        assert gray.shape == (4, 5) and gray.dtype == np.uint8 and (gray == 10).all()
     assert corruption("fog", 2)(np.zeros((4, 5, 3), dtype=np.uint8), rng(1)).shape == (4, 5, 3)
     assert np.random.get_state()[1].tolist() == state
     assert [mode for mode, *_ in seen] == ["RGB"] * 4 and {severity for _, severity, *_ in seen} == {2}
@@ -126,8 +126,8 @@ def test_the_library_gets_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.parametrize("name", THEIRS)
 def test_the_librarys_corruptions_are_deterministic(name: str, size: int) -> None:
     ramp = np.add.outer(np.arange(size), 2 * np.arange(size)) * 255 // (3 * size)
-    grey = ramp.astype(np.uint8)
-    for image in (grey, np.stack([grey, grey[::-1], 255 - grey], axis=-1)):
+    gray = ramp.astype(np.uint8)
+    for image in (gray, np.stack([gray, gray[::-1], 255 - gray], axis=-1)):
         for severity in (1, 5):
             corrupt = corruption(name, severity)
             first = corrupt(image, rng(3))

@@ -64,13 +64,13 @@ LABELLED: dict[str, tuple[Callable[[], tuple[nn.Module, Batch]], int]] = {
 
 
 @pytest.fixture(params=LABELLED)
-def labelled(request: pytest.FixtureRequest) -> tuple[nn.Module, Batch, int]:
+def labeled(request: pytest.FixtureRequest) -> tuple[nn.Module, Batch, int]:
     build, known = LABELLED[request.param]
     return *build(), known
 
 
-def test_labels_in_range_are_taken_and_others_are_named(labelled: tuple[nn.Module, Batch, int]) -> None:
-    model, batch, known = labelled
+def test_labels_in_range_are_taken_and_others_are_named(labeled: tuple[nn.Module, Batch, int]) -> None:
+    model, batch, known = labeled
     batch["labels"].view(-1)[-1] = known - 1
     score_blocks(model, [batch])
     batch["labels"].view(-1)[-1] = known + 4

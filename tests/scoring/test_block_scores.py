@@ -1,4 +1,4 @@
-"""`BlockScores`: through JSON and back, as text, normalised, and as a picture."""
+"""`BlockScores`: through JSON and back, as text, normalized, and as a picture."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ def test_what_is_not_scores_is_refused(text: str) -> None:
 
 
 def test_an_unknown_field_is_refused() -> None:
-    data = {**json.loads(scores_of(VALUES).to_json()), "colour": "red"}
-    with pytest.raises(SurgicalError, match="colour"):
+    data = {**json.loads(scores_of(VALUES).to_json()), "color": "red"}
+    with pytest.raises(SurgicalError, match="color"):
         BlockScores.from_json(json.dumps(data))
 
 

@@ -541,7 +541,7 @@ def entropy(model: nn.Module, batch: Batch) -> Tensor:
 
 
 @pytest.mark.parametrize("name", criteria.__all__)
-def test_entropy_scores_unlabelled_data(name: str) -> None:
+def test_entropy_scores_unlabeled_data(name: str) -> None:
     toy = TOYS["bert"]
     data = [{key: value for key, value in batch.items() if key != "labels"} for batch in batches(toy, 4)]
     scores = score_blocks(toy.model(), data, name, loss_fn=entropy)

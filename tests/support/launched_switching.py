@@ -221,7 +221,7 @@ def traffic(runtime: Accelerator, base: Path, family: str, other: Path | None) -
     found = []
     for _ in range(2):
         it.step()
-        it.step()  # DDP sends buffers once it has learnt; ZeRO-3 fetches ahead once it knows the order
+        it.step()  # DDP sends buffers once it has learned; ZeRO-3 fetches ahead once it knows the order
         with Traffic() as counted:
             it.step()
         found.append(counted.told())

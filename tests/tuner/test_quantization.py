@@ -1,4 +1,4 @@
-"""Tuned blocks of a quantised base: float, trained, saved, beside blocks that stay packed."""
+"""Tuned blocks of a quantized base: float, trained, saved, beside blocks that stay packed."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from surgical_peft.tuner.quantization import FloatLinear, is_packed, note_float_
 LIBRARY = {"4 bits": "bitsandbytes", "8 bits": "bitsandbytes", "torchao": "torchao"}
 
 
-def quantisation(kind: str) -> Any:
+def quantization(kind: str) -> Any:
     if kind == "4 bits":
         return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
     if kind == "8 bits":
@@ -76,7 +76,7 @@ def field_of(kind: str) -> str:
 
 def load(folder: Path, kind: str, dtype: torch.dtype = torch.float32) -> Any:
     return AutoModelForCausalLM.from_pretrained(
-        folder, quantization_config=quantisation(kind), device_map="cpu", dtype=dtype
+        folder, quantization_config=quantization(kind), device_map="cpu", dtype=dtype
     ).eval()
 
 
@@ -111,7 +111,7 @@ def test_tuned_blocks_are_float_and_the_others_stay_packed(
     base = load(folder, kind)
     before, all_packed = answer(base), packed(base)
     model = get_peft_model(base, SurgicalConfig(blocks=[-1], keep_base=keep_base)).eval()
-    # 8-bit layers quantise their input too, which float ones do not
+    # 8-bit layers quantize their input too, which float ones do not
     torch.testing.assert_close(answer(model), before, rtol=0.05, atol=0.05)
     own = dict(base.model.layers[-1].named_parameters())
     assert {p.dtype for p in own.values()} == {torch.float32} and all(p.requires_grad for p in own.values())
@@ -156,7 +156,7 @@ def test_a_merged_model_is_saved_and_loaded(folder: Path, kind: str, blocks: Any
     assert torch.equal(answer(loaded), tuned) and torch.equal(answer(merged), tuned)
     assert packed(loaded) == packed(merged)
     assert {type(linear(loaded)[path]) for path in in_float} == {nn.Linear}
-    # and once more, on what was read; transformers (5.23) cannot save a quantised model that was read from a file
+    # and once more, on what was read; transformers (5.23) cannot save a quantized model that was read from a file
     again = get_peft_model(loaded, SurgicalConfig(blocks=[0])).eval()
     torch.testing.assert_close(answer(again), tuned, rtol=0.05, atol=0.05)
     again = again.merge_and_unload()
@@ -166,7 +166,7 @@ def test_a_merged_model_is_saved_and_loaded(folder: Path, kind: str, blocks: Any
 
 
 @pytest.mark.parametrize("keep_base", ["device", "cpu"])
-def test_adapters_take_turns_on_a_quantised_block(folder: Path, kind: str, keep_base: str) -> None:
+def test_adapters_take_turns_on_a_quantized_block(folder: Path, kind: str, keep_base: str) -> None:
     base = load(folder, kind)
     before, layers = answer(base), linear(base)
     model = get_peft_model(base, SurgicalConfig(blocks=[-1], keep_base=keep_base), "first").eval()
@@ -224,7 +224,7 @@ def test_an_adapter_follows_one_that_was_deleted_beside_another(folder: Path, ki
 
 
 @pytest.mark.parametrize("active", [True, False])
-def test_a_wrapped_quantised_model_is_moved(folder: Path, kind: str, active: bool) -> None:
+def test_a_wrapped_quantized_model_is_moved(folder: Path, kind: str, active: bool) -> None:
     base = load(folder, kind)
     before = answer(base)
     model = get_peft_model(base, SurgicalConfig(blocks=[-1])).eval()
@@ -379,7 +379,7 @@ def test_float_modules_stay_as_they_are() -> None:
 
 
 class Packed(nn.Linear):
-    """Stands for a quantised layer whose weight nobody can turn back."""
+    """Stands for a quantized layer whose weight nobody can turn back."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__(3, 2, dtype=torch.bfloat16)
@@ -387,7 +387,7 @@ class Packed(nn.Linear):
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float8_e4m3fn])
-def test_weights_that_cannot_be_dequantised_are_named(dtype: torch.dtype) -> None:
+def test_weights_that_cannot_be_dequantized_are_named(dtype: torch.dtype) -> None:
     module = nn.Sequential(Packed(dtype), nn.LayerNorm(2))
     with pytest.raises(SurgicalError, match=r"0\.weight is packed"):
         get_peft_model(module, SurgicalConfig(target_modules=["0"]))

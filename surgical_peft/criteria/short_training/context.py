@@ -27,7 +27,7 @@ class ScoringContext:
         units: for each unit its weights by their names in the bare model.
         blocks: the block that each unit belongs to.
         layers: the repeated layers of the model.
-        batches: labelled batches, on the model's device.
+        batches: labeled batches, on the model's device.
         loss_fn: `(model, batch) -> scalar loss`.
         budget: counts what `loss` and the backward pass after it cost.
         agreed: broadcasts the numbers of the first process: the next step depends on them, and trained weights may

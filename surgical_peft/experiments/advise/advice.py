@@ -110,7 +110,7 @@ class CostReport:
 
 @dataclass(frozen=True)
 class Advice:
-    """Which candidate to use, with the evidence.
+    """A recommended candidate, with the evidence.
 
     Attributes:
         date, versions, machine: of the trainings.
@@ -160,6 +160,6 @@ class Advice:
 
     @property
     def is_share(self) -> bool:
-        """Whether the metric is a share, shown in percent."""
+        """The metric is a share, shown in percent."""
         metrics = [probe.metric for row in self.methods for probe in row.probes]
         return all(0 <= metric <= 1 for metric in metrics if metric is not None)

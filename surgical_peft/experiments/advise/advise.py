@@ -44,7 +44,7 @@ _BATCH = 64  # of the signature
 
 @dataclass(frozen=True)
 class CostEstimate:
-    """What advice costs.
+    """The cost of advice.
 
     Attributes:
         trainings: short ones, at most.
@@ -61,7 +61,7 @@ class CostEstimate:
 
 
 def plan(recipe: Recipe) -> CostEstimate:
-    """What advice on a recipe would cost; trains a few steps to tell the time, and keeps nothing.
+    """Estimate the cost of advice on a recipe; trains a few steps to tell the time, and keeps nothing.
 
     Raises:
         SurgicalError: as `advise`.
@@ -149,7 +149,7 @@ class _Trial:
         halve(self.trained, rates, runner, comparison.recipe, judge, done=advance)
 
     def advice(self, recipe: Recipe, signature: Signature, began: float) -> Advice:
-        """What follows from the trainings.
+        """The advice that follows from the trainings.
 
         Raises:
             SurgicalError: none of them gave a number.
@@ -236,7 +236,7 @@ def _signature(runner: RecipeRunner, source: Examples | None) -> Signature:
 
     def batches(examples: Any, places: Sequence[int]) -> Batches:
         chunks = [places[start : start + _BATCH] for start in range(0, len(places), _BATCH)]
-        return [runner.task.collate([examples[place] for place in chunk]) for chunk in chunks]
+        return [runner.task.collate([examples[index] for index in chunk]) for chunk in chunks]
 
     halves: tuple[Batches, Batches] | None = None
     if source is not None:

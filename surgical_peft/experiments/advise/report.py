@@ -59,7 +59,7 @@ def markdown(advice: Advice) -> str:
 
 
 def not_tried(advice: Advice) -> list[str]:
-    """Which candidates do not fit the model, and why."""
+    """A line for each candidate that does not fit the model, with the reason."""
     return [f"Not tried: {name}. {why}" for name, why in advice.unfit.items()]
 
 
@@ -69,7 +69,7 @@ def recipe_lines(advice: Advice) -> list[str]:
 
 
 def sentences(advice: Advice) -> list[str]:
-    """What to do, how sure that is, and what the signature says."""
+    """The advice in words: the recommendation, how sure it is, and the signature."""
     return [*_recommendation(advice), *_signature(advice)]
 
 
@@ -110,7 +110,7 @@ def _what_to_do(advice: Advice, chosen: CandidateReport) -> str:
 
 
 def _runner_up(advice: Advice) -> str:
-    """How far behind the next is; where all blocks are to be tuned, the best choice of some."""
+    """The distance to the next candidate; where all blocks are to be tuned, to the best choice of some."""
     is_full = not advice.surgery and advice.recommended.method != "nothing"
     others = [row for row in advice.methods if row.to_best is not None and row.method not in advice.tied]
     if not others:

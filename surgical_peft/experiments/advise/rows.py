@@ -35,7 +35,7 @@ def twin_of(candidate: Candidate, candidates: dict[str, Candidate]) -> str | Non
 
 
 def lines_of(candidate: Candidate, recipe: Recipe) -> dict[str, Any]:
-    """What to write into the recipe to train it, and nothing for the model as it is.
+    """The lines to write into the recipe to train a candidate, and nothing for the model as it is.
 
     What the recipe says of choosing blocks and of their rates is taken back: the short trainings did without.
     """

@@ -23,7 +23,7 @@ Batches = Sequence[dict[str, Tensor]]
 
 @dataclass(frozen=True)
 class Signature:
-    """What a shift does to a model that knows the source alone.
+    """The effect of a shift on a model that knows the source alone.
 
     Attributes:
         gradients: relative gradient norm of each block on the target.
@@ -48,7 +48,7 @@ class Signature:
 
     @property
     def kind(self) -> str | None:
-        """What moved: `input` (from the first block on), `features` (from a later one on), `output` or `nothing`.
+        """The moved part: `input` (from the first block on), `features` (from a later one), `output` or `nothing`.
 
         None without source data. The output moved if features are as on the source, and the loss is high.
         """
@@ -97,7 +97,7 @@ def signature(
 
 
 def energy_coefficient(one: Tensor, other: Tensor) -> float:
-    """How differently two samples are distributed: 0 (alike) to 1; the scale of the features does not matter.
+    """The energy coefficient of two samples: 0 (distributed alike) to 1; the scale of the features does not matter.
 
     `(2 E|X-Y| - E|X-X'| - E|Y-Y'|) / (2 E|X-Y|)` with Euclidean distances; E is the mean over all pairs, those of a
     point with itself too, so that it is never below 0, and of two small samples of one distribution above it.
@@ -120,8 +120,8 @@ def energy_coefficient(one: Tensor, other: Tensor) -> float:
 
 @torch.no_grad()
 def _features(model: nn.Module, blocks: BlockMap, batches: Batches) -> tuple[dict[str, Tensor], float]:
-    """What each block returns for each example, its tokens or pixels averaged, and the mean loss."""
-    found: dict[str, list[Tensor]] = {}
+    """The output of each block for each example, its tokens or pixels averaged, and the mean loss."""
+    features: dict[str, list[Tensor]] = {}
     batch: dict[str, Tensor] = {}
     latest: dict[str, Tensor] = {}
 
@@ -145,20 +145,20 @@ def _features(model: nn.Module, blocks: BlockMap, batches: Batches) -> tuple[dic
     sizes = list[int]()
     model.eval()
     try:
-        for each in batches:
-            batch = to_device(each, model)
+        for given in batches:
+            batch = to_device(given, model)
             latest.clear()
             losses.append(float(model_loss(model, batch)))
             sizes.append(_size(batch))
             for name, pooled in latest.items():
-                found.setdefault(name, []).append(pooled.float().cpu())
+                features.setdefault(name, []).append(pooled.float().cpu())
     finally:
         for hook in hooks:
             hook.remove()
         for module, mode in modes:
             module.training = mode
     loss = sum(size * loss for size, loss in zip(sizes, losses, strict=True)) / sum(sizes)
-    return {name: torch.cat(parts) for name, parts in found.items() if len(parts) == len(batches)}, loss
+    return {name: torch.cat(parts) for name, parts in features.items() if len(parts) == len(batches)}, loss
 
 
 def _size(batch: Mapping[str, Tensor]) -> int:

@@ -83,9 +83,9 @@ class Candidate:
     @property
     def longest(self) -> list[ShortTraining]:
         """Its longest trainings, the best first; of equals the lower rate."""
-        share = max(each.share for each in self.probes)
-        tried = sorted((each for each in self.probes if each.share == share), key=lambda each: each.rate or 0)
-        return sorted(tried, key=lambda each: -ordered(each.metric))
+        share = max(probe.share for probe in self.probes)
+        tried = sorted((probe for probe in self.probes if probe.share == share), key=lambda probe: probe.rate or 0)
+        return sorted(tried, key=lambda probe: -ordered(probe.metric))
 
     @property
     def best(self) -> ShortTraining:
@@ -121,21 +121,21 @@ class ValidationJudge:
         self._groups = [sorted(places[start::count]) for start in range(count)]
 
     def read(self, model: nn.Module) -> tuple[Any, ...]:
-        """What the metric is computed from, of each group: predictions and references, or the group's own metric."""
+        """The values that the metric is computed from, by group: predictions and references, or the group's metric."""
         measure, part = self._measure, partial(self._runner.part, "validation")
         if not isinstance(measure, Measure):
             return tuple(measure(model, part(group)) for group in self._groups)
         measure = replace(measure, compute=_both)
-        every: Any = measure(model, part())  # at once: most of a small measurement is its start
-        if len(every[1]) == len(part()):  # one for each example
-            return tuple(tuple([side[place] for place in group] for side in every) for group in self._groups)
+        everything: Any = measure(model, part())  # at once: most of a small measurement is its start
+        if len(everything[1]) == len(part()):  # one for each example
+            return tuple(tuple([side[index] for index in group] for side in everything) for group in self._groups)
         return tuple(measure(model, part(group)) for group in self._groups)
 
     def metric(self, groups: Sequence[Any]) -> float:
         """The metric of all that was read in these groups."""
         if not isinstance(self._measure, Measure):
             return statistics.fmean(groups)
-        predictions, references = ([each for group in groups for each in group[side]] for side in (0, 1))
+        predictions, references = ([value for group in groups for value in group[side]] for side in (0, 1))
         return self._measure.compute(predictions, references)
 
     def standard_error(self, one: ShortTraining, other: ShortTraining) -> float:
@@ -147,7 +147,7 @@ class ValidationJudge:
         count = len(self._groups)
         without = [self._without(one, at) - self._without(other, at) for at in range(count)]
         mean = statistics.fmean(without)
-        return math.sqrt((count - 1) / count * sum((each - mean) ** 2 for each in without))
+        return math.sqrt((count - 1) / count * sum((value - mean) ** 2 for value in without))
 
     def _without(self, probe: ShortTraining, at: int) -> float:
         return self.metric([*probe.groups[:at], *probe.groups[at + 1 :]])
@@ -184,25 +184,25 @@ def halve(
         for rate in rates(candidate):
             candidate.probes.append(_probe(candidate, rate, first, runner, recipe, judge))
             done()
-    for each in others:
+    for stage in others:
         ranked = sorted(candidates, key=lambda candidate: -ordered(candidate.best.metric))
-        for candidate in ranked[: each.methods]:
-            for longer in candidate.longest[: each.rates]:
+        for candidate in ranked[: stage.methods]:
+            for longer in candidate.longest[: stage.rates]:
                 assert longer.rate is not None
-                candidate.probes.append(_probe(candidate, longer.rate, each, runner, recipe, judge))
+                candidate.probes.append(_probe(candidate, longer.rate, stage, runner, recipe, judge))
                 done()
 
 
 def _probe(
-    candidate: Candidate, rate: float, each: Round, runner: RecipeRunner, recipe: Recipe, judge: ValidationJudge
+    candidate: Candidate, rate: float, stage: Round, runner: RecipeRunner, recipe: Recipe, judge: ValidationJudge
 ) -> ShortTraining:
     began = time.perf_counter()
-    steps = max(1, round(each.share * runner.steps()))
+    steps = max(1, round(stage.share * runner.steps()))
     settings = {**candidate.method.training, "learning_rate": rate, "max_steps": steps}
     policy = candidate.method.policy(recipe.arguments(**settings))
     model, _ = runner.train(partial(_wrap, candidate, recipe), policy=policy, **settings)
     groups = judge.read(model)
-    return ShortTraining(rate, each.share, judge.metric(groups), groups, time.perf_counter() - began)
+    return ShortTraining(rate, stage.share, judge.metric(groups), groups, time.perf_counter() - began)
 
 
 def decide(finalists: Sequence[Candidate], judge: ValidationJudge) -> tuple[Candidate, list[Candidate]]:

@@ -50,10 +50,10 @@ def load_metric(name: str) -> Callable[[list[Any], list[Any]], float]:
 
 def _compute(path: str, key: str, predictions: list[Any], references: list[Any]) -> float:
     values = _module(path).compute(predictions=predictions, references=references)
-    found = key or (path if path in values else next(iter(values)) if len(values) == 1 else "")
-    value = values.get(found)
+    chosen = key or (path if path in values else next(iter(values)) if len(values) == 1 else "")
+    value = values.get(chosen)
     if not isinstance(value, Real):
-        numbers = ", ".join(f"{path}:{name}" for name, each in values.items() if isinstance(each, Real))
+        numbers = ", ".join(f"{path}:{name}" for name, number in values.items() if isinstance(number, Real))
         raise SurgicalError(f"metric {f'{path}:{key}' if key else path!r} is no number. Write one of: {numbers}.")
     return float(value)
 

@@ -1,4 +1,4 @@
-"""What a search maximises: a recipe's metric on validation data, of a model whose chosen blocks were tuned on it."""
+"""The objective of a search: a recipe's metric on validation data after tuning the chosen blocks."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ class RecipeObjective:
         return SurgicalConfig.from_selection(selection, **given, modules_to_save=saved)
 
     def seconds(self) -> float:
-        """What one training of all layers takes, from a few timed steps: few selections take longer.
+        """The seconds that one training of all layers takes, from a few timed steps: few selections take longer.
 
         Neither what a policy's probes cost nor pruning is in it.
         """
@@ -124,7 +124,7 @@ class RecipeObjective:
         """The training examples of a training; None for all."""
         if not self._folds:
             return None
-        return sorted(place for number, fold in enumerate(self._folds) if number != seed for place in fold)
+        return sorted(index for number, fold in enumerate(self._folds) if number != seed for index in fold)
 
     def _validation(self, seed: int) -> Part:
         return self._runner.part("train", self._folds[seed]) if self._folds else self._runner.part("validation")

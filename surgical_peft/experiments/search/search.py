@@ -37,7 +37,7 @@ _LAST_WORDS = 30.0  # seconds for the other workers to notice that all is done
 
 @dataclass(frozen=True)
 class CostEstimate:
-    """What a search would cost.
+    """The cost of a search.
 
     Attributes:
         procedure: in words.
@@ -53,7 +53,7 @@ class CostEstimate:
 
 
 def plan(recipe: Recipe, jobs: int = 1) -> CostEstimate:
-    """What the search of a recipe would cost; trains a few steps to tell the time, and keeps nothing.
+    """Estimate the cost of the search of a recipe; trains a few steps to tell the time, and keeps nothing.
 
     Raises:
         SurgicalError: as `search`.
@@ -67,9 +67,9 @@ def plan(recipe: Recipe, jobs: int = 1) -> CostEstimate:
         objective = RecipeObjective(recipe)
         procedure = recipe.make_procedure()
         trainings = count_trainings(procedure, objective.blocks, rates=objective.rates, seeds=objective.seeds)
-        each = objective.seconds()
+        seconds = objective.seconds()
     at_once = min(jobs, os.cpu_count() or 1)
-    return CostEstimate(repr(procedure), trainings, each, trainings and math.ceil(trainings / at_once) * each)
+    return CostEstimate(repr(procedure), trainings, seconds, trainings and math.ceil(trainings / at_once) * seconds)
 
 
 def search(
@@ -203,17 +203,17 @@ class _Progress:
         self._bar.stop()
 
     def __call__(self, finished: Sequence[SearchTrial]) -> None:
-        own: dict[tuple[str, ...], list[SearchTrial]] = {}
+        trials: dict[tuple[str, ...], list[SearchTrial]] = {}
         for trial in finished:
-            own.setdefault(trial.blocks, []).append(trial)
-        whole = [candidate_of(each) for each in own.values() if len(each) == self._each]
-        best = max((each for each in whole if math.isfinite(each.metric)), key=lambda each: each.metric, default=None)
-        said = "search" if best is None else f"best so far {best.metric:.4g}: {_short(best.blocks)}"
+            trials.setdefault(trial.blocks, []).append(trial)
+        whole = [candidate_of(done) for done in trials.values() if len(done) == self._each]
+        best = max((one for one in whole if math.isfinite(one.metric)), key=lambda one: one.metric, default=None)
+        text = "search" if best is None else f"best so far {best.metric:.4g}: {_short(best.blocks)}"
         left = ""
         if finished and self._most:
             seconds = sum(trial.seconds for trial in finished) / len(finished) / self._jobs
             left = f"at most about {timedelta(seconds=round(seconds * max(0, self._most - len(finished))))} left"
-        self._bar.update(self._task, completed=len(finished), description=said, left=left)
+        self._bar.update(self._task, completed=len(finished), description=text, left=left)
 
 
 def _short(blocks: tuple[str, ...]) -> str:
@@ -226,16 +226,16 @@ def search_markdown(result: SearchResult, metric: str) -> str:
         markdown_row(["blocks", f"validation {metric}", "rate", "tuned parameters", "state"]),
         markdown_row(["---", *["---:"] * 3, "---"]),
     ]
-    for each in result.candidates:
-        own = [trial for trial in result.trials if trial.blocks == each.blocks]
-        spread = "" if each.deviation is None else f" ± {each.deviation:.4f}"
-        cells = ["all" if each.blocks == result.blocks else ", ".join(each.blocks)]
-        cells.append("-" if math.isnan(each.metric) else f"{each.metric:.4f}{spread}")
-        if each.blocks == result.best.blocks:
+    for candidate in result.candidates:
+        trials = [trial for trial in result.trials if trial.blocks == candidate.blocks]
+        spread = "" if candidate.deviation is None else f" ± {candidate.deviation:.4f}"
+        cells = ["all" if candidate.blocks == result.blocks else ", ".join(candidate.blocks)]
+        cells.append("-" if math.isnan(candidate.metric) else f"{candidate.metric:.4f}{spread}")
+        if candidate.blocks == result.best.blocks:
             cells = [f"**{cell}**" for cell in cells]
-        cells.append("-" if each.rate is None else f"{each.rate:g}")
-        cells.append(f"{own[0].notes['tuned_parameters']:,}" if "tuned_parameters" in own[0].notes else "-")
-        cells.append(state_of(own))
+        cells.append("-" if candidate.rate is None else f"{candidate.rate:g}")
+        cells.append(f"{trials[0].notes['tuned_parameters']:,}" if "tuned_parameters" in trials[0].notes else "-")
+        cells.append(state_of(trials))
         lines.append(markdown_row(cells))
     seeds = len({trial.seed for trial in result.trials})
     means = f"mean ± standard deviation of {seeds} trainings at the best rate" if seeds > 1 else "at the best rate"

@@ -48,8 +48,8 @@ def causal_lm(recipe: Recipe, splits: Sequence[str]) -> Task:
     return Task(
         load_model=model_loader(AutoModelForCausalLM, recipe),
         splits={
-            split: Texts(each, list(range(len(each))), partial(_read, how, column), partial(how.rng, split))
-            for split, each in data.items()
+            split: Texts(rows, list(range(len(rows))), partial(_read, how, column), partial(how.rng, split))
+            for split, rows in data.items()
         },
         collate=collate,
         metric=metric,

@@ -33,7 +33,7 @@ def open_splits(name: str, splits: Sequence[str]) -> dict[str, Any]:
             f"{name} is one file: give a folder with a file for each split, such as train.csv and validation.csv."
         )
     builder = load_or_raise(load_dataset_builder, name, "data set")
-    files = {str(split): each for split, each in (builder.config.data_files or {}).items()}
+    files = {str(split): paths for split, paths in (builder.config.data_files or {}).items()}
     known = list(files or builder.info.splits or splits)
     missing = [split for split in splits if split not in known]
     if missing:
@@ -42,7 +42,9 @@ def open_splits(name: str, splits: Sequence[str]) -> dict[str, Any]:
             "split that its name says, e.g. validation.parquet."
         )
     options: dict[str, Any] = {}
-    if builder.name == "imagefolder" and not any("metadata." in str(file) for each in files.values() for file in each):
+    if builder.name == "imagefolder" and not any(
+        "metadata." in str(file) for paths in files.values() for file in paths
+    ):
         options["drop_labels"] = False  # else the folders of a split with one class are not taken for classes
     opened = {}
     for split in splits:

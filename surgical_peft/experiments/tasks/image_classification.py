@@ -75,9 +75,9 @@ def image_classification(recipe: Recipe, splits: Sequence[str]) -> Task:
     found_labels = label_rows(recipe, data, columns["label"], config)
     examples: dict[str, Examples] = {}
     shape = None
-    for split, each in data.items():
+    for split, rows in data.items():
         images = _Images(
-            each.select_columns(columns["image"]),
+            rows.select_columns(columns["image"]),
             columns["image"],
             found_labels.rows[split],
             found_labels.labels[split],

@@ -60,8 +60,8 @@ def seq2seq(recipe: Recipe, splits: Sequence[str]) -> Task:
     return Task(
         load_model=model_loader(AutoModelForSeq2SeqLM, recipe),
         splits={
-            split: Texts(each, list(range(len(each))), partial(_read, how, columns), partial(how.rng, split))
-            for split, each in data.items()
+            split: Texts(rows, list(range(len(rows))), partial(_read, how, columns), partial(how.rng, split))
+            for split, rows in data.items()
         },
         collate=collate,
         metric=metric,
@@ -76,12 +76,12 @@ def _read(how: Tokenizing, columns: dict[str, str], row: dict[str, Any], index: 
 
 
 def _read_written(tokenizer: Any, model: nn.Module, batch: Batch) -> tuple[list[str], list[str]]:
-    """What the model writes, up to the length of the longest target and a token more, and the targets."""
+    """The texts that the model generates, at most a token longer than the longest target, and the targets."""
     labels = batch.pop("labels")
     written = model.generate(  # type: ignore[operator]
         **batch, max_new_tokens=labels.shape[1] + 1, do_sample=False, num_beams=1
     )
     targets = labels.masked_fill(labels == IGNORED, tokenizer.pad_token_id)
     texts = (tokenizer.batch_decode(ids, skip_special_tokens=True) for ids in (written, targets))
-    predicted, wanted = ([text.strip() for text in each] for each in texts)
+    predicted, wanted = ([text.strip() for text in side] for side in texts)
     return predicted, wanted

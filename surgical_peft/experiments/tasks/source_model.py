@@ -31,11 +31,11 @@ def model_loader(
     def load() -> nn.Module:
         if recipe.new_head:
             return _with_new_head(auto, recipe, count, names)
-        model, said = load_or_raise(auto.from_pretrained, recipe.model, "model", output_loading_info=True)
-        if said["missing_keys"]:
+        model, loading = load_or_raise(auto.from_pretrained, recipe.model, "model", output_loading_info=True)
+        if loading["missing_keys"]:
             raise SurgicalError(
-                f"{recipe.model} has no weights for {', '.join(sorted(said['missing_keys']))}: it was not trained for "
-                f"{recipe.task}. Write new_head: true if its head is to be made and trained, or take another model."
+                f"{recipe.model} has no weights for {', '.join(sorted(loading['missing_keys']))}: it was not trained "
+                f"for {recipe.task}. Write new_head: true to make and train a new head, or take another model."
             )
         return model
 
@@ -43,7 +43,7 @@ def model_loader(
 
 
 def modules_to_save(recipe: Recipe, model: nn.Module) -> list[str] | None:
-    """What is trained and saved whatever blocks are chosen: as the recipe says, else a new head."""
+    """The modules that are trained and saved whatever blocks are chosen: those of the recipe, else a new head."""
     if recipe.modules_to_save is not None or not recipe.new_head:
         return recipe.modules_to_save
     blocks = BlockMap.find(model)

@@ -59,7 +59,7 @@ F = TypeVar("F", bound=Callable[..., Task])
 
 @dataclass(frozen=True)
 class TinyTask:
-    """How to make a small random model and data of a task, for `--tiny`.
+    """A small random model and generated data of a task, for `--tiny`.
 
     Attributes:
         auto: the Auto class of transformers that makes the model of a config.
@@ -80,7 +80,7 @@ class TinyTask:
 
 @dataclass(frozen=True)
 class TaskInfo:
-    """What a task says about itself before there is a model or data.
+    """Facts about a task that are known before there is a model or data.
 
     Attributes:
         keys: which of `DATA_KEYS` it reads; the others are refused. None: it checks them itself.
@@ -96,7 +96,7 @@ class TaskInfo:
 def with_info(
     *, keys: Sequence[str] | None = None, pipeline: str | None = None, tiny: TinyTask | None = None
 ) -> Callable[[F], F]:
-    """Marks a task with what it says about itself, see `TaskInfo`; a plain function is a task without.
+    """Marks a task with the facts of `TaskInfo`; a plain function is a task, too.
 
     Example:
         >>> @with_info(keys=["new_head"], pipeline="audio-classification")
@@ -112,7 +112,7 @@ def with_info(
 
 
 def info_of(function: Callable[..., Task]) -> TaskInfo:
-    """What a task says about itself."""
+    """The facts that a task was marked with by `with_info`."""
     return getattr(function, "info", TaskInfo())
 
 
@@ -131,11 +131,11 @@ def check_keys(recipe: Recipe, known: Sequence[str]) -> None:
             )
 
 
-def load_or_raise(load: Callable[..., Any], name: str, what: str, **kwargs: Any) -> Any:
-    """`load(name)`, with one kind of error for all the ways in which transformers and datasets miss something."""
+def load_or_raise(load: Callable[..., Any], name: str, kind: str, **kwargs: Any) -> Any:
+    """`load(name)`; what transformers or datasets cannot load, a `kind` of thing, is a `SurgicalError`."""
     if name.startswith((".", "/")) and not Path(name).exists():
         raise SurgicalError(
-            f"the {what} {name!r} cannot be loaded: there is no folder {Path(name).resolve()}. A recipe names "
+            f"the {kind} {name!r} cannot be loaded: there is no folder {Path(name).resolve()}. A recipe names "
             "folders relative to itself, and its header says what makes them."
         )
     try:
@@ -143,7 +143,7 @@ def load_or_raise(load: Callable[..., Any], name: str, what: str, **kwargs: Any)
     except (OSError, ValueError, DatasetsError) as error:
         is_missing = isinstance(error, OSError) and not Path(name).exists()
         missing = "it is neither a folder here nor to be had from the Hub now: " if is_missing else ""
-        raise SurgicalError(f"the {what} {name!r} cannot be loaded: {missing}{_reason(error)}") from error
+        raise SurgicalError(f"the {kind} {name!r} cannot be loaded: {missing}{_reason(error)}") from error
 
 
 def _reason(error: BaseException) -> str:

@@ -53,21 +53,21 @@ def text_classification(recipe: Recipe, splits: Sequence[str]) -> Task:
     data = open_splits(recipe.data, splits)
     columns = find_columns(recipe, data, {"text": TEXT, "label": LABEL})
     refuse_empty(data, columns["text"], recipe.data)
-    found = label_rows(recipe, data, columns["label"], how.config)
+    labeled = label_rows(recipe, data, columns["label"], how.config)
     return Task(
         load_model=partial(
             _load,
-            model_loader(AutoModelForSequenceClassification, recipe, found.count, found.names),
+            model_loader(AutoModelForSequenceClassification, recipe, labeled.count, labeled.names),
             how.tokenizer.pad_token_id,
         ),
         splits={
             split: Texts(
-                each,
-                found.rows[split],
-                partial(_read, how, columns["text"], found.labels[split]),
+                rows,
+                labeled.rows[split],
+                partial(_read, how, columns["text"], labeled.labels[split]),
                 partial(how.rng, split),
             )
-            for split, each in data.items()
+            for split, rows in data.items()
         },
         collate=collate,
         metric=recipe.metric or "accuracy",

@@ -78,8 +78,8 @@ def token_classification(recipe: Recipe, splits: Sequence[str]) -> Task:
             f"label_map={recipe.label_map}: a tag cannot be left out. There are: {', '.join(classes)}."
         )
     tags = {
-        split: _tags(each, columns, classes, label_map, f"{recipe.data}, split {split}")
-        for split, each in data.items()
+        split: _tags(rows, columns, classes, label_map, f"{recipe.data}, split {split}")
+        for split, rows in data.items()
     }
     names = classes if recipe.label_map is None else None
     shown = names if recipe.new_head and names else [how.config.id2label.get(i, str(i)) for i in range(count)]
@@ -89,12 +89,12 @@ def token_classification(recipe: Recipe, splits: Sequence[str]) -> Task:
         load_model=model_loader(AutoModelForTokenClassification, recipe, count, names),
         splits={
             split: Texts(
-                each,
-                list(range(len(each))),
+                rows,
+                list(range(len(rows))),
                 partial(_read, how, columns["tokens"], tags[split]),
                 partial(how.rng, split),
             )
-            for split, each in data.items()
+            for split, rows in data.items()
         },
         collate=collate,
         metric=metric,
@@ -106,10 +106,10 @@ def token_classification(recipe: Recipe, splits: Sequence[str]) -> Task:
 def _tags(data: Any, columns: dict[str, str], classes: list[str], label_map: list[Any], where: str) -> list[list[int]]:
     feature = data.features[columns["tags"]].feature
     labels = []
-    for place, (tokens, tags) in enumerate(zip(data[columns["tokens"]], data[columns["tags"]], strict=True)):
+    for row, (tokens, tags) in enumerate(zip(data[columns["tokens"]], data[columns["tags"]], strict=True)):
         if len(tokens) != len(tags):
-            raise SurgicalError(f"{where}: row {place} has {len(tokens)} words and {len(tags)} tags.")
-        labels.append([label_map[tag] for tag in class_numbers(feature, tags, classes, f"{where}, row {place}")])
+            raise SurgicalError(f"{where}: row {row} has {len(tokens)} words and {len(tags)} tags.")
+        labels.append([label_map[tag] for tag in class_numbers(feature, tags, classes, f"{where}, row {row}")])
     return labels
 
 

@@ -153,7 +153,7 @@ class TrainingReport:
 
     @property
     def is_chosen(self) -> bool:
-        """Whether the blocks were chosen by scores, and not named in the recipe."""
+        """The blocks were chosen by scores, and not named in the recipe."""
         return self.recipe.get("blocks", "auto") == "auto"
 
     def _check_shift(self) -> None:

@@ -146,6 +146,6 @@ def _write_data(folder: Path, kind: TinyTask, recipe: Recipe, classes: list[str]
     sizes = [BATCHES * recipe.arguments().train_batch_size, MEASURED, MEASURED]
     for number, (split, size) in enumerate(zip(SPLITS, sizes, strict=True)):
         rng = np.random.default_rng(number)
-        rows = [kind.row(place, rng, classes) for place in range(size)]
+        rows = [kind.row(index, rng, classes) for index in range(size)]
         named = [{str(recipe.columns.get(role, role)): value for role, value in row.items()} for row in rows]
         Dataset.from_list(named, features=features).to_parquet(folder / f"{split}.parquet")

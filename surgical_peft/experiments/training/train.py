@@ -50,7 +50,7 @@ def score(recipe: Recipe, console: Console | None = None) -> BlockScores:
 
 
 def budget_of(args: TrainingArguments, batches: Iterable[Any]) -> float:
-    """What choosing blocks for a training may cost: half of the batches that it will go through.
+    """The budget for choosing blocks: half of the batches that the training will go through.
 
     One or two steps are for trying a recipe out; then the gradients of one batch are allowed, which is more.
     """
@@ -136,7 +136,7 @@ def train(recipe: Recipe, output: str | Path | None = None, console: Console | N
 
 
 def _check_finite(model: nn.Module, args: TrainingArguments, metrics: Mapping[str, float]) -> None:
-    """Refuse what came of a rate that was too high; accuracy does not tell it, since NaN has a largest logit too."""
+    """Raise if training diverged (NaN or inf); accuracy does not tell, since NaN has a largest logit too."""
     tuned = [weight for weight in model.parameters() if weight.requires_grad]
     broken = [f"{name} is {value}" for name, value in metrics.items() if not math.isfinite(value)]
     broken += [] if all(bool(weight.isfinite().all()) for weight in tuned) else ["tuned weights are NaN or infinite"]

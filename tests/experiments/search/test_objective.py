@@ -1,4 +1,4 @@
-"""What a search maximises: one training is what it would be by itself, whatever was trained before it."""
+"""What a search maximizes: one training is what it would be by itself, whatever was trained before it."""
 
 from __future__ import annotations
 

@@ -263,10 +263,10 @@ COLOUR = np.stack([RAMP, RAMP.T, 255 - RAMP], axis=-1)
         (Image.fromarray(RAMP).convert("1"), ".png"),
         (Image.fromarray(COLOUR).resize((40, 9)), ".png"),
     ],
-    ids=["grey", "RGBA", "LA", "palette", "CMYK", "16 bit", "1 bit", "another size"],
+    ids=["gray", "RGBA", "LA", "palette", "CMYK", "16 bit", "1 bit", "another size"],
 )
 def test_images_of_any_mode_and_size(tmp_path: Path, toy_images: Recipe, image: Image.Image, suffix: str) -> None:
-    """A folder of image files, which `datasets` reads as `imagefolder`; the model takes colours and 8 x 8 pixels."""
+    """A folder of image files, which `datasets` reads as `imagefolder`; the model takes colors and 8 x 8 pixels."""
     recipe = replace(toy_images, data=str(save_images(tmp_path, image, suffix)), corruption="gaussian_noise")
     task = load_task(recipe, ("train", "validation"))
     assert [int(task.splits["train"][index]["labels"]) for index in range(2)] == [0, 1]
