@@ -15,7 +15,7 @@ from .short_training.short_run import WORST, ShortRun, gains_and_loss, log_loss_
 
 PACE = 0.5  # the share of the loss that one step would take away, to first order
 PASSES = (1, 2, 4)  # through the training batches, after which units are compared
-FAVOURITES = 0.1  # of the units: those that are trained because gradients speak for them
+FAVORITES = 0.1  # of the units: those that are trained because gradients speak for them
 CHEAP = 0.2  # of the layers: a unit that needs no more of them run is trained, whatever its gradients say
 MARGIN = 0.1  # behind the best one: too far to catch up
 SLOPE = 0.25  # what a logarithm of `depth_gain` is worth in the score
@@ -38,11 +38,11 @@ def probe(context: ScoringContext, *, pace: float = PACE, thrift: float = 0.15) 
     which runs at most a fifth of the layers, as for the head and the last ones. After one pass, and after two, the
     better half goes on, or the better two, of those only what is less than 0.1 behind the best, and a unit that is
     left alone is the choice. A unit that is given up scores no more than the worst of those that go on. One that was
-    never trained has the score of the favourite of `depth_gain`, less a quarter for each factor `e` that its
+    never trained has the score of the favorite of `depth_gain`, less a quarter for each factor `e` that its
     `depth_gain` is smaller; it may stand above some that were trained.
 
     Within a budget: as many batches, up to all, as leave room for their gradients and the first round, whichever units
-    the gradients favour; where that is fewer than 8, 8 batches and of the units those with the highest `depth_gain`
+    the gradients favor; where that is fewer than 8, 8 batches and of the units those with the highest `depth_gain`
     that fit; later rounds as far as they fit. Where not even two units can be trained: a quarter of the logarithm of
     `depth_gain` on as many batches as fit.
 
@@ -66,12 +66,12 @@ def probe(context: ScoringContext, *, pace: float = PACE, thrift: float = 0.15) 
     rates = {name: pace * start / gain for name, gain in gains.items()}
     smallest = min(rates.values())
     prior = {name: SLOPE * math.log(value) for name, value in by_depth(context, gains).items()}
-    kept = ranked(prior)[: math.ceil(FAVOURITES * len(prior))]
-    favourite = kept[0]
+    kept = ranked(prior)[: math.ceil(FAVORITES * len(prior))]
+    favorite = kept[0]
     kept += [name for name in rates if name not in kept and context.share_run(name) <= CHEAP]
     if context.budget.is_given:
         kept = _paid(context, [name for name in ranked(prior) if name in kept])
-        if not is_race or favourite not in kept or len(kept) < min(2, len(prior)):
+        if not is_race or favorite not in kept or len(kept) < min(2, len(prior)):
             return prior
     runs = {name: ShortRun((name,), rates[name], PASSES[-1]) for name in kept}
     rounds: list[dict[str, float]] = []
@@ -95,7 +95,7 @@ def probe(context: ScoringContext, *, pace: float = PACE, thrift: float = 0.15) 
         if len(runs) == 1:
             break
     scores = reduce(lambda later, earlier: given_up(earlier, later), reversed(rounds))
-    return {name: scores.get(name, scores[favourite] + prior[name] - prior[favourite]) for name in rates}
+    return {name: scores.get(name, scores[favorite] + prior[name] - prior[favorite]) for name in rates}
 
 
 def _fitted(context: ScoringContext) -> bool:
@@ -109,7 +109,7 @@ def _fitted(context: ScoringContext) -> bool:
         costs = {name: context.cost(name) / count for name in context.units}  # of a batch
         dear = sorted(costs.values(), reverse=True)
         cheap = sum(cost for name, cost in costs.items() if context.share_run(name) <= CHEAP)
-        whole = GRADIENTS + sum(dear[: math.ceil(FAVOURITES * len(dear))]) + cheap
+        whole = GRADIENTS + sum(dear[: math.ceil(FAVORITES * len(dear))]) + cheap
         room = int(budget.left / whole)
         if room >= few or budget.left >= few * (GRADIENTS + dear[0] + dear[-1]):
             context.keep(max(few, room))

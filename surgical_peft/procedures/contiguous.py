@@ -1,4 +1,4 @@
-"""Every span of neighbouring blocks."""
+"""Every span of neighboring blocks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from .procedure import Blocks, Proposals, layers, procedure
 
 @procedure()
 def contiguous(blocks: BlockMap, candidates: Blocks | None = None) -> Proposals:
-    """Every span of neighbouring blocks, from single blocks to all of them.
+    """Every span of neighboring blocks, from single blocks to all of them.
 
     All in one round: the shorter spans first, and of one length those nearer the input; so of equals the fewer and
     earlier blocks win.

@@ -22,7 +22,7 @@ def _check(parts: int | None, cuts: Blocks | None, **_: Any) -> None:
 def segments(
     blocks: BlockMap, parts: int | None = None, cuts: Blocks | None = None, candidates: Blocks | None = None
 ) -> Proposals:
-    """Cut the blocks into segments of neighbours and tune one segment at a time, the one nearest the output first.
+    """Cut the blocks into segments of neighbors and tune one segment at a time, the one nearest the output first.
 
     All in one round. For attention and MLP apart, give the search `blocks.divided(["attention", "mlp"])`: then each
     layer counts as two, and as many parts as there are of those make segments of one attention or MLP each.
@@ -55,7 +55,7 @@ def segments(
 
 
 def equal_parts(owner: str, names: Candidate, parts: int) -> list[Candidate]:
-    """Neighbours together, as many parts as asked for, first one first; their sizes differ by one at most."""
+    """Neighbors together, as many parts as asked for, first one first; their sizes differ by one at most."""
     check_fits(owner, "parts", parts, names)
     bounds = [number * len(names) // parts for number in range(parts + 1)]
     return [names[start:stop] for start, stop in pairwise(bounds)]

@@ -16,7 +16,7 @@ def _check(width: int, stride: int, **_: Any) -> None:
 
 @procedure(_check)
 def windows(blocks: BlockMap, width: int, stride: int = 1, candidates: Blocks | None = None) -> Proposals:
-    """Tune `width` neighbouring blocks at a time, from the output end down.
+    """Tune `width` neighboring blocks at a time, from the output end down.
 
     All in one round: the last `width` blocks, then those `stride` further down, as long as a whole window fits.
 

@@ -459,7 +459,7 @@ def test_weights_that_zero_3_has_dealt_out_have_the_same_map(name: str) -> None:
 
 
 def test_a_norm_inside_the_head_belongs_to_the_head() -> None:
-    """BERT's prediction head normalises between two linear maps: this was taken for the norm after the layers."""
+    """BERT's prediction head normalizes between two linear maps: this was taken for the norm after the layers."""
     blocks = BlockMap.find(on_meta(OTHERS["bert_mlm"][0]))
     assert blocks.block_of("cls.predictions.transform.LayerNorm.weight") == "head"
     assert blocks.block_of("cls.predictions.decoder.weight") == "embeddings"  # tied

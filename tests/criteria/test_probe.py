@@ -84,10 +84,10 @@ def plain_probe(model: nn.Module, batches: list[Any]) -> dict[str, float]:
         after[name] = [math.log(start / loss) + thrifty for loss in left]
 
     prior = {name: SLOPE * math.log(value) for name, value in plain_depth_gain(model, gains).items()}
-    favourites = sorted(units, key=lambda name: -prior[name])[: -(-len(units) // 10)]
+    favorites = sorted(units, key=lambda name: -prior[name])[: -(-len(units) // 10)]
     layers = [name for name in units if name.isdigit()]
     cheap = {"final_norm", "head", *layers[len(layers) - len(layers) // 5 :]} & units.keys()
-    racing = {*favourites, *cheap}
+    racing = {*favorites, *cheap}
     scores = dict.fromkeys(racing, 0.0)
     given_up_in: list[dict[str, float]] = []  # each round's losers, with what they had
     for at in range(len(PASSES)):
@@ -101,7 +101,7 @@ def plain_probe(model: nn.Module, batches: list[Any]) -> dict[str, float]:
     for losers in reversed(given_up_in):
         worst = min(scores.values())
         scores |= {name: min(value, worst) for name, value in losers.items()}
-    untrained = {name: scores[favourites[0]] - (prior[favourites[0]] - prior[name]) for name in units}
+    untrained = {name: scores[favorites[0]] - (prior[favorites[0]] - prior[name]) for name in units}
     return untrained | scores
 
 

@@ -116,7 +116,7 @@ def shipped(name: str) -> Path:
 
 
 def prepare(shift: str, seed: int, work: Path) -> None:
-    """Decode, corrupt and normalise the images once, for all runs on this draw."""
+    """Decode, corrupt and normalize the images once, for all runs on this draw."""
     splits = load_task(_recipe(shift, seed)).splits
     columns = {split: default_data_collator([each[i] for i in range(len(each))]) for split, each in splits.items()}
     torch.save(columns, data_of(shift, seed, work))

@@ -22,7 +22,7 @@ from .method import Method, of_known_blocks, parsed
 
 
 def norms() -> Method:
-    """All normalisation layers and the head: LN tuning.
+    """All normalization layers and the head: LN tuning.
 
     Costs: nothing to choose.
 
