@@ -1,6 +1,9 @@
-"""The one exception of the package, and the reason that a foreign one gives."""
+"""The one exception of the package, and what its messages are made of."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
 
 
 class SurgicalError(ValueError):
@@ -19,3 +22,14 @@ def reason_of(error: BaseException) -> str:
     """
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+def first_of(names: Iterable[Any], most: int = 5) -> str:
+    """Names for a message: the first ones, and whether there are more.
+
+    Example:
+        >>> first_of(range(9), most=3)
+        '0, 1, 2, ...'
+    """
+    names = list(map(str, names))
+    return ", ".join([*names[:most], "..."] if len(names) > most else names)

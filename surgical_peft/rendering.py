@@ -66,5 +66,5 @@ def progress_bar(console: Console, *more: str) -> Progress:
     """
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    columns = (TextColumn("{task.description:14}"), BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (TextColumn("{task.description:20}"), BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn())
     return Progress(*columns, *map(TextColumn, more), console=console)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from ..errors import SurgicalError
+from ..errors import SurgicalError, first_of
 
 NO_GRADIENT = (
     "Look at the labels and at loss_fn; a head of zeros lets no gradient through, and a contrastive loss needs "
@@ -187,9 +187,8 @@ def not_finite(what: str, kind: str, at: int) -> SurgicalError:
 def tell_unreached(names: Collection[str], among: Collection[str]) -> None:
     """Warn that some units, but not all, have no score because their gradient is zero in every batch."""
     if 0 < len(names) < len(among):
-        some = ", ".join(list(names)[:5]) + (", ..." if len(names) > 5 else "")
         warnings.warn(
-            f"in these batches the loss reaches no weight of {some} ({len(names)} without a score): a unit "
+            f"in these batches the loss reaches no weight of {first_of(names)} ({len(names)} without a score): a unit "
             "without a gradient has no score and cannot be chosen.",
             stacklevel=2,
         )

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..blocks.unwrap import unwrap_model
-from ..errors import SurgicalError
+from ..errors import SurgicalError, first_of
 
 LossFunction = Callable[[nn.Module, Any], Tensor]
 IGNORED = -100  # the label that losses leave out
@@ -75,7 +75,7 @@ def _out_of_range(batch: Mapping[str, Any], model: nn.Module) -> str | None:
         return None  # the inputs are at fault
     if not len(wrong):
         return None
-    shown = ", ".join(map(str, wrong[:5].tolist())) + (", ..." if len(wrong) > 5 else "")
+    shown = first_of(wrong.tolist())
     cure = "Take the tokenizer of this model" if words else "Load it with num_labels=..., or map the labels"
     return f"labels out of range: {shown}; {type(bare).__name__} has {known} classes, 0 to {known - 1}. {cure}."
 

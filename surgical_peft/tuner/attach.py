@@ -12,6 +12,7 @@ from torch import nn
 
 from ..blocks.module_lists import join
 from ..blocks.unwrap import PARKED, named_bare_modules
+from ..errors import first_of
 from ..masks import unmask
 from .class_code import names_in_code
 from .config import SurgicalConfig
@@ -54,11 +55,10 @@ def plan_adapter(model: nn.Module, config: SurgicalConfig, targets: Targets) -> 
     packed = packed_layers(model, targets, chosen)
     fixed, unknown = fixed_by_architecture(model, [name for name, asked in chosen.items() if asked])
     if unknown:
-        shown = ", ".join(unknown[:5]) + (", ..." if len(unknown) > 5 else "")
         warnings.warn(
-            f"{shown}: frozen now, while other weights of the model are not, and trained from here on, as the choice "
-            "of blocks asks. If they are not meant to train (fixed positions, for one), leave them out with "
-            "target_modules or exclude_modules, or freeze them again after wrapping.",
+            f"{first_of(unknown)}: frozen now, while other weights of the model are not, and trained from here on, "
+            "as the choice of blocks asks. If they are not meant to train (fixed positions, for one), leave them out "
+            "with target_modules or exclude_modules, or freeze them again after wrapping.",
             stacklevel=2,
         )
     return AdapterPlan(targets, {name: asked and name not in fixed for name, asked in chosen.items()}, packed)

@@ -9,14 +9,13 @@ from torch import nn
 
 from ..blocks.module_lists import join
 from ..blocks.unwrap import named_bare_modules
+from ..errors import first_of
 from .config import SurgicalConfig
 from .eval_mode import reads_training
 from .layer import base_tensors
 from .loading.fingerprint import differ_in_dtype, fingerprint
 from .quantization import is_packed
 from .tensors.tuned_tensors import TensorMap
-
-_SHOWN = 5
 
 
 def moving_buffers(model: nn.Module, chosen: Collection[str]) -> dict[str, set[str]]:
@@ -58,7 +57,7 @@ def warn_of_moved_buffers(model: nn.Module, config: SurgicalConfig) -> None:
     moved = [name for name in before if now[name] != before[name] and not differ_in_dtype(now[name], before[name])]
     if moved:
         warnings.warn(
-            f"{', '.join(moved[:_SHOWN])}{', ...' if len(moved) > _SHOWN else ''}: changed since the model was "
+            f"{first_of(moved)}: changed since the model was "
             "wrapped, and not saved with the adapter, so that it answers otherwise where it is loaded again. What "
             "training moves in frozen blocks is saved with frozen_eval=False; what moves in any mode, with its block "
             "in blocks. Else keep the frozen blocks in eval mode, as train() of the wrapped model itself does.",

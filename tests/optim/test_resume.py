@@ -15,36 +15,34 @@ from safetensors.torch import load_file
 from surgical_peft import policies
 
 REPOSITORY = Path(__file__).parents[2]
-STEPS, CHECKPOINT, KILLED = 16, 8, 10
-# Policy, steps an epoch, noise. 5 steps an epoch put the checkpoint in the middle of one; 8 at its end, where the
+STEPS, CHECKPOINT, KILLED = 30, 15, 18
+# Policy, steps an epoch, noise. 10 steps an epoch put the checkpoint in the middle of one; 15 at its end, where the
 # next probe is due. Noise: the collator draws random numbers. Within an epoch Trainer itself does not resume those
 # exactly.
 RGN = "auto_rgn(every='{}', granularity='{}', num_batches=2)"
-VARIANTS = {name: (f"{name}()", 5, False) for name in policies.__all__}  # and where that is not enough:
+VARIANTS = {name: (f"{name}()", 10, False) for name in policies.__all__}  # and where that is not enough:
 VARIANTS |= {
-    "step-block": (RGN.format("step", "block"), 5, False),
-    "step-tensor": (RGN.format("step", "tensor"), 5, False),
-    "epoch-block": (RGN.format("epoch", "block"), 5, False),
-    "epoch-block-noise-at-the-end": (RGN.format("epoch", "block"), 8, True),
-    "every-4-steps": ("auto_rgn(every=4, num_batches=1)", 5, False),
-    "static": ("static({0: 0.5})", 5, False),
-    "discriminative": ("discriminative(1.1)", 5, False),
-    "auto_snr": ("auto_snr(0.2, num_batches=2, state_policy='reset')", 5, False),
-    "bvg_ls-masked": ("bvg_ls(momentum='masked')", 5, False),
-    "lisa": ("lisa(num_blocks=1, every=4)", 5, False),
-    "badam": ("badam(every=4)", 5, False),
-    "badam-offload": ("badam(every=2, state_policy='offload')", 5, False),
-    "lp_ft": ("lp_ft(epochs=1)", 5, False),
-    "lp_ft-at-the-end": ("lp_ft(epochs=1)", 8, False),
-    "two_stage": ("two_stage(counts=[3, 2, 1], epochs=2)", 5, False),
-    "stages": ("stages([{'blocks': [0], 'steps': 7}, {'blocks': [5, 9], 'steps': 2}, {}])", 5, False),
-    "progressive_freezing": ("progressive_freezing(interval=3, percentile=90)", 5, False),
-    "sample_by_score": ("sample_by_score(num_blocks=1, every=2)", 5, False),
+    "step-block": (RGN.format("step", "block"), 10, False),
+    "step-tensor": (RGN.format("step", "tensor"), 10, False),
+    "epoch-block": (RGN.format("epoch", "block"), 10, False),
+    "epoch-block-noise-at-the-end": (RGN.format("epoch", "block"), 15, True),
+    "every-4-steps": ("auto_rgn(every=4, num_batches=1)", 10, False),
+    "static": ("static({0: 0.5})", 10, False),
+    "discriminative": ("discriminative(1.1)", 10, False),
+    "auto_snr": ("auto_snr(0.2, num_batches=2, state_policy='reset')", 10, False),
+    "bvg_ls-masked": ("bvg_ls(momentum='masked')", 10, False),
+    "lisa": ("lisa(num_blocks=1, every=4)", 10, False),
+    "badam": ("badam(every=4)", 10, False),
+    "badam-offload": ("badam(every=2, state_policy='offload')", 10, False),
+    "lp_ft": ("lp_ft(epochs=1)", 10, False),
+    "lp_ft-at-the-end": ("lp_ft(epochs=1)", 15, False),
+    "two_stage": ("two_stage(counts=[3, 2, 1], epochs=2)", 10, False),
+    "stages": ("stages([{'blocks': [0], 'steps': 14}, {'blocks': [5, 9], 'steps': 4}, {}])", 10, False),
+    "progressive_freezing": ("progressive_freezing(interval=4)", 10, False),
+    "sample_by_score": ("sample_by_score(num_blocks=1, every=2)", 10, False),
 }
 COARSE = "-bfloat16"  # the same on the same model in bfloat16, which is tuned through float32 masters
-# One of each way in which a policy treats the optimizer's state.
-MASTERS = ("layer_decay", "epoch-block", "auto_snr", "bvg_ls-masked", "lisa", "badam", "badam-offload", "stages")
-VARIANTS |= {name + COARSE: VARIANTS[name] for name in MASTERS}
+VARIANTS |= {name + COARSE: VARIANTS[name] for name in (*policies.__all__, "bvg_ls-masked", "badam-offload")}
 DRAWN = "step-block"
 KILLS = (DRAWN, "epoch-block", "lisa", "badam-offload" + COARSE)  # the others take the checkpoint of the straight run
 CONSTANT = ("static", "layer_decay", "discriminative")

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import platform
 import statistics
 from collections.abc import Sequence
 from dataclasses import replace
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from ...atomic_files import finite
 from ...errors import SurgicalError
 from ..training.profiling import ms_ratio
-from ..training.report import PACKAGES
+from ..training.provenance import machine, today, versions
 from .comparison import FULL, Comparison, Job
 from .findings import Findings, choice_of
 from .lr_grid import is_at_edge, is_diverged
@@ -90,9 +86,9 @@ def report_of(comparison: Comparison, rows: Sequence[MethodRow], jobs: int, seco
         )
     compared = sum(row.rate is not None and not row.has_diverged for row in rows) - 1
     report = ComparisonReport(
-        date=date.today().isoformat(),
-        versions={name: version(name) for name in PACKAGES},
-        machine=f"{platform.machine()}, {os.cpu_count()} cores, {jobs} at once",
+        date=today(),
+        versions=versions(),
+        machine=f"{machine()}, {jobs} at once",
         seconds=round(seconds, 1),
         recipe=comparison.recipe.keys(),
         metric=comparison.metric,

@@ -9,14 +9,11 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import shutil
 import statistics
 import tempfile
 import time
 from collections.abc import Sequence
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +23,7 @@ from ...atomic_files import check_replaceable, whole_folder
 from ...scoring.block_scores import BlockScores
 from ...scoring.plot import plot_scores
 from ..compare.lr_grid import best_rate
+from ..training.provenance import machine, today, versions
 from ..training.workers import WorkerPool, shared_threads
 from . import trials
 from .tables import comparison_markdown, comparison_table
@@ -88,9 +86,9 @@ def quickstart(
             pool.run("reload, new process", trials.check_reload, [(adapters[s], run) for s, run in best.items()])
             plot_scores(scores, folder / "scores.png")
             report = {
-                "date": date.today().isoformat(),
-                "versions": {name: version(name) for name in ("surgical-peft", "torch", "transformers", "peft")},
-                "machine": f"{platform.machine()}, {os.cpu_count()} cores, {workers} single-threaded workers",
+                "date": today(),
+                "versions": versions(),
+                "machine": f"{machine()}, {workers} single-threaded workers",
                 "epochs": epochs,
                 "seeds": list(seeds),
                 "methods": [_row(name, chosen, validation, test, costs[name]) for name in METHODS],

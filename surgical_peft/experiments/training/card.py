@@ -14,7 +14,8 @@ from ...atomic_files import whole_file, write_text
 from ...errors import SurgicalError
 from ...export.adapter_card import TAG, AdapterInfo, describe
 from .. import tasks
-from .report import PACKAGES, REPORT, DataReport, RateReport, TrainingReport
+from .provenance import PACKAGES
+from .report import REPORT, DataReport, RateReport, TrainingReport
 
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from ...auto import MOST
 from ...errors import SurgicalError
-from .provenance import PACKAGES as PACKAGES
+from .provenance import PACKAGES
 from .typed_json import JsonReader, to_json
 
 REPORT = "report.json"

@@ -13,10 +13,10 @@ from typing import Any, Self
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ...errors import SurgicalError
 from ...quiet import quieten
+from ...rendering import progress_bar
 
 SPAWN = multiprocessing.get_context("spawn")  # a forked process would share torch's threads and locks
 
@@ -81,8 +81,7 @@ class WorkerPool:
         Raises:
             SurgicalError: a worker was killed. What a job raises goes through, and no further one is begun.
         """
-        columns = (TextColumn("{task.description:20}"), BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn())
-        with Progress(*columns, console=self._console) as progress:
+        with progress_bar(self._console) as progress:
             bar = progress.add_task(title, total=len(arguments))
             if self._pool is None:
                 return [function(*given) for given in progress.track(arguments, task_id=bar)]

@@ -16,15 +16,13 @@ from transformers.core_model_loading import WeightRenaming, dot_natural_key, ren
 
 from ...blocks.module_lists import inside, join
 from ...blocks.unwrap import bare_parameter_name, named_bare_modules, unwrap_model
-from ...errors import SurgicalError
+from ...errors import SurgicalError, first_of
 from ..config import Choice, SurgicalConfig
 from ..name_checks import check_matching
 from ..quantization import is_packed
 from ..tensors.tuned_tensors import Targets, TensorMap
 from .new_weights import embeddings
 from .saved_files import Shapes, saved_shapes
-
-_KEYS_SHOWN = 5
 
 
 def prepare_loading(model: nn.Module, config: SurgicalConfig) -> Shapes | None:
@@ -108,15 +106,15 @@ def match(model: nn.Module, config: SurgicalConfig, saved: Shapes, expected: Sha
     unknown = [key for key, name in names.items() if name not in expected and name not in extra]
     whose = type(unwrap_model(model)).__name__
     if missing:
-        others = f", and has others ({_listed(unknown)})" if unknown else ""
+        others = f", and has others ({first_of(unknown)})" if unknown else ""
         raise SurgicalError(
-            f"{what} does not fit {whose}: it lacks {len(missing)} of {len(expected)} weights ({_listed(missing)})"
+            f"{what} does not fit {whose}: it lacks {len(missing)} of {len(expected)} weights ({first_of(missing)})"
             f"{others}. It is not complete, or was made for another architecture."
         )
     if unknown or len(found) < len(names):
         twice = [key for key, name in names.items() if key != name and name in names]
         raise SurgicalError(
-            f"{what} holds weights that its config does not tune ({_listed(unknown or twice)}): config and weights "
+            f"{what} holds weights that its config does not tune ({first_of(unknown or twice)}): config and weights "
             "are not of one adapter."
         )
     for key, name in names.items():
@@ -142,10 +140,6 @@ def bare_names(keys: Iterable[str]) -> dict[str, str]:
 
 def _original(module: nn.Module) -> nn.Module:
     return module.get_submodule("original_module") if isinstance(module, ModulesToSaveWrapper) else module
-
-
-def _listed(keys: list[str]) -> str:
-    return ", ".join(keys[:_KEYS_SHOWN]) + (", ..." if len(keys) > _KEYS_SHOWN else "")
 
 
 def _embeddings(model: nn.Module) -> Shapes:

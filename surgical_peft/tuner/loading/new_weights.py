@@ -13,6 +13,7 @@ from transformers.integrations.fsdp import is_fsdp_enabled
 
 from ...blocks.module_lists import inside, within
 from ...blocks.unwrap import named_bare_modules, named_children, unwrap_model, unwrap_module
+from ...errors import first_of
 from ...scoring.distributed import broadcast_from_first
 from ..config import SurgicalConfig
 from ..layer import base_tensors
@@ -24,7 +25,6 @@ from .saved_adapter import heads_of
 # PEFT's classes for these tasks save a classifier besides, since its weights are new.
 _TASKS_WITH_NEW_HEAD = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 _MARK = "_is_hf_initialized"  # what from_pretrained leaves on each weight that it has read from the checkpoint
-_SHOWN = 5
 
 
 def has_new_head(config: SurgicalConfig) -> bool:
@@ -94,10 +94,10 @@ def note_new_weights(
     if rest:
         homes = list(dict.fromkeys(name.rpartition(".")[0] or name for name in rest))
         warnings.warn(
-            f"{', '.join(rest[:_SHOWN])}{', ...' if len(rest) > _SHOWN else ''}: not in the checkpoint that the model "
+            f"{first_of(rest)}: not in the checkpoint that the model "
             "was loaded from, so initialized anew in every process, and neither tuned nor saved by this adapter. "
             "Where it is loaded again, its answers will be others. Give their modules to the adapter "
-            f"(modules_to_save={homes[:_SHOWN]}, or their block in blocks), or save the whole model once "
+            f"(modules_to_save={homes[:5]}, or their block in blocks), or save the whole model once "
             "(save_pretrained) and load the base from there.",
             stacklevel=2,
         )
