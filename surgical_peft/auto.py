@@ -188,7 +188,7 @@ def check_choice(model: nn.Module, config: SurgicalConfig, dataloader: Iterable[
     if config.num_blocks is None:
         _check_enough(length_hint(dataloader, 2))
     else:
-        check_count("blocks='auto'", "num_blocks", config.num_blocks, "of those that can be tuned", at_most=count)
+        check_count("blocks='auto'", "num_blocks", config.num_blocks, "blocks that can be tuned", at_most=count)
 
 
 @of_model(batches=16)

@@ -42,8 +42,8 @@ def resolve(name: str, package: ModuleType) -> Callable[..., Any]:
             raise SurgicalError(f"{name!r} is a {type(value).__name__}, not a function.")
         return value
     raise SurgicalError(
-        f"{name!r} is none of the {kind}: {nearest(name, package.__all__)}There are: {', '.join(package.__all__)}; "
-        "your own as 'package.module:name'."
+        f"{name!r} is none of the {kind}{': ' + hint if (hint := nearest(name, package.__all__)) else '. '}There are: "
+        f"{', '.join(package.__all__)}; your own as 'package.module:name'."
     )
 
 
@@ -63,7 +63,10 @@ def check_choice(owner: str, name: str, value: Any, known: Collection[Any]) -> N
     """
     if value not in list(known):  # it may be no key
         hint = nearest(value, [word for word in known if isinstance(word, str)]) if isinstance(value, str) else ""
-        raise SurgicalError(f"{name}={value!r} is unknown to {owner}: {hint}There are: {', '.join(map(str, known))}.")
+        raise SurgicalError(
+            f"{name}={value!r} is unknown to {owner}{': ' + hint if hint else '. '}There are: "
+            f"{', '.join(map(str, known))}."
+        )
 
 
 def check_count(

@@ -36,7 +36,7 @@ def test_the_users_own_function() -> None:
     [
         ("rgm", "'rgm'.*'rgn'.*rgn"),
         ("norm", "'norm'"),  # in the package's files, but not exported
-        ("xyzzy", "criteria: There are"),
+        ("xyzzy", "criteria\\. There are"),
         ("", "none of the criteria"),
         ("no_such_module:f", "'no_such_module'"),
         ("math:no_such_function", "no attribute 'no_such_function'"),

@@ -276,9 +276,9 @@ def test_a_searchs_file_is_a_method(tmp_path: Path, job_runner: JobRunner) -> No
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"lora": {"rank": 4, "alpha": "big"}}, "lora: alpha='big'"),
-        ({"lora": {"alpha": -3}}, "lora: alpha=-3"),
-        ({"lora": {"alpha": True}}, "lora: alpha=True"),
+        ({"lora": {"rank": 4, "alpha": "big"}}, "alpha='big'.*lora"),
+        ({"lora": {"alpha": -3}}, "alpha=-3.*lora"),
+        ({"lora": {"alpha": True}}, "alpha=True.*lora"),
         ({"lora": {"head": 3}}, "lora: head=3"),
         ({"top_k": {"criterion": 3}}, "top_k: criterion=3.*rgn"),
         ({"top_k": {"criterion": None}}, "top_k: criterion=None"),

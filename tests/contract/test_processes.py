@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +10,8 @@ import pytest
 import torch
 from peft import get_peft_model
 
-import surgical_peft
 from surgical_peft import SurgicalConfig
+from tests.support.processes import in_a_fresh_process
 from tests.support.toys import TOYS
 
 SCRIPT = """
@@ -68,13 +64,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def result(directory: Path) -> dict[str, Any]:
     """What a fresh process finds."""
-    root = Path(surgical_peft.__file__).parents[1]
-    environment = {**os.environ, "PYTHONPATH": str(root)}
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(directory)], capture_output=True, text=True, env=environment, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    return in_a_fresh_process(SCRIPT, directory)
 
 
 def test_without_our_import_peft_does_not_know_the_method_until_a_config_is_unpickled(result: dict[str, Any]) -> None:

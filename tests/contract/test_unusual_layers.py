@@ -21,7 +21,7 @@ from surgical_peft import (
     score_blocks,
     top_k,
 )
-from tests.contract.test_processes import run
+from tests.support.processes import in_a_fresh_process
 from tests.support.unusual import UNUSUAL, Unusual
 
 RESUMES = """
@@ -72,7 +72,7 @@ def test_the_layers_are_named_once(name: str, tmp_path: Path) -> None:
     model.save_pretrained(folder)
     torch.save(optimizer.state_dict(), folder / "optimizer.pt")
     step(model, optimizer, toy.batch(1))
-    assert run(RESUMES, folder) == {"digest": digest(model), "blocks": list(toy.blocks)}
+    assert in_a_fresh_process(RESUMES, folder) == {"digest": digest(model), "blocks": list(toy.blocks)}
 
 
 @pytest.mark.parametrize("name", UNUSUAL)

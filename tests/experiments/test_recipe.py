@@ -102,7 +102,7 @@ def test_a_policy_with_its_options(tmp_path: Path) -> None:
         (MINIMAL + "frozen_eval: nope\n", "frozen_eval: 'nope'.*bool"),
         ("model: m\ndata: d\nblocks: auto\nnum_blocks: two\n", "num_blocks: 'two'"),
         (MINIMAL + "policy: layer_decai\n", "'layer_decay'"),
-        (MINIMAL + "policy: static\npolicy_options: {multipliers: {0: x}}\n", "factor of 0"),
+        (MINIMAL + "policy: static\npolicy_options: {multipliers: {0: x}}\n", "static"),
         (
             MINIMAL + "policy: lp_ft\npolicy_options: {epochs: 9}\nnum_train_epochs: 3\n",
             "9 epochs.*3",

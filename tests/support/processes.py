@@ -1,17 +1,36 @@
-"""Two processes that find one another as a launcher's do, forked from one that has imported everything already."""
+"""Fresh processes, and pairs of them that find one another as a launcher's do."""
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
+import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+
+
+def in_a_fresh_process(script: str, *arguments: object) -> dict[str, Any]:
+    """What a script prints in its last line, as JSON."""
+    done = subprocess.run(
+        [sys.executable, "-c", script, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def in_two_processes(run: Callable[[], None], environment: Mapping[str, str] | None = None) -> None:
-    """Call `run` in both; ends this process where one of them fails."""
+    """Call `run` in two processes forked from this one, which has imported everything; ends it where one fails."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])

@@ -292,6 +292,7 @@ def test_auto_passes_loss_and_batches_on(vit: Toy, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("surgical_peft.auto.score_blocks", fake)
     config = SurgicalConfig(blocks="auto", num_blocks=1)
     model = get_surgical_model(vit.model(), config, loader(vit), num_batches=7, loss_fn=max, steps=90)
+    assert seen.pop("blocks").names[-1] == "head"
     assert seen == {"criterion": "probe", "num_batches": 7, "loss_fn": max, "budget": 45.0}
     assert model.peft_config["default"].blocks == ["3"]
 

@@ -242,7 +242,7 @@ def test_what_is_wrong_is_one_line(
     ("keys", "message"),
     [
         ({"rates": []}, r"rates: \[\]"),
-        ({"rates": [0]}, "rates: 0"),
+        ({"rates": [0]}, "rates=0"),
         ({"rates": ["fast"]}, "'fast'"),
         ({"seeds": [-1]}, "-1 .*whole number"),
         ({"seeds": [1, 1]}, "twice"),

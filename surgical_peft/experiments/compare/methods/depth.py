@@ -94,7 +94,7 @@ def _checked(name: str, k: int | None) -> int | None:
 def _layers(blocks: BlockMap, k: int | None) -> tuple[tuple[str, ...], int]:
     names = blocks.layers
     if k is not None:
-        check_count(blocks.model_name, "k", k, "of its layers", at_most=len(names))
+        check_count(blocks.model_name, "k", k, "layers", at_most=len(names))
     return names, max(1, len(names) // 3) if k is None else k
 
 
