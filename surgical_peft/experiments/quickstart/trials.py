@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import AutoModelForImageClassification, default_data_collator
+from transformers import AutoModelForImageClassification, default_data_collator, set_seed
 
 from ... import policies
 from ...errors import SurgicalError
@@ -131,10 +131,11 @@ def train(run: Run, epochs: float) -> float:
     """Train and save; returns validation accuracy and leaves the model's logits on 64 images."""
     examples = _examples(run.data)
     method = METHODS[run.method]
-    model = method.wrap(_source())
     args = _recipe(run.shift, run.seed).arguments(
         learning_rate=run.rate, num_train_epochs=epochs, output_dir=str(run.folder)
     )
+    set_seed(args.seed)  # for LoRA's new weights
+    model = method.wrap(_source())
     fit(model, args, examples["train"], method.policy)
     model.save_pretrained(run.folder)  # type: ignore[operator]
     with torch.inference_mode():

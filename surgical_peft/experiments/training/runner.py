@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import TrainerCallback
+from transformers import TrainerCallback, set_seed
 
 from ...blocks.block_map import BlockMap
 from ...optim.callback import SurgicalCallback
@@ -94,6 +94,7 @@ class RecipeRunner:
         """
         base = copy.deepcopy(self.model)
         originals = dict(base.named_modules())
+        set_seed(self.recipe.arguments(**changed).seed)  # for new weights, as LoRA's
         wrapped = wrap(base)
         # Only our tuner keeps what it does not tune in eval mode, so that its frozen start returns the same each time.
         is_ours = isinstance(getattr(wrapped, "base_model", None), SurgicalModel)
