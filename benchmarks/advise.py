@@ -23,7 +23,7 @@ from typing import Any
 from surgical_peft.experiments.advise.advise import advise
 from surgical_peft.experiments.compare.compare import compare
 from surgical_peft.experiments.quickstart.tables import mean_and_spread
-from surgical_peft.experiments.recipe.recipe import load_recipe
+from surgical_peft.experiments.recipe import load_recipe
 from surgical_peft.quiet import quieten
 
 HERE = Path(__file__).parent / "advise"

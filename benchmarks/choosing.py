@@ -37,7 +37,7 @@ from transformers.utils import logging
 from surgical_peft import BlockMap, SurgicalConfig, create_surgical_optimizer, get_surgical_model
 from surgical_peft.auto import choose_blocks
 from surgical_peft.criteria.budget import Budget, half_of
-from surgical_peft.experiments.recipe.recipe import load_recipe
+from surgical_peft.experiments.recipe import load_recipe
 from surgical_peft.experiments.tasks import load_task
 
 HERE = Path(__file__).parent

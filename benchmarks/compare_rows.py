@@ -17,13 +17,13 @@ import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from surgical_peft.experiments.compare.compare import compare, write_report
 from surgical_peft.experiments.compare.comparison import FULL, Comparison
+from surgical_peft.experiments.compare.report import ComparisonReport
 from surgical_peft.experiments.compare.results import report_of
 from surgical_peft.experiments.compare.tables import markdown
-from surgical_peft.experiments.recipe.recipe import load_recipe
+from surgical_peft.experiments.recipe import load_recipe
 
 HERE = Path(__file__).parent / "compare"
 
@@ -40,21 +40,21 @@ def main() -> None:
     if unknown := [title for title in args.methods if title not in given]:
         sys.exit(f"{', '.join(unknown)}: no method of {args.recipe}. There are: {', '.join(given)}.")
     folder = HERE / args.recipe.stem.removeprefix("fashion_mnist_")
-    old: dict[str, Any] = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-    if missing := given.keys() - {row["method"] for row in old["methods"]} - {*args.methods}:
+    old = ComparisonReport.from_json(json.loads((folder / "report.json").read_text(encoding="utf-8")))
+    rows = {row.method: row for row in old.methods}
+    if missing := given.keys() - rows.keys() - {*args.methods}:
         sys.exit(f"{', '.join(missing)}: in the recipe, but not in the report; name them, too.")
     titles = dict.fromkeys([FULL, *args.methods])
     with tempfile.TemporaryDirectory() as output:
         new = compare(replace(recipe, methods=[given[title] for title in titles]), output)
-    rows = {row["method"]: row for row in old["methods"]}
-    again = {row["method"]: row for row in new["methods"]}
-    if again[FULL]["test"] != rows[FULL]["test"]:
-        sys.exit(f"{FULL} gave {again[FULL]['test']}, the report has {rows[FULL]['test']}: compare all methods again.")
+    again = {row.method: row for row in new.methods}
+    if again[FULL].test != rows[FULL].test:
+        sys.exit(f"{FULL} gave {again[FULL].test}, the report has {rows[FULL].test}: compare all methods again.")
     for title in args.methods:
-        row = again[title]
-        rows[title] = {**row, "ms": row["ms_ratio"] and row["ms_ratio"] * rows[FULL]["ms"]}
-    report = report_of(whole, [rows[title] for title in given], 1, old["seconds"])
-    report |= {key: old[key] for key in ("date", "versions", "machine")}
+        ratio, of_full = again[title].ms_ratio, rows[FULL].ms
+        rows[title] = replace(again[title], ms=ratio and of_full and ratio * of_full)
+    report = report_of(whole, [rows[title] for title in given], 1, old.seconds)
+    report = replace(report, date=old.date, versions=old.versions, machine=old.machine)
     write_report(report, folder)
     print(markdown(report))
 

@@ -22,7 +22,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers.utils import logging
 
-from surgical_peft.experiments.recipe.recipe import load_recipe
+from surgical_peft.experiments.recipe import load_recipe
 from surgical_peft.experiments.tasks import load_task
 from surgical_peft.experiments.training.train import train
 from surgical_peft.export.export import export
@@ -73,7 +73,7 @@ def main() -> None:
             ):
                 said = export(source, run / f"delta-{dtype}", "delta", base_model=copy.deepcopy(base))
                 deltas.append(
-                    f"| {rate:g} | {report['after']['test']:.1%} | {moved:.2f} | {dtype} "
+                    f"| {rate:g} | {report.after['test']:.1%} | {moved:.2f} | {dtype} "
                     f"| {said['adapter_bytes']:,} | {said['delta_bytes']:,} | {said['ratio']:.2f} "
                     f"| {said['planes_ratio']:.2f} |"
                 )

@@ -94,7 +94,7 @@ def held_out_loss(model: nn.Module, ids: Tensor) -> float:
 
 
 def toy() -> Source:
-    """A Llama of 4 layers that has learnt one text, and texts that shift each token by one."""
+    """A Llama of 4 layers that has learned one text, and texts that shift each token by one."""
     generator = torch.Generator().manual_seed(0)
     follows = torch.randint(0, 64, (64, 4), generator=generator)
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from surgical_peft.experiments.quickstart.tables import mean_and_spread
-from surgical_peft.experiments.recipe.recipe import Recipe, load_recipe
+from surgical_peft.experiments.recipe import Recipe, load_recipe
 from surgical_peft.experiments.tasks import load_task
 from surgical_peft.experiments.training.train import train
 from surgical_peft.quiet import quieten

@@ -3,7 +3,7 @@
     python benchmarks/sharing.py
 
 Each candidate of the sweep on noise is trained once in each way, in turns, in one process: from scratch (data loaded,
-decoded, corrupted and normalised as `Trainer` asks for them, model read from disk) and by the objective of a search.
+decoded, corrupted and normalized as `Trainer` asks for them, model read from disk) and by the objective of a search.
 What the objective makes once is in its time. The table goes to `benchmarks/sharing.md`.
 """
 
@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from surgical_peft import Selection, SurgicalConfig, get_surgical_model, procedures
-from surgical_peft.experiments.recipe.recipe import Recipe, load_recipe
+from surgical_peft.experiments.recipe import Recipe, load_recipe
 from surgical_peft.experiments.search.objective import RecipeObjective
 from surgical_peft.experiments.tasks import load_task
 from surgical_peft.experiments.training.train import fit

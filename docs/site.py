@@ -37,12 +37,15 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
 
 def entries(package: str) -> str:
-    """An entry for each name that a package imports from its modules, under its short name too."""
+    """An entry for each name that a package imports from its modules, under the name that the package gives it."""
     tree = ast.parse((DOCS.parent / "surgical_peft" / package / "__init__.py").read_text(encoding="utf-8"))
     paths = {
-        name.name: f"surgical_peft.{package}.{node.module}.{name.name}"  # most share their module's name
+        name.asname or name.name: f"surgical_peft.{package}.{node.module}.{name.name}"
         for node in tree.body
         if isinstance(node, ast.ImportFrom) and node.level == 1
         for name in node.names
     }
-    return "\n\n".join(f"[](){{#surgical_peft.{package}.{name}}}\n\n::: {path}" for name, path in paths.items())
+    return "\n\n".join(
+        f"[](){{#surgical_peft.{package}.{name}}}\n\n::: {path}\n    options: {{heading: {name}, toc_label: {name}}}"
+        for name, path in paths.items()
+    )

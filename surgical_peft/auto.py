@@ -19,7 +19,7 @@ from .blocks.block_map import BlockMap
 from .criteria.budget import FORWARD, GRADIENTS, Budget, half_of
 from .criteria.criterion import Criterion, needs_of, of_model
 from .criteria.probe import PACE
-from .criteria.short_training.context import Trial
+from .criteria.short_training.context import ScoringContext
 from .criteria.short_training.short_run import ShortRun, gains_and_loss
 from .errors import SurgicalError
 from .scoring.batches import LossFunction
@@ -27,16 +27,16 @@ from .scoring.block_scores import BlockScores
 from .scoring.gradients import name_of
 from .scoring.progress import Stages, counted
 from .scoring.score import score_blocks
-from .scoring.selection import check_k, top_k
+from .scoring.selection import top_k
 from .tuner.config import SurgicalConfig
-from .tuner.target_modules import modules_to_tune
-from .validation import resolve
+from .tuner.target_modules import block_map_for, modules_to_tune
+from .validation import check_count, resolve
 
 CRITERION = "probe"  # the lowest regret on the seen shifts of benchmarks/criteria
 MOST = 4  # blocks that are tried together
-FOR_JOINT = 0.25  # of a budget: what joint trainings are sure of
+FOR_JOINT = 0.25  # of a budget: reserved for joint trainings
 AT_MOST = GRADIENTS + 2 * (1 + FORWARD)  # training steps for each batch: its gradients, and two joint trainings of all
-LEAST = 0.1  # what one more block must take of the loss that is left
+LEAST = 0.1  # of the loss that is left: what one more block must take away
 
 
 def get_surgical_model(
@@ -56,12 +56,12 @@ def get_surgical_model(
         config: with `blocks="auto"`, `criterion` (default `probe`) scores the blocks and the `num_blocks` highest that
             can be tuned are taken; without a number, short joint trainings decide how many. The caller's config is not
             changed; the model's holds the names and the record.
-        dataloader: labelled batches of the new data, needed for `"auto"`; those of the training split, not of the
+        dataloader: labeled batches of the new data, needed for `"auto"`; those of the training split, not of the
             test split.
         num_batches: how many batches to score on; default is what the criterion asks for.
         loss_fn: `(model, batch) -> loss`; default is the model's own loss.
-        steps: how many steps the training will have, more than 0, each on a batch as large as those of `dataloader`;
-            with gradient accumulation so many times more. Choosing then costs at most half of that training: on fewer
+        steps: number of steps of the training, more than 0, each on a batch as large as those of `dataloader`; with
+            gradient accumulation so many times more. Choosing then costs at most half of that training: on fewer
             batches, with fewer short trainings, or by gradients alone where that is all there is room for. Default:
             not known, and no limit.
         **kwargs: passed on to `get_peft_model` (`adapter_name`, ...).
@@ -80,7 +80,7 @@ def get_surgical_model(
     if config.blocks == "auto":
         if dataloader is None:
             raise SurgicalError(
-                "blocks='auto' needs data to choose by: get_surgical_model(model, config, dataloader) with labelled "
+                "blocks='auto' needs data to choose by: get_surgical_model(model, config, dataloader) with labeled "
                 "batches."
             )
         config, _ = choose_blocks(model, config, dataloader, num_batches, loss_fn, budget)
@@ -105,8 +105,8 @@ def choose_blocks(
     Args:
         model, config, dataloader, num_batches, loss_fn: as for `get_surgical_model`.
         budget: how many training steps all this may cost, as for `score_blocks`. A quarter is for the joint trainings;
-            where they have no room, one block is taken. What it was and what it took is in the record.
-        stages: where to tell what is done.
+            where they have no room, one block is taken. The budget and the cost are in the record.
+        stages: where to show the progress.
 
     Raises:
         SurgicalError: what scoring refuses, no block that can be tuned, or more blocks asked for than there are.
@@ -119,10 +119,11 @@ def choose_blocks(
     batches = list(islice(dataloader, max(wanted, joint.batches if is_open else 0)))
     if is_open:
         _check_enough(len(batches))
-    unfit = _refused(model, config, [name for name, each in BlockMap.find(model).parameters(model).items() if each])
+    blocks = block_map_for(model, config)
+    unfit = _refused(model, config, blocks)
     loss: dict[str, float] = {}
     with counted(budget, "choosing blocks", stages) as spending:
-        run = partial(score_blocks, model, batches, loss_fn=loss_fn, budget=spending)
+        run = partial(score_blocks, model, batches, loss_fn=loss_fn, budget=spending, blocks=blocks)
         if is_open and (needs.what, wanted) == (joint.what, joint.batches):  # then gradients are computed once
             both = partial(_scores_and_loss, score=score, refused=tuple(unfit), loss=loss)
             scores = replace(run(both), criterion=_named(config.criterion or CRITERION))
@@ -135,7 +136,7 @@ def choose_blocks(
     refused = {name: why for name, why in unfit.items() if name in scores.values}
     left = {name: value for name, value in scores.values.items() if name not in refused}
     candidates = replace(scores, values=left, unscored=(*scores.unscored, *refused))
-    loss = {name: loss[name] for name in _ranking(left, ()) if name in loss}  # by the last block of each trial
+    loss = {name: loss[name] for name in _ranking(left, ()) if name in loss}  # by the last block of each context
     chosen = top_k(candidates, config.num_blocks or how_many(list(loss.values())))
     record: dict[str, Any] = {**chosen.record, "scores": dict(scores.values)}
     if refused:
@@ -149,14 +150,14 @@ def choose_blocks(
 
 @of_model(batches=16)
 def _scores_and_loss(
-    trial: Trial, *, score: Criterion, refused: tuple[str, ...], loss: dict[str, float]
+    context: ScoringContext, *, score: Criterion, refused: tuple[str, ...], loss: dict[str, float]
 ) -> dict[str, float]:
     """The scores, and into `loss` what is left after joint trainings of the best."""
-    with trial.budget.holding(_for_joint(trial.budget)):
-        values: Any = score(trial)
+    with context.budget.holding(_for_joint(context.budget)):
+        values: Any = score(context)
     if not isinstance(values, dict):  # `score_blocks` will say so
         return values
-    minus = together(trial, ranking=_ranking(trial.agreed(values), refused))
+    minus = together(context, ranking=_ranking(context.agreed(values), refused))
     loss |= {name: -value for name, value in minus.items()}
     return values
 
@@ -166,13 +167,13 @@ def _named(criterion: str | Criterion) -> str:
 
 
 def _ranking(values: Mapping[str, float], refused: Collection[str]) -> tuple[str, ...]:
-    """The blocks that may be tried together, best first."""
+    """The blocks to train together, best first."""
     left = [name for name in values if name not in refused]
     return tuple(sorted(left, key=lambda name: -values[name])[:MOST])
 
 
 def _for_joint(budget: Budget) -> float:
-    """What to keep for the joint trainings; nothing where it would not be enough for them."""
+    """Steps to reserve for the joint trainings; none where they would not be enough."""
     return FOR_JOINT * budget.steps if 2 * AT_MOST <= budget.steps < math.inf else 0.0
 
 
@@ -182,48 +183,48 @@ def check_choice(model: nn.Module, config: SurgicalConfig, dataloader: Iterable[
     Raises:
         SurgicalError: no block that can be tuned, more blocks asked for than there are, or too few batches.
     """
-    names = [name for name, weights in BlockMap.find(model).parameters(model).items() if weights]
-    left = len(names) - len(_refused(model, config, names))
+    blocks = block_map_for(model, config)
+    count = len(_with_weights(model, blocks)) - len(_refused(model, config, blocks))
     if config.num_blocks is None:
         _check_enough(length_hint(dataloader, 2))
     else:
-        check_k(config.num_blocks, left)
+        check_count("blocks='auto'", "num_blocks", config.num_blocks, "of those that can be tuned", at_most=count)
 
 
 @of_model(batches=16)
-def together(trial: Trial, *, ranking: tuple[str, ...]) -> dict[str, float]:
+def together(context: ScoringContext, *, ranking: tuple[str, ...]) -> dict[str, float]:
     """Minus the held-out loss after a short training of the first block of `ranking`, the first two, and so on.
 
     Each stands under the name of the last block in it. It ends where a block more takes too little.
     """
-    budget, room = trial.budget, len(trial.batches)
-    if budget.is_given and "gains" not in trial.known:
+    budget, room = context.budget, len(context.batches)
+    if budget.is_given and "gains" not in context.known:
         room = min(room, int(budget.left / AT_MOST))
         if room < 2:
             return {}
-        trial.keep(room)
-    gains, start = gains_and_loss(trial, least=1 if budget.is_given else 2)
+        context.keep(room)
+    gains, start = gains_and_loss(context, least=1 if budget.is_given else 2)
     if budget.is_given:  # at least two trainings: of one alone nothing follows
-        room = int(budget.left / sum(trial.cost(*ranking[:at]) for at in (1, 2)) * len(trial.batches))
+        room = int(budget.left / sum(context.cost(*ranking[:at]) for at in (1, 2)) * len(context.batches))
         if room < 2:
             return {}
     left: dict[str, float] = {}
-    with trial.only(room):
+    with context.only(room):
         for at, name in enumerate(ranking):
             names = ranking[: at + 1]
-            cost = trial.cost(*names)
+            cost = context.cost(*names)
             if cost > budget.left:
                 break
             budget.stage(f"the best {at + 1} trained together", cost)
-            gain = sum(gains.get(each, 0.0) for each in names)  # gains add up
-            left[name] = ShortRun(names, PACE * start / gain, passes=1).train(trial, 1) if gain else start
+            gain = sum(gains.get(block, 0.0) for block in names)  # gains add up
+            left[name] = ShortRun(names, PACE * start / gain, passes=1).train(context, 1) if gain else start
             if how_many(list(left.values())) <= at:
                 break
     return {name: -loss for name, loss in left.items() if math.isfinite(loss)}  # else it diverged, and was the last
 
 
 def how_many(left: list[float]) -> int:
-    """How many blocks to take, given the loss left by the first, by the first two, and so on."""
+    """Number of blocks to take, given the loss left by the first, by the first two, and so on."""
     count = 1
     while count < len(left) and left[count] < (1 - LEAST) * left[count - 1]:
         count += 1
@@ -238,20 +239,23 @@ def _check_enough(batches: int) -> None:
         )
 
 
-def _refused(model: nn.Module, config: SurgicalConfig, names: Collection[str]) -> dict[str, str]:
+def _with_weights(model: nn.Module, blocks: BlockMap) -> list[str]:
+    return [name for name, weights in blocks.parameters(model).items() if weights]
+
+
+def _refused(model: nn.Module, config: SurgicalConfig, blocks: BlockMap) -> dict[str, str]:
     """The blocks that cannot be tuned, and why; some can."""
-    refused = {name: reason for name in names if (reason := _refusal(model, config, name))}
+    names = _with_weights(model, blocks)
+    refused = {name: reason for name in names if (reason := _refusal(model, config, blocks, name))}
     if len(refused) == len(names):
-        raise SurgicalError(
-            f"no block of {BlockMap.find(model).model_name} can be tuned: {next(iter(refused.values()))}"
-        )
+        raise SurgicalError(f"no block of {blocks.model_name} can be tuned: {next(iter(refused.values()))}")
     return refused
 
 
-def _refusal(model: nn.Module, config: SurgicalConfig, block: str) -> str | None:
+def _refusal(model: nn.Module, config: SurgicalConfig, blocks: BlockMap, block: str) -> str | None:
     """Why a block cannot be tuned, if it cannot."""
     try:
-        modules_to_tune(model, replace(config, blocks=[block], criterion=None, num_blocks=None))
+        modules_to_tune(model, replace(config, blocks=[block], criterion=None, num_blocks=None), blocks)
     except SurgicalError as error:
         return str(error)
     return None

@@ -1,4 +1,4 @@
-"""What all pictures and tables of the package share: a figure that is written whole, and a row of Markdown."""
+"""Figures that are written whole, rows of Markdown, and the progress bar."""
 
 from __future__ import annotations
 
@@ -13,12 +13,14 @@ from .errors import SurgicalError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from rich.console import Console
+    from rich.progress import Progress
 
 NO_FIGURES = "drawing needs matplotlib, which is not installed: pip install 'surgical-peft[experiments]'."
 
 
 def can_draw() -> bool:
-    """Whether matplotlib is installed."""
+    """True if matplotlib is installed."""
     return find_spec("matplotlib") is not None
 
 
@@ -48,3 +50,21 @@ def new_figure(path: str | Path, width: float, height: float, dpi: float = 150) 
 def markdown_row(cells: Sequence[str]) -> str:
     """`| a | b |`."""
     return f"| {' | '.join(cells)} |"
+
+
+def progress_bar(console: Console, *more: str) -> Progress:
+    """A bar with how many of how many and the time since it began.
+
+    Args:
+        console: where it is shown.
+        more: further columns, texts with `{task...}` of rich.
+
+    Example:
+        >>> with progress_bar(Console()) as bar:
+        ...     task = bar.add_task("train", total=3)
+        ...     bar.advance(task)
+    """
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description:20}"), BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, *map(TextColumn, more), console=console)

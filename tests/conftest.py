@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers.utils import logging
 
-from .toys import TOYS, Toy
+from tests.support.toys import TOYS, Toy
 
 torch.set_num_threads(1)
 logging.set_verbosity_error()

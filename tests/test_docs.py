@@ -29,8 +29,7 @@ from transformers import (
 import surgical_peft
 from surgical_peft import BlockMap, SurgicalCallback, surgical_optimizer
 from surgical_peft.experiments.quickstart.tables import comparison_markdown
-
-from .toys import TOYS, Toy
+from tests.support.toys import TOYS, Toy
 
 ROOT = Path(__file__).parents[1]
 BENCHMARKS = ROOT / "benchmarks"
@@ -211,6 +210,9 @@ def of_extending(left: list[dict[str, Any]]) -> None:
         if "ends" in each:
             context = SimpleNamespace(blocks=BlockMap.find(each["model"]))
             assert each["ends"]().choose(context).blocks == ("0", "head")
+        if "MyNet" in each:
+            assert each["blocks"].names == ("embeddings", "0", "1", "2", "head")
+            assert BlockMap.find(each["model"]) == each["blocks"]
         if "plain_images" in each:
             recipe = SimpleNamespace(model="recipes/fashion_mnist/vit", data="recipes/fashion_mnist/target-0")
             task = each["plain_images"](recipe, ("validation",))

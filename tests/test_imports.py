@@ -99,12 +99,8 @@ def test_modules_are_short_and_say_what_they_are_for() -> None:
 
 
 @pytest.mark.parametrize("package", PACKAGES)
-def test_public_names_are_sorted_and_unique(package: ModuleType) -> None:
+def test_public_names_are_sorted_unique_and_documented(package: ModuleType) -> None:
     assert list(package.__all__) == sorted(set(package.__all__))
-
-
-@pytest.mark.parametrize("package", PACKAGES)
-def test_every_public_name_is_documented(package: ModuleType) -> None:
     for name in package.__all__:
         public = getattr(package, name)
         assert public.__doc__ and not public.__doc__.startswith(f"{name}("), name  # a dataclass makes one up

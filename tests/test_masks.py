@@ -13,15 +13,12 @@ import torch
 import trl
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import PreTrainedTokenizerFast
 from trl.trainer.utils import use_adapter
 
 from surgical_peft import SurgicalConfig, create_surgical_optimizer, policies, surgical_optimizer
+from tests.support.toys import TOYS
+from tests.support.trainers import arguments, llama, losses, preferences, tokenizer
 
-from .test_trained_by_others import arguments, llama, losses, preferences, tokenizer
-from .toys import TOYS
-
-assert tokenizer  # a fixture
 BLOCKS = [0, 1, 2]
 
 
@@ -75,15 +72,13 @@ def test_a_mask_comes_out_of_a_reference_pass_as_it_went_in(build: Any, away: An
 
 
 @pytest.mark.parametrize("policy", [policies.lisa(1, every=1), policies.badam(every=1)])
-def test_dpo_from_a_trained_adapter_with_checkpointing(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, policy: Any
-) -> None:
+def test_dpo_from_a_trained_adapter_with_checkpointing(tmp_path: Path, policy: Any) -> None:
     """TRL makes an adapter for reference, and switches to it and back between the forward and the backward pass."""
     runs = []
     for checkpointing in (True, False):
         args = trl.DPOConfig(**arguments(tmp_path, max_steps=2, gradient_checkpointing=checkpointing))
         model = get_peft_model(llama(), SurgicalConfig(blocks=["0", "2"], task_type="CAUSAL_LM"))
-        trainer = trl.DPOTrainer(model, None, args, train_dataset=preferences(), processing_class=tokenizer)
+        trainer = trl.DPOTrainer(model, None, args, train_dataset=preferences(), processing_class=tokenizer())
         trainer.optimizer_cls_and_kwargs = surgical_optimizer(args, policy)
         trainer.train()
         runs.append(losses(trainer))

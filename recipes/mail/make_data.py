@@ -43,7 +43,7 @@ SPLITS = ("train", "validation", "test")
 TRAIN, VALIDATION, TEST = 50, 50, 150  # mails of each class in a draw
 HELD_OUT = 75  # mails of each class in validation and in test of the source
 FEATURES = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["ham", "spam"])})
-Labelled = dict[str, list[tuple[str, int]]]  # texts and labels by split
+Labeled = dict[str, list[tuple[str, int]]]  # texts and labels by split
 
 
 def body(message: email.message.Message) -> str:
@@ -94,7 +94,7 @@ def read_mails(work: Path) -> dict[str, list[str]]:
     return json.loads(path.read_text())
 
 
-def draw(mails: dict[str, list[str]], ham: str, seed: int) -> Labelled:
+def draw(mails: dict[str, list[str]], ham: str, seed: int) -> Labeled:
     """Train, validation and test mails of one target draw, ham and spam in equal parts."""
     rng, pools = np.random.default_rng(seed), [mails[ham], mails["spam-2"]]
     orders = [rng.permutation(len(pool)) for pool in pools]
@@ -110,9 +110,9 @@ def draw(mails: dict[str, list[str]], ham: str, seed: int) -> Labelled:
     }
 
 
-def source_splits(mails: dict[str, list[str]]) -> Labelled:
+def source_splits(mails: dict[str, list[str]]) -> Labeled:
     """The mails of the source: as many of ham as of spam are held out, the rest is for training."""
-    rng, found = np.random.default_rng(0), {split: [] for split in SPLITS}  # type: Labelled
+    rng, found = np.random.default_rng(0), {split: [] for split in SPLITS}  # type: Labeled
     for label, group in enumerate(SOURCE):
         order = rng.permutation(len(mails[group]))
         for split, rows in zip(
@@ -122,7 +122,7 @@ def source_splits(mails: dict[str, list[str]]) -> Labelled:
     return found
 
 
-def write(splits: Labelled, folder: Path) -> None:
+def write(splits: Labeled, folder: Path) -> None:
     """Write a data set as a Parquet file for each split."""
     for split, rows in splits.items():
         columns = {"text": [text for text, _ in rows], "label": [label for _, label in rows]}
@@ -149,7 +149,7 @@ def train_source(work: Path) -> None:
     """Tune the encoder, with a new head, on the source mails, and write down how well it does."""
     from transformers import AutoTokenizer  # here, because the rest does without them
 
-    from surgical_peft.experiments.recipe.recipe import load_recipe
+    from surgical_peft.experiments.recipe import load_recipe
     from surgical_peft.experiments.tasks import load_task
     from surgical_peft.experiments.training.train import fit
 

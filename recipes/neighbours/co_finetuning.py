@@ -19,7 +19,7 @@ from torch.utils.data import ConcatDataset
 from transformers import Trainer
 
 from surgical_peft import SurgicalCallback, SurgicalConfig, get_surgical_model, surgical_optimizer
-from surgical_peft.experiments.recipe.recipe import Recipe, load_recipe
+from surgical_peft.experiments.recipe import Recipe, load_recipe
 from surgical_peft.experiments.tasks import load_task
 
 RECIPES = Path(__file__).parents[1]

@@ -1,4 +1,4 @@
-"""Which parameters form which block; torch only."""
+"""Blocks: the map from a model's parameters to its blocks; torch only."""
 
 from __future__ import annotations
 

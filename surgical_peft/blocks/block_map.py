@@ -1,32 +1,32 @@
-"""The block map: which parameters form `embeddings`, each repeated layer, `final_norm` and `head`.
+"""The block map: the parameters of `embeddings`, of each repeated layer, of `final_norm` and of `head`.
 
-Everything else in the package asks this map; nobody else parses parameter names.
+Everything else in the package asks this map; no other module parses names of parameters or blocks.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from itertools import chain
 
 from torch import nn
 
 from ..errors import SurgicalError
-from .layer_stacks import find_stacks
+from ..validation import nearest
+from .block_spec import BlockGrammar, listed
+from .given_layers import as_paths, layers_of_adapters, stacks_at
+from .layer_stacks import Stack, find_stacks
 from .module_lists import join
-from .partition import block_owners, ordered, what_there_is
-from .unwrap import bare, clean_name
+from .partition import block_owners, describe_structure, ordered
+from .unwrap import bare_parameter_name, unwrap_model
 
 PART = "/"  # between a layer and a part of it
-_STACK_INDEX = re.compile(r"(?P<stack>[^\[\]]+)\[(?P<index>[^\[\]]*)\]")
-_SLICE = re.compile(r"-?\d*:-?\d*(?::-?\d+)?")
 
 
 @dataclass(frozen=True)
 class BlockMap:
-    """Which block each parameter of a model belongs to: a partition, in the order of execution.
+    """Map from the parameters of a model to its blocks: a partition, in the order of execution.
 
     Attributes:
         names: block names, e.g. `("embeddings", "0", ..., "11", "final_norm", "head")`. With two or more stacks the
@@ -38,6 +38,8 @@ class BlockMap:
             parameter stands for one that no such module holds.
         stacks: for each stack (`""` when there is only one) its block names, first layer first.
         tied: for the second and further names of tied weights, and the modules that hold them, the block of the first.
+        model_name: the class of the model.
+        layer_paths: what `from_layers` was given; empty if the layers were found.
 
     Example:
         >>> from transformers import ViTConfig, ViTModel
@@ -50,29 +52,123 @@ class BlockMap:
     stacks: dict[str, tuple[str, ...]]
     tied: dict[str, str]
     model_name: str
+    layer_paths: tuple[str, ...] = ()
 
     @classmethod
     def find(cls, model: nn.Module) -> BlockMap:
         """Read the block map off `model`, bare or wrapped by PEFT, DDP, FSDP or `torch.compile`.
 
+        Where an adapter in the model was made with `SurgicalConfig(layers=...)`, that says which modules are layers.
+
         Raises:
             SurgicalError: no list of repeated layers was found; the message lists what was.
         """
-        model = bare(model)
-        found = find_stacks(model)
-        if not found:
+        if paths := layers_of_adapters(model):
+            return cls.from_layers(model, paths)
+        model = unwrap_model(model)
+        stacks = find_stacks(model)
+        if not stacks:
             raise SurgicalError(
                 f"no repeated blocks found in {type(model).__name__}: none of its lists (nn.ModuleList, "
-                f"nn.Sequential) is evidently one of layers. {what_there_is(model)} Choose modules by name instead: "
+                f"nn.Sequential) is evidently one of layers. {describe_structure(model)} Say which are the layers: "
+                "SurgicalConfig(layers='path.of.the.list', blocks=[...]); in Python, what takes blocks= takes "
+                "BlockMap.from_layers(model, 'path.of.the.list'). Or choose modules by name: "
                 "SurgicalConfig(target_modules=[...])."
             )
-        owners, tied = block_owners(model, found)
-        names = ordered(set(owners.values()), found)
+        return cls._of(model, stacks, ())
+
+    @classmethod
+    def from_layers(cls, model: nn.Module, layers: str | Sequence[str]) -> BlockMap:
+        """The block map of a model whose repeated layers you name, since `find` cannot guess them or guesses others.
+
+        What is no layer is divided as by `find`: embeddings, final norm and head, by where it is declared.
+
+        Args:
+            model: bare or wrapped.
+            layers: the path of a list in the bare model (`nn.ModuleList`, `nn.Sequential`, `nn.ModuleDict`), whose
+                members are the layers; or a pattern for the layers themselves, where `*` stands for any part of one
+                name: `"layer*"` for `layer1`, `layer2`, ..., `"steps.*.body"` for one module of each step. A list of
+                such paths makes a stack of each, in the order in which they run; the stacks are named by what tells
+                their paths apart.
+
+        Raises:
+            SurgicalError: a path that the model does not have, or that names no list; a list without parameters;
+                layers that lie in one another.
+
+        Example:
+            >>> BlockMap.from_layers(model, "body.layer*").names
+            ('embeddings', '0', '1', '2', 'head')
+        """
+        model, paths = unwrap_model(model), as_paths(layers)
+        return cls._of(model, stacks_at(model, paths), paths)
+
+    @classmethod
+    def _of(cls, model: nn.Module, stacks: list[Stack], paths: tuple[str, ...]) -> BlockMap:
+        owners, tied = block_owners(model, stacks)
+        names = ordered(set(owners.values()), stacks)
         modules = {block: tuple(path for path, owner in owners.items() if owner == block) for block in names}
-        stacks = {
-            stack.label: tuple(join(stack.label, str(index)) for index in range(len(stack.layers))) for stack in found
+        layers = {
+            stack.label: tuple(join(stack.label, str(at)) for at in range(len(stack.layers))) for stack in stacks
         }
-        return cls(names=names, modules=modules, stacks=stacks, tied=tied, model_name=type(model).__name__)
+        return cls(names, modules, layers, tied, type(model).__name__, paths)
+
+    @cached_property
+    def layers(self) -> tuple[str, ...]:
+        """The repeated layers of all stacks, in the map's order; of a divided map their parts.
+
+        Example:
+            >>> blocks.layers
+            ('0', '1')
+        """
+        layers = {name for stack in self.stacks.values() for name in stack}
+        return tuple(name for name in self.names if name in layers)
+
+    @cached_property
+    def heads(self) -> tuple[str, ...]:
+        """The blocks that are heads."""
+        return tuple(name for name in self.names if kind_of(name) == "head")
+
+    @cached_property
+    def poolers(self) -> tuple[str, ...]:
+        """The heads that are only a pooler, as in a bare encoder: a loss on the hidden states does not reach them."""
+        return tuple(name for name in self.heads if all("pool" in path for path in self.modules[name]))
+
+    @cached_property
+    def depths(self) -> dict[str, int]:
+        """Distance of each block from the input: embeddings 0, the layers 1 to L, final norm and head L + 1.
+
+        An encoder's layers count before its decoder's; the final norm of a stack is one above its last layer.
+        """
+        depth, depths = 0, {}
+        for name in self.names:
+            depth += self.kind(name) == "layer"
+            depths[name] = depth + (self.kind(name) in ("final_norm", "head"))
+        return depths
+
+    def kind(self, name: str) -> str:
+        """The kind of a block: `embeddings`, `layer` (also a part of one), `final_norm` or `head`.
+
+        Raises:
+            SurgicalError: the map has no such block.
+
+        Example:
+            >>> blocks.kind("11")
+            'layer'
+        """
+        if name not in self.names:
+            raise SurgicalError(
+                f"{name!r} is no block of {self.model_name}: {nearest(name, self.names)}Blocks: {listed(self.names)}."
+            )
+        return kind_of(name)
+
+    def tower_of(self, name: str) -> str:
+        """The part of the model that a block is in: `"decoder"` of `"decoder.final_norm"`, `""` where it has no name.
+
+        Example:
+            >>> blocks.tower_of("stages.2.5")
+            'stages.2'
+        """
+        return name.partition(PART)[0].rpartition(".")[0]
 
     def block_of(self, name: str) -> str:
         """The block that a parameter or module name belongs to; containers in the name are ignored.
@@ -84,12 +180,12 @@ class BlockMap:
             >>> blocks.block_of("vit.layers.3.attention.q_proj.weight")
             '3'
         """
-        path = clean_name(name)
+        path = bare_parameter_name(name)
         while path:
             if path in self._owners:
                 return self._owners[path]
             path = path.rpartition(".")[0]
-        raise SurgicalError(f"{name!r} belongs to no block of {self.model_name}. Blocks: {_listed(self.names)}.")
+        raise SurgicalError(f"{name!r} belongs to no block of {self.model_name}. Blocks: {listed(self.names)}.")
 
     @cached_property
     def _owners(self) -> dict[str, str]:
@@ -111,7 +207,7 @@ class BlockMap:
         return {block: list(named.values()) for block, named in self.named_parameters(model).items()}
 
     def parse(self, spec: int | str | Iterable[int | str]) -> tuple[str, ...]:
-        """Turn what a user says into block names, in the map's order.
+        """Turn a choice of blocks into their names, in the map's order.
 
         Args:
             spec: an index into the repeated layers (negative counts from the last), a slice as a string (`"0:3"`,
@@ -127,14 +223,15 @@ class BlockMap:
             ('0', '11', 'head')
         """
         parts = list(spec) if isinstance(spec, Iterable) and not isinstance(spec, str) else [spec]
+        grammar = BlockGrammar(self.names, self.stacks, self.tied, self.model_name)
         chosen: list[str] = []
         for part in parts:
-            for block in self._parse_one(part):
+            for block in grammar.parse(part):
                 if block in chosen:
                     raise SurgicalError(f"block {block!r} is named twice in {spec!r}: name it once.")
                 chosen.append(block)
         if not chosen:
-            raise SurgicalError(f"{spec!r} selects no block. Choose at least one of: {_listed(self.names)}.")
+            raise SurgicalError(f"{spec!r} selects no block. Choose at least one of: {listed(self.names)}.")
         return tuple(block for block in self.names if block in chosen)
 
     def divided(self, parts: Sequence[str]) -> BlockMap:
@@ -152,86 +249,21 @@ class BlockMap:
         """
         if not parts or len(set(parts)) != len(parts):
             raise SurgicalError(f"{list(parts)!r} does not divide a layer: name each part once, at least one.")
-        repeated = {name for stack in self.stacks.values() for name in stack}
 
-        def of(names: Iterable[str]) -> tuple[str, ...]:
-            return tuple(
-                each
-                for name in names
-                for each in ([f"{name}{PART}{part}" for part in parts] if name in repeated else [name])
-            )
+        def divide(names: Iterable[str]) -> tuple[str, ...]:
+            divided = ([f"{name}{PART}{part}" for part in parts] if name in self.layers else [name] for name in names)
+            return tuple(chain.from_iterable(divided))
 
-        return replace(
-            self, names=of(self.names), stacks={label: of(stack) for label, stack in self.stacks.items()}, modules={}
-        )
-
-    def _parse_one(self, part: Any) -> tuple[str, ...]:
-        if isinstance(part, bool) or not isinstance(part, int | str):
-            raise SurgicalError(
-                f"{part!r} is not a block: give an index, a slice such as '0:3', or a name. "
-                f"Blocks: {_listed(self.names)}."
-            )
-        if part == "all":
-            return self.names
-        if part in self.names:
-            return (str(part),)
-        if isinstance(part, str) and (match := _STACK_INDEX.fullmatch(part)):
-            stack, inner = match["stack"], match["index"].strip()
-            if stack not in self.stacks:
-                raise SurgicalError(
-                    f"{part!r}: {self.model_name} has no stack {stack!r}. It has {self._stack_names()}."
-                )
-            return self._index(inner, stack, part)
-        if isinstance(part, int) or re.fullmatch(r"-?\d+", part) or _SLICE.fullmatch(part):
-            if len(self.stacks) > 1:
-                example = f"{list(self.stacks)[-1]}[{part}]"
-                raise SurgicalError(
-                    f"{part!r} does not say which stack: {self.model_name} has {self._stack_names()}. "
-                    f"Name one, for example {example!r}."
-                )
-            return self._index(str(part), next(iter(self.stacks)), part)
-        tied = [path for path in self.tied if path.rpartition(".")[0] not in self.tied]  # modules rather than weights
-        ties = ", ".join(f"{path} is in {self.tied[path]!r}" for path in tied)
-        raise SurgicalError(
-            f"block {part!r} does not exist in {self.model_name}. Blocks: {_listed(self.names)}; indices, slices such "
-            f"as {self._slice_example()!r}, and 'all' are understood too."
-            + (f" Tied weights count once: {ties}." if ties else "")
-        )
-
-    def _index(self, text: str, stack: str, given: Any) -> tuple[str, ...]:
-        blocks = self.stacks[stack]
-        size = len(blocks)
-        where = f"{self.model_name}{f' ({stack})' if stack else ''} has {size} repeated blocks, 0 to {size - 1}"
-        if _SLICE.fullmatch(text):
-            start, stop, step = ([int(n) if n else None for n in text.split(":")] + [None])[:3]
-            if any(bound is not None and not -size <= bound <= size for bound in (start, stop)) or step == 0:
-                raise SurgicalError(f"{given!r} is out of range: {where}. Negative numbers count from the last.")
-            if not blocks[start:stop:step]:
-                raise SurgicalError(f"{given!r} selects no block: {where}. The end of a slice is not in it.")
-            return blocks[start:stop:step]
-        if not re.fullmatch(r"-?\d+", text):
-            raise SurgicalError(f"{given!r} is not understood: put an index or a slice in the brackets. {where}.")
-        if not -size <= int(text) < size:
-            raise SurgicalError(f"block {given!r} does not exist: {where}. Negative numbers count from the last: -1.")
-        return (blocks[int(text)],)
-
-    def _slice_example(self) -> str:
-        stack = next(reversed(self.stacks))
-        return f"{stack}[-2:]" if stack else "-2:"
-
-    def _stack_names(self) -> str:
-        named = " and ".join(f"{stack!r} ({len(blocks)} blocks)" for stack, blocks in self.stacks.items() if stack)
-        return named or "one stack, which has no name: leave it out"
+        stacks = {label: divide(stack) for label, stack in self.stacks.items()}
+        return replace(self, names=divide(self.names), stacks=stacks, modules={})
 
 
-def _listed(names: Iterable[str]) -> str:
-    """Names for an error message; a long run of numbered blocks is cut in the middle."""
-    shown = list(names)
-    if len(shown) > 20:
-        shown = [*shown[:6], "...", *shown[-6:]]
-    return ", ".join(shown)
+def kind_of(block: str) -> str:
+    """The kind of a block by its name alone, for saved names; with a map at hand ask `BlockMap.kind`.
 
-
-def is_head(block: str) -> bool:
-    """Whether a block name is a head: `head`, or `vision_model.head` where there are several stacks."""
-    return block.rpartition(".")[2] == "head"
+    Example:
+        >>> kind_of("vision_model.head"), kind_of("stages.2.5"), kind_of("0/attention")
+        ('head', 'layer', 'layer')
+    """
+    last = block.partition(PART)[0].rpartition(".")[2]
+    return last if last in ("embeddings", "final_norm", "head") else "layer"

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field, replace
 from torch import nn
 
 from .module_lists import ModuleRow, is_a, is_list, is_norm, join, members_of, rows_of, size_of
-from .unwrap import seen_through, walk
+from .unwrap import named_bare_modules, unwrap_module
 
-# What a list without attention must hold of all that the lists of its model do: if another has attention, if none has.
+# Share of the weights in all lists of a model that one without attention must hold: if another has attention, if none.
 _BULK, _SHARE = 0.5, 0.1
 
 
@@ -23,9 +23,9 @@ class Stack:
     """Layers that run one after the other.
 
     Attributes:
-        label: what tells it from other stacks, e.g. `encoder`, `stages.2`; "" for the only one.
+        label: its name among the stacks, e.g. `encoder`, `stages.2`; "" for the only one.
         layers: for each layer the paths of its modules, almost always one.
-        path: where the list is.
+        path: of the list.
         homes: the parts of the model that it lies in and shares with few others, outermost first: path -> label.
         around: paths of what lies beside the layers of a stage, and the block that each belongs to.
     """
@@ -40,23 +40,23 @@ class Stack:
 def find_stacks(model: nn.Module) -> list[Stack]:
     """The stacks of the model, in the order of execution; none if no list is evidently one of layers."""
     lists = list(rows_of(model))
-    chosen = _layer_lists([each for each in lists if each.is_stages or each.is_layers])
+    chosen = _layer_lists([row for row in lists if row.is_stages or row.is_layers])
     chosen += _alike(model, chosen)
-    merged = {parts[0].path: parts for parts in (_parts_of_layers(each, lists) for each in chosen)}
-    shared = _shared(list(merged))
-    towers = _labels(list(merged), shared)
+    merged = {parts[0].path: parts for parts in (_parts_of_layers(row, lists) for row in chosen)}
+    shared = shared_depth(list(merged))
+    towers = stack_labels(list(merged), shared)
     stacks: list[Stack] = []
     for path in _in_order(towers):
         parts, tower = merged[path], towers[path]
         if parts[0].is_stages:
-            found = _stages(parts[0], tower, _beside(parts[0], lists))
+            inside = _stages(parts[0], tower, _beside(parts[0], lists))
         else:
-            found = [Stack(tower, tuple(zip(*(part.members for part in parts), strict=True)), path)]
-        stacks += [replace(stack, homes=_homes(path, tower, shared)) for stack in found]
+            inside = [Stack(tower, tuple(zip(*(part.members for part in parts), strict=True)), path)]
+        stacks += [replace(stack, homes=homes_of(path, tower, shared)) for stack in inside]
     return stacks
 
 
-def _homes(path: str, tower: str, shared: int) -> dict[str, str]:
+def homes_of(path: str, tower: str, shared: int) -> dict[str, str]:
     """The parts of the model between what all stacks share and the list, by path: their labels."""
     parts, labels = path.split("."), tower.split(".") if tower else []
     ends = [n for n in range(1, len(labels) + 1) if shared + n < len(parts)]
@@ -64,27 +64,29 @@ def _homes(path: str, tower: str, shared: int) -> dict[str, str]:
 
 
 def _layer_lists(candidates: list[ModuleRow]) -> list[ModuleRow]:
-    """Those with attention, and those without that are the bulk of what the model around them repeats.
+    """The candidates with attention, and those without that hold the bulk of the lists of their model.
 
     Beside attention only stages count, i.e. a convolutional backbone: in a tiny model the mergers may be the bulk.
     """
     chosen = []
-    for each in candidates:
-        rivals = [other for other in candidates if not each.scope or other.path.startswith(each.scope + ".")]
+    for row in candidates:
+        rivals = [other for other in candidates if not row.scope or other.path.startswith(row.scope + ".")]
         attended = any(rival.attends for rival in rivals)
-        needed = _BULK if attended or len(each.members) == 1 else _SHARE
-        bulk = each.size >= needed * sum(rival.size for rival in rivals)
-        if each.attends or (bulk and (each.is_stages or not attended)):
-            chosen.append(each)
+        needed = _BULK if attended or len(row.members) == 1 else _SHARE
+        bulk = row.size >= needed * sum(rival.size for rival in rivals)
+        if row.attends or (bulk and (row.is_stages or not attended)):
+            chosen.append(row)
     return chosen
 
 
 def _alike(model: nn.Module, chosen: list[ModuleRow]) -> list[ModuleRow]:
-    """In models without such a list the outermost of modules of one class; in a part of a model, if most of it."""
-    found: list[ModuleRow] = []
-    scopes = {path: module for path, module in walk(model) if not path or is_a(module, "PreTrainedModel")}
-    for path, module in walk(model):
-        if not is_list(module) or any(path.startswith(outer.path + ".") for outer in found):
+    """The outermost lists of one class in models that have no other; in a part of a model, if they are most of it."""
+    rows: list[ModuleRow] = []
+    scopes = {
+        path: module for path, module in named_bare_modules(model) if not path or is_a(module, "PreTrainedModel")
+    }
+    for path, module in named_bare_modules(model):
+        if not is_list(module) or any(path.startswith(outer.path + ".") for outer in rows):
             continue
         scope = max((scope for scope in scopes if not scope or path.startswith(scope + ".")), key=len)
         if any(not scope or other.path.startswith(scope + ".") for other in chosen):
@@ -93,35 +95,35 @@ def _alike(model: nn.Module, chosen: list[ModuleRow]) -> list[ModuleRow]:
         alike = len({type(child) for child in members.values()}) == 1 and 1 < len(members) == len(module._modules)
         row = ModuleRow(path, members, scope, False)
         if alike and (not scope or 2 * row.size >= size_of(scopes[scope])):
-            found.append(row)
-    return found
+            rows.append(row)
+    return rows
 
 
-def _parts_of_layers(each: ModuleRow, lists: list[ModuleRow]) -> list[ModuleRow]:
+def _parts_of_layers(row: ModuleRow, lists: list[ModuleRow]) -> list[ModuleRow]:
     """A list of nothing but attention holds part of each layer (XLM): the lists beside it hold the other parts."""
-    beside = _beside(each, lists)
+    beside = _beside(row, lists)
     alone = [all(type(member).__name__.endswith("Attention") for member in part.members.values()) for part in beside]
-    return beside if any(alone) and not each.is_stages else [each]
+    return beside if any(alone) and not row.is_stages else [row]
 
 
-def _beside(each: ModuleRow, lists: list[ModuleRow]) -> list[ModuleRow]:
-    """The lists of as many members in the same module, `each` too, in the order of declaration."""
-    parent, number = each.path.rpartition(".")[0], len(each.members)
+def _beside(row: ModuleRow, lists: list[ModuleRow]) -> list[ModuleRow]:
+    """The lists of as many members in the same module, `row` among them, in the order of declaration."""
+    parent, number = row.path.rpartition(".")[0], len(row.members)
     return [other for other in lists if other.path.rpartition(".")[0] == parent and len(other.members) == number]
 
 
-def _stages(each: ModuleRow, tower: str, beside: list[ModuleRow]) -> list[Stack]:
+def _stages(row: ModuleRow, tower: str, beside: list[ModuleRow]) -> list[Stack]:
     """A stack for each stage.
 
-    What lies between the layers of two stages makes the `embeddings` of the second; after the last it is of its layer.
+    Modules between the layers of two stages are the `embeddings` of the second; after the last, they join its layer.
     """
     stacks: list[Stack] = []
     waiting: list[str] = []  # paths that belong to the embeddings of the next stage
-    for number, (path, member) in enumerate(each.members.items()):
-        if path not in each.inner:
+    for number, (path, member) in enumerate(row.members.items()):
+        if path not in row.inner:
             waiting.append(path)
             continue
-        inner, label = each.inner[path], join(tower, f"stages.{len(stacks)}")
+        inner, label = row.inner[path], join(tower, f"stages.{len(stacks)}")
         around = dict.fromkeys(waiting, join(label, "embeddings"))
         waiting = []
         ahead = True
@@ -135,10 +137,10 @@ def _stages(each: ModuleRow, tower: str, beside: list[ModuleRow]) -> list[Stack]
             else:
                 waiting.append(part)
         for other in beside:
-            if other is not each:
+            if other is not row:
                 part, module = list(other.members.items())[number]
                 around[part] = join(label, "final_norm" if is_norm(module) else "embeddings")
-        stacks.append(Stack(label, tuple((layer,) for layer in inner.members), each.path, around=around))
+        stacks.append(Stack(label, tuple((layer,) for layer in inner.members), row.path, around=around))
     if stacks:
         stacks[-1].around.update(dict.fromkeys(waiting, join(stacks[-1].label, str(len(stacks[-1].layers) - 1))))
     return stacks
@@ -146,47 +148,47 @@ def _stages(each: ModuleRow, tower: str, beside: list[ModuleRow]) -> list[Stack]
 
 def _parts(module: nn.Module, path: str, inside: str) -> Iterator[tuple[str, nn.Module]]:
     """The parameters and modules of `module` in order, opened up as far as the list at `inside` asks for."""
-    module = seen_through(module)
+    module = unwrap_module(module)
     if path == inside:
         yield path, module
         return
     for name, _ in module.named_parameters(recurse=False):
         yield join(path, name), module
-    for each, child in members_of(module, path).items():
-        if each == inside or inside.startswith(each + "."):
-            yield from _parts(child, each, inside)
+    for name, child in members_of(module, path).items():
+        if name == inside or inside.startswith(name + "."):
+            yield from _parts(child, name, inside)
         else:
-            yield each, child
+            yield name, child
 
 
-def _shared(paths: list[str]) -> int:
-    """How many parts all paths begin with."""
+def shared_depth(paths: list[str]) -> int:
+    """Number of parts that all paths begin with."""
     split = [path.split(".")[:-1] for path in paths]
-    differ = (n for n, each in enumerate(zip(*split, strict=False)) if len(set(each)) > 1)
+    differ = (n for n, parts in enumerate(zip(*split, strict=False)) if len(set(parts)) > 1)
     return next(differ, min(map(len, split), default=0))
 
 
-def _labels(paths: list[str], shared: int) -> dict[str, str]:
-    """`model.encoder.block` and `model.decoder.block` become `encoder` and `decoder`: the shortest that tell apart."""
+def stack_labels(paths: list[str], shared: int) -> dict[str, str]:
+    """`model.encoder.block` and `model.decoder.block` become `encoder` and `decoder`: the shortest that are unique."""
     split = {path: path.split(".")[shared:] for path in paths if len(paths) > 1}
     labels = dict.fromkeys(paths, "")
-    for path, own in split.items():
-        others = [other for other in split.values() if other is not own]
-        lengths = (n for n in range(1, len(own)) if not any(other[:n] == own[:n] for other in others))
-        labels[path] = ".".join(own[: next(lengths, len(own))])
+    for path, parts in split.items():
+        others = [other for other in split.values() if other is not parts]
+        lengths = (n for n in range(1, len(parts)) if not any(other[:n] == parts[:n] for other in others))
+        labels[path] = ".".join(parts[: next(lengths, len(parts))])
     return labels
 
 
 def _in_order(towers: dict[str, str]) -> list[str]:
     """As declared, but a decoder, a language model and layers that lie in no tower run after what feeds them."""
 
-    def place(path: str) -> list[tuple[bool, int]]:
+    def position(path: str) -> list[tuple[bool, int]]:
         parts = towers[path].split(".")
         prefixes = [".".join(parts[: n + 1]) for n in range(len(parts))]
         labels = list(towers.values())
-        first = [next(n for n, other in enumerate(labels) if f"{other}.".startswith(f"{each}.")) for each in prefixes]
+        first = [next(n for n, other in enumerate(labels) if f"{other}.".startswith(f"{part}.")) for part in prefixes]
         last = [part in ("decoder", "language_model") for part in parts]
         last[-1] = last[-1] or path.endswith(towers[path])
         return list(zip(last, first, strict=True))
 
-    return sorted(towers, key=place)
+    return sorted(towers, key=position)

@@ -8,13 +8,14 @@ from collections.abc import Collection
 from torch import nn
 
 from .layer_stacks import Stack
-from .module_lists import is_list, is_norm, join
-from .unwrap import named_children, seen_through, walk
+from .module_lists import is_norm, join
+from .unwrap import named_bare_modules, named_children, unwrap_module
 
-# Where a part is declared says when it runs, but for these names. LFM2's `embedding_norm` is its last norm.
+# Parts run in the order of declaration, but for these names. LFM2's `embedding_norm` is its last norm.
 _EMBEDDING_CLASS = re.compile(r"(Embed|Embedder|Embeddings?)$")
 _EMBEDDING = re.compile(r"^(embed(?!_out)|pos(ition)?_embed|per_layer)|norm_embed|embed.*(layer_?norm|ln)$|post_conv")
 _LAST_NORM = re.compile(r"final|post|_f$")
+_LISTS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
 
 
 def block_owners(model: nn.Module, stacks: list[Stack]) -> tuple[dict[str, str], dict[str, str]]:
@@ -28,7 +29,7 @@ def block_owners(model: nn.Module, stacks: list[Stack]) -> tuple[dict[str, str],
     again: dict[str, str] = {}  # further name of a tied weight -> its first
     passed: set[str] = set()  # labels of stacks whose layers have been met
     embeddings: set[str] = set()  # paths of modules that are embeddings by their class
-    modules = dict(walk(model))
+    modules = dict(named_bare_modules(model))
     for path, module in modules.items():
         if path and _EMBEDDING_CLASS.search(type(module).__name__):
             embeddings.add(path)
@@ -36,13 +37,13 @@ def block_owners(model: nn.Module, stacks: list[Stack]) -> tuple[dict[str, str],
             full = join(path, name)
             if (first := first_names.setdefault(id(parameter), full)) != full:
                 again[full] = first
-            elif place := _above(full, places):
-                blocks_of[full] = places[place]
-                passed |= {layers[place][0].label} if place in layers else set()
+            elif holder := _above(full, places):
+                blocks_of[full] = places[holder]
+                passed |= {layers[holder][0].label} if holder in layers else set()
             else:
                 home, tower = _home(full, stacks)
-                own = full[len(home) + 1 if home else 0 :].split(".")
-                before = bool(_above(full, embeddings)) or any(map(_EMBEDDING.search, own))
+                parts = full[len(home) + 1 if home else 0 :].split(".")
+                before = bool(_above(full, embeddings)) or any(map(_EMBEDDING.search, parts))
                 after = not before and (_follows(home, stacks, passed) or _runs_last(path, modules, stacks))
                 blocks_of[full] = _outside(module, tower, after, blocks_of)
     owners: dict[str, str] = {}
@@ -51,7 +52,7 @@ def block_owners(model: nn.Module, stacks: list[Stack]) -> tuple[dict[str, str],
     for path, first in again.items():
         tied[path] = blocks_of[first]
         module_path = path.rpartition(".")[0]
-        if not any(own.startswith(module_path + ".") for own in blocks_of):  # XLM's head has a bias of its own
+        if not any(name.startswith(module_path + ".") for name in blocks_of):  # XLM's head has a bias of its own
             tied.setdefault(module_path, blocks_of[first])
     return owners, tied
 
@@ -71,14 +72,14 @@ def _home(path: str, stacks: list[Stack]) -> tuple[str, str]:
 
 
 def _follows(home: str, stacks: list[Stack], passed: set[str]) -> bool:
-    """Whether the layers at `home` itself have been met or, where there are none, those of all towers in it."""
+    """True if the layers at `home` itself have been passed or, where it has none, those of all towers in it."""
     inside = [stack for stack in stacks if not home or home in stack.homes]
-    own = [stack for stack in inside if next(reversed(stack.homes), "") == home]
-    return {stack.label for stack in own or inside} <= passed
+    direct = [stack for stack in inside if next(reversed(stack.homes), "") == home]
+    return {stack.label for stack in direct or inside} <= passed
 
 
 def _runs_last(path: str, modules: dict[str, nn.Module], stacks: list[Stack]) -> bool:
-    """A norm that is declared before the layers and runs after them: OPT's `final_layer_norm`, T5Gemma's `norm`.
+    """True for a norm declared before the layers that runs after them: OPT's `final_layer_norm`, T5Gemma's `norm`.
 
     Wav2Vec2's runs before them in one class of encoder and after them in another.
     """
@@ -102,7 +103,7 @@ def _merge(module: nn.Module, path: str, blocks_of: dict[str, str], owners: dict
     if len(blocks) == 1 and path and not isinstance(module, nn.ModuleList | nn.ModuleDict):
         owners[path] = blocks.pop()
     elif blocks:
-        module = seen_through(module)
+        module = unwrap_module(module)
         for name, _ in module.named_parameters(recurse=False):
             if prefix + name in blocks_of:
                 owners[prefix + name] = blocks_of[prefix + name]
@@ -110,10 +111,10 @@ def _merge(module: nn.Module, path: str, blocks_of: dict[str, str], owners: dict
             _merge(child, prefix + name, blocks_of, owners)
 
 
-def ordered(found: set[str], stacks: list[Stack]) -> tuple[str, ...]:
+def ordered(names: set[str], stacks: list[Stack]) -> tuple[str, ...]:
     """The blocks in the order of execution."""
     order: list[str] = []
-    open_: list[str] = []  # labels of the towers that we are in, outermost first
+    open_: list[str] = []  # labels of the enclosing towers, outermost first
 
     def leave(towers: list[str]) -> None:
         while open_ and open_[-1] not in towers:
@@ -127,15 +128,19 @@ def ordered(found: set[str], stacks: list[Stack]) -> tuple[str, ...]:
             open_.append(tower)
             order.append(join(tower, "embeddings"))
         layers = [str(index) for index in range(len(stack.layers))]
-        order += [join(stack.label, each) for each in ("embeddings", *layers, "final_norm", "head")]
+        order += [join(stack.label, name) for name in ("embeddings", *layers, "final_norm", "head")]
     leave([])
-    return tuple(dict.fromkeys(name for name in order if name in found))
+    return tuple(dict.fromkeys(name for name in order if name in names))
 
 
-def what_there_is(model: nn.Module) -> str:
+def describe_structure(model: nn.Module) -> str:
     """The parts and lists of a model that was not understood, for the error message."""
     parts = ", ".join(f"{name} ({type(child).__name__})" for name, child in named_children(model))
-    lists = {path: module for path, module in walk(model) if path and is_list(module)}
-    kinds = {path: ", ".join(dict.fromkeys(type(child).__name__ for child in each)) for path, each in lists.items()}
-    found = "; ".join(f"{path} ({len(lists[path])} of {kind or 'nothing'})" for path, kind in kinds.items())
-    return f"Its parts are: {parts or 'none'}. Its lists are: {found or 'none'}."
+    lists = {path: module for path, module in named_bare_modules(model) if path and isinstance(module, _LISTS)}
+    described = "; ".join(
+        f"{path} ({len(module._modules)} of {', '.join({type(part).__name__: None for part in module.children()})})"
+        if module._modules
+        else f"{path} (empty)"
+        for path, module in lists.items()
+    )
+    return f"Its parts are: {parts or 'none'}. Its lists are: {described or 'none'}."

@@ -1,4 +1,4 @@
-"""Sees through what DDP, FSDP, `torch.compile`, checkpointing and PEFT put around a model, its modules and names."""
+"""Unwraps models, modules and names from DDP, FSDP, `torch.compile`, checkpointing and PEFT."""
 
 from __future__ import annotations
 
@@ -15,29 +15,35 @@ _SETS = re.compile(rf"(?:(?<=\.)|^)(?:{PARKED}|modules_to_save)\.[^.]+(?:\.|$)")
 _FRONT = re.compile(r"^(?:module\.|base_model\.model\.)+")
 
 
-def clean_name(name: str) -> str:
-    """A parameter's name in the bare model: without what containers and PEFT's wrappers put before or into it.
+def bare_parameter_name(name: str) -> str:
+    """A parameter's name in the bare model: without the parts that containers and PEFT's wrappers add.
 
     Example:
-        >>> clean_name("module._orig_mod.base_model.model.vit.layers.1.modules_to_save.default.mlp.fc1.weight")
+        >>> bare_parameter_name("module.base_model.model.vit.layers.1.modules_to_save.default.mlp.fc1.weight")
         'vit.layers.1.mlp.fc1.weight'
     """
     return _FRONT.sub("", _SETS.sub("", _ANYWHERE.sub("", name))).rstrip(".")
 
 
-def bare(model: nn.Module) -> nn.Module:
-    """The user's own model inside DDP, FSDP, `torch.compile` and `PeftModel`, in whatever order they were put on."""
-    model = seen_through(model)
+def unwrap_model(model: nn.Module) -> nn.Module:
+    """The user's own model inside DDP, FSDP, `torch.compile` and `PeftModel`, in any order of these."""
+    *_, bare = nested_models(model)
+    return bare
+
+
+def nested_models(model: nn.Module) -> Iterator[nn.Module]:
+    """A model and PEFT's tuners and other models in it, from the outside in; the last one is the user's own."""
+    yield (model := unwrap_module(model))
     if list(model._modules) == ["module"]:
-        return bare(model.get_submodule("module"))
-    if "base_model" in model._modules:
-        tuner = seen_through(model.get_submodule("base_model"))
+        yield from nested_models(model.get_submodule("module"))
+    elif "base_model" in model._modules:
+        tuner = unwrap_module(model.get_submodule("base_model"))
         if "model" in tuner._modules:
-            return bare(tuner.get_submodule("model"))
-    return model
+            yield tuner
+            yield from nested_models(tuner.get_submodule("model"))
 
 
-def seen_through(module: nn.Module) -> nn.Module:
+def unwrap_module(module: nn.Module) -> nn.Module:
     """The module that a wrapper stands for, e.g. its `base_layer`; the module itself if it is none."""
     while (inner := next((module._modules[name] for name in _INNER if name in module._modules), None)) is not None:
         module = inner
@@ -45,20 +51,20 @@ def seen_through(module: nn.Module) -> nn.Module:
 
 
 def named_children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """As `nn.Module`'s, without what we add to a tuned module."""
+    """As `nn.Module`'s, without the `SurgicalLayer` of a tuned module."""
     return ((name, child) for name, child in module.named_children() if name != PARKED)
 
 
-def walk(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """`named_modules` of the bare model: wrappers are seen through, so paths carry no container."""
-    module = seen_through(module)
+def named_bare_modules(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """`named_modules` of the bare model: paths have no containers."""
+    module = unwrap_module(module)
     yield path, module
     for name, child in named_children(module):
-        yield from walk(child, f"{path}.{name}" if path else name)
+        yield from named_bare_modules(child, f"{path}.{name}" if path else name)
 
 
 def idle_parameters(model: nn.Module) -> set[int]:
-    """`id`s of what PEFT keeps beside the weights in use: parked sets, wrapped originals, LoRA of idle adapters."""
+    """`id`s of parameters that are not in use: parked sets, wrapped originals, LoRA of idle adapters."""
     idle: set[int] = set()
     for module in model.modules():
         wrapper: Any = module
@@ -77,7 +83,7 @@ def idle_parameters(model: nn.Module) -> set[int]:
         copies = module._modules.get("modules_to_save")
         if isinstance(copies, nn.ModuleDict):
             active = [] if wrapper.disable_adapters else [name for name in wrapper.active_adapters if name in copies]
-            used = copies[active[0]] if active else seen_through(module)
+            used = copies[active[0]] if active else unwrap_module(module)
             ids = {id(parameter) for parameter in used.parameters()}
             idle |= {id(parameter) for parameter in module.parameters()} - ids
     return idle

@@ -6,7 +6,7 @@ import torch
 import transformers
 from torch import nn
 
-from ..errors import SurgicalError
+from ..errors import SurgicalError, reason_of
 
 
 def model_of_config(model: str) -> nn.Module:
@@ -18,8 +18,9 @@ def model_of_config(model: str) -> nn.Module:
     try:
         config = transformers.AutoConfig.from_pretrained(model)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise SurgicalError(f"the model {model!r} cannot be loaded, here or from the Hub: {reason}") from error
+        raise SurgicalError(
+            f"the model {model!r} cannot be loaded, here or from the Hub: {reason_of(error)}"
+        ) from error
     names = config.architectures or []
     architecture = getattr(transformers, names[0], None) if names else None
     with torch.device("meta"):

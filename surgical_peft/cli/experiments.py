@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -15,11 +16,12 @@ from .options import AsJson, DryRun, RecipeFile, Tiny, console, in_words, print_
 
 if TYPE_CHECKING:
     from ..experiments.recipe.recipe import Recipe
+    from ..experiments.search.search import CostEstimate as SearchCost
 
 
 def open_recipe(path: Path, tiny: bool, output: Path | None) -> tuple[Recipe, Path | None]:
     """The recipe in a file and the folder for its results; with `tiny` one that needs no network, said plainly."""
-    from ..experiments.recipe.recipe import load_recipe
+    from ..experiments.recipe import load_recipe
 
     recipe = load_recipe(path)
     if not tiny:
@@ -34,14 +36,14 @@ def search(
     recipe: RecipeFile,
     procedure: Annotated[
         str | None,
-        typer.Option(help="What to try, instead of the recipe's procedure: a name, or package.module:name."),
+        typer.Option(help="Search procedure, instead of the recipe's: a name, or package.module:name."),
     ] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Processes that share the trainings.")] = 1,
     storage: Annotated[
         str | None,
         typer.Option(
             metavar="URL",
-            help="Where the study is kept; run the same command elsewhere with the same URL to help. sqlite:///, "
+            help="Storage of the study; run the same command elsewhere with the same URL to help. sqlite:///, "
             "journal:/// or postgresql+psycopg://; default is study.db in the output folder.",
         ),
     ] = None,
@@ -57,41 +59,50 @@ def search(
     from ..experiments.search.search import plan
     from ..experiments.search.search import search as search_recipe
 
-    found, output = open_recipe(recipe, tiny, output)
-    if procedure and procedure != found.procedure:
-        found = replace(found, procedure=procedure, procedure_options={})
+    loaded, output = open_recipe(recipe, tiny, output)
+    if procedure and procedure != loaded.procedure:
+        loaded = replace(loaded, procedure=procedure, procedure_options={})
     if dry_run:
-        costs = plan(found, jobs)
-        if as_json:
-            print_json(asdict(costs))
-            return
-        most = "how many trainings is not known" if costs.trainings is None else f"at most {costs.trainings} trainings"
-        console.print(f"{costs.procedure}: {most}.")
-        console.print(f"One training of all layers, and few take longer: about {in_words(costs.seconds_each)}.")
-        if costs.seconds is not None:
-            console.print(f"With {jobs} job{'s' * (jobs > 1)}: at most about {in_words(costs.seconds)}.")
+        _print_search_cost(plan(loaded, jobs), jobs, as_json)
         return
-    result = search_recipe(
-        found,
-        output,
-        jobs=jobs,
-        storage=storage,
-        name=name or f"{recipe.stem} {found.procedure}",
-        console=Console(stderr=True, quiet=True) if as_json else console,
-    )
+    name = name or f"{recipe.stem} {loaded.procedure}"
+    result = search_recipe(loaded, output, jobs=jobs, storage=storage, name=name, console=_progress_console(as_json))
     if as_json:
         print_json(result.to_json())
         return
     console.print(result.table())
-    folder = Path(str(output or found.arguments().output_dir)) / "search"
-    console.print(f"Result: {folder}")
-    rate = result.best.record.get("rate")
+    console.print(f"Result: {_results_folder(loaded, output) / 'search'}")
     config = SurgicalConfig.from_selection(result.best)
-    said = {"target_modules": config.target_modules} if config.target_modules else {"blocks": config.blocks}
-    said |= {"learning_rate": rate} if rate else {}
+    keys = {"target_modules": config.target_modules} if config.target_modules else {"blocks": config.blocks}
+    if rate := result.best.record.get("rate"):
+        keys["learning_rate"] = rate
+    _print_recipe_lines([f"{key}: {json.dumps(value)}" for key, value in keys.items()])
+
+
+def _print_search_cost(cost: SearchCost, jobs: int, as_json: bool) -> None:
+    if as_json:
+        print_json(asdict(cost))
+        return
+    most = "how many trainings is not known" if cost.trainings is None else f"at most {cost.trainings} trainings"
+    console.print(f"{cost.procedure}: {most}.")
+    console.print(f"One training of all layers, and few take longer: about {in_words(cost.seconds_each)}.")
+    if cost.seconds is not None:
+        console.print(f"With {jobs} job{'s' * (jobs > 1)}: at most about {in_words(cost.seconds)}.")
+
+
+def _progress_console(as_json: bool) -> Console:
+    return Console(stderr=True, quiet=True) if as_json else console
+
+
+def _results_folder(recipe: Recipe, output: Path | None) -> Path:
+    return Path(str(output or recipe.arguments().output_dir))
+
+
+def _print_recipe_lines(lines: Sequence[str]) -> None:
+    """Print the lines of a recipe for `surgical-peft train`."""
     console.print("To train it, write into the recipe:")
-    for key, value in said.items():
-        console.print(f"  {key}: {json.dumps(value)}", markup=False, highlight=False, soft_wrap=True)
+    for line in lines:
+        console.print(f"  {line}", markup=False, highlight=False, soft_wrap=True)
 
 
 def compare(
@@ -107,9 +118,9 @@ def compare(
     from ..experiments.compare.compare import plan
     from ..experiments.compare.tables import table
 
-    found, output = open_recipe(recipe, tiny, output)
+    loaded, output = open_recipe(recipe, tiny, output)
     if dry_run:
-        costs = plan(found, output, jobs)
+        costs = plan(loaded, output, jobs)
         if as_json:
             print_json(asdict(costs))
             return
@@ -118,14 +129,14 @@ def compare(
         console.print(f"One full fine-tuning: about {in_words(costs.seconds_each)}.")
         console.print(f"With {jobs} job{'s' * (jobs > 1)}: about {in_words(costs.seconds)}, choosing blocks apart.")
         return
-    report = compare_recipe(found, output, jobs=jobs, console=Console(stderr=True, quiet=True) if as_json else console)
+    report = compare_recipe(loaded, output, jobs=jobs, console=_progress_console(as_json))
     if as_json:
-        print_json(report)
+        print_json(report.to_json())
         return
     console.print(table(report))
-    for sentence in report["sentences"]:
+    for sentence in report.sentences:
         console.print(sentence, highlight=False)
-    console.print(f"Result: {Path(str(output or found.arguments().output_dir)) / 'comparison'}", soft_wrap=True)
+    console.print(f"Result: {_results_folder(loaded, output) / 'comparison'}", soft_wrap=True)
 
 
 def advise(
@@ -140,9 +151,9 @@ def advise(
     from ..experiments.advise.advise import plan
     from ..experiments.advise.report import not_tried, recipe_lines, table
 
-    found, output = open_recipe(recipe, tiny, output)
+    loaded, output = open_recipe(recipe, tiny, output)
     if dry_run:
-        costs = plan(found)
+        costs = plan(loaded)
         if as_json:
             print_json(asdict(costs))
             return
@@ -150,17 +161,15 @@ def advise(
         console.print(f"One full fine-tuning: about {in_words(costs.seconds_each)}.")
         console.print(f"All: at most as {costs.full_trainings:.1f} of them, about {in_words(costs.seconds)}.")
         return
-    advice = advise_on(found, output, console=Console(stderr=True, quiet=True) if as_json else console)
+    advice = advise_on(loaded, output, console=_progress_console(as_json))
     if as_json:
-        print_json(advice)
+        print_json(advice.to_json())
         return
     console.print(table(advice))
     for line in not_tried(advice):
         console.print(line, markup=False, highlight=False)
-    for sentence in advice["sentences"]:
+    for sentence in advice.sentences:
         console.print(sentence, highlight=False)
     if lines := recipe_lines(advice):
-        console.print("To train it, write into the recipe:")
-        for line in lines:
-            console.print(f"  {line}", markup=False, highlight=False, soft_wrap=True)
-    console.print(f"Result: {Path(str(output or found.arguments().output_dir)) / 'advice'}", soft_wrap=True)
+        _print_recipe_lines(lines)
+    console.print(f"Result: {_results_folder(loaded, output) / 'advice'}", soft_wrap=True)

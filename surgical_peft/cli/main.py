@@ -44,18 +44,18 @@ def blocks(
     from .architectures import model_of_config
 
     network = model_of_config(model)
-    found = BlockMap.find(network)
-    sizes = {name: sum(p.numel() for p in group) for name, group in found.parameters(network).items()}
+    block_map = BlockMap.find(network)
+    sizes = {name: sum(p.numel() for p in group) for name, group in block_map.parameters(network).items()}
     total = sum(sizes.values())
     if as_json:
-        rows = [(name, found.modules[name], size, size / total) for name, size in sizes.items()]
+        rows = [(name, block_map.modules[name], size, size / total) for name, size in sizes.items()]
         print_json([dict(zip(("block", "modules", "parameters", "share"), row, strict=True)) for row in rows])
         return
-    table = Table(title=f"{found.model_name}: {len(sizes)} blocks, {total:,} parameters")
+    table = Table(title=f"{block_map.model_name}: {len(sizes)} blocks, {total:,} parameters")
     for name, justify in (("block", "left"), ("modules", "left"), ("parameters", "right"), ("share", "right")):
         table.add_column(name, justify=justify)  # type: ignore[arg-type]
     for name, size in sizes.items():
-        table.add_row(name, "\n".join(found.modules[name]), f"{size:,}", f"{size / total:.1%}")
+        table.add_row(name, "\n".join(block_map.modules[name]), f"{size:,}", f"{size / total:.1%}")
     console.print(table)
 
 
@@ -63,22 +63,22 @@ def blocks(
 def score(
     recipe: RecipeFile,
     criterion: Annotated[
-        str | None, typer.Option(help="What to score by, instead of the recipe's: a name, or package.module:name.")
+        str | None, typer.Option(help="Criterion, instead of the recipe's: a name, or package.module:name.")
     ] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the scores to this file as well (png, pdf or svg).")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Score the blocks of a recipe's model on its training data."""
-    from ..experiments.recipe.recipe import load_recipe
+    from ..experiments.recipe import load_recipe
     from ..experiments.training.train import score as score_recipe
 
     if plot and plot.suffix not in (".png", ".pdf", ".svg"):
         raise SurgicalError(f"--plot {str(plot)!r}: the name must end in .png, .pdf or .svg.")
-    found = load_recipe(recipe)
+    loaded = load_recipe(recipe)
     if criterion:
         resolve(criterion, criteria)  # an unknown name is said now, not after the data are loaded
-        found = replace(found, criterion=criterion, criterion_options={})
-    scores = score_recipe(found, Console(stderr=True, quiet=as_json))
+        loaded = replace(loaded, criterion=criterion, criterion_options={})
+    scores = score_recipe(loaded, Console(stderr=True, quiet=as_json))
     if plot:
         scores.plot(plot)
     if as_json:
@@ -105,20 +105,19 @@ def train(
     with contextlib.redirect_stdout(sys.stderr):  # what Trainer prints must not come between the JSON
         report = train_recipe(*open_recipe(recipe, tiny, output), Console(stderr=True, quiet=as_json))
     if as_json:
-        print_json(report)
+        print_json(report.to_json())
         return
-    before, after = report["before"], report["after"]
-    table = Table(title=f"Tuned: {', '.join(report['blocks'] or report['target_modules'])}")
-    for name in (report["metric"], "before", "after"):
-        table.add_column(name, justify="left" if name == report["metric"] else "right")
-    for split in before:
-        values = before[split], after[split]
+    table = Table(title=f"Tuned: {', '.join(report.blocks or report.target_modules)}")
+    for name in (report.metric, "before", "after"):
+        table.add_column(name, justify="left" if name == report.metric else "right")
+    for split, before in report.before.items():
+        values = before, report.after[split]
         shares = all(0 <= value <= 1 for value in values)  # not a log-likelihood, say
         table.add_row(split, *(f"{value:.1%}" if shares else f"{value:.4g}" for value in values))
     console.print(table)
-    share = report["tuned_parameters"] / report["all_parameters"]
-    console.print(f"{report['tuned_parameters']:,} of {report['all_parameters']:,} parameters tuned ({share:.1%}).")
-    console.print(f"Adapter: {report['adapter']}")
+    share = report.tuned_parameters / report.all_parameters
+    console.print(f"{report.tuned_parameters:,} of {report.all_parameters:,} parameters tuned ({share:.1%}).")
+    console.print(f"Adapter: {report.adapter}")
 
 
 @app.command()
@@ -192,8 +191,8 @@ def push(
     if as_json:
         print_json(asdict(pushed))
     else:
-        who = "private" if pushed.private else "public"
-        console.print(f"{pushed.repository} ({who}): {pushed.commit}", soft_wrap=True)
+        access = "private" if pushed.private else "public"
+        console.print(f"{pushed.repository} ({access}): {pushed.commit}", soft_wrap=True)
 
 
 @app.command()

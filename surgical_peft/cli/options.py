@@ -1,4 +1,4 @@
-"""What the commands share: the terminal, and the arguments that many of them have."""
+"""The terminal, and the arguments that many commands have."""
 
 from __future__ import annotations
 

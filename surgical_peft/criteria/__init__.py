@@ -1,4 +1,4 @@
-"""What scores a block: one function a file, larger = tune it.
+"""Criteria, which score blocks: one function a file, larger = tune it.
 
 The simplest criterion is a function `(weights, grads) -> float`. It is called for every unit (block, module or tensor)
 and every batch, with the unit's weights and the gradients of that batch's loss in the same order; a weight that got no

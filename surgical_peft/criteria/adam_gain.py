@@ -11,7 +11,7 @@ from torch import Tensor
 from ..errors import SurgicalError
 from .budget import GRADIENTS
 from .criterion import NO_GRADIENT, Moments, not_finite, over_batches, tell_unreached, whole
-from .short_training.context import Trial
+from .short_training.context import ScoringContext
 
 
 @over_batches(batches=8)
@@ -34,49 +34,49 @@ def adam_gain(weights: Sequence[Tensor], moments: Moments) -> float:
 
 
 def gain(pull: Tensor, mean: Tensor, square: Tensor) -> float:
-    """`sum pull * mean / sqrt(square)`, where `square` is 0 nothing."""
+    """`sum pull * mean / sqrt(square)`; entries with `square` 0 count as 0."""
     step = torch.where(square > 0, mean * square.rsqrt(), 0.0)
     return whole((pull * step).sum(dtype=torch.float64)).item()
 
 
-def gains_of(trial: Trial, ats: Sequence[int]) -> tuple[dict[str, float], float]:
+def gains_of(context: ScoringContext, ats: Sequence[int]) -> tuple[dict[str, float], float]:
     """`adam_gain` of each unit that has a gradient on some batches, and their mean loss; leaves no gradient behind.
 
     Raises:
         SurgicalError: a loss or a gradient that is NaN or infinite; no unit has a gradient.
     """
-    moments = {name: Moments(list(unit.values())) for name, unit in trial.units.items()}
+    moments = {name: Moments(list(unit.values())) for name, unit in context.units.items()}
     total = 0.0
     for at in ats:
-        loss = trial.loss(at)
+        loss = context.loss(at)
         if not math.isfinite(loss.item()):
             raise not_finite("loss", "batch", at)
         total += loss.item()
         loss.backward()
-        for name, unit in trial.units.items():
+        for name, unit in context.units.items():
             grads = [torch.zeros_like(w) if w.grad is None else w.grad for w in unit.values()]
             if not all(bool(torch.linalg.vector_norm(grad, math.inf).isfinite()) for grad in grads):
                 raise not_finite(f"gradient of {name!r}", "batch", at)
             moments[name].update(grads, at)
             for weight in unit.values():
                 weight.grad = None
-    gains = trial.agreed({name: adam_gain([], each) for name, each in moments.items()})
+    gains = context.agreed({name: adam_gain([], part) for name, part in moments.items()})
     if not any(gains.values()):
         raise SurgicalError(
             f"no unit has a gradient: the loss does not depend on any weight that is scored. {NO_GRADIENT}"
         )
     tell_unreached([name for name, gain in gains.items() if not gain], gains)
-    return {name: gain for name, gain in gains.items() if gain}, trial.agreed({"loss": total / len(ats)})["loss"]
+    return {name: gain for name, gain in gains.items() if gain}, context.agreed({"loss": total / len(ats)})["loss"]
 
 
-def gains_of_all(trial: Trial) -> tuple[dict[str, float], float]:
+def gains_of_all(context: ScoringContext) -> tuple[dict[str, float], float]:
     """`gains_of` all batches, computed once.
 
     Raises:
         SurgicalError: a loss or a gradient that is NaN or infinite.
     """
-    if "gains" not in trial.known:
-        count = len(trial.batches)
-        trial.budget.stage(f"gradients of {count} batch{'es' * (count > 1)}", GRADIENTS * count)
-        trial.known["gains"] = gains_of(trial, range(count))
-    return trial.known["gains"]
+    if "gains" not in context.known:
+        count = len(context.batches)
+        context.budget.stage(f"gradients of {count} batch{'es' * (count > 1)}", GRADIENTS * count)
+        context.known["gains"] = gains_of(context, range(count))
+    return context.known["gains"]

@@ -1,4 +1,4 @@
-"""What scoring may cost, counted in training steps and not timed: every process and machine counts the same."""
+"""The budget of scoring, counted in training steps and not timed: every process and machine counts the same."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import SurgicalError
+from ..validation import check_number
 
-SHARE = 0.5  # of a planned training: what choosing for it may cost
+SHARE = 0.5  # of a planned training: the most that choosing its blocks may cost
 FORWARD = 1 / 3  # of a training step: a backward pass computes twice as much as a forward pass
 # Training steps that the gradients of a batch count as: means and squares of them cost more than an update.
 GRADIENTS = 1.25
@@ -19,23 +20,23 @@ _ROUNDING = 1e-6
 
 
 def _unseen(*args: Any) -> None:
-    """Tells nobody."""
+    """Ignore the report."""
 
 
 @dataclass
 class Budget:
-    """What scoring may cost and what it has cost so far, in training steps.
+    """The limit on what scoring costs and what it has cost so far, in training steps.
 
     A step is a forward pass, a backward pass and an update of the whole model on one batch. A pass through a part of
     the model counts as that part, by its share of the weights or of the layers, whichever is larger.
 
     Attributes:
-        steps: what it may cost; infinite if nobody has said.
-        spent: what it has cost.
-        held: what is kept for later.
-        stages: what was done, in words, in order.
-        on_stage: called with the words of a stage and what it costs at most, when it begins.
-        on_spend: called with what was spent.
+        steps: the limit; infinite if there is none.
+        spent: the cost so far.
+        held: reserved for later.
+        stages: descriptions of the work done, in order.
+        on_stage: called with the description of a stage and its cost at most, when it begins.
+        on_spend: called with each cost.
     """
 
     steps: float = math.inf
@@ -47,17 +48,17 @@ class Budget:
 
     @property
     def left(self) -> float:
-        """What may still be spent; with room for rounding."""
+        """Steps that may still be spent, with room for rounding."""
         return self.steps * (1 + _ROUNDING) - self.held - self.spent
 
     @property
     def is_given(self) -> bool:
-        """Whether there is a limit."""
+        """True if there is a limit."""
         return self.steps < math.inf
 
     @contextmanager
     def holding(self, steps: float) -> Iterator[None]:
-        """So much of the budget is not for what is inside."""
+        """Reserve so many steps for later: the code inside cannot spend them."""
         self.held = steps
         try:
             yield
@@ -65,23 +66,23 @@ class Budget:
             self.held = 0.0
 
     def stage(self, words: str, cost: float) -> None:
-        """A part of the work begins; `cost` is what it takes at most."""
+        """Announce a part of the work, which costs at most `cost`."""
         self.stages.append(words)
         self.on_stage(words, cost)
 
     def spend(self, cost: float) -> None:
-        """Count what is about to be done.
+        """Count the cost of the next piece of work.
 
         Raises:
-            SurgicalError: it is more than what is left.
+            SurgicalError: it is more than is left.
         """
         if cost > self.left:
-            raise self.too_small(self.spent + cost, "what comes next")
+            raise self.too_small(self.spent + cost, "the next step")
         self.spent += cost
         self.on_spend(cost)
 
     def affordable(self, count: int, cost: float, what: str) -> int:
-        """How many of `count` things that cost so much each can be paid for; at least one, if need be of what is held.
+        """Number of items, up to `count`, that fit into the budget at `cost` each; for one alone also what is held.
 
         Raises:
             SurgicalError: not even one.
@@ -93,7 +94,7 @@ class Budget:
         return count if not (self.is_given and cost) else min(count, int(self.left / cost))
 
     def too_small(self, needed: float, what: str) -> SurgicalError:
-        """The error that says what it would take."""
+        """The error that says how many steps it would take."""
         return SurgicalError(
             f"a budget of {self.steps:.4g} training steps is too small to choose blocks by: {what} would make it "
             f"{needed:.4g}. Give at least that, plan for {math.ceil(needed / SHARE)} training steps or more (half is "
@@ -102,21 +103,17 @@ class Budget:
 
 
 def check_steps(name: str, value: Any) -> float:
-    """A number of training steps.
+    """Return `value` as a number of training steps.
 
     Raises:
         SurgicalError: not a finite number above 0.
     """
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise SurgicalError(
-            f"{name}={value!r} is no number of training steps: a number above 0, such as {name}=50; leave it out for "
-            "no limit."
-        )
+    check_number("the budget", name, value, "training steps (leave it out for no limit), a finite number", above=0)
     return float(value)
 
 
 def half_of(steps: Any) -> float:
-    """The budget for choosing what a training of so many steps tunes.
+    """The budget for choosing blocks before a training of so many steps.
 
     Raises:
         SurgicalError: not a finite number above 0.

@@ -28,5 +28,5 @@ def bvr(weights: Sequence[Tensor], moments: Moments) -> float:
         >>> scores = score_blocks(model, dataloader, criterion="bvr", num_batches=16)
     """
     bias = sum(mean.square().sum(dtype=torch.float64).item() for mean in moments.means)
-    variance = sum(each.sum(dtype=torch.float64).item() for each in moments.variances)
+    variance = sum(part.sum(dtype=torch.float64).item() for part in moments.variances)
     return bias / max(variance, 1e-10)

@@ -1,4 +1,4 @@
-"""What a criterion may ask to see: the gradients of each batch, their moments over samples, or the whole model."""
+"""Decorators that say what a criterion needs: gradients of each batch, moments over samples, or the whole model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from ..errors import SurgicalError
+from ..errors import SurgicalError, first_of
 
 NO_GRADIENT = (
     "Look at the labels and at loss_fn; a head of zeros lets no gradient through, and a contrastive loss needs "
@@ -26,16 +26,16 @@ C = TypeVar("C", bound=Criterion)
 
 @dataclass(frozen=True)
 class Needs:
-    """What `score_blocks` hands to a criterion.
+    """The input that a criterion asks `score_blocks` for.
 
     Attributes:
         what: `"gradients"`: called for every unit and batch, `(weights, grads) -> float`, averaged over the batches.
             `"moments"`: called once for every unit, `(weights, *moments) -> float`. `"model"`: called once,
-            `(trial: Trial) -> {unit: score}`.
-        samples: whose gradients the moments are of: `"batches"`, or single `"examples"`.
+            `(context: ScoringContext) -> {unit: score}`.
+        samples: the samples of the moments: the gradients of `"batches"`, or of single `"examples"`.
         decay: 1 = plain moments; less = exponential ones, of weight `decay ** (number of later samples)`.
-        parts: how many `Moments`; samples are dealt out to them in turn.
-        batches: how many batches to look at unless the user says so; 0 = no data needed.
+        parts: number of `Moments`; samples go to them in turn.
+        batches: default number of batches; 0 = no data needed.
     """
 
     what: str = "gradients"
@@ -46,7 +46,7 @@ class Needs:
 
 
 def over_batches(*, decay: float = 1.0, parts: int = 1, batches: int = 5) -> Callable[[C], C]:
-    """Marks a criterion `(weights, *moments) -> float` on the gradients of batches.
+    """Mark a criterion `(weights, *moments) -> float` of the gradients of batches.
 
     Example:
         >>> @over_batches()
@@ -57,12 +57,12 @@ def over_batches(*, decay: float = 1.0, parts: int = 1, batches: int = 5) -> Cal
 
 
 def over_examples(*, batches: int = 5) -> Callable[[C], C]:
-    """Marks a criterion `(weights, moments) -> float` on the gradients of single examples."""
+    """Mark a criterion `(weights, moments) -> float` of the gradients of single examples."""
     return _marked(Needs("moments", "examples", batches=batches))
 
 
 def of_model(*, batches: int) -> Callable[[C], C]:
-    """Marks a criterion `(trial) -> {unit: score}` that needs more than gradients; `batches=0`: no data at all."""
+    """Mark a criterion `(context) -> {unit: score}` that needs more than gradients; `batches=0`: no data at all."""
     return _marked(Needs("model", batches=batches))
 
 
@@ -75,7 +75,7 @@ def _marked(needs: Needs) -> Callable[[C], C]:
 
 
 def needs_of(criterion: Criterion) -> Needs:
-    """What a criterion asks for; a plain function, or one with `functools.partial` around it, sees gradients."""
+    """Return the needs of a criterion, also inside `functools.partial`; a plain function gets gradients."""
     while isinstance(criterion, partial):
         criterion = criterion.func
     return getattr(criterion, "needs", Needs())
@@ -100,7 +100,7 @@ class Moments:
         self._spreads = [torch.zeros_like(mean) for mean in self.means]
 
     def update(self, grads: Sequence[Tensor], position: int) -> None:
-        """Take in the gradient of the sample that stands at `position` in the order of all samples."""
+        """Add the gradient of the sample at `position` in the order of all samples."""
         self.fade(position)
         self.count += 1
         self.total += 1.0
@@ -110,7 +110,7 @@ class Moments:
             spread.addcmul_(delta, grad.to(mean.dtype) - mean)
 
     def fade(self, position: int) -> None:
-        """Let what is known grow older, as seen from `position`."""
+        """Decay the sums to `position`."""
         if self.decay != 1.0:
             factor = self.decay ** (position - self._at)
             self.total *= factor
@@ -119,7 +119,7 @@ class Moments:
         self._at = position
 
     def merge(self, count: int, total: float, means: Sequence[Tensor], spreads: Sequence[Tensor]) -> None:
-        """Take in what another process knows (Chan et al. 1979), as of the same position."""
+        """Add the moments of another process (Chan et al. 1979), decayed to the same position."""
         if not total:
             return
         share = total / (self.total + total)
@@ -137,10 +137,10 @@ class Moments:
 
     @property
     def variances(self) -> list[Tensor]:
-        """Of each entry the variance over the samples, divided by their number (or sum of weights).
+        """Variance of each entry over the samples, divided by their number (or sum of weights).
 
         Raises:
-            SurgicalError: of one sample, of which a variance says nothing.
+            SurgicalError: fewer than two samples.
         """
         if self.count < 2:
             raise SurgicalError(
@@ -151,23 +151,23 @@ class Moments:
 
     @property
     def squares(self) -> list[Tensor]:
-        """Of each entry the mean of the squared gradient."""
+        """Mean squared gradient of each entry."""
         pairs = zip(self._spreads, self.means, strict=True)
         return [torch.addcmul(spread / self.total, mean, mean) for spread, mean in pairs]
 
 
 def can_train(weight: Tensor) -> bool:
-    """Whether a weight can have a gradient: integers cannot, nor 8-bit floats, which are packed numbers too."""
+    """True if a weight can have a gradient: integers cannot, nor 8-bit floats, which are packed numbers too."""
     return weight.is_floating_point() and weight.dtype.itemsize > 1
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The whole of a tensor that FSDP2 has sharded; any other as it is. All processes must ask."""
+    """Gather a tensor that FSDP2 has sharded (a collective call); return any other as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def reshard(model: nn.Module) -> None:
-    """Let go of the weights that FSDP2 gathered: a forward pass without a backward one leaves the outermost whole.
+    """Free the weights that FSDP2 gathered: a forward pass without a backward pass leaves the outermost ones whole.
 
     The model would go on with those, whatever happens to their shards.
     """
@@ -177,7 +177,7 @@ def reshard(model: nn.Module) -> None:
 
 
 def not_finite(what: str, kind: str, at: int) -> SurgicalError:
-    """What to raise where a loss or a gradient of the batch or example `at` is NaN or infinite."""
+    """The error for a loss or a gradient of the batch or example `at` that is NaN or infinite."""
     return SurgicalError(
         f"the {what} in {kind} {at} is NaN or infinite. Look at that {kind} for bad inputs or labels (a mean over "
         "labels that are all ignored is NaN), or score in float32 or bfloat16 instead of float16."
@@ -187,9 +187,8 @@ def not_finite(what: str, kind: str, at: int) -> SurgicalError:
 def tell_unreached(names: Collection[str], among: Collection[str]) -> None:
     """Warn that some units, but not all, have no score because their gradient is zero in every batch."""
     if 0 < len(names) < len(among):
-        some = ", ".join(list(names)[:5]) + (", ..." if len(names) > 5 else "")
         warnings.warn(
-            f"in these batches the loss reaches no weight of {some} ({len(names)} without a score): of what has no "
-            "gradient nothing is known, and it cannot be chosen.",
+            f"in these batches the loss reaches no weight of {first_of(names)} ({len(names)} without a score): a unit "
+            "without a gradient has no score and cannot be chosen.",
             stacklevel=2,
         )

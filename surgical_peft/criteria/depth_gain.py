@@ -5,17 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from ..blocks.block_map import is_head
+from ..blocks.block_map import kind_of
 from .adam_gain import gains_of_all
 from .budget import GRADIENTS
 from .criterion import of_model
-from .short_training.context import Trial
+from .short_training.context import ScoringContext
 
 EVEN = 1 / 16  # of the largest gain: with so much for the head, early and late units count the same
 
 
 @of_model(batches=16)
-def depth_gain(trial: Trial) -> dict[str, float]:
+def depth_gain(context: ScoringContext) -> dict[str, float]:
     """`G_u * n_u^(1/4) * (16 G_head / max G)^d_u`: `adam_gain` with credit for depth, the more the head gains.
 
     `G_u` is the `adam_gain` of unit `u` and `n_u` the number of its weights, both divided by the largest; `d_u` is the
@@ -37,32 +37,32 @@ def depth_gain(trial: Trial) -> dict[str, float]:
     Example:
         >>> scores = score_blocks(model, dataloader, criterion="depth_gain")
     """
-    trial.keep(trial.budget.affordable(len(trial.batches), GRADIENTS, "the gradients of one batch"))
-    gains, _ = gains_of_all(trial)
-    return by_depth(trial, gains)
+    context.keep(context.budget.affordable(len(context.batches), GRADIENTS, "the gradients of one batch"))
+    gains, _ = gains_of_all(context)
+    return by_depth(context, gains)
 
 
-def by_depth(trial: Trial, gains: Mapping[str, float]) -> dict[str, float]:
+def by_depth(context: ScoringContext, gains: Mapping[str, float]) -> dict[str, float]:
     """`depth_gain` of units, given the `adam_gain` of each."""
     of_block: dict[str, float] = {}  # gains add up
     for name, gain in gains.items():
-        of_block[trial.blocks[name]] = of_block.get(trial.blocks[name], 0.0) + gain
-    head = sum(gain for block, gain in of_block.items() if is_head(block))
+        of_block[context.blocks[name]] = of_block.get(context.blocks[name], 0.0) + gain
+    head = sum(gain for block, gain in of_block.items() if kind_of(block) == "head")
     credit = head / max(of_block.values()) / EVEN if head else math.e
-    sizes = {name: sum(weight.numel() for weight in trial.units[name].values()) for name in gains}
+    sizes = {name: sum(weight.numel() for weight in context.units[name].values()) for name in gains}
     most, largest = max(gains.values()), max(sizes.values())
-    depths = depths_of(trial)
+    depths = depths_of(context)
     return {
-        name: gain / most * (sizes[name] / largest) ** 0.25 * credit ** depths[trial.blocks[name]]
+        name: gain / most * (sizes[name] / largest) ** 0.25 * credit ** depths[context.blocks[name]]
         for name, gain in gains.items()
     }
 
 
-def depths_of(trial: Trial) -> dict[str, float]:
+def depths_of(context: ScoringContext) -> dict[str, float]:
     """For each block the share of the repeated layers, 0 to 1, that stand before it in the block map."""
     before: dict[str, int] = {}
     layers = 0
-    for block in dict.fromkeys(trial.blocks.values()):
+    for block in dict.fromkeys(context.blocks.values()):
         before[block] = layers
-        layers += block.rpartition(".")[2].isdigit()
+        layers += kind_of(block) == "layer"
     return {block: count / max(1, layers) for block, count in before.items()}

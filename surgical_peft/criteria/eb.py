@@ -1,4 +1,4 @@
-"""What the released code of Auto-SNR computes."""
+"""The score that the released code of Auto-SNR computes."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ def held_out_gain(weights: Sequence[Tensor], train: Moments, held_out: Moments) 
     parts = ((train, held_out), (held_out, train))
     gains = [
         gain(pull, mean, square)
-        for own, other in parts
-        for pull, mean, square in zip(other.means, own.means, own.squares, strict=True)
+        for one, other in parts
+        for pull, mean, square in zip(other.means, one.means, one.squares, strict=True)
     ]
     return sum(gains) / 2

@@ -10,12 +10,12 @@ from ..errors import SurgicalError
 from .budget import GRADIENTS
 from .criterion import of_model
 from .depth_gain import by_depth
-from .short_training.context import Trial
-from .short_training.short_run import WORST, ShortRun, gains_and_loss, taken
+from .short_training.context import ScoringContext
+from .short_training.short_run import WORST, ShortRun, gains_and_loss, log_loss_reduction
 
 PACE = 0.5  # the share of the loss that one step would take away, to first order
 PASSES = (1, 2, 4)  # through the training batches, after which units are compared
-FAVOURITES = 0.1  # of the units: those that are trained because gradients speak for them
+FAVORITES = 0.1  # of the units: those that are trained because gradients speak for them
 CHEAP = 0.2  # of the layers: a unit that needs no more of them run is trained, whatever its gradients say
 MARGIN = 0.1  # behind the best one: too far to catch up
 SLOPE = 0.25  # what a logarithm of `depth_gain` is worth in the score
@@ -23,7 +23,7 @@ FEW = 8  # batches: on 5, of 8 images each, a ViT-S chose one of its worst block
 
 
 @of_model(batches=16)
-def probe(trial: Trial, *, pace: float = PACE, thrift: float = 0.15) -> dict[str, float]:
+def probe(context: ScoringContext, *, pace: float = PACE, thrift: float = 0.15) -> dict[str, float]:
     """`log(L_0 / L_u) - thrift * log(r_u / min r)`: how much of the loss a short training of `u` alone takes.
 
     Two trainings, one on every second batch and one on those between, each judged on the batches of the other. `L_0`
@@ -38,13 +38,13 @@ def probe(trial: Trial, *, pace: float = PACE, thrift: float = 0.15) -> dict[str
     which runs at most a fifth of the layers, as for the head and the last ones. After one pass, and after two, the
     better half goes on, or the better two, of those only what is less than 0.1 behind the best, and a unit that is
     left alone is the choice. A unit that is given up scores no more than the worst of those that go on. One that was
-    never trained has the score of the favourite of `depth_gain`, less a quarter for each factor `e` that its
+    never trained has the score of the favorite of `depth_gain`, less a quarter for each factor `e` that its
     `depth_gain` is smaller; it may stand above some that were trained.
 
     Within a budget: as many batches, up to all, as leave room for their gradients and the first round, whichever units
-    the gradients favour; where that is fewer than 8, 8 batches and of the units those with the highest `depth_gain`
+    the gradients favor; where that is fewer than 8, 8 batches and of the units those with the highest `depth_gain`
     that fit; later rounds as far as they fit. Where not even two units can be trained: a quarter of the logarithm of
-    `depth_gain`, of as many batches as fit.
+    `depth_gain` on as many batches as fit.
 
     Range: any number, no unit; without the second term 0.7 = half of the loss is gone, and a training that diverged
     has -14. Cost: gradients of all batches; as many training steps for each unit that is trained, most of them late
@@ -61,77 +61,79 @@ def probe(trial: Trial, *, pace: float = PACE, thrift: float = 0.15) -> dict[str
     Example:
         >>> scores = score_blocks(model, dataloader, criterion="probe")
     """
-    is_race = _fitted(trial)
-    gains, start = gains_and_loss(trial, least=2 if is_race else 1)
+    is_race = _fitted(context)
+    gains, start = gains_and_loss(context, least=2 if is_race else 1)
     rates = {name: pace * start / gain for name, gain in gains.items()}
     smallest = min(rates.values())
-    prior = {name: SLOPE * math.log(value) for name, value in by_depth(trial, gains).items()}
-    kept = ranked(prior)[: math.ceil(FAVOURITES * len(prior))]
-    favourite = kept[0]
-    kept += [name for name in rates if name not in kept and trial.share_run(name) <= CHEAP]
-    if trial.budget.is_given:
-        kept = _paid(trial, [name for name in ranked(prior) if name in kept])
-        if not is_race or favourite not in kept or len(kept) < min(2, len(prior)):
+    prior = {name: SLOPE * math.log(value) for name, value in by_depth(context, gains).items()}
+    kept = ranked(prior)[: math.ceil(FAVORITES * len(prior))]
+    favorite = kept[0]
+    kept += [name for name in rates if name not in kept and context.share_run(name) <= CHEAP]
+    if context.budget.is_given:
+        kept = _paid(context, [name for name in ranked(prior) if name in kept])
+        if not is_race or favorite not in kept or len(kept) < min(2, len(prior)):
             return prior
     runs = {name: ShortRun((name,), rates[name], PASSES[-1]) for name in kept}
     rounds: list[dict[str, float]] = []
     for before, done in pairwise((0, *PASSES)):
-        cost = sum(trial.cost(name, passes=done - before) for name in runs)
-        if rounds and cost > trial.budget.left:
+        cost = sum(context.cost(name, passes=done - before) for name in runs)
+        if rounds and cost > context.budget.left:
             break
-        trial.budget.stage(f"{len(runs)} units, each trained alone: pass {done} of {PASSES[-1]}", cost)
-        left = {name: run.train(trial, done) for name, run in runs.items()}
+        context.budget.stage(f"{len(runs)} units, each trained alone: pass {done} of {PASSES[-1]}", cost)
+        left = {name: run.train(context, done) for name, run in runs.items()}
         if not any(loss < WORST * start for loss in left.values()):
             raise SurgicalError(
                 "every short training diverged, so none is better: look at the batches, or give a smaller pace="
                 f"{pace}."
             )
-        found = {n: taken(start, loss) - thrift * math.log(rates[n] / smallest) for n, loss in left.items()}
-        rounds.append(found)
-        best, *others = ranked(found)[: max(2, math.ceil(len(found) / 2))]
-        runs = {name: runs[name] for name in (best, *(n for n in others if found[best] - found[n] < MARGIN))}
+        scores = {
+            n: log_loss_reduction(start, loss) - thrift * math.log(rates[n] / smallest) for n, loss in left.items()
+        }
+        rounds.append(scores)
+        best, *others = ranked(scores)[: max(2, math.ceil(len(scores) / 2))]
+        runs = {name: runs[name] for name in (best, *(n for n in others if scores[best] - scores[n] < MARGIN))}
         if len(runs) == 1:
             break
     scores = reduce(lambda later, earlier: given_up(earlier, later), reversed(rounds))
-    return {name: scores.get(name, scores[favourite] + prior[name] - prior[favourite]) for name in rates}
+    return {name: scores.get(name, scores[favorite] + prior[name] - prior[favorite]) for name in rates}
 
 
-def _fitted(trial: Trial) -> bool:
-    """Drop the batches that the budget has no room for; whether there is room for training on those that are left."""
-    budget, count = trial.budget, len(trial.batches)
+def _fitted(context: ScoringContext) -> bool:
+    """Drop the batches that the budget has no room for; True if it has room for training on the rest."""
+    budget, count = context.budget, len(context.batches)
     few = min(FEW, count)
     if not budget.is_given or count < 2:
         return True
     if budget.left > GRADIENTS * few:
-        trial.mean_loss(range(1))  # now it is known what has to be run for each unit
-        each = {name: trial.cost(name) / count for name in trial.units}  # of a batch
-        dear = sorted(each.values(), reverse=True)
-        cheap = sum(cost for name, cost in each.items() if trial.share_run(name) <= CHEAP)
-        whole = GRADIENTS + sum(dear[: math.ceil(FAVOURITES * len(dear))]) + cheap
+        context.mean_loss(range(1))  # records which layers each unit needs
+        costs = {name: context.cost(name) / count for name in context.units}  # of a batch
+        dear = sorted(costs.values(), reverse=True)
+        cheap = sum(cost for name, cost in costs.items() if context.share_run(name) <= CHEAP)
+        whole = GRADIENTS + sum(dear[: math.ceil(FAVORITES * len(dear))]) + cheap
         room = int(budget.left / whole)
         if room >= few or budget.left >= few * (GRADIENTS + dear[0] + dear[-1]):
-            trial.keep(max(few, room))
+            context.keep(max(few, room))
             return True
-    trial.keep(budget.affordable(count, GRADIENTS, "the gradients of one batch"))
+    context.keep(budget.affordable(count, GRADIENTS, "the gradients of one batch"))
     return False
 
 
-def _paid(trial: Trial, names: list[str]) -> list[str]:
-    """The units, best first, a first round of which the budget has room for."""
-    paid, left = [], trial.budget.left
+def _paid(context: ScoringContext, names: list[str]) -> list[str]:
+    """The best units whose first round fits into the budget."""
+    paid, left = [], context.budget.left
     for name in names:
-        if (cost := trial.cost(name)) <= left:
+        if (cost := context.cost(name)) <= left:
             paid.append(name)
             left -= cost
     return paid
 
 
 def ranked(scores: dict[str, float]) -> list[str]:
-    """The names, that with the highest score first."""
+    """The names, highest score first."""
     return sorted(scores, key=lambda name: -scores[name])
 
 
 def given_up(scores: dict[str, float], of_kept: dict[str, float]) -> dict[str, float]:
-    """The scores of those that went on, and of the others what they had, at most the lowest of those that went on."""
+    """Scores of the kept units, and of the others their own, capped at the lowest of the kept."""
     lowest = min(of_kept.values())
     return {name: of_kept[name] if name in of_kept else min(value, lowest) for name, value in scores.items()}

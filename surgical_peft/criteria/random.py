@@ -5,11 +5,11 @@ from __future__ import annotations
 import random as chance
 
 from .criterion import of_model
-from .short_training.context import Trial
+from .short_training.context import ScoringContext
 
 
 @of_model(batches=0)
-def random(trial: Trial, *, seed: int = 0) -> dict[str, float]:
+def random(context: ScoringContext, *, seed: int = 0) -> dict[str, float]:
     """A number between 0 and 1 for each unit, by chance: the control that any other criterion has to beat.
 
     Range: 0 to 1, no unit. Cost: none, no data. The same `seed` and units give the same scores.
@@ -21,4 +21,4 @@ def random(trial: Trial, *, seed: int = 0) -> dict[str, float]:
         >>> scores = score_blocks(model, None, criterion=partial(criteria.random, seed=3))
     """
     source = chance.Random(seed)
-    return {name: source.random() for name in trial.units}
+    return {name: source.random() for name in context.units}

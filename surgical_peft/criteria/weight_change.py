@@ -1,4 +1,4 @@
-"""How far weights move in a short training of everything."""
+"""Distance that weights move in a short training of everything."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from torch import Tensor
 
 from .criterion import of_model, whole
 from .rgn import norm
-from .short_training.context import Trial
+from .short_training.context import ScoringContext
 
 
 @of_model(batches=16)
-def weight_change(trial: Trial, *, steps: int = 16, rate: float = 1e-4) -> dict[str, float]:
+def weight_change(context: ScoringContext, *, steps: int = 16, rate: float = 1e-4) -> dict[str, float]:
     """`||W - W_0||_2 / n` after `steps` steps of Adam on all units together, the rate falling to 0, `n` the number of
     the unit's weights.
 
@@ -26,7 +26,7 @@ def weight_change(trial: Trial, *, steps: int = 16, rate: float = 1e-4) -> dict[
     Example:
         >>> scores = score_blocks(model, dataloader, criterion="weight_change")
     """
-    return trial.moved(change, steps, rate)
+    return context.moved(change, steps, rate)
 
 
 def change(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:

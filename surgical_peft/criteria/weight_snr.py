@@ -8,18 +8,18 @@ import torch
 from torch import Tensor, nn
 
 from .criterion import of_model, whole
-from .short_training.context import Trial
+from .short_training.context import ScoringContext
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
 @of_model(batches=0)
-def weight_snr(trial: Trial) -> dict[str, float]:
+def weight_snr(context: ScoringContext) -> dict[str, float]:
     """Rank of each matrix's singular-value ratio among the matrices of its type, averaged over those of the unit.
 
     `S` the singular values of a matrix, `sigma` their interquartile range / 1.349, `beta` its short by its long side:
     `sum_{S > e} S / sum_{S <= e} S / max S` with `e = sigma (1 + sqrt(beta))`. Ranks, from 1/n to 1, ties shared, run
-    over the matrices of one type: the same place in different layers (`layers.*.mlp.fc1.weight`). Convolutions count
+    over the matrices of one type: the same module in different layers (`layers.*.mlp.fc1.weight`). Convolutions count
     as matrices of output channels, stacks of experts by the mean of theirs. Vectors, zeros and weights alone of their
     type (embeddings, head) have no rank; a unit of nothing else is left out.
 
@@ -33,25 +33,25 @@ def weight_snr(trial: Trial) -> dict[str, float]:
         >>> scores = score_blocks(model, None, criterion="weight_snr")
     """
     ratios: dict[str, dict[str, float]] = {}
-    for path, matrices in _matrices(trial).items():
+    for path, matrices in _matrices(context).items():
         mean = sum(map(ratio, matrices)) / len(matrices)
         ratios.setdefault(_NUMBER.sub("*", path), {})[path] = mean
     ranks: dict[str, float] = {}
-    for each in ratios.values():
-        if len(each) > 1:
-            for path, value in each.items():
-                below = sum(other < value for other in each.values())
-                equal = sum(other == value for other in each.values())
-                ranks[path] = (below + (equal + 1) / 2) / len(each)
-    ranked = {name: [ranks[path] for path in unit if path in ranks] for name, unit in trial.units.items()}
-    return {name: sum(each) / len(each) for name, each in ranked.items() if each}
+    for group in ratios.values():
+        if len(group) > 1:
+            for path, value in group.items():
+                below = sum(other < value for other in group.values())
+                equal = sum(other == value for other in group.values())
+                ranks[path] = (below + (equal + 1) / 2) / len(group)
+    ranked = {name: [ranks[path] for path in unit if path in ranks] for name, unit in context.units.items()}
+    return {name: sum(values) / len(values) for name, values in ranked.items() if values}
 
 
-def _matrices(trial: Trial) -> dict[str, list[Tensor]]:
+def _matrices(context: ScoringContext) -> dict[str, list[Tensor]]:
     """The matrices of each weight that has any: a stack of experts' weights has one for each."""
-    convolutions = {id(m.weight) for m in trial.model.modules() if isinstance(m, nn.modules.conv._ConvNd)}
+    convolutions = {id(m.weight) for m in context.model.modules() if isinstance(m, nn.modules.conv._ConvNd)}
     found = {}
-    for unit in trial.units.values():
+    for unit in context.units.values():
         for path, weight in unit.items():
             tensor = whole(weight.detach())
             if tensor.ndim >= 2 and bool(tensor.any()):

@@ -1,4 +1,4 @@
-"""Hands a tuned model over: to PEFT alone, to transformers alone, as a delta, as a LoRA, to the Hub."""
+"""Exports of a tuned model: for PEFT alone, for transformers alone, as a delta, as a LoRA, to the Hub."""
 
 from __future__ import annotations
 

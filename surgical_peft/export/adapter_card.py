@@ -34,8 +34,8 @@ _GENERATED = re.compile(r"- PEFT |### Framework versions$|This is the model card
 
 
 @dataclass(frozen=True)
-class Tuned:
-    """What the card says of an adapter.
+class AdapterInfo:
+    """The facts about an adapter that its card says.
 
     Attributes:
         blocks, target_modules, modules_to_save, lora, selection, fingerprint: as in
@@ -66,14 +66,15 @@ class Tuned:
     tied: Sequence[Sequence[str]] = ()
 
 
-def describe(tuned: Sequence[Tuned]) -> str:
+def describe(tuned: Sequence[AdapterInfo]) -> str:
     """The part of a card that says what each adapter tunes, on which base model, and how to load it."""
     parts = [BEGIN]
-    for each in tuned:
-        parts.append(_what(each) if each.subfolder is None else f"Adapter `{each.subfolder}`: {_what(each)}")
-        parts += filter(None, [_why(each)])
+    for info in tuned:
+        text = _tuned_parts(info)
+        parts.append(text if info.subfolder is None else f"Adapter `{info.subfolder}`: {text}")
+        parts += filter(None, [_choice(info)])
     parts += [_base(tuned[0]), "## How to load", _with_us(tuned[0])]
-    if not any(each.lora for each in tuned):
+    if not any(info.lora for info in tuned):
         parts.append(_without_us(tuned[0]))
     return "\n\n".join([*parts, END])
 
@@ -112,7 +113,7 @@ def _upload(theirs: Any, model: PeftModel, working_dir: str, repo_id: str, *args
     return theirs(working_dir, repo_id, *args, **kwargs)
 
 
-def _complete(path: Path, before: ModelCardData, tuned: Sequence[Tuned]) -> None:
+def _complete(path: Path, before: ModelCardData, tuned: Sequence[AdapterInfo]) -> None:
     """Put our part into a card: in the place of an earlier one, or of a form that nobody has filled in, or first."""
     card = ModelCard.load(path)
     tags = {TAG, *(before.tags or []), *(card.data.tags or [])}
@@ -136,24 +137,23 @@ def _complete(path: Path, before: ModelCardData, tuned: Sequence[Tuned]) -> None
 
 
 def _is_unfilled(text: str) -> bool:
-    """Whether a card says nothing but what the form of huggingface_hub does."""
+    """True if a card says nothing but what the form of huggingface_hub does."""
     form = set(ModelCard.from_template(ModelCardData()).text.splitlines())
     return all(line in form or _GENERATED.match(line) for line in text.splitlines() if line.strip())
 
 
-def _tuned(model: PeftModel) -> list[Tuned]:
+def _tuned(model: PeftModel) -> list[AdapterInfo]:
     base = model.get_base_model()
     of_transformers = isinstance(base, PreTrainedModel)
-    labels = base.config.num_labels if of_transformers and "Classification" in type(base).__name__ else None
     tensors = TensorMap.find(base)
-    found = []
+    infos = []
     for name, config in model.peft_config.items():
         if config.peft_type != SurgicalPeftType.SURGICAL:
             continue
         path = config.base_model_name_or_path or ""
         on_hub, commit = origin(path, config.revision)
-        found.append(
-            Tuned(
+        infos.append(
+            AdapterInfo(
                 blocks=config.blocks,
                 target_modules=config.target_modules,
                 modules=list(config.tuned_modules or {}),
@@ -165,16 +165,23 @@ def _tuned(model: PeftModel) -> list[Tuned]:
                 base_class=type(base).__name__ if of_transformers else None,
                 on_hub=on_hub,
                 commit=commit,
-                new_labels=labels if config.modules_to_save else None,
+                new_labels=_new_labels(base, config.modules_to_save or ()) if of_transformers else None,
                 subfolder=None if name == "default" else name,
                 tied=tensors.tied(tensors.chosen(config.tuned_modules or {})),
             )
         )
-    return found
+    return infos
+
+
+def _new_labels(base: PreTrainedModel, modules: Sequence[str]) -> int | None:
+    """The number of labels of a model whose saved `modules` hold a head for them."""
+    labels = base.config.num_labels
+    heads = [module for path, module in base.named_modules() if path.endswith(tuple(modules))] if modules else []
+    return labels if any(weight.shape[:1] == (labels,) for head in heads for weight in head.parameters()) else None
 
 
 def origin(name: str, revision: str | None = None) -> tuple[bool, str | None]:
-    """Whether a model that was loaded by `name` is from the Hub, and at which commit, as far as the cache knows."""
+    """If a model that was loaded by `name` is from the Hub, and its commit, as far as the cache knows."""
     if not name or Path(name).exists():
         return False, None
     try:
@@ -184,7 +191,7 @@ def origin(name: str, revision: str | None = None) -> tuple[bool, str | None]:
     return True, Path(cached).parent.name if isinstance(cached, str) else None
 
 
-def _what(tuned: Tuned) -> str:
+def _tuned_parts(tuned: AdapterInfo) -> str:
     modules = _listed(tuned.modules[:20]) + (f" and {more} more" if (more := len(tuned.modules) - 20) > 0 else "")
     blocks = f"the block{'s' if len(tuned.blocks or ()) > 1 else ''} {_listed(tuned.blocks or ())}"
     where = blocks if tuned.blocks else f"the modules {modules}"
@@ -196,7 +203,7 @@ def _what(tuned: Tuned) -> str:
     return f"**Tuned in full: {where}{parts}**{paths}{also}; {rest}.{tied}"
 
 
-def _why(tuned: Tuned) -> str:
+def _choice(tuned: AdapterInfo) -> str:
     record = tuned.selection or {}
     plain = {name: value for name, value in record.items() if isinstance(value, str | int | float)}
     if not plain:
@@ -214,7 +221,7 @@ def _why(tuned: Tuned) -> str:
     return f"{text}\n\n| block | score |\n| --- | ---: |\n{rows}"
 
 
-def _base(tuned: Tuned) -> str:
+def _base(tuned: AdapterInfo) -> str:
     if tuned.on_hub:
         name = f"[{tuned.base}](https://huggingface.co/{tuned.base})"
         name += f", commit `{tuned.commit}`" if tuned.commit else ""
@@ -224,7 +231,7 @@ def _base(tuned: Tuned) -> str:
     return f"Base model: {name}{mark}. Loading on another base warns."
 
 
-def _with_us(tuned: Tuned) -> str:
+def _with_us(tuned: AdapterInfo) -> str:
     folder = f', subfolder="{tuned.subfolder}"' if tuned.subfolder else ""
     lines = [
         "import surgical_peft  # registers the method; without it PEFT stops with KeyError: 'SURGICAL'",
@@ -237,7 +244,7 @@ def _with_us(tuned: Tuned) -> str:
     return "**`pip install surgical-peft`, and `import surgical_peft` before loading:**\n\n" + _code(lines)
 
 
-def _without_us(tuned: Tuned) -> str:
+def _without_us(tuned: AdapterInfo) -> str:
     path = f"{tuned.subfolder or '.'}/adapter_model.safetensors".removeprefix("./")
     lines = [
         "from safetensors.torch import load_file",
@@ -260,11 +267,11 @@ def _without_us(tuned: Tuned) -> str:
     )
 
 
-def _import_base(tuned: Tuned) -> list[str]:
+def _import_base(tuned: AdapterInfo) -> list[str]:
     return [f"from transformers import {tuned.base_class}"] if tuned.base_class else []
 
 
-def _load_base(tuned: Tuned) -> list[str]:
+def _load_base(tuned: AdapterInfo) -> list[str]:
     if tuned.base_class is None:
         return []
     name = tuned.base if tuned.on_hub else "folder of the base model"
@@ -279,5 +286,5 @@ def _code(lines: Sequence[str]) -> str:
 
 def _listed(names: Any) -> str:
     if isinstance(names, dict):
-        return "; ".join(f"in `{block}`: {_listed(each)}" for block, each in names.items())
+        return "; ".join(f"in `{block}`: {_listed(parts)}" for block, parts in names.items())
     return ", ".join(f"`{name}`" for name in ([names] if isinstance(names, str) else names))

@@ -9,8 +9,12 @@ smaller so is kept as it is, and a plane that does not compress is stored plainl
 from __future__ import annotations
 
 import json
+import math
+import operator
 import shutil
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +34,8 @@ from ..tuner.loading.saved_adapter import PREFIX, Base, LoadedBase, SavedAdapter
 DELTA_CONFIG = "delta_config.json"  # the adapter's, under a name that makes it no adapter's folder
 DELTA_WEIGHTS = "delta.safetensors"
 _FORMAT = "surgical_peft.delta.1"
-_CORRUPT = (SafetensorError, OSError, ValueError, LookupError, TypeError, RuntimeError, MemoryError, zlib.error)
+_MALFORMED = (ValueError, LookupError, TypeError)  # what reading other things than a delta raises
+_MOST_DEFLATED = 1032  # bytes that one byte of zlib's stands for at most (https://zlib.net/zlib_tech.html)
 
 
 def write_delta(adapter: SavedAdapter, base: LoadedBase, folder: Path) -> dict[str, Any]:
@@ -84,7 +89,7 @@ def read_delta(folder: Path, base_model: Base) -> tuple[SavedAdapter, LoadedBase
     """
     values = read_json(folder / DELTA_CONFIG, "delta")
     path = folder / DELTA_WEIGHTS
-    try:
+    with _reading(path, SafetensorError, OSError, *_MALFORMED):
         config = SurgicalConfig.from_peft_type(**values)
         if not isinstance(config, SurgicalConfig):
             raise SurgicalError(f"{str(folder)!r} is of the method {values.get('peft_type')!r}, not of SURGICAL.")
@@ -95,25 +100,42 @@ def read_delta(folder: Path, base_model: Base) -> tuple[SavedAdapter, LoadedBase
             raise SurgicalError(f"{str(path)!r} is of the format {metadata.get('format')!r}; this reads {_FORMAT!r}.")
         entries = json.loads(metadata["tensors"])
         dtypes = {name: _dtype(entry["dtype"]) for name, entry in entries.items()}
-        base = load_base(config, [torch.empty(0, dtype=dtype) for dtype in dtypes.values()], base_model)
-        state = base.model.state_dict()
-        tensors = {}
-        for name, entry in entries.items():
-            width = min(dtypes[name].itemsize, 8)
-            count = int(np.prod(entry["shape"], dtype=np.int64)) * dtypes[name].itemsize // width
-            bits = np.zeros(count, f"<u{width}")
-            if entry["of"] != "nothing":
-                bits = _unpack(arrays[name].tobytes(), entry["planes"], count, width)
-            if entry["of"] != "weights":
-                origin = _origin(name, entry, state, dtypes[name])
-                bits = origin + (_unfold(bits) if entry["of"] == "difference" else bits)
-            flat = torch.from_numpy(bits.view(np.uint8).copy()).view(dtypes[name])
-            tensors[name] = flat.reshape(entry["shape"])
+    base = load_base(config, [torch.empty(0, dtype=dtype) for dtype in dtypes.values()], base_model)
+    state = base.model.state_dict()
+    with _reading(path, zlib.error, *_MALFORMED):
+        tensors = {name: _restore(name, entry, arrays, state, dtypes[name]) for name, entry in entries.items()}
+    return SavedAdapter(folder, config, tensors), base
+
+
+@contextmanager
+def _reading(path: Path, *corrupt: type[Exception]) -> Iterator[None]:
+    """Tells that `path` is corrupt for errors of these types, and lets all others pass, such as a lack of memory."""
+    try:
+        yield
     except SurgicalError:
         raise
-    except _CORRUPT as error:
+    except corrupt as error:
         raise SurgicalError(f"{str(path)!r} is missing or corrupt ({error}): copy or export it again.") from error
-    return SavedAdapter(folder, config, tensors), base
+
+
+def _restore(
+    name: str, entry: dict[str, Any], arrays: dict[str, np.ndarray], state: dict[str, Tensor], dtype: torch.dtype
+) -> Tensor:
+    """One tensor of the adapter, from its planes and the base model's bits."""
+    shape, width = tuple(map(operator.index, entry["shape"])), min(dtype.itemsize, 8)
+    if min(shape, default=0) < 0:
+        raise ValueError(f"{name!r} has the shape {shape}")
+    count = math.prod(shape) * dtype.itemsize // width
+    if entry["of"] == "weights":
+        bits = _unpack(arrays[name].tobytes(), entry["planes"], count, width)
+    else:
+        origin = _origin(name, entry, state, dtype)
+        if len(origin) != count:
+            raise ValueError(f"{name!r} has the shape {shape}, other than in the base model")
+        bits = origin
+        if entry["of"] == "difference":
+            bits = origin + _unfold(_unpack(arrays[name].tobytes(), entry["planes"], count, width))
+    return torch.from_numpy(bits.view(np.uint8).copy()).view(dtype).reshape(shape)
 
 
 def write_restored(adapter: SavedAdapter, folder: Path) -> None:
@@ -165,6 +187,8 @@ def _pack(bits: np.ndarray) -> tuple[bytes, list[tuple[str, int]]]:
 
 
 def _unpack(data: bytes, planes: list[tuple[str, int]], count: int, width: int) -> np.ndarray:
+    if len(planes) != width or any(length * _MOST_DEFLATED < count for _, length in planes):
+        raise ValueError("its planes do not fill it")
     matrix = np.empty((count, width), np.uint8)
     start = 0
     for index, (codec, length) in enumerate(planes):
@@ -173,16 +197,16 @@ def _unpack(data: bytes, planes: list[tuple[str, int]], count: int, width: int) 
         # never more than there is room for, whatever a hostile file holds
         plain = zlib.decompressobj().decompress(part, count or 1) if codec == "zlib" else part
         matrix[:, index] = np.frombuffer(plain, np.uint8)
-    if start != len(data) or len(planes) != width:
+    if start != len(data):
         raise ValueError("its planes do not fill it")
     return matrix.reshape(-1).view(f"<u{width}")
 
 
 def _dtype(name: str) -> torch.dtype:
-    found = getattr(torch, name, None)
-    if not isinstance(found, torch.dtype):
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
         raise ValueError(f"{name!r} is no dtype")
-    return found
+    return dtype
 
 
 def _ratio(before: int, after: int) -> float:

@@ -1,4 +1,4 @@
-"""Handing a tuned model over: to PEFT alone, to transformers alone, as a delta, as a LoRA."""
+"""Exports of a tuned model: for PEFT alone, for transformers alone, as a delta, as a LoRA."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from ..tuner.loading.saved_adapter import (
     read_adapter,
     skeleton_of_base,
 )
-from ..validation import nearest
+from ..validation import check_choice
 from .delta import DELTA_CONFIG, read_delta, write_delta, write_restored
 from .low_rank import write_lora
 from .stock_peft import stock_config, whole_modules
@@ -82,10 +82,7 @@ def export(
         SurgicalError: what cannot be read, does not fit together, or cannot be held. Nothing is written.
     """
     source, out = Path(source), Path(out_dir)
-    if format not in FORMATS:
-        raise SurgicalError(
-            f"format {format!r} is unknown: {nearest(format, FORMATS)}There are: {', '.join(FORMATS)}."
-        )
+    check_choice("the export", "format", format, FORMATS)
     if (rank is None) == (format == "lora") or (rank is not None and rank < 1):
         raise SurgicalError(f"rank {rank} with format {format!r}: format 'lora' needs a rank, at least 1, no other.")
     _check_apart(out, [source, base_model])

@@ -16,7 +16,7 @@ from .adapter_card import HERE
 
 @dataclass(frozen=True)
 class Pushed:
-    """Where a push has put an adapter.
+    """The place of a pushed adapter.
 
     Attributes:
         repository: its name, `user/name`.
@@ -57,9 +57,9 @@ def push(run: str | Path, repository: str, *, public: bool = False) -> Pushed:
     if get_token() is None:
         raise SurgicalError("there is no token for the Hub: log in with `hf auth login`, or set HF_TOKEN.")
     api = HfApi()
-    with _said_clearly(repository):
+    with _clear_errors(repository):
         name = _create(api, repository, public)
-        files = [each for each in sorted(folder.rglob("*")) if each.is_file()]
+        files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
         card = (folder / "README.md").read_text(encoding="utf-8").replace(f'"{HERE}"', f'"{name}"').encode()
         commit = api.create_commit(
             name,
@@ -94,7 +94,7 @@ def _create(api: HfApi, repository: str, public: bool) -> str:
 
 
 @contextmanager
-def _said_clearly(repository: str) -> Iterator[None]:
+def _clear_errors(repository: str) -> Iterator[None]:
     """One kind of error for all the ways in which the Hub refuses or is not there."""
     try:
         yield

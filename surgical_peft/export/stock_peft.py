@@ -1,4 +1,4 @@
-"""Saying with stock PEFT which modules an adapter holds: `LoraConfig(modules_to_save=[...])` and its traps."""
+"""The stock PEFT config of an adapter: `LoraConfig(modules_to_save=[...])`, and its traps."""
 
 from __future__ import annotations
 
@@ -47,10 +47,10 @@ def whole_modules(adapter: SavedAdapter, model: nn.Module | None) -> list[str]:
                 f"give it as base_model=model. {_ELSE}"
             )
         if tuned == [] or not path:
-            what = (
+            part = (
                 f"statistics of {path}, which move with frozen_eval=False" if path else f"{tuned} of the model itself"
             )
-            raise SurgicalError(f"the adapter tunes {what}; stock PEFT takes modules whole. {_ELSE}")
+            raise SurgicalError(f"the adapter tunes {part}; stock PEFT takes modules whole. {_ELSE}")
         names = [path] if tuned is None else [f"{path}.{name}".rpartition(".")[0] for name in tuned]
         paths += dict.fromkeys(names)
     if model is None:
@@ -90,13 +90,13 @@ def check_found_alone(modules: Collection[str], paths: Iterable[str]) -> None:
         SurgicalError: a path is of no module, or finds another module as well.
     """
     for path in paths:
-        found = [other for other in modules if other.endswith(path)]
-        if path not in found:
+        matches = [other for other in modules if other.endswith(path)]
+        if path not in matches:
             raise SurgicalError(
                 f"the adapter tunes {path}, and the base model has no module of that path: give the model that the "
                 "adapter was made from."
             )
-        others = [other for other in found if other != path]
+        others = [other for other in matches if other != path]
         if others:
             raise SurgicalError(
                 f"PEFT finds modules by the end of their path: {path} would stand for {others[0]} too, and no longer "

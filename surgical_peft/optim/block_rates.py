@@ -14,10 +14,11 @@ from torch.optim import Optimizer
 from ..blocks.block_map import BlockMap
 from ..errors import SurgicalError
 from ..masks import Masks
-from ..policies.policy import Policy, Run, StepLoss, Unit, is_number
+from ..policies.policy import Policy, StepLoss, TrainingState, Unit
 from ..scoring.distributed import under_deepspeed
+from ..validation import check_number
 from .epochs import Epochs
-from .origin import check_loaded
+from .origin import check_loaded, text_of
 from .weak_hook import WeakHook
 
 _living: weakref.WeakSet[BlockRates] = weakref.WeakSet()
@@ -64,7 +65,7 @@ class BlockRates:
         self.active = False  # whether it masks and has a say in the loss
         self.used: dict[str, float] = {}  # the factors of the last step, by unit
         self._units = list(units)
-        self._blocks = blocks
+        self.blocks = blocks
         self._model = weakref.ref(model)
         self._masks = Masks(policy.state_policy)
         self._watch: Any = None  # on the model's forward pass
@@ -80,7 +81,7 @@ class BlockRates:
             optimizer.register_step_pre_hook(self._before_step)
             optimizer.register_step_post_hook(self._after_step)
         # For groups that are added later; what a policy plans does not reach them
-        optimizer.defaults |= dict.fromkeys(("unit", "block"), "added") | {"policy": str(policy)}
+        optimizer.defaults |= dict.fromkeys(("unit", "block"), "added") | {"policy": text_of(policy)}
         optimizer.defaults |= dict.fromkeys(("base_multiplier", "lr_multiplier"), 1.0)
         if policy != Policy():
             optimizer.__getstate__ = self._refuse_copy  # type: ignore[method-assign]
@@ -91,12 +92,14 @@ class BlockRates:
         _living.add(self)
         self.restart(optimizer)
 
-    def run(self, optimizer: Optimizer) -> Run:
+    def training_state(self, optimizer: Optimizer) -> TrainingState:
         """The training as the policy sees it."""
         record = optimizer.param_groups[0]["surgical"]
         for key in ("scores", "state"):
             record.setdefault(key, {})  # torch's distributed checkpoints leave empty dictionaries out
-        return Run(self._units, self._blocks, record["step"], record["epoch"], record["state"], record["scores"])
+        return TrainingState(
+            self._units, self.blocks, record["step"], record["epoch"], record["state"], record["scores"]
+        )
 
     def set_multipliers(self, optimizer: Optimizer, multipliers: Mapping[str, float]) -> None:
         """Use these factors, by unit, from now on; units left out keep theirs.
@@ -105,27 +108,24 @@ class BlockRates:
             SurgicalError: a factor that is no number from 0 upwards, a unit that is not trained, or nothing left to
                 train; the rates stay as they were.
         """
-        now = {group["unit"]: group["lr_multiplier"] for group in optimizer.param_groups}
+        current = {group["unit"]: group["lr_multiplier"] for group in optimizer.param_groups}
         for unit, factor in multipliers.items():
-            if unit not in now:
+            if unit not in current:
                 raise SurgicalError(
                     f"{self.policy} gives {unit!r} a factor, which is no {self.policy.granularity} that is trained. "
-                    f"There are: {', '.join(sorted(now))}."
+                    f"There are: {', '.join(sorted(current))}."
                 )
-            if not (is_number(factor) and factor >= 0):
-                raise SurgicalError(
-                    f"{self.policy} gives {unit!r} the factor {factor!r}: it must be a number from 0 upwards."
-                )
-        new = {**now, **multipliers}
-        if new == now:
+            check_number(str(self.policy), f"the factor of {unit!r}", factor, at_least=0)
+        updated = {**current, **multipliers}
+        if updated == current:
             return
-        if not any(new.values()):
+        if not any(updated.values()):
             raise SurgicalError(
                 f"{self.policy} gives everything the factor 0, so that nothing is trained. Trained before: "
-                f"{', '.join(unit for unit, factor in now.items() if factor)}."
+                f"{', '.join(unit for unit, factor in current.items() if factor)}."
             )
         for group in optimizer.param_groups:
-            group["lr_multiplier"] = new[group["unit"]]
+            group["lr_multiplier"] = updated[group["unit"]]
         self._mask(optimizer)
 
     def begin_epoch(self, optimizer: Optimizer, step: int, length: int | None = None) -> None:
@@ -156,8 +156,10 @@ class BlockRates:
 
     def resume(self, optimizer: Optimizer) -> None:
         """Put the masks and the loss of the policy in force, as after loading."""
+        for group in optimizer.param_groups:
+            group["policy"] = text_of(self.policy)  # a state of an earlier version brought its own
         self._begin(resumed=True)
-        self._step_loss = self.policy.loss(self.run(optimizer))
+        self._step_loss = self.policy.loss(self.training_state(optimizer))
         self._enforce(optimizer)
 
     def release(self) -> None:
@@ -208,7 +210,7 @@ class BlockRates:
                 )
             if not isinstance(outputs, MutableMapping):
                 raise SurgicalError(
-                    f"the loss of {self.policy} takes the place of the model's own, and {self._blocks.model_name} "
+                    f"the loss of {self.policy} takes the place of the model's own, and {self.blocks.model_name} "
                     f"returned a {type(outputs).__name__}: it must return a dict, as with return_dict=True."
                 )
             if self._step_loss is not None:
@@ -219,16 +221,16 @@ class BlockRates:
                 return  # the adapter is disabled, as for DPO's reference
             trained = {unit.block for unit in self._units for p in unit.parameters if p.requires_grad}
             raise SurgicalError(
-                f"the loss of {self._blocks.model_name} does not depend on what {self.policy} trains now: "
+                f"the loss of {self.blocks.model_name} does not depend on what {self.policy} trains now: "
                 f"{', '.join(sorted(trained))}. Train a block with it that the loss reaches, or leave these out of "
                 "`blocks`."
             )
 
     def _plan(self, optimizer: Optimizer) -> None:
-        run = self.run(optimizer)
-        if (multipliers := self.policy.plan(run)) is not None:
+        training = self.training_state(optimizer)
+        if (multipliers := self.policy.plan(training)) is not None:
             self.set_multipliers(optimizer, multipliers)
-        self._step_loss = self.policy.loss(run)
+        self._step_loss = self.policy.loss(training)
 
     def _mask(self, optimizer: Optimizer) -> None:
         if not self.policy.hard:
@@ -246,12 +248,12 @@ class BlockRates:
                 f"{policy} scores on training batches and needs data for it: add SurgicalCallback() to the Trainer's "
                 "callbacks, or use a policy without a probe, such as auto_rgn(every='step')."
             )
-        if policy.by_epoch and not (self.has_callback and self.run(optimizer).epoch is not None):
+        if policy.by_epoch and not (self.has_callback and self.training_state(optimizer).epoch is not None):
             raise SurgicalError(
                 f"{policy} counts epochs, and nobody tells it: add SurgicalCallback() to the Trainer's callbacks, or "
                 "measure in steps."
             )
-        if (multipliers := policy.step_multipliers(self.run(optimizer))) is not None:
+        if (multipliers := policy.step_multipliers(self.training_state(optimizer))) is not None:
             self.set_multipliers(optimizer, multipliers)
         self._mask(optimizer)  # what was thawed by hand meanwhile
         self.used = {}
@@ -276,11 +278,11 @@ class BlockRates:
         self._plan(optimizer)
 
 
-def release_others(parameters: Iterable[int], own: BlockRates | None = None) -> None:
+def release_others(parameters: Iterable[int], exempt: BlockRates | None = None) -> None:
     """Lift what other optimizers mask that train one of these parameters, by `id`; they mask no more."""
     parameters = set(parameters)
     for rates in list(_living):
-        if rates is not own and any(id(p) in parameters for unit in rates._units for p in unit.parameters):
+        if rates is not exempt and any(id(p) in parameters for unit in rates._units for p in unit.parameters):
             rates.release()
 
 

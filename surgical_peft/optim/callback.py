@@ -1,4 +1,4 @@
-"""`SurgicalCallback`: what a policy needs to know from `Trainer`, and what `Trainer` and the user get to see of it."""
+"""`SurgicalCallback`: passes epochs and scores from `Trainer` to the policy, and logs its factors."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class SurgicalCallback(TrainerCallback):
             SurgicalError: the training ends before the policy's last stage begins, or the policy scores on batches
                 that the training set or the model's loss does not allow.
         """
-        optimizer, rates = _found(kwargs["optimizer"])
+        optimizer, rates = _surgical(kwargs["optimizer"])
         check_length(rates.policy, state.num_train_epochs, state.max_steps)
         if rates.has_callback and state.global_step == 0:  # a loop of one's own begins again
             rates.restart(optimizer)
@@ -86,7 +86,7 @@ class SurgicalCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Tell the epoch, and score if it is time."""
-        optimizer, rates = _found(kwargs["optimizer"])
+        optimizer, rates = _surgical(kwargs["optimizer"])
         rates.begin_epoch(optimizer, state.global_step, _steps_an_epoch(kwargs["train_dataloader"], args))
         if rates.policy.probe_every == "epoch":
             epoch = optimizer.param_groups[0]["surgical"]["epoch"]
@@ -96,7 +96,7 @@ class SurgicalCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Score if it is time."""
-        optimizer, rates = _found(kwargs["optimizer"])
+        optimizer, rates = _surgical(kwargs["optimizer"])
         rates.begin_step(optimizer, state.global_step)
         every = rates.policy.probe_every
         if isinstance(every, int) and state.global_step % every == 0:
@@ -107,7 +107,7 @@ class SurgicalCallback(TrainerCallback):
     ) -> None:
         """Note the factors of the step."""
         if self._history is not None:
-            _, rates = _found(kwargs["optimizer"])
+            _, rates = _surgical(kwargs["optimizer"])
             self._history.note(state.global_step, rates.by_block(rates.used))
 
     def on_log(  # type: ignore[override]  # Trainer gives it the logs
@@ -119,11 +119,11 @@ class SurgicalCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Add the factors and scores to what is logged while training."""
-        optimizer, rates = _found(kwargs["optimizer"])
+        optimizer, rates = _surgical(kwargs["optimizer"])
         if "loss" not in logs or rates.policy == Policy():
             return
         factors = rates.by_block(rates.used)
-        scores = rates.by_block(rates.run(optimizer).scores)
+        scores = rates.by_block(rates.training_state(optimizer).scores)
         ours = {
             **{f"surgical/lr_multiplier/{block}": factor for block, factor in factors.items()},
             **{f"surgical/score/{block}": score for block, score in scores.items()},
@@ -136,7 +136,7 @@ class SurgicalCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Lift the masks, and draw the history."""
-        _, rates = _found(kwargs["optimizer"])
+        _, rates = _surgical(kwargs["optimizer"])
         rates.release()
         if self._history is not None and self._history.rows and can_draw():
             self._history.plot(state.global_step, str(rates.policy).partition("(")[0])
@@ -153,11 +153,13 @@ class SurgicalCallback(TrainerCallback):
         policy, record = rates.policy, optimizer.param_groups[0]["surgical"]
         if not policy.probe_batches or record["probed"] == at:
             return
-        scores = self._scores(policy, at, policy.probe_batches, args, state, kwargs)
-        run = rates.run(optimizer)
-        run.scores.clear()
-        run.scores.update({unit.name: scores.values[unit.name] for unit in run.units if unit.name in scores.values})
-        if (multipliers := policy.multipliers_from(scores, run)) is not None:
+        scores = self._scores(rates, at, policy.probe_batches, args, state, kwargs)
+        training = rates.training_state(optimizer)
+        training.scores.clear()
+        training.scores.update(
+            {unit.name: scores.values[unit.name] for unit in training.units if unit.name in scores.values}
+        )
+        if (multipliers := policy.multipliers_from(scores, training)) is not None:
             rates.set_multipliers(optimizer, multipliers)
         if policy.reset_at_probe:
             forget_moments(optimizer, list(optimizer.state))
@@ -178,22 +180,24 @@ class SurgicalCallback(TrainerCallback):
                 f"({type(data).__name__}): use a policy without a probe, such as auto_rgn(every='step')."
             )
         if optimizer.param_groups[0]["surgical"]["probed"] is not None:  # else its first probe precedes the first step
-            self._scores(policy, state.global_step, 1, args, state, kwargs)
+            self._scores(rates, state.global_step, 1, args, state, kwargs)
 
     def _scores(
         self,
-        policy: Policy,
+        rates: BlockRates,
         at: int,
         count: int,
         args: TrainingArguments,
         state: TrainerState,
         kwargs: dict[str, Any],
     ) -> BlockScores:
-        training = kwargs["train_dataloader"]
+        policy, training = rates.policy, kwargs["train_dataloader"]
         size = args.per_device_train_batch_size if args.world_size > 1 else state.train_batch_size
         batches = _probe_batches(training, size, args.seed + at, count, args.process_index, args)
         loss_fn = self.loss_fn or partial(_own_loss, policy)
-        return score_blocks(kwargs["model"], batches, policy.criterion, policy.granularity, count, loss_fn)
+        return score_blocks(
+            kwargs["model"], batches, policy.criterion, policy.granularity, count, loss_fn, blocks=rates.blocks
+        )
 
 
 def _own_loss(policy: Policy, model: nn.Module, batch: Any) -> Tensor:
@@ -212,7 +216,7 @@ def _steps_an_epoch(training: DataLoader, args: TrainingArguments) -> int | None
     return max(math.ceil(len(training) / args.gradient_accumulation_steps), 1) if has_length(training) else None
 
 
-def _found(optimizer: Any) -> tuple[Optimizer, BlockRates]:
+def _surgical(optimizer: Any) -> tuple[Optimizer, BlockRates]:
     optimizer, rates = find_rates(optimizer)
     if rates is None:
         raise SurgicalError(

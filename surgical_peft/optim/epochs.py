@@ -6,7 +6,7 @@ from typing import Any
 
 
 class Epochs:
-    """Which epoch a training is in, as `epoch`, `epoch_began` and `epoch_steps` of a record.
+    """Tracks the epoch of a training, as `epoch`, `epoch_began` and `epoch_steps` of a record.
 
     Each pass over the data is an epoch, however long it is, but the one in which a run was interrupted: resumed, it
     goes on. Trainer begins a stream anew if it resumes beyond its first pass. The passes before then say when an epoch

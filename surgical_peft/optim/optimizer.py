@@ -19,12 +19,14 @@ from transformers.trainer_optimizer import is_optimizer_factory
 from transformers.training_args import OptimizerNames
 
 from ..blocks.block_map import BlockMap
-from ..blocks.unwrap import clean_name
+from ..blocks.unwrap import bare_parameter_name
 from ..errors import SurgicalError
-from ..policies.policy import STATE_POLICIES, Policy, Unit, check_word, is_number
+from ..policies.policy import STATE_POLICIES, Policy, Unit
 from ..precision.master_weights import MasterWeights, rounds_stochastically
 from ..scoring.distributed import under_deepspeed
+from ..validation import check_choice, check_number
 from .block_rates import BlockRates, release_others
+from .origin import text_of
 
 
 def create_surgical_optimizer(
@@ -70,9 +72,9 @@ def create_surgical_optimizer(
     if policy is not None and not isinstance(policy, Policy):
         raise SurgicalError(f"policy={policy!r} is not a policy: call it first, as in policies.auto_rgn().")
     policy = policy or Policy()
-    check_word(str(policy), "state_policy", policy.state_policy, STATE_POLICIES)
-    _check_number("lr", lr, above=0.0)
-    _check_number("weight_decay", weight_decay)
+    check_choice(str(policy), "state_policy", policy.state_policy, STATE_POLICIES)
+    check_number("the optimizer", "lr", _plain(lr), above=0)
+    check_number("the optimizer", "weight_decay", _plain(weight_decay), at_least=0)
     release_others(map(id, model.parameters()))
     blocks = BlockMap.find(model)
     base = _checked_base_multipliers(policy, blocks)
@@ -82,7 +84,7 @@ def create_surgical_optimizer(
     for block, named in blocks.named_parameters(model).items():
         for name, parameter in named.items():
             if parameter.requires_grad:
-                unit = block if policy.granularity == "block" else clean_name(name)
+                unit = block if policy.granularity == "block" else bare_parameter_name(name)
                 decays = weight_decay > 0 and name in decayed
                 if (unit, decays) not in groups:
                     groups[unit, decays] = {
@@ -91,7 +93,7 @@ def create_surgical_optimizer(
                         "weight_decay": weight_decay if decays else 0.0,
                         "unit": unit,
                         "block": block,
-                        "policy": str(policy),
+                        "policy": text_of(policy),
                         "base_multiplier": base.get(block, 1.0),
                         "lr_multiplier": 1.0,
                     }
@@ -148,7 +150,7 @@ class SurgicalOptimizerFactory:
 def surgical_optimizer(
     args: TrainingArguments, policy: Policy | None = None, master_weights: bool = True
 ) -> tuple[type[SurgicalOptimizerFactory], dict[str, Any]]:
-    """What to hand to `Trainer(optimizer_cls_and_kwargs=...)` for learning rates by block.
+    """The value of `Trainer(optimizer_cls_and_kwargs=...)` for learning rates by block.
 
     Args:
         args: the Trainer's; read when it makes its optimizer.
@@ -161,12 +163,8 @@ def surgical_optimizer(
     return SurgicalOptimizerFactory, {"args": args, "policy": policy, "master_weights": master_weights}
 
 
-def _check_number(name: str, value: Any, above: float | None = None) -> None:
-    """Refuse a rate or a decay that optimizers would stumble over, or take without a word."""
-    number = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
-    if not is_number(number) or number < 0 or number == above:
-        bound = "more than 0" if above is not None else "0 or more"
-        raise SurgicalError(f"{name}={value!r} is out of range: a finite number, {bound}.")
+def _plain(value: Any) -> Any:
+    return value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
 
 
 def _check_in_memory(groups: Mapping[tuple[str, bool], dict[str, Any]]) -> None:
@@ -187,9 +185,6 @@ def _checked_base_multipliers(policy: Policy, blocks: BlockMap) -> dict[str, flo
                 f"{policy} gives {block!r} a factor, which is no block of {blocks.model_name}. There are: "
                 f"{', '.join(blocks.names)}."
             )
-        if not (is_number(factor) and factor > 0):
-            raise SurgicalError(
-                f"{policy} gives block {block!r} the factor {factor!r}: it must be more than 0. To freeze a block, "
-                "leave it out of `blocks`."
-            )
+        what = "to freeze a block, leave it out of `blocks`; else a finite number"
+        check_number(str(policy), f"the factor of {block!r}", factor, what, above=0)
     return multipliers

@@ -1,4 +1,4 @@
-"""Where Trainer itself is changed: a policy's schedule begins with the training and ends with it, however it ends.
+"""Patches Trainer so that a policy's schedule begins and ends with the training, however it ends.
 
 Callbacks would not do: they may be absent, are not called when a training is interrupted, and get no trainer.
 """

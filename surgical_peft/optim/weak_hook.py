@@ -18,7 +18,7 @@ class WeakHook:
         self._method = (lambda: None) if method is None else weakref.WeakMethod(method)
 
     def __call__(self, *args: Any) -> Any:
-        """What the method returns; None if its object is no more."""
+        """The result of the method; None if its object is gone."""
         method = self._method()
         return None if method is None else method(*args)
 

@@ -3,28 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import reduce
-from itertools import islice
 
-import torch
-from torch import Tensor
-from torch._utils import _flatten_dense_tensors
-
-from ..blocks.block_map import is_head
 from ..errors import SurgicalError
 from ..scoring.block_scores import BlockScores, normalize
-from .policy import Policy, Run, Unit, check_cadence, check_count, check_word
+from ..validation import check_cadence, check_choice, check_count
+from .gradient_norms import gradient_ratios
+from .policy import Policy, TrainingState
 
 
-def auto_rgn(
-    every: str | int = "step",
-    granularity: str = "block",
-    normalized: str = "max",
-    num_batches: int = 5,
-    state: str = "keep",
-) -> Policy:
+@dataclass(frozen=True)
+class AutoRGN(Policy):
     """Learning rates in proportion to the relative gradient norm `||g|| / ||theta||`, scaled to at most 1.
 
     The head keeps the full rate and stays outside the scaling, and so do units that are all zero: both have large
@@ -49,125 +38,78 @@ def auto_rgn(
     Example:
         >>> trainer = Trainer(..., optimizer_cls_and_kwargs=surgical_optimizer(args, policy=policies.auto_rgn()))
     """
-    check_cadence("auto_rgn", every, ("step", "epoch"))
-    check_word("auto_rgn", "granularity", granularity, ("block", "tensor"))
-    check_word("auto_rgn", "normalized", normalized, ("max", "minmax"))
-    check_word("auto_rgn", "state", state, ("keep", "reset"))
-    check_count("auto_rgn", "num_batches", num_batches, "batches to score on")
-    if every == "step":
-        if state == "reset":
+
+    every: str | int = "step"
+    granularity: str = "block"
+    normalized: str = "max"
+    num_batches: int = 5
+    state: str = "keep"
+
+    def __post_init__(self) -> None:
+        check_cadence("auto_rgn", self.every, ("step", "epoch"))
+        check_choice("auto_rgn", "granularity", self.granularity, ("block", "tensor"))
+        check_choice("auto_rgn", "normalized", self.normalized, ("max", "minmax"))
+        check_choice("auto_rgn", "state", self.state, ("keep", "reset"))
+        check_count("auto_rgn", "num_batches", self.num_batches, "batches to score on")
+        if self.every == "step" and self.state == "reset":
             raise SurgicalError(
                 "state='reset' with every='step' would drop the moments at every step: use every='epoch' or a number "
                 "of steps, or state='keep'."
             )
-        return AutoRGN(granularity=granularity, normalized=normalized)
-    return AutoRGN(
-        granularity=granularity,
-        normalized=normalized,
-        probe_batches=num_batches,
-        probe_every=every,
-        reset_at_probe=state == "reset",
-    )
 
+    @property
+    def probe_batches(self) -> int:
+        return 0 if self.every == "step" else self.num_batches
 
-@dataclass(frozen=True)
-class AutoRGN(Policy):
-    normalized: str = "max"
+    @property
+    def probe_every(self) -> str | int:
+        return "epoch" if self.every == "step" else self.every
 
-    def step_multipliers(self, run: Run) -> dict[str, float] | None:
+    @property
+    def reset_at_probe(self) -> bool:
+        return self.state == "reset"
+
+    def step_multipliers(self, training: TrainingState) -> dict[str, float] | None:
         if self.probe_batches:
             return None
-        values = _ratios(run.units)
+        values = gradient_ratios(training.units)
         inside = {
             unit.name: value
-            for unit, value in zip(run.units, values, strict=True)
-            if not (math.isnan(value) or is_head(unit.block))
+            for unit, value in zip(training.units, values, strict=True)
+            if not (math.isnan(value) or unit.block in training.blocks.heads)
         }
         if not all(map(math.isfinite, inside.values())) or not any(inside.values()):
             return None  # a step that the gradient scaler will skip, or nothing to compare: rates stay as they are
-        run.scores.update(
-            (unit.name, value) for unit, value in zip(run.units, values, strict=True) if math.isfinite(value)
+        training.scores.update(
+            (unit.name, value) for unit, value in zip(training.units, values, strict=True) if math.isfinite(value)
         )
-        return {**{unit.name: 1.0 for unit in run.units}, **normalize(inside, self.normalized)}
+        return {**{unit.name: 1.0 for unit in training.units}, **normalize(inside, self.normalized)}
 
-    def multipliers_from(self, scores: BlockScores, run: Run) -> dict[str, float] | None:
+    def multipliers_from(self, scores: BlockScores, training: TrainingState) -> dict[str, float] | None:
         inside = {
             unit.name: scores.values[unit.name]
-            for unit in run.units
-            if unit.name in scores.values and not is_head(unit.block)
+            for unit in training.units
+            if unit.name in scores.values and unit.block not in training.blocks.heads
         }
-        return {**{unit.name: 1.0 for unit in run.units}, **normalize(inside, self.normalized)}
+        return {**{unit.name: 1.0 for unit in training.units}, **normalize(inside, self.normalized)}
 
 
-_PIECE = 2**16  # entries whose float32 norm is exact enough
+def auto_rgn_paper() -> AutoRGN:
+    """Auto-RGN as the paper's code does it: each tensor by itself, 5 batches every epoch, Adam's moments dropped.
 
+    `auto_rgn(every="epoch", num_batches=5, granularity="tensor", state="reset")`. It needs `SurgicalCallback` among
+    the Trainer's callbacks. Two things differ: batches are drawn at random rather than the first five of the loader,
+    and the head and tensors that are all zero keep the full rate, where the code lets the head set the scale and
+    divides by zero.
 
-def _ratios(units: Sequence[Unit]) -> list[float]:
-    """`||g|| / ||theta||` of each unit from `parameter.grad`; one transfer to the host however many tensors there are.
+    We recommend `auto_rgn()`, which keeps the moments and needs no extra pass. Measured in benchmarks/policies, test
+    accuracy of the paper's settings and of `auto_rgn()`: noise 75.5 and 75.6 %, label map 68.0 and 69.6, subclass
+    shift 90.9 and 91.7; each within the spread of three draws, and both below full fine-tuning on the label map.
 
-    A parameter without a gradient counts as a zero one. A unit whose weights are all zero gives NaN, a gradient that
-    is not finite `inf`.
+    Source: Lee et al. 2022 (arXiv 2210.11466), `main.py` of its code.
+
+    Example:
+        >>> optimizer = surgical_optimizer(args, policy=policies.auto_rgn_paper())
+        >>> trainer = Trainer(..., optimizer_cls_and_kwargs=optimizer, callbacks=[SurgicalCallback()])
     """
-    norms_of = _norms_on_cpu if all(unit.parameters[0].is_cpu for unit in units) else _norms_in_one_call
-    with torch.set_grad_enabled(False):  # which the optimizer's step uses anyway; to call `no_grad` too takes longer
-        norms = norms_of(units)
-    return [_ratio(pull, size) for size, pull in zip(norms[::2], norms[1::2], strict=True)]
-
-
-def _norms_on_cpu(units: Sequence[Unit]) -> list[float]:
-    """For each unit the norm of its weights, then that of its gradients.
-
-    After a backward pass no cache holds this code or its data, and fetching them takes longer than running it. So the
-    usual way through is short: a run is copied into one, since a call for each tensor would take longer.
-    """
-    norms: list[Tensor] = []
-    parts: list[int] = []
-    alone = torch.get_num_threads() == 1  # then it copies larger runs as fast, and fewer calls are better
-    for unit in units:
-        weights = [unit.parameters] if alone and unit.size <= _PIECE else unit.runs
-        for runs in (weights, [_grads(run) for run in weights]):
-            done = len(norms)
-            for run in runs:
-                if not run:
-                    continue
-                if run[0].numel() > _PIECE:
-                    norms += _foreach_norm(_pieces(run))
-                else:
-                    flat = _flatten_dense_tensors(run)
-                    norms.append(torch.linalg.vector_norm(flat, dtype=torch.promote_types(flat.dtype, torch.float32)))
-            parts.append(len(norms) - done)
-    numbers = iter(torch.stack(norms).tolist())
-    return [math.hypot(*islice(numbers, count)) for count in parts]
-
-
-def _grads(run: Sequence[Tensor]) -> list[Tensor]:
-    return [grad for parameter in run if (grad := parameter.grad) is not None]
-
-
-def _pieces(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Those on the CPU in pieces: there the float32 norm of one with 25 million entries is 0.1 % wrong."""
-    return [
-        piece
-        for each in tensors
-        for piece in (each.view(-1).split(_PIECE) if each.is_cpu and each.is_contiguous() else [each])
-    ]
-
-
-def _norms_in_one_call(units: Sequence[Unit]) -> list[float]:
-    """The same where each call has to be sent to a device."""
-    lists = [_pieces(tensors) for unit in units for tensors in (unit.parameters, _grads(unit.parameters))]
-    norms = _foreach_norm([tensor for tensors in lists for tensor in tensors])
-    device = norms[0].device
-    numbers = iter(torch.stack([norm if norm.device == device else norm.to(device) for norm in norms]).tolist())
-    return [math.hypot(*islice(numbers, len(tensors))) for tensors in lists]
-
-
-def _foreach_norm(tensors: list[Tensor]) -> list[Tensor]:
-    dtype = reduce(torch.promote_types, {tensor.dtype for tensor in tensors}, torch.float32)
-    return list(torch._foreach_norm(tensors, 2, dtype=dtype))
-
-
-def _ratio(pull: float, size: float) -> float:
-    if size == 0:
-        return math.nan
-    return pull / size if math.isfinite(pull) else math.inf
+    return AutoRGN(every="epoch", num_batches=5, granularity="tensor", state="reset")

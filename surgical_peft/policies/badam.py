@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .policy import STATE_POLICIES, Policy, Run, check_cadence, check_enough, check_word, kept_on
+from ..validation import check_cadence, check_choice, immutable
+from .policy import STATE_POLICIES, BlockSpec, Policy, TrainingState, check_enough, kept_on
 
 
-def badam(
-    every: int = 100,
-    order: str = "random",
-    always: Sequence[int | str] | None = None,
-    seed: int = 0,
-    hard: bool = True,
-    state_policy: str = "reset",
-) -> Policy:
+@dataclass(frozen=True)
+class Badam(Policy):
     """Block coordinate descent: train one repeated block for `every` steps, then the next, round after round.
 
     What is trained outside the repeated blocks is frozen unless `always` names it: the paper's default too, but for
@@ -38,35 +32,29 @@ def badam(
     Example:
         >>> trainer = Trainer(..., optimizer_cls_and_kwargs=surgical_optimizer(args, policy=policies.badam(every=50)))
     """
-    check_cadence("badam", every, ())
-    check_word("badam", "order", order, ("random", "ascending", "descending"))
-    check_word("badam", "state_policy", state_policy, STATE_POLICIES)
-    return Badam(
-        every=every,
-        order=order,
-        always=None if always is None else tuple(always),
-        seed=seed,
-        hard=hard,
-        state_policy=state_policy,
-    )
 
-
-@dataclass(frozen=True)
-class Badam(Policy):
     every: int = 100
     order: str = "random"
-    always: tuple[int | str, ...] | None = None
+    always: BlockSpec | None = None
     seed: int = 0
+    hard: bool = True
+    state_policy: str = "reset"
 
-    def plan(self, run: Run) -> dict[str, float] | None:
-        if run.step % self.every:
+    def __post_init__(self) -> None:
+        check_cadence("badam", self.every)
+        check_choice("badam", "order", self.order, ("random", "ascending", "descending"))
+        check_choice("badam", "state_policy", self.state_policy, STATE_POLICIES)
+        object.__setattr__(self, "always", immutable(self.always))
+
+    def plan(self, training: TrainingState) -> dict[str, float] | None:
+        if training.step % self.every:
             return None
-        always = kept_on(run, self.always)
-        turns = [name for name in run.repeated if name not in always]
+        always = kept_on(training, self.always)
+        turns = [name for name in training.repeated if name not in always]
         check_enough("badam", 1, turns)
-        cycle, at = divmod(run.step // self.every, len(turns))
+        cycle, at = divmod(training.step // self.every, len(turns))
         if self.order == "random":
             random.Random(f"{self.seed} {cycle}").shuffle(turns)
         elif self.order == "descending":
             turns.reverse()
-        return run.only([turns[at], *always])
+        return training.only([turns[at], *always])

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from ..errors import SurgicalError
-from .policy import Policy, Run, check_count, check_word, is_number
+from ..validation import check_choice, check_count, check_number
+from .policy import Policy, TrainingState
 
 
-def bvg_ls(alpha: float = 0.9, num_selected: int = 1, momentum: str = "accumulate") -> Policy:
+@dataclass(frozen=True)
+class BVGLS(Policy):
     """Train at each step the blocks with the largest ratio of squared mean to variance of their gradient over time.
 
     With `m` and `s` the exponential moving averages of each entry's gradient and its square, both divided by
@@ -39,20 +41,22 @@ def bvg_ls(alpha: float = 0.9, num_selected: int = 1, momentum: str = "accumulat
     Example:
         >>> trainer = Trainer(..., optimizer_cls_and_kwargs=surgical_optimizer(args, policy=policies.bvg_ls()))
     """
-    check_word("bvg_ls", "momentum", momentum, ("accumulate", "masked"))
-    check_count("bvg_ls", "num_selected", num_selected, "blocks a step")
-    if not (is_number(alpha) and 0 <= alpha < 1):
-        raise SurgicalError(f"alpha={alpha!r} is out of range: from 0 to below 1.")
-    return BVGLS(alpha=alpha, num_selected=num_selected, skip_idle=momentum == "masked")
 
-
-@dataclass(frozen=True)
-class BVGLS(Policy):
     alpha: float = 0.9
     num_selected: int = 1
+    momentum: str = "accumulate"
 
-    def plan(self, run: Run) -> dict[str, float] | None:
-        layers = _layers(run)
+    def __post_init__(self) -> None:
+        check_number("bvg_ls", "alpha", self.alpha, at_least=0, below=1)
+        check_count("bvg_ls", "num_selected", self.num_selected, "blocks a step")
+        check_choice("bvg_ls", "momentum", self.momentum, ("accumulate", "masked"))
+
+    @property
+    def skip_idle(self) -> bool:
+        return self.momentum == "masked"
+
+    def plan(self, training: TrainingState) -> dict[str, float] | None:
+        layers = _layers(training)
         if self.num_selected > len(layers):
             raise SurgicalError(
                 f"num_selected={self.num_selected} is more than the {len(layers)} blocks that are trained: "
@@ -60,46 +64,46 @@ class BVGLS(Policy):
             )
         return None
 
-    def step_multipliers(self, run: Run) -> dict[str, float] | None:
-        parameters = [p for unit in run.units for p in unit.parameters]
-        seen = [at for at, p in enumerate(parameters) if p.grad is not None]
+    def step_multipliers(self, training: TrainingState) -> dict[str, float] | None:
+        parameters = [p for unit in training.units for p in unit.parameters]
+        with_grad = [at for at, p in enumerate(parameters) if p.grad is not None]
         grads = [p.grad.float() for p in parameters if p.grad is not None]
         if not grads or not _all_finite(grads):
             return None  # a step that the gradient scaler will skip: it must not enter the averages
-        means, squares = _averages(run.state, parameters)
+        means, squares = _averages(training.state, parameters)
         torch._foreach_mul_([*means, *squares], self.alpha)
-        torch._foreach_add_([means[at] for at in seen], grads, alpha=1 - self.alpha)
-        torch._foreach_addcmul_([squares[at] for at in seen], grads, grads, value=1 - self.alpha)
-        run.state["count"] = run.state.get("count", 0) + 1
+        torch._foreach_add_([means[at] for at in with_grad], grads, alpha=1 - self.alpha)
+        torch._foreach_addcmul_([squares[at] for at in with_grad], grads, grads, value=1 - self.alpha)
+        training.state["count"] = training.state.get("count", 0) + 1
 
         norms = [*torch._foreach_norm(means, 2), *torch._foreach_norm(squares, 1)]
         numbers = torch.stack([norm.to(norms[0].device) for norm in norms]).tolist()
-        correction = 1 - self.alpha ** run.state["count"]
+        correction = 1 - self.alpha ** training.state["count"]
         parts = iter(zip(numbers[: len(means)], numbers[len(means) :], strict=True))
         biases, totals = {}, {}
-        for unit in run.units:
+        for unit in training.units:
             ours = list(islice(parts, len(unit.parameters)))
             biases[unit.block] = math.fsum((norm / correction) ** 2 for norm, _ in ours)
             totals[unit.block] = math.fsum(total / correction for _, total in ours)
-        layers, ratios = _layers(run), {}
+        layers, ratios = _layers(training), {}
         for layer, blocks in layers.items():
             bias = sum(biases[block] for block in blocks)
             # One gradient has no variance; the rounding of the difference would be as large as the threshold.
-            variance = sum(totals[block] for block in blocks) - bias if run.state["count"] > 1 else 0.0
+            variance = sum(totals[block] for block in blocks) - bias if training.state["count"] > 1 else 0.0
             ratios[layer] = bias / max(variance, 1e-10)
-            run.scores.update(dict.fromkeys(blocks, ratios[layer]))
+            training.scores.update(dict.fromkeys(blocks, ratios[layer]))
         chosen = sorted(ratios, key=ratios.__getitem__, reverse=True)[: self.num_selected]  # a stable sort
-        return run.only(block for layer in chosen for block in layers[layer])
+        return training.only(block for layer in chosen for block in layers[layer])
 
 
-def _layers(run: Run) -> dict[str, list[str]]:
+def _layers(training: TrainingState) -> dict[str, list[str]]:
     """What is selected as one: each block, but a final norm together with its head."""
-    found: dict[str, list[str]] = {}
-    for name in run.names:
-        stack, _, kind = name.rpartition(".")
-        head = f"{stack}.head" if stack else "head"
-        found.setdefault(head if kind == "final_norm" and head in run.names else name, []).append(name)
-    return found
+    blocks, groups = training.blocks, dict[str, list[str]]()
+    heads = {blocks.tower_of(head): head for head in training.heads}
+    for name in training.names:
+        key = heads.get(blocks.tower_of(name), name) if blocks.kind(name) == "final_norm" else name
+        groups.setdefault(key, []).append(name)
+    return groups
 
 
 def _averages(state: dict[str, Any], parameters: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..blocks.block_map import is_head
-from .policy import STATE_POLICIES, Policy, Run, check_cadence, check_word, depths, poolers
+from ..validation import check_cadence, check_choice
+from .policy import STATE_POLICIES, Policy, TrainingState
 
 
-def gradual_unfreezing(
-    direction: str = "last_to_first", every: str | int = "epoch", hard: bool = True, state_policy: str = "keep"
-) -> Policy:
+@dataclass(frozen=True)
+class GradualUnfreezing(Policy):
     """Train the head first, then one more block at each interval, until all are trained.
 
     From last to first, the first interval trains the final norm and the head, the next one also the last repeated
@@ -31,25 +30,28 @@ def gradual_unfreezing(
         >>> optimizer = surgical_optimizer(args, policy=policies.gradual_unfreezing())
         >>> trainer = Trainer(..., optimizer_cls_and_kwargs=optimizer, callbacks=[SurgicalCallback()])
     """
-    check_word("gradual_unfreezing", "direction", direction, ("last_to_first", "first_to_last"))
-    check_cadence("gradual_unfreezing", every, ("epoch",))
-    check_word("gradual_unfreezing", "state_policy", state_policy, STATE_POLICIES)
-    return GradualUnfreezing(
-        direction=direction, every=every, by_epoch=every == "epoch", hard=hard, state_policy=state_policy
-    )
 
-
-@dataclass(frozen=True)
-class GradualUnfreezing(Policy):
     direction: str = "last_to_first"
     every: str | int = "epoch"
+    hard: bool = True
+    state_policy: str = "keep"
 
-    def plan(self, run: Run) -> dict[str, float] | None:
-        turn = (run.epoch or 0) if isinstance(self.every, str) else run.step // self.every
-        depth_of = depths(run.blocks)
-        if run.repeated and not run.blocks.tied and {*filter(is_head, run.blocks.names)} <= {*poolers(run.blocks)}:
-            last = max(depth_of[name] for name in run.repeated)  # the loss may reach neither pooler nor final norm
-            depth_of |= {name: min(depth_of[name], last) for name in run.names}
-        there = sorted({depth_of[name] for name in run.names}, reverse=self.direction == "last_to_first")
-        thawed = set(there[: turn + 1])
-        return run.only([*run.heads, *(name for name in run.names if depth_of[name] in thawed)])
+    def __post_init__(self) -> None:
+        check_choice("gradual_unfreezing", "direction", self.direction, ("last_to_first", "first_to_last"))
+        check_cadence("gradual_unfreezing", self.every, ("epoch",))
+        check_choice("gradual_unfreezing", "state_policy", self.state_policy, STATE_POLICIES)
+
+    @property
+    def by_epoch(self) -> bool:
+        return self.every == "epoch"
+
+    def plan(self, training: TrainingState) -> dict[str, float] | None:
+        turn = (training.epoch or 0) if isinstance(self.every, str) else training.step // self.every
+        blocks = training.blocks
+        depth_of = dict(blocks.depths)
+        if training.repeated and not blocks.tied and blocks.heads == blocks.poolers:
+            last = max(depth_of[name] for name in training.repeated)  # the loss may reach nothing behind it
+            depth_of |= {name: min(depth_of[name], last) for name in training.names}
+        order = sorted({depth_of[name] for name in training.names}, reverse=self.direction == "last_to_first")
+        thawed = set(order[: turn + 1])
+        return training.only([*training.heads, *(name for name in training.names if depth_of[name] in thawed)])

@@ -5,10 +5,12 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-from .policy import STATE_POLICIES, Policy, Run, check_cadence, check_count, check_enough, check_word
+from ..validation import check_cadence, check_choice, check_count
+from .policy import STATE_POLICIES, Policy, TrainingState, check_enough
 
 
-def lisa(num_blocks: int = 2, every: int = 20, seed: int = 0, hard: bool = True, state_policy: str = "keep") -> Policy:
+@dataclass(frozen=True)
+class Lisa(Policy):
     """Every so many steps draw `num_blocks` of the repeated blocks at random and freeze the other ones.
 
     Embeddings, final norm and head (whatever is trained outside the repeated blocks) are always trained; on a large
@@ -26,22 +28,22 @@ def lisa(num_blocks: int = 2, every: int = 20, seed: int = 0, hard: bool = True,
     Example:
         >>> trainer = Trainer(..., optimizer_cls_and_kwargs=surgical_optimizer(args, policy=policies.lisa()))
     """
-    check_count("lisa", "num_blocks", num_blocks, "blocks trained at once")
-    check_cadence("lisa", every, ())
-    check_word("lisa", "state_policy", state_policy, STATE_POLICIES)
-    return Lisa(num_blocks=num_blocks, every=every, seed=seed, hard=hard, state_policy=state_policy)
 
-
-@dataclass(frozen=True)
-class Lisa(Policy):
     num_blocks: int = 2
     every: int = 20
     seed: int = 0
+    hard: bool = True
+    state_policy: str = "keep"
 
-    def plan(self, run: Run) -> dict[str, float] | None:
-        if run.step % self.every:
+    def __post_init__(self) -> None:
+        check_count("lisa", "num_blocks", self.num_blocks, "blocks trained at once")
+        check_cadence("lisa", self.every)
+        check_choice("lisa", "state_policy", self.state_policy, STATE_POLICIES)
+
+    def plan(self, training: TrainingState) -> dict[str, float] | None:
+        if training.step % self.every:
             return None
-        candidates = run.repeated
+        candidates = training.repeated
         check_enough("lisa", self.num_blocks, candidates)
-        drawn = random.Random(f"{self.seed} {run.step // self.every}").sample(candidates, self.num_blocks)
-        return run.only({*drawn, *(name for name in run.names if name not in candidates)})
+        drawn = random.Random(f"{self.seed} {training.step // self.every}").sample(candidates, self.num_blocks)
+        return training.only({*drawn, *(name for name in training.names if name not in candidates)})

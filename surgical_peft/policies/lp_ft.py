@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from .policy import Policy
-from .stages import Stage, stages
+from .stages import Stage, Stages
 
 
-def lp_ft(epochs: int, lr_multiplier: float = 1.0, hard: bool = True) -> Policy:
+def lp_ft(epochs: int, lr_multiplier: float = 1.0, hard: bool = True) -> Stages:
     """Linear probing, then fine-tuning: `epochs` epochs train the head alone, the rest everything that is tuned.
 
     So that a new head does not distort the features while it is still random. Needs `SurgicalCallback` among the
@@ -23,4 +22,4 @@ def lp_ft(epochs: int, lr_multiplier: float = 1.0, hard: bool = True) -> Policy:
         >>> optimizer = surgical_optimizer(args, policy=policies.lp_ft(epochs=5))
         >>> trainer = Trainer(..., optimizer_cls_and_kwargs=optimizer, callbacks=[SurgicalCallback()])
     """
-    return stages([Stage("head", epochs=epochs, lr_multiplier=lr_multiplier), Stage("all")], hard=hard)
+    return Stages((Stage("head", epochs=epochs, lr_multiplier=lr_multiplier), Stage("all")), hard)

@@ -1,21 +1,19 @@
-"""What a policy is; the optimizer asks it, see `optim.block_rates`."""
+"""The base class of policies; `optim.block_rates` applies what they return."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from numbers import Real
 from typing import Any
 
 from torch import Tensor, nn
 
-from ..blocks.block_map import BlockMap, is_head
+from ..blocks.block_map import BlockMap
 from ..errors import SurgicalError
 from ..scoring.block_scores import BlockScores
-from ..validation import nearest
 
+BlockSpec = int | str | Sequence[int | str]  # as `BlockMap.parse` takes it
 StepLoss = Callable[..., Tensor]
 
 STATE_POLICIES = ("keep", "reset", "offload")
@@ -24,7 +22,7 @@ GRAIN = 2**15  # numbers: fewer, torch copies and sums on the spot, without waki
 
 @dataclass(frozen=True)
 class Unit:
-    """What has a learning rate of its own: a block, or one tensor of it, with the parameters that are trained."""
+    """A group with one learning rate: a block or a single tensor of it, with its trainable parameters."""
 
     name: str
     block: str
@@ -50,7 +48,7 @@ class Unit:
 
 
 @dataclass(frozen=True)
-class Run:
+class TrainingState:
     """The training as a policy sees it.
 
     Attributes:
@@ -78,13 +76,12 @@ class Run:
     @property
     def heads(self) -> list[str]:
         """Those of them that are heads."""
-        return [name for name in self.names if is_head(name)]
+        return [name for name in self.names if name in self.blocks.heads]
 
     @property
     def repeated(self) -> list[str]:
         """Those of them that are repeated layers."""
-        layers = {name for stack in self.blocks.stacks.values() for name in stack}
-        return [name for name in self.names if name in layers]
+        return [name for name in self.names if name in self.blocks.layers]
 
     def only(self, chosen: Iterable[str]) -> dict[str, float]:
         """Factor 1 for the units of the chosen blocks, 0 for all others."""
@@ -94,114 +91,100 @@ class Run:
 
 @dataclass(frozen=True)
 class Policy:
-    """Says the factor on the learning rate of each unit. Holds settings only: its state is `run.state`.
+    """Sets the factor on the learning rate of each unit. Holds settings only: its state is `training.state`.
 
-    A policy overrides one or more of the methods. Its text (`str`) must say all its settings and no addresses, since a
-    checkpoint knows its policy by it. Random draws must come from `run.state` or from a seed and `run.step`, never
-    from the global generators.
+    A policy is a frozen dataclass: its fields are its settings, checked in `__post_init__`. It overrides one or more
+    of the methods, and what differs of the attributes: each as a class attribute, a field with a default, or a
+    property. Its text (`str`) must say all its settings and no addresses, since a checkpoint knows its policy by it.
+    Random draws must come from `training.state` or from a seed and `training.step`, never from the global generators.
 
     Attributes:
         granularity: what gets its own rate, `"block"` or `"tensor"`.
-        probe_batches: how many training batches to score on; 0 = no probe.
-        probe_every: when to: at the start of every `"epoch"`, or a number of steps.
-        criterion: what to score by.
-        by_epoch: whether the plan depends on `run.epoch`, which needs `SurgicalCallback`.
+        criterion: what a probe scores by.
         hard: a factor of 0 is a mask: no gradient, no `requires_grad`; else only a rate of 0.
         state_policy: what a mask does to the optimizer's state of its unit: `"keep"`, `"reset"` (drop, so that it
             starts anew) or `"offload"` (to the CPU until it is trained again).
-        reset_at_probe: whether each probe drops the optimizer's whole state.
-        skip_idle: whether a factor of 0 from `step_multipliers` also takes the unit's gradient away for that step, so
-            that its moments stay as they are.
-        own_loss: whether `loss` may give one.
+
+    Example:
+        >>> @dataclass(frozen=True)
+        ... class Alternating(Policy):
+        ...     every: int = 100
+        ...     hard: bool = True
+        ...
+        ...     def plan(self, training):
+        ...         return training.only(training.heads if training.step // self.every % 2 else training.names)
     """
 
-    granularity: str = "block"
-    probe_batches: int = 0
-    probe_every: str | int = "epoch"
-    criterion: str = "rgn"
-    by_epoch: bool = False
-    hard: bool = False
-    state_policy: str = "keep"
-    reset_at_probe: bool = False
-    skip_idle: bool = False
-    own_loss: bool = False
+    granularity = "block"
+    criterion = "rgn"
+    hard = False
+    state_policy = "keep"
+
+    @property
+    def probe_batches(self) -> int:
+        """How many training batches to score on; 0 = no probe."""
+        return 0
+
+    @property
+    def probe_every(self) -> str | int:
+        """When to probe: at the start of every `"epoch"`, or every so many steps."""
+        return "epoch"
+
+    @property
+    def reset_at_probe(self) -> bool:
+        """If true, each probe drops the optimizer's whole state."""
+        return False
+
+    @property
+    def by_epoch(self) -> bool:
+        """True if the plan depends on `training.epoch`, which needs `SurgicalCallback`."""
+        return False
+
+    @property
+    def skip_idle(self) -> bool:
+        """If true, a factor of 0 from `step_multipliers` also removes the unit's gradient for that step.
+
+        Then its moments stay as they are.
+        """
+        return False
+
+    @property
+    def own_loss(self) -> bool:
+        """True if `loss` may return a loss."""
+        return False
 
     @property
     def is_constant(self) -> bool:
-        """Whether all it gives is constant factors."""
-        asked = ("plan", "step_multipliers", "multipliers_from", "loss")
-        return all(getattr(type(self), name) is getattr(Policy, name) for name in asked)
+        """True if the policy has constant factors only."""
+        changing = ("plan", "step_multipliers", "multipliers_from", "loss")
+        return all(getattr(type(self), name) is getattr(Policy, name) for name in changing)
 
     def base_multipliers(self, blocks: BlockMap) -> dict[str, float]:
         """Constant factors by block, more than 0; blocks left out have 1. Asked once, when the optimizer is made."""
         return {}
 
-    def plan(self, run: Run) -> dict[str, float] | None:
+    def plan(self, training: TrainingState) -> dict[str, float] | None:
         """Factors for the coming step by unit, 0 upwards; None = as they were.
 
         Asked before the forward pass: when the optimizer is made, after every step, and at the start of every epoch.
-        The answer must follow from `run` alone: it may be asked twice.
+        The answer must follow from `training` alone: it may be asked twice.
         """
         return None
 
-    def step_multipliers(self, run: Run) -> dict[str, float] | None:
+    def step_multipliers(self, training: TrainingState) -> dict[str, float] | None:
         """Factors for this step by unit, 0 upwards, read off `parameter.grad`; None = as they were.
 
         Asked before the optimizer steps, so with `step(closure)` the gradients are those of the step before.
         """
         return None
 
-    def multipliers_from(self, scores: BlockScores, run: Run) -> dict[str, float] | None:
+    def multipliers_from(self, scores: BlockScores, training: TrainingState) -> dict[str, float] | None:
         """Factors from now on by unit, from scores by `criterion` at the policy's granularity; None = as they were."""
         raise NotImplementedError(f"{self} asks for a probe but does not use it")
 
-    def loss(self, run: Run) -> StepLoss | None:
+    def loss(self, training: TrainingState) -> StepLoss | None:
         """`(outputs, labels, num_items_in_batch=None) -> loss` for the coming step; None = the model's own."""
         return None
-
-
-def depths(blocks: BlockMap) -> dict[str, int]:
-    """How far from the input each block is: embeddings 0, the repeated blocks 1 to L, final norm and head L + 1.
-
-    An encoder's blocks count before its decoder's; the final norm of a stack is one above its last block.
-    """
-    repeated = {name for stack in blocks.stacks.values() for name in stack}
-    depth, found = 0, {}
-    for name in blocks.names:
-        depth += name in repeated
-        found[name] = depth + (name.rpartition(".")[2] in ("final_norm", "head"))
-    return found
-
-
-def poolers(blocks: BlockMap) -> list[str]:
-    """The heads that are a pooler alone, as in a bare encoder; a loss on the hidden states does not reach them."""
-    return [name for name in blocks.names if is_head(name) and all("pool" in path for path in blocks.modules[name])]
-
-
-def is_number(value: Any) -> bool:
-    """Whether it is a finite number; a bool, a text or None is not."""
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def check_word(owner: str, name: str, value: Any, known: Sequence[Any]) -> None:
-    """Refuse a value that is none of the known ones."""
-    if value not in known:
-        hint = nearest(value, [word for word in known if isinstance(word, str)]) if isinstance(value, str) else ""
-        raise SurgicalError(f"{name}={value!r} is unknown to {owner}. {hint}There are: {', '.join(map(str, known))}.")
-
-
-def check_count(owner: str, name: str, value: Any, what: str) -> None:
-    """Refuse what is not a whole number from 1 upwards."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise SurgicalError(f"{name}={value!r} is out of range for {owner}: {what}, a whole number from 1 upwards.")
-
-
-def check_cadence(owner: str, every: Any, words: Sequence[str]) -> None:
-    """Refuse an `every` that is neither one of the words nor a number of steps."""
-    if isinstance(every, str):
-        check_word(owner, "every", every, (*words, "a number of steps"))
-    else:
-        check_count(owner, "every", every, f"{' or '.join(map(repr, words))} or steps" if words else "steps")
 
 
 def check_enough(owner: str, num_blocks: int, candidates: Sequence[str]) -> None:
@@ -213,18 +196,18 @@ def check_enough(owner: str, num_blocks: int, candidates: Sequence[str]) -> None
         )
 
 
-def kept_on(run: Run, always: Sequence[int | str] | None) -> list[str]:
+def kept_on(training: TrainingState, always: BlockSpec | None) -> list[str]:
     """The blocks that a policy always trains: its `always`, by default the heads.
 
     Raises:
         SurgicalError: a block in `always` that is not trained.
     """
     if always is None:
-        return run.heads
-    chosen = run.blocks.parse(always) if always else ()
-    missing = [name for name in chosen if name not in run.names]
+        return training.heads
+    chosen = () if always == () else training.blocks.parse(always)
+    missing = [name for name in chosen if name not in training.names]
     if missing:
         raise SurgicalError(
-            f"always={list(always)} names {missing[0]!r}, which is not trained. Trained: {', '.join(run.names)}."
+            f"always={always!r} names {missing[0]!r}, which is not trained. Trained: {', '.join(training.names)}."
         )
     return list(chosen)

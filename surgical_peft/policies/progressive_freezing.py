@@ -7,13 +7,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ..errors import SurgicalError
-from .policy import STATE_POLICIES, Policy, Run, check_count, check_word, depths, is_number
+from ..validation import check_choice, check_count, check_number
+from .policy import STATE_POLICIES, Policy, TrainingState
 
 
-def progressive_freezing(
-    interval: int = 100, percentile: float = 50, hard: bool = True, state_policy: str = "reset"
-) -> Policy:
+@dataclass(frozen=True)
+class ProgressiveFreezing(Policy):
     """Freeze a growing prefix of the model: blocks whose gradient changes least from one interval to the next.
 
     Gradients are summed over an interval; `D_l` is the sum over a block's tensors of the 1-norm of that sum, and
@@ -36,47 +35,46 @@ def progressive_freezing(
         >>> policy = policies.progressive_freezing(interval=50)
         >>> trainer = Trainer(..., optimizer_cls_and_kwargs=surgical_optimizer(args, policy))
     """
-    check_count("progressive_freezing", "interval", interval, "steps")
-    check_word("progressive_freezing", "state_policy", state_policy, STATE_POLICIES)
-    if not (is_number(percentile) and 0 <= percentile <= 100):
-        raise SurgicalError(f"percentile={percentile!r} is out of range: from 0 to 100.")
-    return ProgressiveFreezing(interval=interval, percentile=percentile, hard=hard, state_policy=state_policy)
 
-
-@dataclass(frozen=True)
-class ProgressiveFreezing(Policy):
     interval: int = 100
     percentile: float = 50
+    hard: bool = True
+    state_policy: str = "reset"
 
-    def plan(self, run: Run) -> dict[str, float] | None:
-        if run.step % self.interval:
+    def __post_init__(self) -> None:
+        check_count("progressive_freezing", "interval", self.interval, "steps")
+        check_number("progressive_freezing", "percentile", self.percentile, at_least=0, at_most=100)
+        check_choice("progressive_freezing", "state_policy", self.state_policy, STATE_POLICIES)
+
+    def plan(self, training: TrainingState) -> dict[str, float] | None:
+        if training.step % self.interval:
             return None
-        frozen = run.state.get("frozen", [])
-        return run.only([name for name in run.names if name not in frozen])
+        frozen = training.state.get("frozen", [])
+        return training.only([name for name in training.names if name not in frozen])
 
-    def step_multipliers(self, run: Run) -> dict[str, float] | None:
-        depth_of = depths(run.blocks)
+    def step_multipliers(self, training: TrainingState) -> dict[str, float] | None:
+        depth_of = training.blocks.depths
         top = max(depth_of.values())
-        sums = run.state.setdefault("sums", {})
-        frozen = run.state.setdefault("frozen", [])
-        active = [unit for unit in run.units if unit.name not in frozen and depth_of[unit.block] < top]
+        sums = training.state.setdefault("sums", {})
+        frozen = training.state.setdefault("frozen", [])
+        active = [unit for unit in training.units if unit.name not in frozen and depth_of[unit.block] < top]
         for unit in active:
-            held = sums.get(unit.name) or [torch.zeros_like(p, dtype=torch.float32) for p in unit.parameters]
+            totals = sums.get(unit.name) or [torch.zeros_like(p, dtype=torch.float32) for p in unit.parameters]
             for at, p in enumerate(unit.parameters):
-                held[at] = held[at].detach().to(p.device)  # a checkpoint is read to the CPU
+                totals[at] = totals[at].detach().to(p.device)  # a checkpoint is read to the CPU
                 if p.grad is not None:
-                    held[at] += p.grad
-            sums[unit.name] = held
-        if active and (run.step + 1) % self.interval == 0:
+                    totals[at] += p.grad
+            sums[unit.name] = totals
+        if active and (training.step + 1) % self.interval == 0:
             norms = [torch.stack([total.abs().sum() for total in sums.pop(unit.name)]).sum() for unit in active]
-            now = torch.stack([norm.to(norms[0].device) for norm in norms]).tolist()
-            found = dict(zip((unit.name for unit in active), now, strict=True))
-            if before := run.state.get("before"):
-                changes = {name: abs(before[name] - value) / (before[name] or 1.0) for name, value in found.items()}
-                run.scores.update(changes)
+            values = torch.stack([norm.to(norms[0].device) for norm in norms]).tolist()
+            current = dict(zip((unit.name for unit in active), values, strict=True))
+            if before := training.state.get("before"):
+                changes = {name: abs(before[name] - value) / (before[name] or 1.0) for name, value in current.items()}
+                training.scores.update(changes)
                 frozen += settled(changes, self.percentile)
-            run.state["before"] = {name: value for name, value in found.items() if name not in frozen}
-        return None  # what was found holds from the next step on, see plan
+            training.state["before"] = {name: value for name, value in current.items() if name not in frozen}
+        return None  # frozen from the next step on, see `plan`
 
 
 def settled(changes: dict[str, float], percentile: float) -> list[str]:

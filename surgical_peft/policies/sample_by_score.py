@@ -3,36 +3,18 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from ..errors import SurgicalError
-from .policy import (
-    STATE_POLICIES,
-    Policy,
-    Run,
-    check_cadence,
-    check_count,
-    check_enough,
-    check_word,
-    is_number,
-    kept_on,
-)
+from ..validation import check_cadence, check_choice, check_count, check_number, immutable
+from .policy import STATE_POLICIES, BlockSpec, Policy, TrainingState, check_enough, kept_on
 
 _FADE = 0.95  # of epsilon from one draw to the next
 
 
-def sample_by_score(
-    num_blocks: int = 2,
-    every: int = 20,
-    epsilon: float = 0.5,
-    always: Sequence[int | str] | None = None,
-    seed: int = 0,
-    hard: bool = True,
-    state_policy: str = "keep",
-) -> Policy:
+@dataclass(frozen=True)
+class SampleByScore(Policy):
     """Every so many steps draw `num_blocks` repeated blocks: by gradient norm at first, later by past draws.
 
     Draw `n` explores with the probability `epsilon * 0.95^n`: blocks are then drawn one by one with a chance in
@@ -58,41 +40,33 @@ def sample_by_score(
         >>> policy = policies.sample_by_score(num_blocks=3)
         >>> trainer = Trainer(..., optimizer_cls_and_kwargs=surgical_optimizer(args, policy))
     """
-    check_count("sample_by_score", "num_blocks", num_blocks, "blocks trained at once")
-    check_cadence("sample_by_score", every, ())
-    check_word("sample_by_score", "state_policy", state_policy, STATE_POLICIES)
-    if not (is_number(epsilon) and 0 <= epsilon <= 1):
-        raise SurgicalError(f"epsilon={epsilon!r} is out of range: a chance from 0 to 1.")
-    return SampleByScore(
-        num_blocks=num_blocks,
-        every=every,
-        epsilon=epsilon,
-        always=None if always is None else tuple(always),
-        seed=seed,
-        hard=hard,
-        state_policy=state_policy,
-    )
 
-
-@dataclass(frozen=True)
-class SampleByScore(Policy):
     num_blocks: int = 2
     every: int = 20
     epsilon: float = 0.5
-    always: tuple[int | str, ...] | None = None
+    always: BlockSpec | None = None
     seed: int = 0
+    hard: bool = True
+    state_policy: str = "keep"
 
-    def plan(self, run: Run) -> dict[str, float] | None:
-        draw = run.step // self.every
-        if run.step % self.every or run.state.get("drawn", -1) >= draw:
+    def __post_init__(self) -> None:
+        check_count("sample_by_score", "num_blocks", self.num_blocks, "blocks trained at once")
+        check_cadence("sample_by_score", self.every)
+        check_number("sample_by_score", "epsilon", self.epsilon, "a chance", at_least=0, at_most=1)
+        check_choice("sample_by_score", "state_policy", self.state_policy, STATE_POLICIES)
+        object.__setattr__(self, "always", immutable(self.always))
+
+    def plan(self, training: TrainingState) -> dict[str, float] | None:
+        draw = training.step // self.every
+        if training.step % self.every or training.state.get("drawn", -1) >= draw:
             return None
-        always = kept_on(run, self.always)
-        candidates = [name for name in run.repeated if name not in always]
+        always = kept_on(training, self.always)
+        candidates = [name for name in training.repeated if name not in always]
         check_enough("sample_by_score", self.num_blocks, candidates)
-        counts = run.state.setdefault("counts", dict.fromkeys(candidates, 0))
+        counts = training.state.setdefault("counts", dict.fromkeys(candidates, 0))
         chance = random.Random(f"{self.seed} {draw}")
         if chance.random() < self.epsilon * _FADE**draw:
-            norms = run.state.get("norms", {})
+            norms = training.state.get("norms", {})
             unseen = max(norms.values(), default=0.0) or 1.0
             weights = {name: norms.get(name, unseen) for name in candidates}
             chosen = []
@@ -104,19 +78,19 @@ class SampleByScore(Policy):
             chosen = sorted(candidates, key=shares.__getitem__, reverse=True)[: self.num_blocks]
         for name in chosen:
             counts[name] += 1
-        run.state["drawn"] = draw
-        return run.only([*chosen, *always])
+        training.state["drawn"] = draw
+        return training.only([*chosen, *always])
 
-    def step_multipliers(self, run: Run) -> dict[str, float] | None:
-        if (run.step + 1) % self.every == 0:  # the gradients before the next draw
-            seen = {unit.name: [p.grad for p in unit.parameters if p.grad is not None] for unit in run.units}
+    def step_multipliers(self, training: TrainingState) -> dict[str, float] | None:
+        if (training.step + 1) % self.every == 0:  # the gradients before the next draw
+            grads_of = {unit.name: [p.grad for p in unit.parameters if p.grad is not None] for unit in training.units}
             norms = {
                 name: torch.stack([norm.to(grads[0].device) for norm in torch._foreach_norm(grads, 2)]).norm()
-                for name, grads in seen.items()
+                for name, grads in grads_of.items()
                 if grads
             }
             values = {name: float(norm) for name, norm in norms.items()}
             finite = {name: value for name, value in values.items() if 0 <= value < float("inf")}
-            run.state.setdefault("norms", {}).update(finite)
-            run.scores.update(finite)
+            training.state.setdefault("norms", {}).update(finite)
+            training.scores.update(finite)
         return None

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from types import ModuleType
 from typing import Any
 
 from ..errors import SurgicalError
-from ..validation import nearest, resolve
-from .policy import STATE_POLICIES, Policy, Run, StepLoss, check_count, check_word, is_number, poolers
+from ..validation import check_choice, check_count, check_number, immutable, nearest, resolve
+from .policy import STATE_POLICIES, BlockSpec, Policy, StepLoss, TrainingState
 
 
 @dataclass(frozen=True, repr=False)
@@ -25,24 +25,43 @@ class Stage:
         loss: `(outputs, labels, num_items_in_batch=None) -> loss`, as `Trainer`'s `compute_loss_func`, or its name
             `"package.module:name"`; None = the model's own.
 
+    Raises:
+        SurgicalError: a length or a factor out of range, two lengths, or a loss that is no function.
+
     Example:
         >>> Stage("head", epochs=2, lr_multiplier=10)
         Stage(blocks='head', epochs=2, lr_multiplier=10)
     """
 
-    blocks: int | str | Sequence[int | str] = "all"
+    blocks: BlockSpec = "all"
     epochs: int | None = None
     steps: int | None = None
     lr_multiplier: float = 1.0
     loss: StepLoss | str | None = None
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "blocks", immutable(self.blocks))
+        for name in ("epochs", "steps"):
+            if getattr(self, name) is not None:
+                check_count("a stage", name, getattr(self, name), name)
+        if self.epochs and self.steps:
+            raise SurgicalError(f"{self} has epochs and steps: give one of the two.")
+        what = "what rests is left out of `blocks`; else a finite number"
+        check_number("a stage", "lr_multiplier", self.lr_multiplier, what, above=0)
+        if isinstance(self.loss, str):
+            object.__setattr__(self, "loss", resolve(self.loss, _LOSSES))
+        if self.loss is not None and not callable(self.loss):
+            raise SurgicalError(
+                f"loss={self.loss!r} of a stage is not a function of (outputs, labels, num_items_in_batch)."
+            )
+
     def __repr__(self) -> str:
         given = ((f.name, getattr(self, f.name)) for f in fields(self) if getattr(self, f.name) != f.default)
-        told = (f"{name}={_name_of(value) if name == 'loss' else repr(value)}" for name, value in given)
-        return f"Stage({', '.join(told)})"
+        settings = (f"{name}={_name_of(value) if name == 'loss' else repr(value)}" for name, value in given)
+        return f"Stage({', '.join(settings)})"
 
 
-def stages(plan: Iterable[Stage | Mapping[str, Any]], hard: bool = True, state_policy: str = "reset") -> Policy:
+def stages(plan: Iterable[Stage | Mapping[str, Any]], hard: bool = True, state_policy: str = "reset") -> Stages:
     """Train in stages: each its blocks, rate, length and loss.
 
     Lengths in epochs need `SurgicalCallback` among the Trainer's callbacks. A stage's loss is computed on what the
@@ -62,54 +81,63 @@ def stages(plan: Iterable[Stage | Mapping[str, Any]], hard: bool = True, state_p
         >>> optimizer = surgical_optimizer(args, policy=policy)
         >>> trainer = Trainer(..., optimizer_cls_and_kwargs=optimizer, callbacks=[SurgicalCallback()])
     """
-    check_word("stages", "state_policy", state_policy, STATE_POLICIES)
-    parts = tuple(_checked(stage) for stage in plan)
-    if not parts:
-        raise SurgicalError("stages=[] has no stage: give at least one.")
-    for number, stage in enumerate(parts, 1):
-        if (stage.epochs is not None) + (stage.steps is not None) != 1 and stage is not parts[-1]:
-            raise SurgicalError(f"stage {number} ({stage}) needs its length: epochs or steps, one of the two.")
-    if len({stage.epochs is None for stage in parts if stage.epochs or stage.steps}) > 1:
-        raise SurgicalError("stages are measured in epochs or in steps: the same for all.")
-    return Stages(
-        stages=parts,
-        by_epoch=any(stage.epochs for stage in parts),
-        own_loss=any(stage.loss for stage in parts),
-        hard=hard,
-        state_policy=state_policy,
-    )
+    return Stages(tuple(map(_stage, plan)), hard, state_policy)
 
 
 @dataclass(frozen=True)
 class Stages(Policy):
-    stages: tuple[Stage, ...] = ()
+    """The policy that [`stages`][surgical_peft.policies.stages] returns, with the stages checked."""
+
+    stages: tuple[Stage, ...]
+    hard: bool = True
+    state_policy: str = "reset"
+
+    def __post_init__(self) -> None:
+        check_choice("stages", "state_policy", self.state_policy, STATE_POLICIES)
+        if not self.stages:
+            raise SurgicalError("stages=[] has no stage: give at least one.")
+        for number, stage in enumerate(self.stages, 1):
+            if stage.epochs is None and stage.steps is None and stage is not self.stages[-1]:
+                raise SurgicalError(f"stage {number} ({stage}) needs its length: epochs or steps, one of the two.")
+        if len({stage.epochs is None for stage in self.stages if stage.epochs or stage.steps}) > 1:
+            raise SurgicalError("stages are measured in epochs or in steps: the same for all.")
+
+    @property
+    def by_epoch(self) -> bool:
+        return any(stage.epochs for stage in self.stages)
+
+    @property
+    def own_loss(self) -> bool:
+        return any(stage.loss for stage in self.stages)
 
     def last_turn(self) -> tuple[int, int]:
         """After how many epochs, or steps, the last stage begins."""
         before = self.stages[:-1]
         return sum(stage.epochs or 0 for stage in before), sum(stage.steps or 0 for stage in before)
 
-    def plan(self, run: Run) -> dict[str, float] | None:
-        if run.step == 0:  # a wrong name in the last stage is said now, not when its turn comes
+    def plan(self, training: TrainingState) -> dict[str, float] | None:
+        if training.step == 0:  # a wrong name in the last stage is an error now, not when its turn comes
             for stage in self.stages:
-                _trained(stage, run)
-        stage = self.stages[self._number(run)]
-        return {name: factor * stage.lr_multiplier for name, factor in run.only(_trained(stage, run)).items()}
+                _trained(stage, training)
+        stage = self.stages[self._number(training)]
+        return {
+            name: factor * stage.lr_multiplier for name, factor in training.only(_trained(stage, training)).items()
+        }
 
-    def loss(self, run: Run) -> StepLoss | None:
-        return self.stages[self._number(run)].loss  # type: ignore[return-value]  # names are resolved in _checked
+    def loss(self, training: TrainingState) -> StepLoss | None:
+        return self.stages[self._number(training)].loss  # type: ignore[return-value]  # Stage resolves names
 
-    def _number(self, run: Run) -> int:
-        done = (run.epoch or 0) if self.by_epoch else run.step
+    def _number(self, training: TrainingState) -> int:
+        elapsed = (training.epoch or 0) if self.by_epoch else training.step
         for number, stage in enumerate(self.stages[:-1]):
-            done -= stage.epochs or stage.steps or 0
-            if done < 0:
+            elapsed -= stage.epochs or stage.steps or 0
+            if elapsed < 0:
                 return number
         return len(self.stages) - 1
 
 
 def check_length(policy: Policy | None, epochs: float, steps: float) -> None:
-    """Refuse a training that ends before the last stage begins, since all would look as if it had been in force.
+    """Raise if the training ends before the last stage begins.
 
     Args:
         policy: any; only stages are looked at.
@@ -121,11 +149,11 @@ def check_length(policy: Policy | None, epochs: float, steps: float) -> None:
     """
     if not isinstance(policy, Stages):
         return
-    for unit, begins, there in zip(("epochs", "steps"), policy.last_turn(), (epochs, steps), strict=True):
-        if begins >= there:
+    for unit, begins, length in zip(("epochs", "steps"), policy.last_turn(), (epochs, steps), strict=True):
+        if begins >= length:
             raise SurgicalError(
                 f"stages={list(policy.stages)}: the last one would never be reached: it begins after {begins} {unit}, "
-                f"and the training ends with {there:g}. Shorten the stages before it, or train longer."
+                f"and the training ends with {length:g}. Shorten the stages before it, or train longer."
             )
 
 
@@ -136,51 +164,36 @@ def planned_length(args: Any) -> tuple[float, float]:
     return math.ceil(args.num_train_epochs), math.inf
 
 
-def _trained(stage: Stage, run: Run) -> list[str]:
+def _trained(stage: Stage, training: TrainingState) -> list[str]:
     """The blocks of a stage that are tuned at all; `"all"` are those that are."""
-    chosen = run.names if stage.blocks == "all" else run.blocks.parse(stage.blocks)
-    missing = [name for name in chosen if name not in run.names]
+    chosen = training.names if stage.blocks == "all" else training.blocks.parse(stage.blocks)
+    missing = [name for name in chosen if name not in training.names]
     if missing:
         raise SurgicalError(
-            f"{stage} names {missing[0]!r}, which is not trained. Trained: {', '.join(run.names)}; 'all' means these."
+            f"{stage} names {missing[0]!r}, which is not trained. Trained: {', '.join(training.names)}; "
+            "'all' means these."
         )
-    if set(chosen) <= set(poolers(run.blocks)):
+    if set(chosen) <= set(training.blocks.poolers):
         raise SurgicalError(
-            f"{stage} trains nothing but the pooler of {run.blocks.model_name} ({', '.join(chosen)}), which is no "
-            "head: a loss on the last hidden states does not reach it. Name another block with it, such as [-1, "
+            f"{stage} trains nothing but the pooler of {training.blocks.model_name} ({', '.join(chosen)}), which is "
+            "no head: a loss on the last hidden states does not reach it. Name another block with it, such as [-1, "
             f"{chosen[0]!r}], or load a model with a head for the task."
         )
     return list(chosen)
 
 
-def _checked(stage: Stage | Mapping[str, Any]) -> Stage:
-    if isinstance(stage, Mapping):
+def _stage(given: Stage | Mapping[str, Any]) -> Stage:
+    if isinstance(given, Mapping):
         known = [f.name for f in fields(Stage)]
-        for key in stage:
+        for key in given:
             if key not in known:
                 raise SurgicalError(
                     f"a stage has no {key!r}: {nearest(str(key), known)}There are: {', '.join(known)}."
                 )
-        stage = Stage(**stage)
-    if not isinstance(stage, Stage):
-        raise SurgicalError(f"{stage!r} is not a stage: give Stage(...) or a mapping of its fields.")
-    for name in ("epochs", "steps"):
-        if getattr(stage, name) is not None:
-            check_count("stages", name, getattr(stage, name), f"{name} of a stage")
-    if stage.epochs and stage.steps:
-        raise SurgicalError(f"{stage} has epochs and steps: give one of the two.")
-    if not (is_number(stage.lr_multiplier) and stage.lr_multiplier > 0):
-        raise SurgicalError(
-            f"lr_multiplier={stage.lr_multiplier!r} of a stage is out of range: more than 0. What is to rest is left "
-            "out of `blocks`."
-        )
-    loss = stage.loss
-    if isinstance(loss, str):
-        loss = resolve(loss, _LOSSES)
-    if loss is not None and not callable(loss):
-        raise SurgicalError(f"loss={loss!r} of a stage is not a function of (outputs, labels, num_items_in_batch).")
-    blocks = stage.blocks if isinstance(stage.blocks, int | str) else tuple(stage.blocks)
-    return Stage(blocks, stage.epochs, stage.steps, stage.lr_multiplier, loss)
+        return Stage(**given)
+    if not isinstance(given, Stage):
+        raise SurgicalError(f"{given!r} is not a stage: give Stage(...) or a mapping of its fields.")
+    return given
 
 
 def _name_of(loss: Any) -> str:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ..blocks.block_map import BlockMap
-from ..errors import SurgicalError
-from .policy import Policy, is_number
+from ..validation import check_number
+from .policy import Policy
 
 
-def static(multipliers: Mapping[int | str, float] | None = None) -> Policy:
+@dataclass(frozen=True)
+class Static(Policy):
     """Constant factors on the learning rate, by block; blocks left out have 1.
 
     Args:
@@ -18,23 +19,21 @@ def static(multipliers: Mapping[int | str, float] | None = None) -> Policy:
             block that is not to be trained is left out of `blocks`, not given 0; one named by two keys is an error.
 
     Raises:
-        SurgicalError: a factor that is no number.
+        SurgicalError: a factor that is no finite number above 0.
 
     Example:
         >>> policy = policies.static({"0:4": 0.1, "head": 10})
     """
-    for spec, factor in (multipliers or {}).items():
-        if not is_number(factor):
-            raise SurgicalError(f"multipliers={multipliers}: the factor of {spec!r} is no number: it must be above 0.")
-    return Static(given=tuple((multipliers or {}).items()))
 
+    multipliers: Mapping[int | str, float] = field(default_factory=dict)
 
-@dataclass(frozen=True)
-class Static(Policy):
-    given: tuple[tuple[int | str, float], ...] = ()
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "multipliers", dict(self.multipliers or {}))
+        for spec, factor in self.multipliers.items():
+            check_number("static", f"multipliers[{spec!r}]", factor, above=0)
 
     def base_multipliers(self, blocks: BlockMap) -> dict[str, float]:
-        factors = [(block, factor) for spec, factor in self.given for block in blocks.parse(spec)]
+        factors = [(block, factor) for spec, factor in self.multipliers.items() for block in blocks.parse(spec)]
         if factors:
             blocks.parse([block for block, _ in factors])  # refuses a block that two keys name
         return dict(factors)

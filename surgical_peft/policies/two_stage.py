@@ -11,11 +11,10 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from ..errors import SurgicalError
-from .policy import Policy
-from .stages import Stage, stages
+from .stages import Stage, Stages
 
 
-def two_stage(counts: Sequence[int], epochs: int, lr_multiplier: float = 1.0, hard: bool = True) -> Policy:
+def two_stage(counts: Sequence[int], epochs: int, lr_multiplier: float = 1.0, hard: bool = True) -> Stages:
     """The head alone under a class-balanced loss for `epochs` epochs, then everything under the model's own loss.
 
     Needs `SurgicalCallback` among the Trainer's callbacks, and a head among the tuned blocks.
@@ -34,7 +33,7 @@ def two_stage(counts: Sequence[int], epochs: int, lr_multiplier: float = 1.0, ha
         >>> trainer = Trainer(..., optimizer_cls_and_kwargs=optimizer, callbacks=[SurgicalCallback()])
     """
     first = Stage("head", epochs=epochs, lr_multiplier=lr_multiplier, loss=ClassBalancedLoss(tuple(counts)))
-    return stages([first, Stage("all")], hard=hard)
+    return Stages((first, Stage("all")), hard)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""A word to whoever tunes 16-bit weights by an optimizer that keeps no masters of them."""
+"""Warns when an optimizer without masters steps on tuned 16-bit weights."""
 
 from __future__ import annotations
 

@@ -111,13 +111,13 @@ class MasterWeights:
             self._rounded[id(weight)] = version(weight)
 
     def _follow(self) -> None:
-        """Where something else has changed a weight, its master becomes the weight."""
-        new = [place for place in self._lent if self._rounded.get(id(place[2])) != version(place[2])]
-        if not new and self._lent and not begin_alike(*self._pairs()):
-            new = self._lent
-        for _, _, weight, master in new:
-            there, ours = local(weight), local(master)
-            ours.copy_(torch.where(ours.to(there.dtype) == there, ours, there.float()))
+        """Update the masters of weights that something else has changed."""
+        changed = [place for place in self._lent if self._rounded.get(id(place[2])) != version(place[2])]
+        if not changed and self._lent and not begin_alike(*self._pairs()):
+            changed = self._lent
+        for _, _, weight, master in changed:
+            coarse, fine = local(weight), local(master)
+            fine.copy_(torch.where(fine.to(coarse.dtype) == coarse, fine, coarse.float()))
 
     def _pairs(self) -> tuple[list[Tensor], list[Tensor]]:
         """The weights and their masters, of what is sharded this process's share."""
@@ -199,7 +199,7 @@ def without_masters(states: Mapping[Any, Any]) -> dict[Any, Any]:
 
 
 def is_16_bit(weight: Tensor) -> bool:
-    """Whether small steps vanish in rounding: bfloat16, float16, and what is coarser.
+    """True if small steps vanish in rounding: bfloat16, float16, and what is coarser.
 
     Example:
         >>> is_16_bit(torch.zeros(2, dtype=torch.bfloat16))
@@ -209,13 +209,13 @@ def is_16_bit(weight: Tensor) -> bool:
 
 
 def rounds_stochastically(optimizer: Optimizer) -> bool:
-    """Whether the optimizer rounds at random, so that small steps add up: torchao's with `bf16_stochastic_round`."""
+    """True if the optimizer rounds at random, so that small steps add up: torchao's with `bf16_stochastic_round`."""
     settings = {**optimizer.defaults, **vars(optimizer)}
     return any("stochastic" in name and value is True for name, value in settings.items())
 
 
 def forget_moments(optimizer: Optimizer, weights: Iterable[Tensor]) -> None:
-    """Drop what an optimizer keeps of some weights, all but their masters: they are no memory, but the weights."""
+    """Drop the optimizer's state of some weights, except their masters, which hold the weights themselves."""
     for weight in weights:
         state = optimizer.state.pop(weight, {})
         if KEY in state:
@@ -223,7 +223,7 @@ def forget_moments(optimizer: Optimizer, weights: Iterable[Tensor]) -> None:
 
 
 def coarse_places(optimizer: Optimizer) -> Iterator[Place]:
-    """Where the groups of an optimizer hold 16-bit weights."""
+    """The places of 16-bit weights in the groups of an optimizer."""
     for group in optimizer.param_groups:
         for at, weight in enumerate(group["params"]):
             if is_16_bit(weight):

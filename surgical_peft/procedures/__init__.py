@@ -1,6 +1,6 @@
-"""What to train next: one procedure a file, each a generator that proposes blocks and is told how well they did.
+"""Search procedures, one a file: each a generator that proposes blocks to train and receives their metrics.
 
-What a procedure is, and what one of the user's own has to do, is in `procedures.procedure`.
+`procedures.procedure` says what a procedure is and what one of the user's own has to do.
 """
 
 from __future__ import annotations

@@ -1,13 +1,14 @@
-"""Every span of neighbouring blocks."""
+"""Every span of neighboring blocks."""
 
 from __future__ import annotations
 
 from ..blocks.block_map import BlockMap
-from .procedure import Blocks, Procedure, Proposals, layers, plain
+from .procedure import Blocks, Proposals, layers, procedure
 
 
-def contiguous(candidates: Blocks | None = None) -> Procedure:
-    """Every span of neighbouring blocks, from single blocks to all of them.
+@procedure()
+def contiguous(blocks: BlockMap, candidates: Blocks | None = None) -> Proposals:
+    """Every span of neighboring blocks, from single blocks to all of them.
 
     All in one round: the shorter spans first, and of one length those nearer the input; so of equals the fewer and
     earlier blocks win.
@@ -23,10 +24,6 @@ def contiguous(candidates: Blocks | None = None) -> Procedure:
     Example:
         >>> result = run_search(procedures.contiguous("-4:"), objective)
     """
-    return Procedure("contiguous", _contiguous, {"candidates": plain(candidates)})
-
-
-def _contiguous(blocks: BlockMap, candidates: Blocks | None) -> Proposals:
     names = layers(blocks, candidates)
     yield [names[start : start + n] for n in range(1, len(names) + 1) for start in range(len(names) - n + 1)]
     return None

@@ -6,14 +6,20 @@ from collections.abc import Iterator
 from itertools import pairwise
 
 from ..blocks.block_map import BlockMap
-from ..policies.policy import check_count
-from .procedure import Candidate, Procedure, Proposals, layers
+from ..validation import check_count
+from .procedure import Candidate, Proposals, procedure
 from .segments import equal_parts
 
 _PARTS = 3  # residual stages of the CIFAR nets in the paper
 
 
-def cross_val(parts: int | None = None) -> Procedure:
+def _check(parts: int | None) -> None:
+    if parts is not None:
+        check_count("cross_val", "parts", parts, "parts of the repeated layers")
+
+
+@procedure(_check)
+def cross_val(blocks: BlockMap, parts: int | None = None) -> Proposals:
     """Cut the whole model into a few coarse groups and tune one at a time, first one first, then the whole model.
 
     All in one round. The groups hold every block once: the repeated layers in equal parts, the first with the
@@ -33,31 +39,26 @@ def cross_val(parts: int | None = None) -> Procedure:
     Example:
         >>> result = run_search(procedures.cross_val(parts=4), objective, rates=[1e-4, 1e-3])
     """
-    if parts is not None:
-        check_count("cross_val", "parts", parts, "parts of the repeated layers")
-    return Procedure("cross_val", _cross_val, {"parts": parts})
-
-
-def _cross_val(blocks: BlockMap, parts: int | None) -> Proposals:
-    names = layers(blocks)
+    names = blocks.layers
     if parts is None and len(blocks.stacks) > 1:
-        within = [tuple(name for name in names if name in stack) for stack in blocks.stacks.values()]
+        stacks = ([name for name in stack if name in names] for stack in blocks.stacks.values())
+        within = [tuple(stack) for stack in stacks if stack]
     else:
         within = equal_parts("cross_val", names, parts or min(_PARTS, len(names)))
-    yield list(dict.fromkeys([*_groups(blocks.names, [part for part in within if part]), blocks.names]))
+    yield list(dict.fromkeys([*_groups(blocks, within), blocks.names]))
     return None
 
 
-def _groups(names: Candidate, parts: list[Candidate]) -> Iterator[Candidate]:
+def _groups(blocks: BlockMap, parts: list[Candidate]) -> Iterator[Candidate]:
     """The parts of the layers with all that lies between them, and what follows the last layer.
 
     Embeddings between two layers, such as those of a stage, go with the layer after them, all else with the one
     before.
     """
-    begins = [0]
+    names, begins = blocks.names, [0]
     for part in parts[1:]:
         begin = names.index(part[0])
-        while names[begin - 1].rpartition(".")[2] == "embeddings":
+        while blocks.kind(names[begin - 1]) == "embeddings":
             begin -= 1
         begins.append(begin)
     bounds = [*begins, names.index(parts[-1][-1]) + 1, len(names)]

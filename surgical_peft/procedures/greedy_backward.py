@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from ..blocks.block_map import BlockMap
-from .procedure import Blocks, Procedure, Proposals, best_of, check_epsilon, falls_short, layers, plain
+from ..validation import check_number
+from .procedure import Blocks, Proposals, best_of, falls_short, layers, procedure
 
 
-def greedy_backward(epsilon: float = 0.0, candidates: Blocks | None = None) -> Procedure:
+def _check(epsilon: float, **_: Any) -> dict[str, Any]:
+    check_number("greedy_backward", "epsilon", epsilon, "in the unit of the metric, a finite number")
+    return {"epsilon": float(epsilon)}
+
+
+@procedure(_check)
+def greedy_backward(blocks: BlockMap, epsilon: float = 0.0, candidates: Blocks | None = None) -> Proposals:
     """From all blocks: try leaving out each, leave out the best to miss, until the gain is below `epsilon`.
 
     The first round is all blocks together. Each later one tries every set with one block fewer, never the empty one;
@@ -30,11 +38,6 @@ def greedy_backward(epsilon: float = 0.0, candidates: Blocks | None = None) -> P
     Example:
         >>> result = run_search(procedures.greedy_backward(epsilon=-0.01), objective)
     """
-    check_epsilon("greedy_backward", epsilon, low=-math.inf)
-    return Procedure("greedy_backward", _greedy_backward, {"epsilon": float(epsilon), "candidates": plain(candidates)})
-
-
-def _greedy_backward(blocks: BlockMap, epsilon: float, candidates: Blocks | None) -> Proposals:
     left = layers(blocks, candidates)
     [metric] = yield [left]
     chosen, reached = (None, -math.inf) if math.isnan(metric) else (left, metric)

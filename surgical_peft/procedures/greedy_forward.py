@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from ..blocks.block_map import BlockMap
-from ..policies.policy import check_count
-from .procedure import (
-    Blocks,
-    Candidate,
-    Procedure,
-    Proposals,
-    best_of,
-    check_epsilon,
-    check_fits,
-    falls_short,
-    layers,
-    plain,
-)
+from ..validation import check_count, check_number
+from .procedure import Blocks, Candidate, Proposals, best_of, check_fits, falls_short, layers, procedure
 
 
+def _check(num_blocks: int | None, epsilon: float, **_: Any) -> dict[str, Any]:
+    if num_blocks is not None:
+        check_count("greedy_forward", "num_blocks", num_blocks, "blocks at most")
+    check_number("greedy_forward", "epsilon", epsilon, "in the unit of the metric, a finite number", at_least=0)
+    return {"epsilon": float(epsilon)}
+
+
+@procedure(_check)
 def greedy_forward(
-    num_blocks: int | None = None, epsilon: float = 0.01, candidates: Blocks | None = None
-) -> Procedure:
+    blocks: BlockMap, num_blocks: int | None = None, epsilon: float = 0.01, candidates: Blocks | None = None
+) -> Proposals:
     """From no block: try each of the others with those taken so far, take the best, until the gain is below `epsilon`.
 
     A round tries every block that is not yet taken; its best is taken unless it gains less than `epsilon` on what the
@@ -45,14 +43,6 @@ def greedy_forward(
     Example:
         >>> result = run_search(procedures.greedy_forward(num_blocks=3), objective)
     """
-    if num_blocks is not None:
-        check_count("greedy_forward", "num_blocks", num_blocks, "blocks at most")
-    check_epsilon("greedy_forward", epsilon, low=0)
-    settings = {"num_blocks": num_blocks, "epsilon": float(epsilon), "candidates": plain(candidates)}
-    return Procedure("greedy_forward", _greedy_forward, settings)
-
-
-def _greedy_forward(blocks: BlockMap, num_blocks: int | None, epsilon: float, candidates: Blocks | None) -> Proposals:
     names = layers(blocks, candidates)
     check_fits("greedy_forward", "num_blocks", num_blocks or 0, names)
     return (yield from grow(names, num_blocks, epsilon))

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from ..blocks.block_map import BlockMap
-from .procedure import Procedure, Proposals, layers
+from .procedure import Proposals, procedure
 
 
-def prefix() -> Procedure:
+@procedure()
+def prefix(blocks: BlockMap) -> Proposals:
     """Freeze the first N repeated layers and all that runs before them; N from all of them down to none.
 
     All in one round: first only what follows the last layer (final norm and head), then with it the last layer, the
@@ -21,10 +22,6 @@ def prefix() -> Procedure:
     Example:
         >>> result = run_search(procedures.prefix(), objective)
     """
-    return Procedure("prefix", _prefix)
-
-
-def _prefix(blocks: BlockMap) -> Proposals:
-    bounds = [0, *(blocks.names.index(name) + 1 for name in layers(blocks))]  # where the trained part begins
+    bounds = [0, *(blocks.names.index(name) + 1 for name in blocks.layers)]  # where the trained part begins
     yield [blocks.names[bound:] for bound in reversed(bounds) if blocks.names[bound:]]
     return None

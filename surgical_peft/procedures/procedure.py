@@ -1,4 +1,4 @@
-"""What a search procedure is: it proposes candidates, sets of blocks to tune, and is told their metrics."""
+"""Search procedures: they propose candidates, sets of blocks to tune, and receive their metrics."""
 
 from __future__ import annotations
 
@@ -6,23 +6,24 @@ import inspect
 import math
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any
+from functools import partial, wraps
+from typing import Any, Concatenate, ParamSpec
 
 from ..blocks.block_map import BlockMap
 from ..errors import SurgicalError
-from ..validation import resolve
+from ..validation import immutable, resolve
 
 Candidate = tuple[str, ...]
 Round = Sequence[Candidate]
 # What is sent in are the metrics of a round, in its order, or the one metric of a single candidate.
 Proposals = Generator[Round | Candidate, Any, Candidate | None]
-Blocks = int | str | Sequence[int | str]
+Blocks = int | str | Sequence[int | str]  # as `BlockMap.parse` takes them
+Settings = ParamSpec("Settings")
 
 
 @dataclass(frozen=True, repr=False)
 class Procedure:
-    """Proposes what to train, and is told how it went; plain settings, no state.
+    """Proposes what to train and receives the metrics; plain settings, no state.
 
     Called with a block map it gives a generator. That yields rounds: lists of candidates, each a tuple of block names
     in the map's order. It receives the metrics of the round in the same order, larger = better, NaN = the trial
@@ -36,7 +37,7 @@ class Procedure:
 
     Attributes:
         name: as it is found by: `"sweep"`, or `"package.module:name"` of the user's own.
-        propose: the generator function, `(blocks, **settings)`.
+        propose: the generator function, `(blocks, **settings)`, or what `procedure` made of it.
         settings: what it is called with, plain data; None = not given.
 
     Example:
@@ -48,16 +49,17 @@ class Procedure:
     """
 
     name: str
-    propose: Callable[..., Proposals]
+    propose: Callable[..., Any]
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     def __call__(self, blocks: BlockMap) -> Proposals:
         """The generator for the blocks of one model."""
-        return self.propose(blocks, **self.settings)
+        propose: Callable[..., Proposals] = getattr(self.propose, "proposals", self.propose)
+        return propose(blocks, **self.settings)
 
     def __repr__(self) -> str:
-        told = ", ".join(f"{key}={value!r}" for key, value in self.settings.items() if value is not None)
-        return f"{self.name}({told})"
+        settings = ", ".join(f"{key}={value!r}" for key, value in self.settings.items() if value is not None)
+        return f"{self.name}({settings})"
 
 
 def as_procedure(given: Procedure | Callable[..., Any] | str, settings: Mapping[str, Any] | None = None) -> Procedure:
@@ -79,26 +81,26 @@ def as_procedure(given: Procedure | Callable[..., Any] | str, settings: Mapping[
     from .. import procedures
 
     settings, name = dict(settings or {}), given if isinstance(given, str) else ""
-    found: Any = resolve(given, procedures) if isinstance(given, str) else given
-    if isinstance(found, partial) and not found.args:
-        found, settings = found.func, {**found.keywords, **settings}
-    if isinstance(found, Procedure):
+    source: Any = resolve(given, procedures) if isinstance(given, str) else given
+    if isinstance(source, partial) and not source.args:
+        source, settings = source.func, {**source.keywords, **settings}
+    if isinstance(source, Procedure):
         if settings:
-            raise SurgicalError(f"{settings} for {found}, which is made already: give them where it is made.")
-        return found
-    if inspect.isgeneratorfunction(found) and not isinstance(found, partial):
+            raise SurgicalError(f"{settings} for {source}, which is made already: give them where it is made.")
+        return source
+    if inspect.isgeneratorfunction(source) and not isinstance(source, partial):
         try:
-            inspect.signature(found).bind(None, **settings)
+            inspect.signature(source).bind(None, **settings)
         except TypeError as error:
-            raise SurgicalError(f"{found.__qualname__}(blocks, ...) does not take {settings}: {error}.") from error
-        return Procedure(name or f"{found.__module__}:{found.__qualname__}", found, settings)
+            raise SurgicalError(f"{source.__qualname__}(blocks, ...) does not take {settings}: {error}.") from error
+        return Procedure(name or f"{source.__module__}:{source.__qualname__}", source, settings)
     if not name:
         raise SurgicalError(
             f"{given!r} is not a procedure: give one, such as procedures.sweep() with its brackets, a generator "
             "function such as `def mine(blocks): metric = yield blocks.parse([0])`, or a name."
         )
     try:
-        made = found(**settings)
+        made = source(**settings)
     except TypeError as error:
         raise SurgicalError(f"{settings} do not fit {name}: {error}.") from error
     if not isinstance(made, Procedure):
@@ -106,27 +108,58 @@ def as_procedure(given: Procedure | Callable[..., Any] | str, settings: Mapping[
     return made
 
 
+def procedure(
+    check: Callable[..., Mapping[str, Any] | None] | None = None,
+) -> Callable[[Callable[Concatenate[BlockMap, Settings], Proposals]], Callable[Settings, Procedure]]:
+    """Decorator that makes a generator function `(blocks, **settings)` take its settings first.
+
+    Args:
+        check: called with all settings by name when the procedure is made; it raises if they will not do, and may
+            return those that are to be replaced.
+
+    Example:
+        >>> @procedure()
+        ... def first(blocks, count=1):
+        ...     yield blocks.names[:count]
+        >>> result = run_search(first(count=2), objective)
+    """
+
+    def decorate(propose: Callable[Concatenate[BlockMap, Settings], Proposals]) -> Callable[Settings, Procedure]:
+        signature = inspect.signature(propose)
+        signature = signature.replace(parameters=list(signature.parameters.values())[1:], return_annotation=Procedure)
+
+        @wraps(propose)
+        def make(*args: Settings.args, **kwargs: Settings.kwargs) -> Procedure:
+            signature.bind_partial(*args, **kwargs)  # an unknown setting is named before a missing one
+            given = signature.bind(*args, **kwargs)
+            given.apply_defaults()
+            settings = {key: immutable(value) for key, value in given.arguments.items()}
+            if check is not None:
+                settings |= check(**settings) or {}
+            return Procedure(name, make, settings)
+
+        is_ours = propose.__module__.startswith(f"{__package__}.")
+        name = propose.__name__ if is_ours else f"{propose.__module__}:{propose.__qualname__}"
+        make.__signature__ = signature  # type: ignore[attr-defined]
+        make.proposals = propose  # type: ignore[attr-defined]  # by itself it would not be pickled: `make` has its name
+        return make
+
+    return decorate
+
+
 def layers(blocks: BlockMap, candidates: Blocks | None = None) -> Candidate:
     """The blocks to search among, in the map's order: `candidates`, or else the repeated layers of all stacks."""
-    if candidates is not None:
-        return blocks.parse(candidates)
-    repeated = {name for stack in blocks.stacks.values() for name in stack}
-    return tuple(name for name in blocks.names if name in repeated)
-
-
-def plain(candidates: Blocks | None) -> Blocks | None:
-    """As a setting: a list becomes a tuple, so that nobody changes it later."""
-    return candidates if candidates is None or isinstance(candidates, int | str) else tuple(candidates)
+    return blocks.layers if candidates is None else blocks.parse(candidates)
 
 
 def best_of(metrics: Sequence[float]) -> int | None:
-    """Where the largest metric is: of equals the first, never a NaN; None if there are only NaNs."""
-    told = [number for number, metric in enumerate(metrics) if not math.isnan(metric)]
-    return max(told, key=metrics.__getitem__, default=None)
+    """The index of the largest metric: of equals the first, never a NaN; None if all are NaN."""
+    numbers = [number for number, metric in enumerate(metrics) if not math.isnan(metric)]
+    return max(numbers, key=metrics.__getitem__, default=None)
 
 
 def falls_short(metric: float, reached: float, epsilon: float) -> bool:
-    """Whether the gain is less than epsilon; 0.82 over 0.81 is a gain of 0.01, which floats alone would deny."""
+    """True if the gain is less than epsilon; 0.82 over 0.81 counts as 0.01 in spite of rounding."""
     gain = metric - reached
     return gain < epsilon and not math.isclose(gain, epsilon)
 
@@ -137,14 +170,4 @@ def check_fits(owner: str, name: str, value: int, candidates: Sequence[str]) -> 
         raise SurgicalError(
             f"{name}={value} is more than {owner} has to search among: {len(candidates)} blocks "
             f"({', '.join(candidates)})."
-        )
-
-
-def check_epsilon(owner: str, epsilon: float, low: float) -> None:
-    """Refuse an epsilon that is no finite number, or one below `low`."""
-    number = isinstance(epsilon, int | float) and not isinstance(epsilon, bool) and math.isfinite(epsilon)
-    if not number or epsilon < low:
-        bound = f" from {low} upwards" if math.isfinite(low) else ""
-        raise SurgicalError(
-            f"epsilon={epsilon!r} is out of range for {owner}: a number{bound}, in the unit of the metric."
         )

@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import math
 import random
+from typing import Any
 
 from ..blocks.block_map import BlockMap
 from ..errors import SurgicalError
-from ..policies.policy import check_count
-from .procedure import Blocks, Candidate, Procedure, Proposals, check_fits, layers, plain
+from ..validation import check_count
+from .procedure import Blocks, Candidate, Proposals, check_fits, layers, procedure
 
 
-def random_subsets(num_blocks: int, num_trials: int, seed: int = 0, candidates: Blocks | None = None) -> Procedure:
+def _check(num_blocks: int, num_trials: int, seed: int, **_: Any) -> None:
+    check_count("random_subsets", "num_blocks", num_blocks, "blocks in a set")
+    check_count("random_subsets", "num_trials", num_trials, "sets")
+    check_count("random_subsets", "seed", seed, "of the draws", at_least=-math.inf)
+
+
+@procedure(_check)
+def random_subsets(
+    blocks: BlockMap, num_blocks: int, num_trials: int, seed: int = 0, candidates: Blocks | None = None
+) -> Proposals:
     """So many different sets of `num_blocks` blocks by chance, all equally likely: the control of any other choice.
 
     All in one round. Sets of equally many blocks hold equally many parameters only where the blocks are of one size,
@@ -30,23 +40,12 @@ def random_subsets(num_blocks: int, num_trials: int, seed: int = 0, candidates: 
     Example:
         >>> result = run_search(procedures.random_subsets(num_blocks=2, num_trials=10), objective)
     """
-    check_count("random_subsets", "num_blocks", num_blocks, "blocks in a set")
-    check_count("random_subsets", "num_trials", num_trials, "sets")
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise SurgicalError(f"seed={seed!r} is not a whole number.")
-    settings = {"num_blocks": num_blocks, "num_trials": num_trials, "seed": seed, "candidates": plain(candidates)}
-    return Procedure("random_subsets", _random_subsets, settings)
-
-
-def _random_subsets(
-    blocks: BlockMap, num_blocks: int, num_trials: int, seed: int, candidates: Blocks | None
-) -> Proposals:
     names = layers(blocks, candidates)
     check_fits("random_subsets", "num_blocks", num_blocks, names)
-    there = math.comb(len(names), num_blocks)
-    if num_trials > there:
+    count = math.comb(len(names), num_blocks)
+    if num_trials > count:
         raise SurgicalError(
-            f"num_trials={num_trials} is more than there are: {there} sets of {num_blocks} of {len(names)} blocks."
+            f"num_trials={num_trials} is more than there are: {count} sets of {num_blocks} of {len(names)} blocks."
         )
     chance = random.Random(seed)
     drawn: dict[Candidate, None] = {}

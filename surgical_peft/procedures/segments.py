@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 from ..blocks.block_map import BlockMap
 from ..errors import SurgicalError
-from ..policies.policy import check_count
-from .procedure import Blocks, Candidate, Procedure, Proposals, check_fits, layers, plain
+from ..validation import check_count
+from .procedure import Blocks, Candidate, Proposals, check_fits, layers, procedure
 
 
-def segments(parts: int | None = None, cuts: Blocks | None = None, candidates: Blocks | None = None) -> Procedure:
-    """Cut the blocks into segments of neighbours and tune one segment at a time, the one nearest the output first.
+def _check(parts: int | None, cuts: Blocks | None, **_: Any) -> None:
+    if (parts is None) == (cuts is None):
+        raise SurgicalError(f"segments needs parts or cuts, one of the two, not parts={parts} and cuts={cuts}.")
+    if parts is not None:
+        check_count("segments", "parts", parts, "equal parts")
+
+
+@procedure(_check)
+def segments(
+    blocks: BlockMap, parts: int | None = None, cuts: Blocks | None = None, candidates: Blocks | None = None
+) -> Proposals:
+    """Cut the blocks into segments of neighbors and tune one segment at a time, the one nearest the output first.
 
     All in one round. For attention and MLP apart, give the search `blocks.divided(["attention", "mlp"])`: then each
     layer counts as two, and as many parts as there are of those make segments of one attention or MLP each.
@@ -30,14 +41,6 @@ def segments(parts: int | None = None, cuts: Blocks | None = None, candidates: B
     Example:
         >>> result = run_search(procedures.segments(cuts=[3, 9]), objective)  # layers 9 to 11, 3 to 8, 0 to 2
     """
-    if (parts is None) == (cuts is None):
-        raise SurgicalError(f"segments needs parts or cuts, one of the two, not parts={parts} and cuts={cuts}.")
-    if parts is not None:
-        check_count("segments", "parts", parts, "equal parts")
-    return Procedure("segments", _segments, {"parts": parts, "cuts": plain(cuts), "candidates": plain(candidates)})
-
-
-def _segments(blocks: BlockMap, parts: int | None, cuts: Blocks | None, candidates: Blocks | None) -> Proposals:
     names = layers(blocks, candidates)
     if parts is not None:
         yield equal_parts("segments", names, parts)[::-1]
@@ -52,7 +55,7 @@ def _segments(blocks: BlockMap, parts: int | None, cuts: Blocks | None, candidat
 
 
 def equal_parts(owner: str, names: Candidate, parts: int) -> list[Candidate]:
-    """Neighbours together, as many parts as asked for, first one first; their sizes differ by one at most."""
+    """Neighbors together, as many parts as asked for, first one first; their sizes differ by one at most."""
     check_fits(owner, "parts", parts, names)
     bounds = [number * len(names) // parts for number in range(parts + 1)]
     return [names[start:stop] for start, stop in pairwise(bounds)]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from ..blocks.block_map import BlockMap
-from .procedure import Procedure, Proposals, layers
+from .procedure import Proposals, procedure
 
 
-def suffix() -> Procedure:
+@procedure()
+def suffix(blocks: BlockMap) -> Proposals:
     """Freeze the last N repeated layers and all that runs after them; N from all of them down to none.
 
     All in one round: first only what runs before the first layer (the embeddings), then with it the first layer, the
@@ -20,10 +21,6 @@ def suffix() -> Procedure:
     Example:
         >>> result = run_search(procedures.suffix(), objective)
     """
-    return Procedure("suffix", _suffix)
-
-
-def _suffix(blocks: BlockMap) -> Proposals:
-    bounds = [*(blocks.names.index(name) for name in layers(blocks)), len(blocks.names)]  # where the trained part ends
+    bounds = [*(blocks.names.index(name) for name in blocks.layers), len(blocks.names)]  # where the trained part ends
     yield [blocks.names[:bound] for bound in bounds if bound]
     return None

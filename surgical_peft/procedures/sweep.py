@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from ..blocks.block_map import BlockMap, is_head
-from .procedure import Blocks, Procedure, Proposals, layers, plain
+from ..blocks.block_map import BlockMap
+from .procedure import Blocks, Proposals, layers, procedure
 
 
-def sweep(candidates: Blocks | None = None) -> Procedure:
+@procedure()
+def sweep(blocks: BlockMap, candidates: Blocks | None = None) -> Proposals:
     """Every block alone, then all blocks of the model together, then the head: the finetuning profile.
 
     All in one round. The last two are the references: full fine-tuning and linear probing. A model whose head is tied
@@ -25,11 +26,7 @@ def sweep(candidates: Blocks | None = None) -> Procedure:
     Example:
         >>> result = run_search(procedures.sweep("all"), objective)
     """
-    return Procedure("sweep", _sweep, {"candidates": plain(candidates)})
-
-
-def _sweep(blocks: BlockMap, candidates: Blocks | None) -> Proposals:
     alone = [(name,) for name in layers(blocks, candidates)]
-    heads = tuple(name for name in blocks.names if is_head(name))
+    heads = blocks.heads
     yield list(dict.fromkeys([*alone, blocks.names, *([heads] if heads else [])]))
     return None

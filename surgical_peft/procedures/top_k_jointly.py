@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from ..blocks.block_map import BlockMap
-from ..policies.policy import check_count
-from .procedure import Blocks, Procedure, Proposals, best_of, check_fits, layers, plain
+from ..validation import check_count
+from .procedure import Blocks, Proposals, best_of, check_fits, layers, procedure
 
 
-def top_k_jointly(num_blocks: int, candidates: Blocks | None = None) -> Procedure:
+def _check(num_blocks: int, **_: Any) -> None:
+    check_count("top_k_jointly", "num_blocks", num_blocks, "blocks together")
+
+
+@procedure(_check)
+def top_k_jointly(blocks: BlockMap, num_blocks: int, candidates: Blocks | None = None) -> Proposals:
     """Every block alone, then the two best of them together, the three best, and so on up to `num_blocks`.
 
     Two rounds. Of equals the earlier block ranks higher; a block whose trial failed is not taken, so there may be
@@ -24,11 +31,6 @@ def top_k_jointly(num_blocks: int, candidates: Blocks | None = None) -> Procedur
     Example:
         >>> result = run_search(procedures.top_k_jointly(3), objective)
     """
-    check_count("top_k_jointly", "num_blocks", num_blocks, "blocks together")
-    return Procedure("top_k_jointly", _top_k_jointly, {"num_blocks": num_blocks, "candidates": plain(candidates)})
-
-
-def _top_k_jointly(blocks: BlockMap, num_blocks: int, candidates: Blocks | None) -> Proposals:
     names = layers(blocks, candidates)
     check_fits("top_k_jointly", "num_blocks", num_blocks, names)
     metrics = dict(zip(names, (yield [(name,) for name in names]), strict=True))

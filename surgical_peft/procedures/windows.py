@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from ..blocks.block_map import BlockMap
-from ..policies.policy import check_count
-from .procedure import Blocks, Procedure, Proposals, check_fits, layers, plain
+from ..validation import check_count
+from .procedure import Blocks, Proposals, check_fits, layers, procedure
 
 
-def windows(width: int, stride: int = 1, candidates: Blocks | None = None) -> Procedure:
-    """Tune `width` neighbouring blocks at a time, from the output end down.
+def _check(width: int, stride: int, **_: Any) -> None:
+    check_count("windows", "width", width, "blocks in a window")
+    check_count("windows", "stride", stride, "blocks from window to window")
+
+
+@procedure(_check)
+def windows(blocks: BlockMap, width: int, stride: int = 1, candidates: Blocks | None = None) -> Proposals:
+    """Tune `width` neighboring blocks at a time, from the output end down.
 
     All in one round: the last `width` blocks, then those `stride` further down, as long as a whole window fits.
 
@@ -25,12 +33,6 @@ def windows(width: int, stride: int = 1, candidates: Blocks | None = None) -> Pr
     Example:
         >>> result = run_search(procedures.windows(width=3), objective)
     """
-    check_count("windows", "width", width, "blocks in a window")
-    check_count("windows", "stride", stride, "blocks from window to window")
-    return Procedure("windows", _windows, {"width": width, "stride": stride, "candidates": plain(candidates)})
-
-
-def _windows(blocks: BlockMap, width: int, stride: int, candidates: Blocks | None) -> Proposals:
     names = layers(blocks, candidates)
     check_fits("windows", "width", width, names)
     yield [names[start : start + width] for start in range(len(names) - width, -1, -stride)]

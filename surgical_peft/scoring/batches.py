@@ -1,4 +1,4 @@
-"""Batches: to the model's device, into single examples, and into a loss."""
+"""Moves batches to the device, splits them into examples, and computes their loss."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..blocks.unwrap import bare
-from ..errors import SurgicalError
+from ..blocks.unwrap import unwrap_model
+from ..errors import SurgicalError, first_of
 
 LossFunction = Callable[[nn.Module, Any], Tensor]
 IGNORED = -100  # the label that losses leave out
@@ -30,52 +30,54 @@ def model_loss(model: nn.Module, batch: Any) -> Tensor:
             f"a batch is a {type(batch).__name__}, not a mapping of the model's arguments: give a collate_fn that "
             "returns a dict, or loss_fn=(model, batch) -> loss."
         )
-    unlabelled = (
+    unlabeled = (
         f"the model returned no loss for a batch with the keys {', '.join(batch)}: add 'labels' to the batch, or "
         "give loss_fn=(model, batch) -> loss."
     )
     try:
-        loss = getattr(model(**batch), "loss", None)
+        outputs = model(**batch)
     except ValueError as error:
         if _lacks_labels(batch, model, error):
-            raise SurgicalError(unlabelled) from error
+            raise SurgicalError(unlabeled) from error
         raise
     except (IndexError, torch.AcceleratorError) as error:  # on a GPU, a label out of range fails an assertion
         wrong = _out_of_range(batch, model)
         if wrong is None:
             raise
         raise SurgicalError(wrong) from error
+    # As Trainer does: transformers' outputs are mappings, those of other models may be plain dictionaries
+    loss = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
     if loss is None:
-        raise SurgicalError(unlabelled)
+        raise SurgicalError(unlabeled)
     return loss
 
 
 def _lacks_labels(batch: Mapping[str, Any], model: nn.Module, error: ValueError) -> bool:
-    """Whether the model fails for want of what its decoder reads, which it makes of labels."""
-    own = bare(model)
-    if "labels" in batch or any(key.startswith("decoder_") for key in batch) or not isinstance(own, PreTrainedModel):
+    """True if the model fails for lack of decoder inputs, which it makes from labels."""
+    bare = unwrap_model(model)
+    if "labels" in batch or any(key.startswith("decoder_") for key in batch) or not isinstance(bare, PreTrainedModel):
         return False
-    decodes = own.config.is_encoder_decoder or own.config.get_text_config(decoder=True).is_encoder_decoder
+    decodes = bare.config.is_encoder_decoder or bare.config.get_text_config(decoder=True).is_encoder_decoder
     return decodes and "inputs_embeds" in str(error)
 
 
 def _out_of_range(batch: Mapping[str, Any], model: nn.Module) -> str | None:
-    """What to say of labels that the model has no output for; None if there are none. -100 is what losses ignore."""
-    labels, own = batch.get("labels"), bare(model)
-    if not isinstance(labels, Tensor) or labels.is_floating_point() or not isinstance(own, PreTrainedModel):
+    """The message about labels that the model has no output for; None if there are none. Losses ignore -100."""
+    labels, bare = batch.get("labels"), unwrap_model(model)
+    if not isinstance(labels, Tensor) or labels.is_floating_point() or not isinstance(bare, PreTrainedModel):
         return None
-    words = own.get_output_embeddings() is not None
-    config: Any = own.config
+    words = bare.get_output_embeddings() is not None
+    config: Any = bare.config
     known = config.get_text_config(decoder=True).vocab_size if words else config.num_labels
     wrong = labels[(labels != IGNORED) & ((labels < 0) | (labels >= known))].unique()
-    inputs, table = batch.get("input_ids"), "input_ids" in batch and own.get_input_embeddings()
+    inputs, table = batch.get("input_ids"), "input_ids" in batch and bare.get_input_embeddings()
     if isinstance(inputs, Tensor) and isinstance(table, nn.Embedding) and int(inputs.max()) >= table.num_embeddings:
         return None  # the inputs are at fault
     if not len(wrong):
         return None
-    shown = ", ".join(map(str, wrong[:5].tolist())) + (", ..." if len(wrong) > 5 else "")
+    shown = first_of(wrong.tolist())
     cure = "Take the tokenizer of this model" if words else "Load it with num_labels=..., or map the labels"
-    return f"labels out of range: {shown}; {type(own).__name__} has {known} classes, 0 to {known - 1}. {cure}."
+    return f"labels out of range: {shown}; {type(bare).__name__} has {known} classes, 0 to {known - 1}. {cure}."
 
 
 def to_device(batch: Any, model: nn.Module) -> Any:
@@ -115,7 +117,7 @@ def all_ignored(batch: Any) -> bool:
     return isinstance(labels, Tensor) and labels.numel() > 0 and bool((labels == IGNORED).all())
 
 
-def check_labelled(batches: Iterable[tuple[int, Any]]) -> None:
+def check_labeled(batches: Iterable[tuple[int, Any]]) -> None:
     """Make sure that each batch, given with its place, has a label that losses do not ignore.
 
     Raises:

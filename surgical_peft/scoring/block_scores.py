@@ -1,4 +1,4 @@
-"""`BlockScores`: what `score_blocks` found; plain data that prints, draws itself and goes through JSON."""
+"""`BlockScores`: the result of `score_blocks`; plain data to print, plot and save as JSON."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..atomic_files import write_text
-from ..blocks.block_map import is_head
+from ..blocks.block_map import kind_of
 from ..errors import SurgicalError
+from ..validation import check_choice
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -27,7 +28,8 @@ class BlockScores:
         blocks: the block that each unit belongs to.
         unscored: units left out because their weights are all zero, the loss reaches none of them, or the criterion
             does not define a score of them.
-        criterion, granularity, num_batches, model_name: what was scored, how, and on how many batches.
+        criterion, granularity, num_batches, model_name: the settings of the scoring.
+        layer_paths: those of the `BlockMap`: which modules are the layers, where they were not found but named.
 
     Example:
         >>> scores.values["embeddings"]
@@ -43,6 +45,7 @@ class BlockScores:
     granularity: str
     num_batches: int
     model_name: str
+    layer_paths: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         wrong = ", ".join(f"{name} ({value})" for name, value in self.values.items() if not math.isfinite(value))
@@ -58,8 +61,8 @@ class BlockScores:
         Raises:
             SurgicalError: unknown `how`, all scores are zero, or `"max"` of scores below zero.
         """
-        inside = {name: value for name, value in self.values.items() if not is_head(self.blocks[name])}
-        return {**dict.fromkeys(self.values, 1.0), **normalize(inside, how)}
+        others = {name: value for name, value in self.values.items() if kind_of(self.blocks[name]) != "head"}
+        return {**dict.fromkeys(self.values, 1.0), **normalize(others, how)}
 
     def table(self) -> Table:
         """A table of unit, parameters, score and a bar."""
@@ -99,7 +102,8 @@ class BlockScores:
         """
         try:
             data = json.loads(text)
-            return cls(**{**data, "unscored": tuple(data["unscored"])})
+            paths = tuple(dict(data).get("layer_paths", ()))  # absent in files of earlier versions
+            return cls(**{**data, "unscored": tuple(data["unscored"]), "layer_paths": paths})
         except (ValueError, TypeError, KeyError) as error:
             raise SurgicalError(f"this is not the JSON of block scores, as to_json() writes it: {error}") from error
 
@@ -121,8 +125,7 @@ class BlockScores:
 
 def normalize(values: dict[str, float], how: str) -> dict[str, float]:
     """`"max"`: each value divided by the largest (the paper's code). `"minmax"`: smallest to 0, largest to 1."""
-    if how not in ("max", "minmax"):
-        raise SurgicalError(f"normalize={how!r} is unknown. There are: max, minmax.")
+    check_choice("the scores", "normalize", how, ("max", "minmax"))
     if not values:
         return {}
     low, high = min(values.values()), max(values.values())

@@ -19,17 +19,17 @@ Told = TypeVar("Told")
 
 
 def several() -> bool:
-    """Whether other processes score along."""
+    """True if other processes score too."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def under_deepspeed() -> bool:
-    """Whether DeepSpeed will step, with groups and weights of its own."""
+    """True if DeepSpeed will step, with groups and weights of its own."""
     return is_initialized() and AcceleratorState().distributed_type is DistributedType.DEEPSPEED
 
 
 def is_first() -> bool:
-    """Whether this is the process that tells what all do."""
+    """True in the process that prints for all."""
     return not several() or dist.get_rank() == 0
 
 
@@ -39,33 +39,35 @@ def without_ddp(model: nn.Module) -> nn.Module:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether FSDP2 has spread the weights over the processes: then all have to run every batch together."""
+    """True if FSDP2 has sharded the weights: then all processes run every batch together."""
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
-def dealt(batches: Sequence[Any], everywhere: bool) -> tuple[list[tuple[int, Any]], int]:
-    """The batches that this process is to look at, each with its place in the union, and the size of the union.
+def split_batches(batches: Sequence[Any], everywhere: bool) -> tuple[list[tuple[int, Any]], int]:
+    """The batches that this process scores, each with its position in the union, and the size of the union.
 
-    In the union the processes take turns: first batches of all, then second ones. With `everywhere`, every process
-    looks at all of it.
+    In the union the processes take turns: the first batches of all, then the second ones. With `everywhere`, every
+    process scores all of it.
     """
     if not several():
         return list(enumerate(batches)), len(batches)
     counts: list[int] = _all(len(batches))
     rank = dist.get_rank()
     if not everywhere:
-        return [(_place(counts, rank, turn), batch) for turn, batch in enumerate(batches)], sum(counts)
+        return [(_position(counts, rank, turn), batch) for turn, batch in enumerate(batches)], sum(counts)
     everyone = _all(send_to_device(list(batches), "cpu"))
-    union = {_place(counts, who, turn): batch for who, own in enumerate(everyone) for turn, batch in enumerate(own)}
+    union = {
+        _position(counts, who, turn): batch for who, part in enumerate(everyone) for turn, batch in enumerate(part)
+    }
     return sorted(union.items()), sum(counts)
 
 
 def size_of_union(batches: Sequence[Any], everywhere: bool) -> int:
-    """How many batches all processes look at, of which these are the ones of this process."""
+    """Number of batches of all processes, given those of this one."""
     return len(batches) if everywhere or not several() else sum(_all(len(batches)))
 
 
-def _place(counts: Sequence[int], rank: int, turn: int) -> int:
+def _position(counts: Sequence[int], rank: int, turn: int) -> int:
     return sum(min(count, turn) for count in counts) + sum(count > turn for count in counts[:rank])
 
 
@@ -99,7 +101,7 @@ def merge(moments: Moments, last: int, alone: bool) -> Moments:
     return merged
 
 
-def first_says(value: Told) -> Told:
+def broadcast_from_first(value: Told) -> Told:
     """The value of the first process: trained weights may differ in the last bit between machines."""
     if not several():
         return value
@@ -109,12 +111,12 @@ def first_says(value: Told) -> Told:
 
 
 def _all(value: Any) -> list[Any]:
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, value)
-    return found
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def _every(tensor: torch.Tensor) -> list[torch.Tensor]:
-    found = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
-    dist.all_gather(found, tensor.contiguous())
-    return found
+    tensors = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+    dist.all_gather(tensors, tensor.contiguous())
+    return tensors

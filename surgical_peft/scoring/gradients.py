@@ -22,13 +22,13 @@ Receiver = Callable[[str, list[Tensor], list[Tensor], int], None]
 
 
 class GradientReader:
-    """Hands the gradients of each unit to `receive(unit, weights, grads, sample)` and frees them.
+    """Passes the gradients of each unit to `receive(unit, weights, grads, sample)` and frees them.
 
     Memory: one unit's gradients. Under FSDP2, where gradients arrive sharded, all shards of a process at once, and one
     unit's weights and gradients whole.
 
     Attributes:
-        reached: the units that had a gradient other than zero in some sample; of the others nothing is known.
+        reached: the units that had a gradient other than zero in some sample; the others have no score.
     """
 
     def __init__(self, units: Units, receive: Receiver, lent: list[Lent], kind: str) -> None:
@@ -39,7 +39,7 @@ class GradientReader:
         self._units = units
         self._unit_of = {path: name for name, unit in units.items() for path in unit}
         self._lent = lent
-        self._stored = {each.path: each for each in lent}
+        self._stored = {weight.path: weight for weight in lent}
         # Where the gradient of a weight arrives: at itself, or at each of the tensors that it was lent as.
         self._places = {
             path: [] if weight.is_meta else [weight] for unit in units.values() for path, weight in unit.items()
@@ -51,7 +51,7 @@ class GradientReader:
 
     @contextmanager
     def watching(self) -> Iterator[GradientReader]:
-        """Read while inside."""
+        """Read the gradients of backward passes inside."""
         resident = [] if self._sharded else [weight for places in self._places.values() for weight in places]
         hooks = [weight.register_post_accumulate_grad_hook(self._take) for weight in resident]
         try:
@@ -78,7 +78,7 @@ class GradientReader:
         self._loans = []
 
     def read(self, loss: Tensor, sample: int) -> None:
-        """Run the backward pass of `loss` and hand over what it brings."""
+        """Run the backward pass of `loss` and pass on its gradients."""
         self.sample = sample
         reached = _leaves(loss)
         for name, unit in self._units.items():
@@ -86,7 +86,7 @@ class GradientReader:
             self._awaited[name] = places & reached or places
         if loss.requires_grad:  # else no unit of this pass has a part in it
             loss.backward()
-        for name in list(self._awaited):  # what takes no part in this sample, or is sharded
+        for name in list(self._awaited):  # units that take no part in this sample, or are sharded
             self._finish(name)
         self._end_loans()
         if not loss.isfinite():  # its gradient may be zero, as that of a mean over nothing
@@ -131,12 +131,12 @@ class PerBatch:
 
     def take(self, name: str, weights: list[Tensor], grads: list[Tensor], sample: int) -> None:
         """Score one unit on one batch."""
-        self.values[name][sample] = checked(self.score(weights, grads), self.score, name, sample)
+        self.values[name][sample] = as_finite_float(self.score(weights, grads), self.score, name, sample)
 
     def result(self, alone: bool) -> dict[str, float]:
         """The mean over the batches, for each unit; over those of all processes unless this one had them `alone`."""
         values = self.values if alone else union_of_values(self.values)
-        return {name: float(np.mean([each[at] for at in sorted(each)])) for name, each in values.items()}
+        return {name: float(np.mean([scores[at] for at in sorted(scores)])) for name, scores in values.items()}
 
 
 class OverSamples:
@@ -149,7 +149,7 @@ class OverSamples:
         self._last = -1
 
     def take(self, name: str, weights: list[Tensor], grads: list[Tensor], sample: int) -> None:
-        """Let one unit's moments know of one sample."""
+        """Add one sample to the moments of one unit."""
         if not all(bool(torch.isfinite(grad).all()) for grad in grads):
             raise not_finite(f"gradient of {name!r}", kind_of(self.needs), sample)
         if not self.moments[name]:
@@ -163,14 +163,14 @@ class OverSamples:
         """The criterion of each unit, over the samples of all processes unless this one had them `alone`."""
         last = self._last if alone else last_of_all(self._last)
         values = {}
-        for name, found in self.moments.items():
-            parts = [merge(part, last, alone) for part in found or self._empty(self._weights[name])]
+        for name, moments in self.moments.items():
+            parts = [merge(part, last, alone) for part in moments or self._empty(self._weights[name])]
             if any(part.count == 0 for part in parts):
                 raise SurgicalError(
                     f"{name_of(self.score)} compares {self.needs.parts} parts of the data and needs as many batches: "
                     "give a larger num_batches, or smaller batches."
                 )
-            values[name] = checked(self.score(self._weights[name], *parts), self.score, name)
+            values[name] = as_finite_float(self.score(self._weights[name], *parts), self.score, name)
             self.moments[name] = []  # freed
         return values
 
@@ -179,11 +179,11 @@ class OverSamples:
 
 
 def kind_of(needs: Needs) -> str:
-    """How messages call what a criterion sees one by one."""
+    """The word for one sample of a criterion, for messages: `batch` or `example`."""
     return "batch" if needs.samples == "batches" else "example"
 
 
-def checked(value: Any, criterion: Criterion, name: str, sample: int | None = None) -> float:
+def as_finite_float(value: Any, criterion: Criterion, name: str, sample: int | None = None) -> float:
     """`value` as a float.
 
     Raises:
@@ -206,7 +206,7 @@ def checked(value: Any, criterion: Criterion, name: str, sample: int | None = No
 
 
 def name_of(criterion: Criterion) -> str:
-    """How scores name their criterion: `fisher`, `package.module:name` for the user's own, with its settings."""
+    """The name of a criterion with its settings: `fisher`, or `package.module:name` for the user's own."""
     function: Any = criterion
     settings: dict[str, Any] = {}
     while hasattr(function, "func"):  # functools.partial
@@ -214,8 +214,8 @@ def name_of(criterion: Criterion) -> str:
         function = function.func
     function = function if hasattr(function, "__qualname__") else type(function)
     package = "surgical_peft.criteria."
-    own = function.__module__.startswith(package)
-    name = function.__name__ if own else f"{function.__module__}:{function.__qualname__}"
+    is_ours = function.__module__.startswith(package)
+    name = function.__name__ if is_ours else f"{function.__module__}:{function.__qualname__}"
     return name + (f"({', '.join(f'{key}={value}' for key, value in settings.items())})" if settings else "")
 
 

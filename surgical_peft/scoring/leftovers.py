@@ -1,4 +1,4 @@
-"""Scoring leaves a model as it was, with what a forward pass leaves in modules beside their weights: caches."""
+"""Restores a model after scoring, with the caches that a forward pass leaves in modules beside their weights."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ Container = dict[Any, Any] | list[Any] | set[Any]
 
 
 class Leftovers:
-    """The attributes of all modules as they are now, to be put back: what appeared goes, what was replaced returns.
+    """A snapshot of the attributes of all modules: `clear` removes what was added and restores what was replaced.
 
     Needed for models that keep in eval mode what they compute in one forward pass for the next, such as LeViT's
     attention biases: with the graph that led to them, of which a second backward pass finds nothing left.
 
     Followed are dicts, lists and sets, and objects of a class that is written in the module's own file or is a cache
-    of transformers. No tensor is copied but the statistics of batch normalisations, which move in place.
+    of transformers. No tensor is copied but the statistics of batch normalizations, which move in place.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -38,7 +38,9 @@ class Leftovers:
         for module in model.modules():
             homes = {type(module).__module__, cache_utils.__name__}
             for value in _attributes(module).values():
-                self._inside += [(each, each.copy()) for each in _containers(value, homes, seen, _DEPTH)]
+                self._inside += [
+                    (container, container.copy()) for container in _containers(value, homes, seen, _DEPTH)
+                ]
         self._statistics = [
             (buffer, buffer.clone())
             for module in model.modules()
@@ -48,7 +50,7 @@ class Leftovers:
 
     @torch.no_grad()
     def clear(self) -> None:
-        """Put everything back."""
+        """Restore all of it."""
         for attributes, before in self._attributes:
             for name in [name for name in attributes if name not in _NOT_OURS and name not in before]:
                 del attributes[name]
@@ -73,13 +75,13 @@ def _containers(value: Any, homes: set[str], seen: set[int], depth: int) -> Iter
         return
     seen.add(id(value))
     yield value
-    for each in value.values() if isinstance(value, dict) else value:
-        yield from _containers(each, homes, seen, depth - 1)
+    for member in value.values() if isinstance(value, dict) else value:
+        yield from _containers(member, homes, seen, depth - 1)
 
 
 def _same(container: Container, held: Container) -> bool:
-    """Whether they hold the same objects in the same order."""
-    pairs = [each.items() if isinstance(each, dict) else ((None, item) for item in each) for each in (container, held)]
+    """True if both hold the same objects in the same order."""
+    pairs = [box.items() if isinstance(box, dict) else ((None, item) for item in box) for box in (container, held)]
     return len(container) == len(held) and all(
         key is other_key and item is other for (key, item), (other_key, other) in zip(*pairs, strict=True)
     )
@@ -87,9 +89,9 @@ def _same(container: Container, held: Container) -> bool:
 
 @contextmanager
 def as_it_was(model: nn.Module) -> Iterator[Leftovers]:
-    """Eval mode and all gradients on; then `requires_grad`, `.grad`, modes, random states and the rest as they were.
+    """Eval mode with all gradients on; restores `requires_grad`, `.grad`, modes, random states and caches afterwards.
 
-    Inside, what is given puts modules back to where they stand before the first forward pass.
+    Yields the snapshot that resets modules to their state before the first forward pass.
     """
     kept = Leftovers(model)
     parameters = [(p, p.requires_grad, p.grad) for p in model.parameters()]

@@ -1,4 +1,4 @@
-"""What a long run does: on a terminal a bar with the time left, elsewhere a line for each stage."""
+"""Progress of a long run: on a terminal a bar with the time left, elsewhere a line for each stage."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
 
 class Stages:
-    """Tells of one stage after another.
+    """Shows the progress of one stage after another.
 
     Attributes:
         console: where to; the default is the standard error, and nowhere if transformers' progress bars are switched
-            off (`transformers.utils.logging.disable_progress_bar()`). Of several processes the first tells.
+            off (`transformers.utils.logging.disable_progress_bar()`). Of several processes only the first shows it.
 
     Example:
         >>> with Stages(console) as stages:
@@ -47,7 +47,7 @@ class Stages:
         self._end()
 
     def begin(self, words: str, total: float | None = None) -> None:
-        """A stage begins; without a `total` nobody knows how long it takes."""
+        """Begin a stage; without a `total` its length is unknown."""
         self._end()
         if self.console.quiet or not self.console.is_terminal:
             self.say(words)
@@ -60,12 +60,12 @@ class Stages:
         self._bar.start()
 
     def advance(self, amount: float = 1) -> None:
-        """So much of the stage is done."""
+        """Advance the stage by `amount`."""
         if self._bar is not None and self._task is not None:
             self._bar.advance(self._task, amount)
 
     def say(self, words: str) -> None:
-        """A line that stays."""
+        """Print a line that stays."""
         self._end()
         self.console.print(words, markup=False, highlight=False, soft_wrap=True)
 
@@ -76,7 +76,7 @@ class Stages:
 
 
 class TrainingStage(TrainerCallback):
-    """Tells of the steps of a training."""
+    """Shows the steps of a training."""
 
     def __init__(self, stages: Stages) -> None:
         self._stages = stages
@@ -84,19 +84,19 @@ class TrainingStage(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """A stage begins."""
+        """Begin a stage."""
         self._stages.begin(f"train for {state.max_steps} steps", state.max_steps)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """A step of it is done."""
+        """Advance by a step."""
         self._stages.advance()
 
 
 @contextmanager
 def counted(budget: float | Budget | None, what: str, stages: Stages | None = None) -> Iterator[Budget]:
-    """The budget of what is inside, told beforehand and afterwards; one that is counted already as it is.
+    """The budget of the work inside, printed before and after; a `Budget` is passed through.
 
     Raises:
         SurgicalError: not a finite number of steps above 0.

@@ -1,4 +1,4 @@
-"""`score_blocks`: which blocks the new data pull at hardest, without a second copy of the model."""
+"""`score_blocks`: scores the blocks of a model on labeled data, without a second copy of the model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .. import criteria
 from ..blocks.block_map import BlockMap
-from ..blocks.unwrap import bare, clean_name, idle_parameters, walk
+from ..blocks.unwrap import bare_parameter_name, idle_parameters, named_bare_modules, unwrap_model
 from ..criteria.budget import FORWARD, READING, Budget
 from ..criteria.criterion import (
     NO_GRADIENT,
@@ -24,13 +24,13 @@ from ..criteria.criterion import (
     tell_unreached,
     whole,
 )
-from ..criteria.short_training.context import Trial
+from ..criteria.short_training.context import ScoringContext
 from ..errors import SurgicalError
-from ..validation import nearest, resolve
-from .batches import LossFunction, all_ignored, check_labelled, check_separable, examples_of, model_loss, to_device
+from ..validation import check_choice, check_count, resolve
+from .batches import LossFunction, all_ignored, check_labeled, check_separable, examples_of, model_loss, to_device
 from .block_scores import BlockScores
-from .distributed import dealt, first_says, is_sharded, size_of_union, union_of_names, without_ddp
-from .gradients import GradientReader, OverSamples, PerBatch, Units, checked, kind_of, name_of
+from .distributed import broadcast_from_first, is_sharded, size_of_union, split_batches, union_of_names, without_ddp
+from .gradients import GradientReader, OverSamples, PerBatch, Units, as_finite_float, kind_of, name_of
 from .leftovers import as_it_was
 from .offload import Lent, lent_weights, stand_ins_kept
 from .progress import counted
@@ -48,8 +48,9 @@ def score_blocks(
     loss_fn: LossFunction | None = None,
     memory: str = "normal",
     budget: float | Budget | None = None,
+    blocks: BlockMap | None = None,
 ) -> BlockScores:
-    """Score every block of `model` on labelled data; the model comes back as it was.
+    """Score every block of `model` on labeled data; the model comes back as it was.
 
     Gradients are read as the backward pass delivers them, reduced to one number a unit and freed at once: memory is
     weights + activations + one unit's gradients, and what the criterion itself keeps. The model runs in eval mode, as
@@ -71,8 +72,9 @@ def score_blocks(
         budget: how many training steps scoring may cost: forward and backward passes of the whole model on one batch,
             with an update of all weights; more than 0. It is counted, not timed: the choice is the same on every
             machine. Scoring takes fewer batches to stay within it, `probe` also fewer units and passes, or gradients
-            alone; what was planned and what it took is told (`transformers.utils.logging.disable_progress_bar()`
+            alone; the plan and the cost are printed (`transformers.utils.logging.disable_progress_bar()`
             silences it). Default: no limit.
+        blocks: the model's map; default `BlockMap.find(model)`.
 
     Returns:
         The scores, larger = tune it. Units that have none are left out (`scores.unscored`): those whose weights are
@@ -88,21 +90,18 @@ def score_blocks(
         >>> scores = score_blocks(model, DataLoader(dataset, batch_size=32), num_batches=5)
         >>> print(scores)
     """
-    for name, value, known in (("granularity", granularity, GRANULARITIES), ("memory", memory, MEMORY)):
-        if value not in known:
-            raise SurgicalError(
-                f"{name}={value!r} is unknown: {nearest(str(value), known)}There are: {', '.join(known)}."
-            )
+    check_choice("score_blocks", "granularity", granularity, GRANULARITIES)
+    check_choice("score_blocks", "memory", memory, MEMORY)
     score = resolve(criterion, criteria) if isinstance(criterion, str) else criterion
     if not callable(score):
         raise SurgicalError(f"criterion={criterion!r} is a {type(criterion).__name__}, not a name or a function.")
     needs = needs_of(score)
     wanted = needs.batches if num_batches is None else num_batches
-    if wanted < 1 and not (num_batches is None and needs.what == "model"):
-        raise SurgicalError(f"num_batches={num_batches} is out of range: score on at least 1 batch.")
+    if num_batches is not None or needs.what != "model":
+        check_count("score_blocks", "num_batches", wanted, "batches to score on")
     model = without_ddp(model)
     reshard(model)
-    blocks = BlockMap.find(model)
+    blocks = blocks or BlockMap.find(model)
     lent = lent_weights(model)
     is_told = budget is not None or needs.what == "model"  # callbacks score by gradients, many times
     told = counted(budget if is_told else Budget(), f"scores by {name_of(score)}")
@@ -113,11 +112,11 @@ def score_blocks(
             return (loss_fn or model_loss)(model, batch)
 
         batches = list(islice(dataloader, wanted)) if wanted and dataloader is not None else []
-        ours, total = dealt(batches, everywhere=needs.what == "model" or is_sharded(model))
+        ours, total = split_batches(batches, everywhere=needs.what == "model" or is_sharded(model))
         if wanted and not total:
-            raise SurgicalError("the data loader is empty: scoring needs at least one batch of labelled examples.")
+            raise SurgicalError("the data loader is empty: scoring needs at least one batch of labeled examples.")
         if loss_fn is None:
-            check_labelled(ours)
+            check_labeled(ours)
         units = _units(model, blocks, granularity, {each.name for each in lent if each.name != each.path})
         if not units:
             raise SurgicalError(
@@ -131,7 +130,7 @@ def score_blocks(
         zero = _zero_units(units, lent)
         scored = {name: unit for name, unit in units.items() if name not in zero}
         for weight in (weight for name in zero for weight in units[name].values()):
-            weight.requires_grad_(False)  # nobody reads its gradient
+            weight.requires_grad_(False)  # its gradient is not read
         if needs.what == "model":
             if lent and needs.batches:
                 raise SurgicalError(
@@ -144,13 +143,17 @@ def score_blocks(
                 name: {path: stored[path].loaded() if weight.is_meta else weight for path, weight in unit.items()}
                 for name, unit in scored.items()
             }
-            paths = {path for stack in blocks.stacks.values() for name in stack for path in blocks.modules[name]}
-            layers = [layer for path, layer in walk(bare(model)) if path in paths]
+            paths = {path for name in blocks.layers for path in blocks.modules[name]}
+            layers = [layer for path, layer in named_bare_modules(unwrap_model(model)) if path in paths]
             on_device = [to_device(batch, model) for _, batch in ours]
-            trial = Trial(model, at_hand, block_of, layers, on_device, loss_of, first_says, spending)
-            found = _named_values(score(trial), score, scored)
-            values = first_says({name: checked(found[name], score, name) for name in scored if name in found})
-            total = len(on_device)  # what the budget has left of them
+            context = ScoringContext(
+                model, at_hand, block_of, layers, on_device, loss_of, broadcast_from_first, spending
+            )
+            returned = _named_values(score(context), score, scored)
+            values = broadcast_from_first(
+                {name: as_finite_float(returned[name], score, name) for name in scored if name in returned}
+            )
+            total = len(on_device)  # a budget may drop some of them
         else:
             values = {}
             groups = list(_groups(scored)) if memory == "low" else [scored]
@@ -169,9 +172,9 @@ def score_blocks(
                 values |= _from_gradients(model, group, score, ours, loss_of, lent, spending)
             tell_unreached([name for name in scored if name not in values], scored)
     if not any(values.values()):
-        found_none = f"is zero for every {granularity}" if values else f"scores no {granularity}"
+        fault = f"is zero for every {granularity}" if values else f"scores no {granularity}"
         raise SurgicalError(
-            f"{name_of(score)} {found_none} of {blocks.model_name}, so there is nothing to choose by. {NO_GRADIENT}"
+            f"{name_of(score)} {fault} of {blocks.model_name}, so there is nothing to choose by. {NO_GRADIENT}"
         )
     return BlockScores(
         values=values,
@@ -182,6 +185,7 @@ def score_blocks(
         granularity=granularity,
         num_batches=total,
         model_name=blocks.model_name,
+        layer_paths=blocks.layer_paths,
     )
 
 
@@ -204,11 +208,11 @@ def _from_gradients(
     receiver = PerBatch(score, units) if needs.what == "gradients" else OverSamples(score, needs, units)
     with GradientReader(units, receiver.take, lent, kind_of(needs)).watching() as reader:
         examples = 0
-        for place, batch in batches:
+        for at, batch in batches:
             batch = to_device(batch, model)
             if needs.samples == "batches":
                 spending.spend(_cost(batch, needs))
-                reader.read(loss_of(model, batch), place)
+                reader.read(loss_of(model, batch), at)
                 continue
             before = examples
             alone = list(examples_of(batch))
@@ -220,14 +224,14 @@ def _from_gradients(
                 reader.read(loss, examples)
                 examples += 1
             if examples == before:
-                raise not_finite("loss", "batch", place)
+                raise not_finite("loss", "batch", at)
     reached = union_of_names(reader.reached)
     values = receiver.result(alone=is_sharded(model))
     return {name: value for name, value in values.items() if name in reached}
 
 
 def _cost(batch: Any, needs: Needs) -> float:
-    """What it costs to read the gradients of a batch, in training steps on it."""
+    """Cost of reading the gradients of a batch, in training steps on it."""
     if needs.what == "gradients":
         return 1.0
     return 1.0 + READING * (1 if needs.samples == "batches" else len(list(examples_of(batch))))
@@ -246,14 +250,14 @@ def _groups(units: Units) -> Iterator[Units]:
 
 
 def _units(model: nn.Module, blocks: BlockMap, granularity: str, tied: set[str]) -> dict[str, dict[str, nn.Parameter]]:
-    """The parameters of `model` in use by unit and cleaned name; module and tensor units go by such names too."""
+    """The parameters of `model` in use, by unit and by bare name; module and tensor units have bare names too."""
     units: dict[str, dict[str, nn.Parameter]] = {}
     idle = idle_parameters(model)
     for block, named in blocks.named_parameters(model).items():
         for name, parameter in named.items():
             if not parameter.requires_grad or id(parameter) in idle:
                 continue
-            path = clean_name(name)
+            path = bare_parameter_name(name)
             if path in tied:
                 continue
             unit = {"block": block, "module": path.rpartition(".")[0], "tensor": path}[granularity]
@@ -272,16 +276,14 @@ def _zero_units(units: Units, lent: list[Lent]) -> list[str]:
     return [name for name, unit in units.items() if not any(alive(path, weight) for path, weight in unit.items())]
 
 
-def _named_values(found: Any, criterion: Criterion, units: Units) -> dict[str, Any]:
-    if not isinstance(found, Mapping) or not set(found) <= set(units):
-        shown = (
-            f"the units {', '.join(map(str, found))}" if isinstance(found, Mapping) else f"a {type(found).__name__}"
-        )
-        raise SurgicalError(
-            f"the criterion {name_of(criterion)} returned {shown}: it must return {{unit: score}} for units among "
-            f"{', '.join(units)}."
-        )
-    return dict(found)
+def _named_values(values: Any, criterion: Criterion, units: Units) -> dict[str, Any]:
+    if isinstance(values, Mapping) and set(values) <= set(units):
+        return dict(values)
+    shown = f"the units {', '.join(map(str, values))}" if isinstance(values, Mapping) else f"a {type(values).__name__}"
+    raise SurgicalError(
+        f"the criterion {name_of(criterion)} returned {shown}: it must return {{unit: score}} for units among "
+        f"{', '.join(units)}."
+    )
 
 
 def _check_loaded(blocks: BlockMap, units: Units, lent: list[Lent]) -> None:

@@ -1,4 +1,4 @@
-"""Rules: scores -> a selection. A rule never looks at the model or the data."""
+"""Rules that turn scores into a selection, without a look at the model or the data."""
 
 from __future__ import annotations
 
@@ -6,20 +6,23 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import SurgicalError
+from ..validation import check_count, check_number
 from .block_scores import BlockScores, normalize
 
 
 @dataclass(frozen=True)
 class Selection:
-    """Blocks to tune, in the model's order; plain data, equal by its blocks.
+    """Blocks to tune, in the model's order; plain data, equal by all but the record.
 
     Attributes:
         blocks: the chosen block names.
         record: how they were chosen (rule, criterion, batches, scores): kept in `adapter_config.json`, never read.
+        layer_paths: those of the `BlockMap` that the names are of.
     """
 
     blocks: tuple[str, ...]
     record: dict[str, Any] = field(default_factory=dict, compare=False)
+    layer_paths: tuple[str, ...] = ()
 
 
 def top_k(scores: BlockScores, k: int) -> Selection:
@@ -32,18 +35,8 @@ def top_k(scores: BlockScores, k: int) -> Selection:
         >>> top_k(scores, 2).blocks
         ('embeddings', 'head')
     """
-    check_k(k, len(scores.values))
+    check_count("top_k", "k", k, "of the scored blocks", at_most=len(scores.values))
     return _selection(scores, _ranked(scores)[:k], rule="top_k", k=k)
-
-
-def check_k(k: int, count: int) -> None:
-    """Refuse to take other than 1 to `count` blocks.
-
-    Raises:
-        SurgicalError: `k` is not between them.
-    """
-    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= count:
-        raise SurgicalError(f"k={k!r} is not a whole number from 1 to {count}, the number of scored blocks.")
 
 
 def top_fraction(scores: BlockScores, fraction: float) -> Selection:
@@ -53,8 +46,7 @@ def top_fraction(scores: BlockScores, fraction: float) -> Selection:
         >>> len(top_fraction(scores, 0.25).blocks)
         2
     """
-    if not 0 < fraction <= 1:
-        raise SurgicalError(f"fraction={fraction} is out of range: more than 0, at most 1.")
+    check_number("top_fraction", "fraction", fraction, above=0, at_most=1)
     count = max(1, round(fraction * len(scores.values)))
     return _selection(scores, _ranked(scores)[:count], rule="top_fraction", fraction=fraction)
 
@@ -62,7 +54,7 @@ def top_fraction(scores: BlockScores, fraction: float) -> Selection:
 def above(scores: BlockScores, threshold: float, normalized: str | None = None) -> Selection:
     """The blocks that score more than `threshold`; raw scores, or divided as `normalized` (`"max"`, `"minmax"`) says.
 
-    Here the head is normalised with the others: a threshold compares blocks, it scales no learning rate.
+    Here the head is normalized with the others: a threshold compares blocks, it scales no learning rate.
 
     Raises:
         SurgicalError: no block is above; the message gives the highest score.
@@ -119,4 +111,4 @@ def _selection(scores: BlockScores, chosen: list[str], **how: Any) -> Selection:
         "num_batches": scores.num_batches,
         "scores": dict(scores.values),
     }
-    return Selection(blocks=tuple(name for name in scores.values if name in chosen), record=record)
+    return Selection(tuple(name for name in scores.values if name in chosen), record, scores.layer_paths)

@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from ..blocks.block_map import is_head
+from ..blocks.block_map import kind_of
 from ..errors import SurgicalError
 from ..rendering import new_figure
 from .result import SearchResult
@@ -21,16 +21,16 @@ def plot_profile(result: SearchResult, path: str | Path) -> None:
         SurgicalError: no block was tuned alone.
     """
     tried = result.profile
-    heads = tuple(name for name in result.blocks if is_head(name))
+    heads = tuple(name for name in result.blocks if kind_of(name) == "head")
     bars = {name: metric for name, metric in tried.items() if name not in heads}
     if not any(math.isfinite(metric) for metric in bars.values()):
         raise SurgicalError(
             f"{result.procedure} tuned no block alone (the head apart) to the end, so there is no profile to draw: "
             "search with sweep."
         )
-    known = {each.blocks: each.metric for each in result.candidates}
+    known = {candidate.blocks: candidate.metric for candidate in result.candidates}
     references = {"all": (result.blocks, "#117733"), "head": (heads, "#cc6677")}
-    lines = {name: (known[blocks], colour) for name, (blocks, colour) in references.items() if blocks in known}
+    lines = {name: (known[blocks], color) for name, (blocks, color) in references.items() if blocks in known}
     spread = [result.deviations.get(name, 0.0) for name in bars]
     ends = [metric + side * width for metric, width in zip(bars.values(), spread, strict=True) for side in (-1, 1)]
     ends = [end for end in (*ends, *(metric for metric, _ in lines.values())) if math.isfinite(end)]
@@ -45,16 +45,16 @@ def plot_profile(result: SearchResult, path: str | Path) -> None:
         places = range(len(bars))
         heights = [0.0 if math.isnan(metric) else metric - floor for metric in bars.values()]
         axes.bar(places, heights, bottom=floor, color="#4477aa", width=0.7)
-        for place, (metric, width) in enumerate(zip(bars.values(), spread, strict=True)):
+        for position, (metric, width) in enumerate(zip(bars.values(), spread, strict=True)):
             if width and math.isfinite(metric):
-                axes.errorbar(place, metric, yerr=width, color="#222222", capsize=3, linewidth=1.2)
+                axes.errorbar(position, metric, yerr=width, color="#222222", capsize=3, linewidth=1.2)
             if math.isnan(metric):
                 white = {"facecolor": "white", "edgecolor": "none", "pad": 1}
                 style: dict[str, Any] = {"rotation": 90, "ha": "center", "va": "bottom", "fontsize": 8, "bbox": white}
-                axes.text(place, floor + margin / 4, "no metric", **style)
+                axes.text(position, floor + margin / 4, "no metric", **style)
         lines = {name: line for name, line in lines.items() if math.isfinite(line[0])}
-        for name, (metric, colour) in lines.items():
-            axes.axhline(metric, color=colour, linestyle="--", linewidth=1.2, label=f"{name} {metric:.3g}")
+        for name, (metric, color) in lines.items():
+            axes.axhline(metric, color=color, linestyle="--", linewidth=1.2, label=f"{name} {metric:.3g}")
         axes.set_ylim(floor, max(ends) + margin)
         axes.set_xticks(places, list(bars), rotation=90 if is_turned else 0)
         axes.set_xlabel("block tuned alone")

@@ -1,4 +1,4 @@
-"""`SearchResult`: what a search tried and chose; plain data that prints, draws itself and goes through JSON."""
+"""`SearchResult`: the trials of a search and its choice; plain data that prints, plots and goes through JSON."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class SearchTrial:
 
 @dataclass(frozen=True)
 class Candidate:
-    """What the trainings of one candidate say together.
+    """The trainings of one candidate, summarized.
 
     Attributes:
         blocks: the candidate.
@@ -69,21 +69,21 @@ def candidate_of(trials: Iterable[SearchTrial]) -> Candidate:
     for trial in trials:
         by_rate.setdefault(trial.rate, []).append(trial)
     best: Candidate | None = None
-    for rate, each in by_rate.items():
-        metrics = [trial.metric for trial in each]
+    for rate, group in by_rate.items():
+        metrics = [trial.metric for trial in group]
         if any(math.isnan(metric) for metric in metrics):
             continue
         deviation = statistics.stdev(metrics) if len(metrics) > 1 else None
-        found = Candidate(each[0].blocks, statistics.fmean(metrics), deviation, rate)
-        if best is None or found.metric > best.metric:
-            best = found
-    rate, each = next(iter(by_rate.items()))
-    return best or Candidate(each[0].blocks, math.nan, None, rate)
+        candidate = Candidate(group[0].blocks, statistics.fmean(metrics), deviation, rate)
+        if best is None or candidate.metric > best.metric:
+            best = candidate
+    rate, group = next(iter(by_rate.items()))
+    return best or Candidate(group[0].blocks, math.nan, None, rate)
 
 
 @dataclass(frozen=True)
 class SearchResult:
-    """What a search found.
+    """The result of a search.
 
     Attributes:
         best: the chosen blocks, for `SurgicalConfig.from_selection`; `best.record` says how they were chosen.
@@ -115,17 +115,18 @@ class SearchResult:
     @property
     def profile(self) -> dict[str, float]:
         """The metric of each block that was tuned alone, in the model's order: the fine-tuning profile."""
-        return {name: each.metric for name, each in self._alone.items()}
+        return {name: candidate.metric for name, candidate in self._alone.items()}
 
     @property
     def deviations(self) -> dict[str, float]:
         """The standard deviation over the seeds, for each block of the profile that had several."""
-        return {name: each.deviation for name, each in self._alone.items() if each.deviation is not None}
+        alone = self._alone.items()
+        return {name: candidate.deviation for name, candidate in alone if candidate.deviation is not None}
 
     @property
     def _alone(self) -> dict[str, Candidate]:
-        found = {each.blocks: each for each in self.candidates}
-        return {name: found[name,] for name in self.blocks if (name,) in found}
+        by_blocks = {candidate.blocks: candidate for candidate in self.candidates}
+        return {name: by_blocks[name,] for name in self.blocks if (name,) in by_blocks}
 
     @property
     def trainings(self) -> int:
@@ -150,15 +151,15 @@ class SearchResult:
             table.add_column("rate", justify="right")
         table.add_column("seconds", justify="right")
         table.add_column("state")
-        for each in self.candidates:
-            own = [trial for trial in self.trials if trial.blocks == each.blocks]
-            spread = "" if each.deviation is None else f" ± {each.deviation:.2g}"
-            row = ["*" if each.blocks == self.best.blocks else "", self._label(each.blocks)]
-            row.append("-" if math.isnan(each.metric) else f"{each.metric:.4g}{spread}")
+        for candidate in self.candidates:
+            trials = [trial for trial in self.trials if trial.blocks == candidate.blocks]
+            spread = "" if candidate.deviation is None else f" ± {candidate.deviation:.2g}"
+            row = ["*" if candidate.blocks == self.best.blocks else "", self._label(candidate.blocks)]
+            row.append("-" if math.isnan(candidate.metric) else f"{candidate.metric:.4g}{spread}")
             if has_rates:
-                row.append(f"{each.rate:g}")
-            row.append(f"{sum(trial.seconds for trial in own):.1f}")
-            row.append(state_of(own))
+                row.append(f"{candidate.rate:g}")
+            row.append(f"{sum(trial.seconds for trial in trials):.1f}")
+            row.append(state_of(trials))
             table.add_row(*row)
         return table
 
@@ -195,9 +196,9 @@ class SearchResult:
         try:
             data = json.loads(text)
             return cls(
-                best=Selection(tuple(data["best"]["blocks"]), data["best"]["record"]),
+                best=_selection(data["best"]),
                 metric=data["metric"],
-                trials=tuple(_trial(each) for each in data["trials"]),
+                trials=tuple(_trial(trial) for trial in data["trials"]),
                 blocks=tuple(data["blocks"]),
                 procedure=data["procedure"],
             )
@@ -229,8 +230,12 @@ def state_of(trials: Sequence[SearchTrial]) -> str:
     states = [trial.state for trial in trials]
     if len(states) == 1 or set(states) == {"complete"}:
         return states[0]
-    found = [(states.count(state), state) for state in ("failed", "pruned") if state in states]
-    return ", ".join(f"{count} of {len(states)} {state}" for count, state in found)
+    counts = [(states.count(state), state) for state in ("failed", "pruned") if state in states]
+    return ", ".join(f"{count} of {len(states)} {state}" for count, state in counts)
+
+
+def _selection(data: dict[str, Any]) -> Selection:
+    return Selection(tuple(data["blocks"]), data["record"], tuple(data.get("layer_paths", ())))  # not in every file
 
 
 def _trial(data: dict[str, Any]) -> SearchTrial:

@@ -7,6 +7,7 @@ import math
 import re
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -83,14 +84,12 @@ def run_search(
         raise SurgicalError("what is searched is not known: give blocks=BlockMap.find(model), or objective.blocks.")
     study_class, task_class = optuna_classes()
     procedure = as_procedure(procedure)
-    said = _in_words(procedure)
-    searched: dict[str, Any] = {
-        "procedure": said,
-        "blocks": list(blocks.names),
-        "rates": list(rates),
-        "seeds": list(seeds),
-    }
+    title = _title(procedure)
+    searched: dict[str, Any] = {"procedure": title, "blocks": list(blocks.names)}
+    searched |= {"rates": list(rates), "seeds": list(seeds)}
     searched |= {"pruner": pruner and type(pruner).__name__, "training": getattr(objective, "settings", None)}
+    searched |= {"layers": list(blocks.layer_paths)} if blocks.layer_paths else {}
+    origin = Selection((), {"procedure": title}, blocks.layer_paths)
     settings: list[tuple[float | None, int | None]] = [
         (rate, seed) for rate in (rates or (None,)) for seed in (seeds or (None,))
     ]
@@ -99,18 +98,19 @@ def run_search(
     with study_class(storage, name, searched, dead_after, pruner) as study:
         while True:
             try:
-                asked = proposals.send(answer)
+                proposal = proposals.send(answer)
             except StopIteration as end:
-                return _result(trials, end.value, blocks, said)
-            single, candidates = _candidates(asked, blocks, said)
+                return _result(trials, end.value, blocks, title)
+            single, candidates = _candidates(proposal, blocks, title)
             proposed += len(candidates) * len(settings)
             if proposed > max_trials:
-                raise _endless(said, max_trials)
-            tasks = {each: [task_class(each, *pair) for pair in settings] for each in candidates if each not in trials}
-            wanted = [task for own in tasks.values() for task in own]
-            done = _train(study, wanted, objective, said, pruner is not None, on_progress)
-            trials |= {each: [done[task] for task in own] for each, own in tasks.items()}
-            metrics = [candidate_of(trials[each]).metric for each in candidates]
+                raise _endless(title, max_trials)
+            new = [candidate for candidate in candidates if candidate not in trials]
+            tasks = {candidate: [task_class(candidate, *pair) for pair in settings] for candidate in new}
+            wanted = [task for group in tasks.values() for task in group]
+            done = _train(study, wanted, objective, origin, pruner is not None, on_progress)
+            trials |= {candidate: [done[task] for task in group] for candidate, group in tasks.items()}
+            metrics = [candidate_of(trials[candidate]).metric for candidate in candidates]
             answer = metrics[0] if single else metrics
 
 
@@ -137,32 +137,32 @@ def count_trainings(
     procedure = as_procedure(procedure)
     if procedure.name not in procedures.__all__:
         return None
-    said = _in_words(procedure)
+    title = _title(procedure)
     proposals, answer = procedure(blocks), None
     metrics: dict[tuple[str, ...], float] = {}
     times = (len(rates) or 1) * (len(seeds) or 1)
     while True:
         try:
-            asked = proposals.send(answer)
+            proposal = proposals.send(answer)
         except StopIteration:
             return len(metrics) * times
-        single, candidates = _candidates(asked, blocks, said)
-        for each in candidates:
-            metrics.setdefault(each, float(len(metrics)))
+        single, candidates = _candidates(proposal, blocks, title)
+        for candidate in candidates:
+            metrics.setdefault(candidate, float(len(metrics)))
         if len(metrics) * times > max_trials:
-            raise _endless(said, max_trials)
-        told = [metrics[each] for each in candidates]
-        answer = told[0] if single else told
+            raise _endless(title, max_trials)
+        answers = [metrics[candidate] for candidate in candidates]
+        answer = answers[0] if single else answers
 
 
-def _endless(said: str, max_trials: int) -> SurgicalError:
+def _endless(title: str, max_trials: int) -> SurgicalError:
     return SurgicalError(
-        f"procedure {said} asked for more than {max_trials} trainings and was stopped: raise max_trials if it is "
+        f"procedure {title} asked for more than {max_trials} trainings and was stopped: raise max_trials if it is "
         "meant to, else see that it ends. Finished trials are kept."
     )
 
 
-def _in_words(procedure: Procedure) -> str:
+def _title(procedure: Procedure) -> str:
     """A procedure as its study knows it: its text without addresses in memory, which differ from run to run."""
     return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(procedure))
 
@@ -171,7 +171,7 @@ def _train(
     study: Study,
     tasks: list[Task],
     objective: Callable[..., float],
-    said: str,
+    origin: Selection,
     prunes: bool,
     on_progress: Callable[[Sequence[SearchTrial]], None] | None,
 ) -> dict[Task, SearchTrial]:
@@ -184,7 +184,7 @@ def _train(
             task, trial = taken
             try:
                 with study.alive(trial):
-                    done = _try(task, objective, said, partial(study.report, trial) if prunes else None)
+                    done = _try(task, objective, origin, partial(study.report, trial) if prunes else None)
             except BaseException:
                 study.give_back(trial)
                 raise
@@ -200,15 +200,15 @@ def _train(
 
 
 def _try(
-    task: Task, objective: Callable[..., float], said: str, report: Callable[[float, int], None] | None
+    task: Task, objective: Callable[..., float], origin: Selection, report: Callable[[float, int], None] | None
 ) -> SearchTrial:
     from optuna import TrialPruned
 
     settings: dict[str, Any] = {
         key: value for key, value in (("rate", task.rate), ("seed", task.seed)) if value is not None
     }
-    selection = Selection(task.blocks, {"procedure": said, **settings})
-    own = set(selection.record)
+    selection = replace(origin, blocks=task.blocks, record={**origin.record, **settings})
+    given = set(selection.record)
     metric, error, state = math.nan, None, "complete"
     began = time.perf_counter()
     try:
@@ -229,52 +229,52 @@ def _try(
         rate=task.rate,
         seed=task.seed,
         error=error,
-        notes={key: value for key, value in selection.record.items() if key not in own},
+        notes={key: value for key, value in selection.record.items() if key not in given},
     )
 
 
-def _candidates(asked: Any, blocks: BlockMap, said: str) -> tuple[bool, list[tuple[str, ...]]]:
-    """Whether a procedure asked for one candidate alone, and its candidates in the order of the map."""
-    if isinstance(asked, str) or not isinstance(asked, Sequence):
+def _candidates(proposal: Any, blocks: BlockMap, title: str) -> tuple[bool, list[tuple[str, ...]]]:
+    """True if a procedure proposed one candidate alone; and its candidates, in the order of the map."""
+    if isinstance(proposal, str) or not isinstance(proposal, Sequence):
         raise SurgicalError(
-            f"procedure {said} proposed {asked!r}: yield a tuple of block names, or a list of such tuples."
+            f"procedure {title} proposed {proposal!r}: yield a tuple of block names, or a list of such tuples."
         )
-    single = bool(asked) and all(isinstance(each, str | int) for each in asked)
-    if not asked:
-        raise SurgicalError(f"procedure {said} proposed {asked!r}, nothing: let it end instead.")
+    single = bool(proposal) and all(isinstance(part, str | int) for part in proposal)
+    if not proposal:
+        raise SurgicalError(f"procedure {title} proposed {proposal!r}, nothing: let it end instead.")
     try:
-        return single, [blocks.parse(each) for each in ([asked] if single else asked)]
+        return single, [blocks.parse(part) for part in ([proposal] if single else proposal)]
     except SurgicalError as error:
-        raise SurgicalError(f"procedure {said} proposed {asked!r}: {error}") from error
+        raise SurgicalError(f"procedure {title} proposed {proposal!r}: {error}") from error
 
 
 def _result(
-    trials: dict[tuple[str, ...], list[SearchTrial]], chosen: Any, blocks: BlockMap, said: str
+    trials: dict[tuple[str, ...], list[SearchTrial]], chosen: Any, blocks: BlockMap, title: str
 ) -> SearchResult:
     """The candidate that the procedure chose, or the best of all; of equals the first."""
-    found = {each: candidate_of(own) for each, own in trials.items()}
-    every = tuple(trial for own in trials.values() for trial in own)
+    candidates = {names: candidate_of(group) for names, group in trials.items()}
+    every = tuple(trial for group in trials.values() for trial in group)
     if not every:
-        raise SurgicalError(f"procedure {said} ended without proposing anything for blocks {', '.join(blocks.names)}.")
+        raise SurgicalError(f"procedure {title} ended without a proposal for blocks {', '.join(blocks.names)}.")
     best: Candidate | None
     if chosen is None:
-        whole = [each for each in found.values() if not math.isnan(each.metric)]
-        best = max(whole, key=lambda each: each.metric, default=None)
+        whole = [candidate for candidate in candidates.values() if not math.isnan(candidate.metric)]
+        best = max(whole, key=lambda candidate: candidate.metric, default=None)
     else:
-        best = found.get(blocks.parse(chosen))
+        best = candidates.get(blocks.parse(chosen))
         if best is None:
-            raise SurgicalError(f"procedure {said} chose {chosen!r}, which it had not proposed.")
+            raise SurgicalError(f"procedure {title} chose {chosen!r}, which it had not proposed.")
     if best is None or math.isnan(best.metric):
         failed = [trial for trial in every if trial.error]
         raise SurgicalError(
             f"no candidate has a metric: {len(failed)} of {len(every)} trainings failed or were pruned, the first, "
-            f"blocks {list(failed[0].blocks)}, with: {failed[0].error}. Mend the objective and search under another "
+            f"blocks {list(failed[0].blocks)}, with: {failed[0].error}. Fix the objective and search under another "
             "name (name=...): failed trials are kept too."
         )
-    record = {"procedure": said, "metric": best.metric, "candidates": len(found), "trainings": len(every)}
+    record = {"procedure": title, "metric": best.metric, "candidates": len(candidates), "trainings": len(every)}
     if best.rate is not None:
         record["rate"] = best.rate
-    return SearchResult(Selection(best.blocks, record), best.metric, every, blocks.names, said)
+    return SearchResult(Selection(best.blocks, record, blocks.layer_paths), best.metric, every, blocks.names, title)
 
 
 def _check(rates: Sequence[float], seeds: Sequence[int], dead_after: float) -> None:
@@ -286,7 +286,7 @@ def _check(rates: Sequence[float], seeds: Sequence[int], dead_after: float) -> N
 
 
 def optuna_classes() -> tuple[type[Study], type[Task]]:
-    """What keeps a search; imported when it is needed, since Optuna is an extra.
+    """The classes that store a search; imported when needed, since Optuna is an extra.
 
     Raises:
         SurgicalError: the extra is not installed.

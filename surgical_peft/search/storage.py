@@ -1,4 +1,4 @@
-"""Where a search is kept, and the lock that its workers share.
+"""The storage of a search, and the lock that its workers share.
 
 All reading and writing is done under that lock: one of the kernel beside an SQLite or journal file, an advisory lock
 in PostgreSQL. Both are freed when their holder dies. Optuna alone would not do: on SQLite two workers can claim the

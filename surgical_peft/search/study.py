@@ -1,6 +1,6 @@
 """The book of a search: an Optuna study that several workers share, on any machine, each of them killed at any time.
 
-Who does what is settled under the workers' common lock, see `storages.py`. The heartbeat is our own: Optuna's runs
+Workers claim trainings under the workers' common lock, see `storage.py`. The heartbeat is our own: Optuna's runs
 only in `Study.optimize`, and not on a journal.
 """
 
@@ -108,7 +108,7 @@ class Study:
         """The first of `tasks` that nobody has done or is doing, now this worker's own; None if there is none."""
         with self._alone():
             taken = self._trials()
-            task = next((each for each in tasks if each not in taken), None)
+            task = next((task for task in tasks if task not in taken), None)
             if task is None:
                 return None
             chosen = {name: name in task.blocks for name in self._blocks}
@@ -120,7 +120,7 @@ class Study:
                     state=TrialState.RUNNING,
                     params=fixed,
                     distributions={
-                        key: optuna.distributions.CategoricalDistribution(each) for key, each in choices.items()
+                        key: optuna.distributions.CategoricalDistribution(values) for key, values in choices.items()
                     },
                     user_attrs={"blocks": list(task.blocks), **settings, "worker": self._worker},
                 )
@@ -174,7 +174,7 @@ class Study:
                 self._abandon(trial, "interrupted")
 
     def finished(self) -> dict[Task, SearchTrial]:
-        """What is done so far; trainings of dead workers are freed on the way."""
+        """All finished trainings; those of dead workers are freed on the way."""
         with self._alone():
             return {task: _read(trial) for task, trial in self._trials().items() if trial.state.is_finished()}
 
@@ -204,22 +204,22 @@ class Study:
 
     def _trials(self) -> dict[Task, FrozenTrial]:
         """The trial of each task, running or finished; trials of dead workers are not among them."""
-        found: dict[Task, FrozenTrial] = {}
+        trials: dict[Task, FrozenTrial] = {}
         for trial in self._study.get_trials(deepcopy=False):
-            own = trial.user_attrs
-            if "blocks" not in own:
+            attributes = trial.user_attrs
+            if "blocks" not in attributes:
                 continue
-            if trial.state == TrialState.RUNNING and (why := own.get("abandoned") or self._death_of(trial)):
+            if trial.state == TrialState.RUNNING and (why := attributes.get("abandoned") or self._death_of(trial)):
                 self._abandon(trial, why)
                 continue
-            if "abandoned" in own:
+            if "abandoned" in attributes:
                 continue
-            found.setdefault(Task(tuple(own["blocks"]), own.get("rate"), own.get("seed")), trial)
-        return found
+            trials.setdefault(Task(tuple(attributes["blocks"]), attributes.get("rate"), attributes.get("seed")), trial)
+        return trials
 
     def _is_ours(self, trial: FrozenTrial) -> bool:
-        now = self._study.get_trials(deepcopy=False)[trial.number]
-        return now.state == TrialState.RUNNING and "abandoned" not in now.user_attrs
+        current = self._study.get_trials(deepcopy=False)[trial.number]
+        return current.state == TrialState.RUNNING and "abandoned" not in current.user_attrs
 
     def _abandon(self, trial: FrozenTrial, why: str) -> None:
         Trial(self._study, trial._trial_id).set_user_attr("abandoned", why)
@@ -261,18 +261,18 @@ class Study:
 
 
 def _read(trial: FrozenTrial) -> SearchTrial:
-    own = trial.user_attrs
+    attributes = trial.user_attrs
     failed = trial.state != TrialState.COMPLETE
     ended = "pruned" if trial.state == TrialState.PRUNED else "failed"
     return SearchTrial(
-        blocks=tuple(own["blocks"]),
+        blocks=tuple(attributes["blocks"]),
         metric=math.nan if failed else cast(float, trial.value),
-        seconds=own.get("seconds", 0.0),
+        seconds=attributes.get("seconds", 0.0),
         state=ended if failed else "complete",
-        rate=own.get("rate"),
-        seed=own.get("seed"),
-        error=own.get("error", "ended by hand") if failed else None,
-        notes=own.get("notes", {}),
+        rate=attributes.get("rate"),
+        seed=attributes.get("seed"),
+        error=attributes.get("error", "ended by hand") if failed else None,
+        notes=attributes.get("notes", {}),
     )
 
 
@@ -293,7 +293,7 @@ def _machine() -> str:
 
 def _runs(process: int, started: float) -> bool:
     try:
-        found = psutil.Process(process)
-        return abs(found.create_time() - started) < 10 and found.status() != psutil.STATUS_ZOMBIE
+        running = psutil.Process(process)
+        return abs(running.create_time() - started) < 10 and running.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False

@@ -1,4 +1,4 @@
-"""Which names the code of a module's class uses: what it does is not told otherwise."""
+"""Reads the names that the code of a module's class uses: the only sign of what it does."""
 
 from __future__ import annotations
 

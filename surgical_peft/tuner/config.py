@@ -1,4 +1,4 @@
-"""What a user says, and what `adapter_config.json` holds."""
+"""`SurgicalConfig`: the user's choice, as `adapter_config.json` holds it."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ from peft.utils import CONFIG_NAME
 
 from ..atomic_files import write_text
 from ..blocks.block_map import PART
+from ..blocks.given_layers import as_paths
 from ..errors import SurgicalError
 from ..scoring.selection import Selection
+from ..validation import check_count
 from .name_checks import check_names
 
 
@@ -33,7 +35,7 @@ Targets = Optional[Union[Choice, dict[str, Choice]]]
 
 
 @dataclass(frozen=True)
-class ReadFrom:
+class ConfigSource:
     """The file that a config was read from, and what a later version has put into it."""
 
     path: Path
@@ -50,12 +52,15 @@ class SurgicalConfig(PeftConfig):
         blocks: which blocks: an index, slice or name as a string, or a list of them (see
             [`BlockMap.parse`][surgical_peft.BlockMap.parse]); `"auto"` lets
             [`get_surgical_model`][surgical_peft.get_surgical_model] choose. Saved as the final block names.
+        layers: where the repeated layers are, for a model whose list of them cannot be guessed, or is guessed wrong: a
+            path, a pattern or a list of these, as [`BlockMap.from_layers`][surgical_peft.BlockMap.from_layers] takes
+            them. Everything that asks for the blocks of the wrapped model goes by it, and it is saved.
         target_modules: with `blocks`, tune only these modules inside them; alone, PEFT's own meaning (names that
             end so, or a regular expression for the whole name) for any type of module. `"all-linear"`, `"all-norm"`
-            (normalisation layers) and `"all-bias"` choose by kind; a dictionary chooses for each block, as in
+            (normalization layers) and `"all-bias"` choose by kind; a dictionary chooses for each block, as in
             `{"0": "all", "11": ["mlp"], "head": "all-bias"}`, and needs no `blocks` beside it.
         exclude_modules: modules to leave out, matched as `target_modules`.
-        modules_to_save: newly initialised modules, such as a new head, to train and save as well.
+        modules_to_save: newly initialized modules, such as a new head, to train and save as well.
         criterion: for `blocks="auto"`, what scores the blocks: a name or a function; default is `probe`, which
             has the lowest regret on the shifts that criteria were developed on (benchmarks/criteria).
         num_blocks: for `blocks="auto"`, how many to take; by default, short joint trainings decide it.
@@ -95,6 +100,9 @@ class SurgicalConfig(PeftConfig):
     blocks: Optional[Union[int, str, list[Union[int, str]]]] = field(
         default=None, metadata={"help": "Blocks to tune: indices, slices, names, 'all' or 'auto'."}
     )
+    layers: Optional[Union[str, list[str]]] = field(
+        default=None, metadata={"help": "Path of the list of layers, where it cannot be guessed."}
+    )
     target_modules: Targets = field(
         default=None, metadata={"help": "Modules to tune: inside the blocks, or anywhere if no blocks are given."}
     )
@@ -123,9 +131,9 @@ class SurgicalConfig(PeftConfig):
         default=None, metadata={"help": "Weights of the adapter that the base's checkpoint does not hold."}
     )
     strict_base: bool = field(default=False, compare=False, metadata={"help": "Refuse to load on another base."})
-    read_from: InitVar[Optional[ReadFrom]] = None
+    read_from: InitVar[Optional[ConfigSource]] = None
 
-    def __post_init__(self, read_from: ReadFrom | None) -> None:
+    def __post_init__(self, read_from: ConfigSource | None) -> None:
         super().__post_init__()
         self.peft_type = SurgicalPeftType.SURGICAL
         self.read_from = read_from
@@ -149,11 +157,18 @@ class SurgicalConfig(PeftConfig):
         self.exclude_modules = _plain(self.exclude_modules)
         if isinstance(self.modules_to_save, str):  # PEFT would go through its letters
             self.modules_to_save = [self.modules_to_save]
+        if isinstance(self.layers, tuple):
+            self.layers = list(self.layers)
         self._check_types()
         if self.blocks is None and self.target_modules is None:
             raise SurgicalError(
                 "SurgicalConfig selects nothing: give blocks=[0, 1] (indices, slices or names), blocks='auto', or "
                 "target_modules=['name']. BlockMap.find(model).names lists the blocks of a model."
+            )
+        if self.layers is not None and self.blocks is None:
+            raise SurgicalError(
+                f"layers={self.layers!r} says what the blocks are, and target_modules={self.target_modules!r} alone "
+                "asks for none: add blocks='all', for these modules in any block, or leave layers out."
             )
         if self.blocks == [] or self.blocks == "":
             raise SurgicalError(f"blocks={self.blocks!r} selects nothing: name at least one block, or 'all'.")
@@ -173,14 +188,15 @@ class SurgicalConfig(PeftConfig):
                 f"{' and '.join(given)} only speak to blocks='auto', but blocks={self.blocks!r} already says which "
                 "blocks to tune: drop one of the two."
             )
-        if self.num_blocks is not None and self.num_blocks < 1:
-            raise SurgicalError(f"num_blocks={self.num_blocks} is out of range: tune at least 1 block.")
+        if self.num_blocks is not None:
+            check_count("SurgicalConfig", "num_blocks", self.num_blocks, "blocks to tune")
 
     def _check_types(self) -> None:
         """Refuse what a file made by hand, or by an attacker, may hold."""
         for name in ("target_modules", "exclude_modules", "modules_to_save", "new_weights"):
             check_names(name, getattr(self, name))
-        check_names("blocks", [str(each) for each in self.blocks] if isinstance(self.blocks, list) else None)
+        check_names("layers", list(as_paths(self.layers)))
+        check_names("blocks", [str(block) for block in self.blocks] if isinstance(self.blocks, list) else None)
         kinds: dict[str, Any] = {
             "num_blocks": int | None,
             "lora": LoraConfig | dict | None,
@@ -210,14 +226,22 @@ class SurgicalConfig(PeftConfig):
     def from_selection(cls, selection: Selection, **kwargs: Any) -> SurgicalConfig:
         """The config that tunes a [`Selection`][surgical_peft.Selection], with the record of how it came about.
 
-        Parts of blocks, as `BlockMap.divided` names them, become `target_modules` by block.
+        Parts of blocks, as `BlockMap.divided` names them, become `target_modules` by block. Blocks of layers that were
+        named, as by `BlockMap.from_layers`, bring their `layers` with them.
 
         Raises:
-            SurgicalError: parts of blocks, and `target_modules` besides.
+            SurgicalError: parts of blocks, and `target_modules` besides; other `layers` than those of the selection.
 
         Example:
             >>> SurgicalConfig.from_selection(top_k(score_blocks(model, dataloader), 2))
         """
+        if selection.layer_paths:
+            layers = kwargs.setdefault("layers", list(selection.layer_paths))
+            if as_paths(layers) != selection.layer_paths:
+                raise SurgicalError(
+                    f"layers={layers!r}: the selection is of the blocks of layers={list(selection.layer_paths)}. "
+                    "Leave layers out, or choose among the blocks of those."
+                )
         inside: dict[str, Any] = {}
         for name in selection.blocks:
             block, _, part = name.partition(PART)
@@ -257,7 +281,7 @@ def _plain(choice: Any) -> Choice:
 
 
 def _lora_arguments(lora: LoraConfig | dict[str, Any]) -> dict[str, Any]:
-    """What differs from LoRA's defaults, as JSON can hold it."""
+    """The arguments that differ from LoRA's defaults, as JSON can hold them."""
     try:
         config = lora if isinstance(lora, LoraConfig) else LoraConfig(**lora)
     except TypeError as error:
@@ -268,7 +292,7 @@ def _lora_arguments(lora: LoraConfig | dict[str, Any]) -> dict[str, Any]:
             "SurgicalConfig itself."
         )
     default = LoraConfig()
-    given = {each.name: getattr(config, each.name) for each in fields(config)}
+    given = {known.name: getattr(config, known.name) for known in fields(config)}
     return {
         name: _plain(value)
         for name, value in given.items()

@@ -1,4 +1,4 @@
-"""Eval mode for what is frozen while the rest trains: no dropout, still batch statistics (`frozen_eval`)."""
+"""Eval mode for frozen modules while the rest trains: no dropout, no new batch statistics (`frozen_eval`)."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from .class_code import names_in_code
 
 
 def eval_frozen(model: nn.Module, tuned: Iterable[nn.Module]) -> None:
-    """Put what is frozen, and behaves otherwise in training, into eval mode.
+    """Put frozen modules that behave otherwise in training into eval mode.
 
-    That is every module whose class reads `self.training`: dropout, batch normalisation, stochastic depth, attention
+    That is every module whose class reads `self.training`: dropout, batch normalization, stochastic depth, attention
     that drops out by itself. All others stay in train mode; so do embeddings, on which NEFTune's hook looks for it.
 
     Args:
@@ -27,7 +27,7 @@ def eval_frozen(model: nn.Module, tuned: Iterable[nn.Module]) -> None:
 
 
 def _eval_frozen(module: nn.Module, tuned: set[nn.Module]) -> bool:
-    """Returns whether `module` holds a tuned one."""
+    """Return True if `module` holds a tuned one."""
     if module in tuned:
         return True
     if isinstance(module, AuxiliaryTrainingWrapper | LoraLayer):  # LoRA's dropout has no weights, and is part of it
@@ -36,8 +36,8 @@ def _eval_frozen(module: nn.Module, tuned: set[nn.Module]) -> bool:
             module.eval()
         return trains
     below = [_eval_frozen(child, tuned) for child in module._modules.values() if child is not None]
-    own = (parameter.requires_grad for parameter in module._parameters.values() if parameter is not None)
-    if any(below) or any(own):
+    direct = (parameter.requires_grad for parameter in module._parameters.values() if parameter is not None)
+    if any(below) or any(direct):
         return True
     if module.training and not isinstance(module, nn.Embedding) and reads_training(module):
         module.training = False
@@ -45,7 +45,7 @@ def _eval_frozen(module: nn.Module, tuned: set[nn.Module]) -> bool:
 
 
 def reads_training(module: nn.Module) -> bool:
-    """Whether a method of its class reads `training`, a function of the class's module that one of them names, or
+    """True if a method of its class reads `training`, a function of the class's module that one of them names, or
     the hook of `torch.nn.utils.spectral_norm`.
 
     Example:

@@ -24,7 +24,7 @@ _IN_EVAL = "_surgical_checkpoint_in_eval"  # on a layer: checkpoint it although 
 _ROUSED = "_surgical_roused"  # on the base model, during its forward: the layers marked so
 
 
-def mend_checkpointing(model: nn.Module) -> None:
+def skip_frozen_prefix(model: nn.Module) -> None:
     """Let gradient checkpointing, whenever it is on, spare what lies before the first tuned block of `model`.
 
     Layers that no gradient passes through run plainly: neither recomputed nor differentiated. All others are
@@ -35,23 +35,23 @@ def mend_checkpointing(model: nn.Module) -> None:
         model: the base model, tuned blocks in place. Other than transformers models are left as they are.
 
     Example:
-        >>> mend_checkpointing(model)
+        >>> skip_frozen_prefix(model)
         >>> model.gradient_checkpointing_enable()
     """
     if _before_forward not in model._forward_pre_hooks.values():
         model.register_forward_pre_hook(_before_forward)
 
 
-def pause_mending(model: nn.Module) -> None:
-    """Take the hooks of `mend_checkpointing` off the model until it is called again; for eval mode."""
+def pause_prefix_skipping(model: nn.Module) -> None:
+    """Take the hooks of `skip_frozen_prefix` off the model until it is called again; for eval mode."""
     _after_forward(model)  # after an interrupted one
     _remove_hooks(model._forward_pre_hooks, lambda hook: hook is _before_forward)
     _remove_hooks(model._forward_hooks, lambda hook: hook is _after_forward, model._forward_hooks_always_called)
 
 
 def restore_checkpointing(model: nn.Module) -> None:
-    """Take back `mend_checkpointing`: checkpointing is transformers' own again."""
-    pause_mending(model)
+    """Take back `skip_frozen_prefix`: checkpointing is transformers' own again."""
+    pause_prefix_skipping(model)
     for module in model.modules():
         function = module.__dict__.get("_gradient_checkpointing_func")
         if isinstance(function, CheckpointWhereNeeded):

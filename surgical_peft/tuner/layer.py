@@ -1,4 +1,4 @@
-"""The child of a tuned module that holds the sets of tensors which do not stand in the module now."""
+"""`SurgicalLayer`, the child of a tuned module that holds the tensor sets which do not stand in the module."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class SurgicalLayer(ParkedTensors, BaseTunerLayer):
             places: by the owner's attributes, all places where the tensor stands.
             like: the set whose values it begins with.
             empty: make them on the meta device, for weights that are loaded next (PEFT's `low_cpu_mem_usage`).
-            packed: the base's values, where the base itself runs by quantised weights.
+            packed: the base's values, where the base itself runs by quantized weights.
         """
         for attribute, where in places.items():
             if attribute not in self.slots:
@@ -95,32 +95,32 @@ class SurgicalLayer(ParkedTensors, BaseTunerLayer):
 
     @property
     def keeps_base(self) -> bool:
-        """Whether the base's set is still there."""
+        """True if the base's set is kept."""
         return self.keep_base != "none"
 
     def get_base_layer(self) -> nn.Module:
         return self.__dict__["owner"]
 
     def forward(self, hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
-        """What goes in: for owners that call all their children in turn."""
+        """Return the input: for owners that call all their children in turn."""
         return hidden_states
 
     # Which set stands
 
     def rivals(self, adapters: Sequence[str]) -> list[str]:
-        """Those of the adapters that have one tensor in common, so that they cannot stand together; none if none."""
+        """Adapters that tune a tensor in common, so that they cannot stand together; empty if there are none."""
         together = [[name for name in adapters if name in slot] for slot in self.slots.values()]
         return next((names for names in together if len(names) > 1), [])
 
     def wanted(self, adapters: Sequence[str]) -> dict[str, str]:
-        """By the owner's attributes, the set that stands if these adapters are active."""
+        """For each attribute of the owner the set that stands if these adapters are active."""
         return {
             attribute: next((name for name in adapters if name in slot), BASE if self.keeps_base else slot.standing)
             for attribute, slot in self.slots.items()
         }
 
     def stand(self, adapters: Sequence[str]) -> None:
-        """Let the tensors of these adapters stand, and the base's where they have none; flags stay as they are."""
+        """Put the tensors of these adapters in place, and the base's where they have none; flags stay as they are."""
         wanted = self.wanted(adapters)
         changed = {name: slot for name, slot in self.slots.items() if slot.standing != wanted[name]}
         for attribute, slot in changed.items():
@@ -135,7 +135,7 @@ class SurgicalLayer(ParkedTensors, BaseTunerLayer):
         forget_caches(self.slots.values())
 
     def arrange(self) -> None:
-        """Let stand what is merged, else what is active, else the base."""
+        """Put in place the merged set, else the active one, else the base's."""
         self.stand(self.merged_adapters or ([] if self._disable_adapters else self.active_adapters))
 
     def check_set_adapter(self, adapter_names: str | list[str]) -> None:
@@ -243,13 +243,13 @@ class SurgicalLayer(ParkedTensors, BaseTunerLayer):
             self.detach()
 
     def detach(self) -> None:
-        """Take this child away from its owner."""
+        """Remove this child from its owner."""
         owner = self.get_base_layer()
         for name in [name for name, child in owner._modules.items() if child is self]:
             del owner._modules[name]
 
     def give_back(self) -> None:
-        """For good: the owner's own objects, with the values of what is merged, else of the base; then `detach`."""
+        """Leave the owner its own objects for good, with the merged values, else the base's; then `detach`."""
         for attribute, name in self.wanted(self.merged_adapters).items():
             self.slots[attribute].give_back(name)
         forget_caches(self.slots.values())
@@ -263,8 +263,8 @@ def base_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The base's own parameters and saved buffers by the first of their names, also where an adapter's stand."""
     layers = [module for module in model.modules() if isinstance(module, SurgicalLayer)]
     slots = {place: slot for layer in layers for slot in layer.slots.values() for place in slot.places}
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for name, (place, *_) in TensorMap.find(model).places.items():
         slot = slots.get((place.module, place.attribute))
-        found[name] = place.tensor if slot is None or BASE not in slot else slot.of(BASE)
-    return found
+        tensors[name] = place.tensor if slot is None or BASE not in slot else slot.of(BASE)
+    return tensors

@@ -9,7 +9,7 @@ from peft import LoraConfig, LoraModel, set_peft_model_state_dict
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
-from ..blocks.unwrap import walk
+from ..blocks.unwrap import named_bare_modules
 from ..errors import SurgicalError
 from .config import SurgicalConfig
 from .loading.saved_files import saved_tensors
@@ -35,7 +35,9 @@ def check_lora(model: nn.Module, config: SurgicalConfig, tuned: Iterable[str]) -
     """
     lora = lora_config(config, tuned)
     by_kind = lora.target_modules is None or lora.target_modules == "all-linear"  # which PEFT looks up by itself
-    if not by_kind and not any(check_target_module_exists(lora, path) for path, _ in walk(model) if path):
+    if not by_kind and not any(
+        check_target_module_exists(lora, path) for path, _ in named_bare_modules(model) if path
+    ):
         raise SurgicalError(
             f"lora: target_modules={config.lora['target_modules'] if config.lora else None!r} match no module outside "
             f"the ones that are tuned in full ({', '.join(list(tuned)[:6])}): leave lora out, or name others."

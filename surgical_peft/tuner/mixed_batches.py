@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from transformers import Cache, PreTrainedModel
 
-from ..blocks.unwrap import walk
+from ..blocks.unwrap import named_bare_modules
 from ..errors import SurgicalError
 from .layer import SurgicalLayer
 from .tensors.slots import BASE
@@ -103,7 +103,7 @@ def divided_modules(model: nn.Module, paths: Iterable[str]) -> dict[nn.Module, l
             tensor tied to one of theirs.
     """
     largest = [path for path in paths if not any(path.startswith(other + ".") for other in paths)]
-    modules = dict(walk(model))
+    modules = dict(named_bare_modules(model))
     found: dict[nn.Module, list[SurgicalLayer]] = {modules[path]: [] for path in largest}
     home = {inner: module for module in found for inner in module.modules()}
     for layer in [module for module in model.modules() if isinstance(module, SurgicalLayer)]:

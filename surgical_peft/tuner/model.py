@@ -11,12 +11,12 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
-from ..blocks.unwrap import seen_through, walk
+from ..blocks.unwrap import named_bare_modules, unwrap_module
 from ..criteria.criterion import reshard
 from ..errors import SurgicalError
 from .attach import restore_requires_grad
 from .eval_mode import eval_frozen
-from .gradient_checkpointing import mend_checkpointing, pause_mending, restore_checkpointing
+from .gradient_checkpointing import pause_prefix_skipping, restore_checkpointing, skip_frozen_prefix
 from .layer import NO_BASE, SurgicalLayer
 from .mixed_batches import check_rows, rows_by_adapter
 from .peft_hooks import PeftHooks
@@ -92,12 +92,12 @@ class SurgicalModel(PeftHooks):
         """Inside, the base's own weights stand in the model, whatever is active or merged.
 
         Raises:
-            SurgicalError: there is no base to go back to (`keep_base="none"`), or it is quantised where it was tuned.
+            SurgicalError: there is no base to go back to (`keep_base="none"`), or it is quantized where it was tuned.
         """
         self.check_base_kept()
         if any(isinstance(module, FloatLinear) for module in self.model.modules()):
             raise SurgicalError(
-                "the chosen blocks are quantised in the base model, and stand in float beside it: their base weights "
+                "the chosen blocks are quantized in the base model, and stand in float beside it: their base weights "
                 "are no entries of a state dict. Load the base model afresh."
             )
         reshard(self.model)
@@ -128,14 +128,14 @@ class SurgicalModel(PeftHooks):
             SurgicalError: an unknown name, not one for each row, or a model in train mode or merged.
         """
         if self.training:  # again, for who puts `training` back without a call of `train`, as Lightning does
-            mend_checkpointing(seen_through(self.model))
+            skip_frozen_prefix(unwrap_module(self.model))
         if adapter_names is None:
             return _NO_HOOKS
         if "__base__" in adapter_names:
             self.check_base_kept()
         check_rows(self.model, list(self.peft_config), adapter_names, [*args, *kwargs.values()])
         paths = dict.fromkeys(path for config in self.peft_config.values() for path in config.tuned_modules or ())
-        return rows_by_adapter(seen_through(self.model), adapter_names, num_beams or 1, paths)
+        return rows_by_adapter(unwrap_module(self.model), adapter_names, num_beams or 1, paths)
 
     def _unload_and_optionally_merge(
         self,
@@ -158,9 +158,9 @@ class SurgicalModel(PeftHooks):
         in_float = [layer.get_base_layer() for layer in layers if layer.merged]
         for layer in layers:
             layer.give_back()
-        unpack(seen_through(self.model), in_float)
+        unpack(unwrap_module(self.model), in_float)
         model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
-        bare_model = seen_through(model)
+        bare_model = unwrap_module(model)
         note_float_layers(bare_model)
         restore_checkpointing(bare_model)
         restore_requires_grad(bare_model, self._requires_grad or {})
@@ -199,10 +199,10 @@ class SurgicalModel(PeftHooks):
     def train(self, mode: bool = True) -> SurgicalModel:
         """Set train mode; frozen dropout and statistics stay in eval mode, unless `frozen_eval=False` was said."""
         super().train(mode)
-        (mend_checkpointing if mode else pause_mending)(seen_through(self.model))
+        (skip_frozen_prefix if mode else pause_prefix_skipping)(unwrap_module(self.model))
         active = [self.peft_config[name] for name in self.active_adapters if name in self.peft_config]
         if mode and active and all(config.frozen_eval for config in active):
-            modules = dict(walk(self.model))
+            modules = dict(named_bare_modules(self.model))
             # of a parameter that no module has to itself, only that module is tuned, not what else is in it
             whole = {
                 path

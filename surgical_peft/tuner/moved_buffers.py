@@ -1,4 +1,4 @@
-"""Buffers that training changes, such as the statistics of BatchNorm: which an adapter holds, and which have moved."""
+"""Buffers that training changes, such as BatchNorm statistics: those an adapter holds, and those that have moved."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from collections.abc import Collection
 from torch import nn
 
 from ..blocks.module_lists import join
-from ..blocks.unwrap import walk
+from ..blocks.unwrap import named_bare_modules
+from ..errors import first_of
 from .config import SurgicalConfig
 from .eval_mode import reads_training
 from .layer import base_tensors
@@ -16,37 +17,37 @@ from .loading.fingerprint import differ_in_dtype, fingerprint
 from .quantization import is_packed
 from .tensors.tuned_tensors import TensorMap
 
-_SHOWN = 5
-
 
 def moving_buffers(model: nn.Module, chosen: Collection[str]) -> dict[str, set[str]]:
-    """Modules outside of what is tuned whose saved buffers move where frozen blocks are in train mode.
+    """Modules outside the tuned ones whose saved buffers move where frozen blocks are in train mode.
 
-    That is every module that behaves otherwise in training and has such buffers: batch and instance normalisation,
-    spectral normalisation, a moving average of the user's. Packed layers, whose weights are buffers, are none.
+    That is every module that behaves otherwise in training and has such buffers: batch and instance normalization,
+    spectral normalization, a moving average of the user's. Packed layers, whose weights are buffers, are none.
     """
     tensors = TensorMap.find(model)
     return {
         path: set()
-        for path, module in walk(model)
-        if (own := _own_buffers(tensors, path, module))
-        and not own <= set(chosen)
+        for path, module in named_bare_modules(model)
+        if (names := _own_buffers(tensors, path, module))
+        and not names <= set(chosen)
         and reads_training(module)
-        and not any(is_packed(tensors.places[name][0].tensor) and tensors.places[name][0].tensor.dim() for name in own)
+        and not any(
+            is_packed(tensors.places[name][0].tensor) and tensors.places[name][0].tensor.dim() for name in names
+        )
     }
 
 
 def _own_buffers(tensors: TensorMap, path: str, module: nn.Module) -> set[str]:
-    return {tensors.first[name] for own in module._buffers if (name := join(path, own)) in tensors.first}
+    return {tensors.first[name] for buffer in module._buffers if (name := join(path, buffer)) in tensors.first}
 
 
 def note_buffers(model: nn.Module, config: SurgicalConfig, chosen: Collection[str]) -> None:
-    """Remember in `config`, which does not save it, the values of the buffers that are not the adapter's."""
+    """Store in `config`, unsaved, digests of the buffers that are not the adapter's."""
     config.buffers = {name: digest for name, digest in _digests(model).items() if name not in chosen}
 
 
 def warn_of_moved_buffers(model: nn.Module, config: SurgicalConfig) -> None:
-    """To be called when the adapter of `config` is saved.
+    """Warn of moved buffers when the adapter of `config` is saved.
 
     Warns:
         UserWarning: buffers of the base have moved since it was wrapped, as its own do not hold.
@@ -56,7 +57,7 @@ def warn_of_moved_buffers(model: nn.Module, config: SurgicalConfig) -> None:
     moved = [name for name in before if now[name] != before[name] and not differ_in_dtype(now[name], before[name])]
     if moved:
         warnings.warn(
-            f"{', '.join(moved[:_SHOWN])}{', ...' if len(moved) > _SHOWN else ''}: changed since the model was "
+            f"{first_of(moved)}: changed since the model was "
             "wrapped, and not saved with the adapter, so that it answers otherwise where it is loaded again. What "
             "training moves in frozen blocks is saved with frozen_eval=False; what moves in any mode, with its block "
             "in blocks. Else keep the frozen blocks in eval mode, as train() of the wrapped model itself does.",

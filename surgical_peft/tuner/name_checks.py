@@ -40,8 +40,8 @@ def check_names(field: str, value: Any) -> None:
                 f"{error}. For names that end so give a list: {field}=[{value!r}]."
             ) from error
     elif isinstance(value, list):
-        for each in value:
-            _check_name(field, each)
+        for name in value:
+            _check_name(field, name)
     elif value is not None:
         raise SurgicalError(f"{field}={value!r} is a {type(value).__name__}: give a string or a list of strings.")
 

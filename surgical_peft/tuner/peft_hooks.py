@@ -13,14 +13,14 @@ from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
 from torch import nn
 
-from ..blocks.unwrap import seen_through
-from .attach import Plan, attach, plan_for, requires_grad_by_name
+from ..blocks.unwrap import unwrap_module
+from .attach import AdapterPlan, attach, plan_adapter, requires_grad_by_name
 from .config import SurgicalConfig
-from .gradient_checkpointing import mend_checkpointing
+from .gradient_checkpointing import skip_frozen_prefix
 from .layer import SurgicalLayer
 from .loading.adapter_weights import adapter_weights, load_weights
 from .loading.compatibility import check_fit, names_today, prepare_loading, recorded
-from .loading.new_weights import newly_initialised, note_new_weights
+from .loading.new_weights import newly_initialized, note_new_weights
 from .loading.same_base import check_base
 from .lora import check_lora, inject_lora
 from .moved_buffers import note_buffers
@@ -36,7 +36,7 @@ class PeftHooks(BaseTuner):
     prefix = "surgical_"
     tuner_layer_cls = SurgicalLayer
     target_module_mapping: ClassVar[dict[str, list[str]]] = {}
-    _plan: Plan | None = None  # what the adapter that is being injected will have
+    _plan: AdapterPlan | None = None  # what the adapter that is being injected will have
     _requires_grad: dict[str, bool] | None = None  # before the first adapter came
 
     def __init__(
@@ -72,12 +72,12 @@ class PeftHooks(BaseTuner):
                     del self.peft_config[name]
             raise
 
-    def _look_before_wrapping(self, peft_config: SurgicalConfig, model: nn.Module) -> Plan:
+    def _look_before_wrapping(self, peft_config: SurgicalConfig, model: nn.Module) -> AdapterPlan:
         check_adapter_names(model, self.peft_config, peft_config)
         saved = prepare_loading(model, peft_config)
         today = None if saved is None else names_today(model, saved)
         own = None if today is None else recorded(model, peft_config, today)
-        new = newly_initialised(model)
+        new = newly_initialized(model)
         targets = modules_to_tune(model, peft_config)
         moving = not peft_config.frozen_eval or (self._for_others_to_train and not self._empty)
         every = with_modules_besides(model, peft_config, targets, new, moving, own)
@@ -85,7 +85,7 @@ class PeftHooks(BaseTuner):
             check_lora(model, peft_config, every)
         if saved is not None:
             check_fit(model, peft_config, every, saved)
-        plan = plan_for(model, peft_config, every)
+        plan = plan_adapter(model, peft_config, every)
         configs = [config for config in self.peft_config.values() if isinstance(config, SurgicalConfig)]
         strict = any(config.strict_base for config in configs)
         chosen = TensorMap.find(model).chosen(every)
@@ -110,7 +110,7 @@ class PeftHooks(BaseTuner):
         `state_dict` is not needed: PEFT finds the modules by it where a config does not say them, ours always does.
         """
         self._adapter, self._empty = adapter_name, low_cpu_mem_usage
-        model = seen_through(model)  # torch.compile's wrapper, for one: our paths begin in the model that it holds
+        model = unwrap_module(model)  # torch.compile's wrapper, for one: our paths begin in the model that it holds
         if self._requires_grad is None:
             self._requires_grad = requires_grad_by_name(model)
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
@@ -124,7 +124,7 @@ class PeftHooks(BaseTuner):
         self._renew_modes()  # the model may be in train mode already
 
     def _post_injection_hook(self, model: nn.Module, config: SurgicalConfig, adapter_name: str) -> None:
-        mend_checkpointing(seen_through(model))
+        skip_frozen_prefix(unwrap_module(model))
 
     def _check_target_module_exists(self, peft_config: SurgicalConfig, key: str) -> bool | _ExcludedModule:
         assert self._plan is not None
@@ -145,7 +145,7 @@ class PeftHooks(BaseTuner):
             return
         config = self.peft_config[self._adapter]
         like = next((n for n, other in self.peft_config.items() if other is config and n != self._adapter), BASE)
-        attach(seen_through(self.model), plan, config, self._adapter, like, self._empty)
+        attach(unwrap_module(self.model), plan, config, self._adapter, like, self._empty)
 
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
         ours = [
@@ -159,7 +159,7 @@ class PeftHooks(BaseTuner):
             tensor.requires_grad_(requires_grad)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        pass  # a block upcast to float32 inside a bfloat16 model could not take its neighbour's output
+        pass  # a block upcast to float32 inside a bfloat16 model could not take its neighbor's output
 
     @classmethod
     def _get_adapter_state_dict(
@@ -170,9 +170,9 @@ class PeftHooks(BaseTuner):
         state_dict: dict[str, torch.Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, torch.Tensor]:
-        found = adapter_weights(model, config, adapter_name, state_dict)
+        weights = adapter_weights(model, config, adapter_name, state_dict)
         lora = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        return {**found, **lora}
+        return {**weights, **lora}
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -188,5 +188,5 @@ class PeftHooks(BaseTuner):
         return key  # our keys carry none, and a module may be called as the adapter is
 
     def layers(self) -> Iterator[SurgicalLayer]:
-        """What holds the parked tensors, in the order of the modules."""
+        """The layers that hold the parked tensors, in the order of the modules."""
         return (module for module in self.model.modules() if isinstance(module, SurgicalLayer))

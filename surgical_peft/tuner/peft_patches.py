@@ -1,4 +1,4 @@
-"""Where PEFT itself is changed: functions of it that would be silently wrong on a model of ours.
+"""Patches of PEFT: functions that would be silently wrong on a model of ours.
 
 Each is replaced by one that asks whether the model is ours, and calls PEFT's own otherwise.
 """

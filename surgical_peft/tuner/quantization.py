@@ -1,4 +1,4 @@
-"""Chosen modules of a quantised base become float: packed weights cannot be trained."""
+"""Chosen modules of a quantized base become float: packed weights cannot be trained."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from ..blocks.unwrap import PARKED, walk
+from ..blocks.unwrap import PARKED, named_bare_modules
 from ..errors import SurgicalError
 from .tensors.slots import BASE
 from .tensors.tuned_tensors import put
@@ -24,14 +24,14 @@ WAS_PACKED = "surgical_was_packed"  # an attribute of float layers that stand wh
 
 
 def is_packed(parameter: Tensor) -> bool:
-    """Whether this is a quantised weight: an integer, a float of 8 bits, or of a class of a library that quantises."""
+    """True for a quantized weight: an integer, a float of 8 bits, or of a class of a library that quantizes."""
     number = parameter.is_floating_point() or parameter.is_complex()
     wide = number and parameter.dtype.itemsize > 1
     return not wide or type(parameter).__module__.startswith(("bitsandbytes.", "torchao."))
 
 
 class FloatLinear(nn.Linear):
-    """Stands in for a quantised linear layer: trains its dequantised weight, and runs the packed one for the base.
+    """Stands in for a quantized linear layer: trains its dequantized weight, and runs the packed one for the base.
 
     Where the float model has a `Conv1D`, as GPT-2 does, the weight is turned as it is there, so that a saved adapter
     is the same file for both.
@@ -53,9 +53,9 @@ class FloatLinear(nn.Linear):
         self.refill()
 
     def values(self) -> dict[str, Tensor]:
-        """The dequantised weight, and the bias."""
+        """The dequantized weight, and the bias."""
         packed, dtype = self.__dict__["packed"], self.weight.dtype
-        weight = _dequantised(packed)
+        weight = _dequantized(packed)
         assert weight is not None  # `packed_layers` has looked
         found = {"weight": (weight.T if self.is_turned else weight).to(dtype, copy=True).contiguous()}
         if packed.bias is not None:
@@ -63,7 +63,7 @@ class FloatLinear(nn.Linear):
         return found
 
     def refill(self) -> None:
-        """Take the values of the packed layer."""
+        """Copy the values of the packed layer."""
         for name, values in self.values().items():
             put(self, name, nn.Parameter(values))
 
@@ -84,7 +84,7 @@ class FloatLinear(nn.Linear):
         return self.__dict__["lent"]
 
     def train(self, mode: bool = True) -> FloatLinear:
-        """The packed layer is in the same mode: bitsandbytes asks for it."""
+        """As torch's, with the packed layer in the same mode: bitsandbytes reads it."""
         self.__dict__["packed"].train(mode)
         self.__dict__["lent"] = None
         super().train(mode)
@@ -127,7 +127,7 @@ def _share_hooks(source: nn.Module, made: nn.Module) -> None:
 
 
 def packed_layers(model: nn.Module, paths: Iterable[str], names: Collection[str]) -> dict[str, torch.dtype]:
-    """The quantised linear layers whose weights are among `names`, and the dtype that each is to have in float.
+    """The quantized linear layers whose weights are among `names`, and the dtype that each is to have in float.
 
     That is the dtype of the other parameters in the largest modules around them, which are at `paths`, or of those in
     the model: it is that of the activations.
@@ -135,7 +135,7 @@ def packed_layers(model: nn.Module, paths: Iterable[str], names: Collection[str]
     Raises:
         SurgicalError: packed weights of another kind, or integers that are none.
     """
-    modules = dict(walk(model))
+    modules = dict(named_bare_modules(model))
     found: dict[str, torch.dtype] = {}
     for path in paths:
         weights = _weights(modules[path], path)
@@ -143,7 +143,7 @@ def packed_layers(model: nn.Module, paths: Iterable[str], names: Collection[str]
         for name, (module, parameter) in weights.items():
             home = name.rpartition(".")[0]
             if name in names and is_packed(parameter) and home not in found:
-                weight = _dequantised(module) if isinstance(module, nn.Linear) else None
+                weight = _dequantized(module) if isinstance(module, nn.Linear) else None
                 of_torch = type(parameter) in (Tensor, nn.Parameter) and parameter.dtype.itemsize > 1
                 if weight is None and (of_torch or parameter.dtype == torch.bool):
                     raise SurgicalError(
@@ -152,8 +152,8 @@ def packed_layers(model: nn.Module, paths: Iterable[str], names: Collection[str]
                     )
                 if weight is None:
                     raise SurgicalError(
-                        f"{name} is packed ({type(parameter).__name__}, {parameter.dtype}) and cannot be dequantised: "
-                        "choose other blocks, or load the model with these modules left out of the quantisation."
+                        f"{name} is packed ({type(parameter).__name__}, {parameter.dtype}) and cannot be dequantized: "
+                        "choose other blocks, or load the model with these modules left out of the quantization."
                     )
                 found[home] = plain[0] if plain else weight.dtype
     return found
@@ -162,7 +162,7 @@ def packed_layers(model: nn.Module, paths: Iterable[str], names: Collection[str]
 def _weights(module: nn.Module, path: str) -> dict[str, tuple[nn.Module, nn.Parameter]]:
     return {
         f"{name}.{own}": (owner, parameter)
-        for name, owner in walk(module, path)
+        for name, owner in named_bare_modules(module, path)
         for own, parameter in owner._parameters.items()
         if parameter is not None
     }
@@ -172,10 +172,10 @@ def _float_dtypes(weights: Mapping[str, tuple[nn.Module, nn.Parameter]]) -> list
     return [p.dtype for _, p in weights.values() if not is_packed(p) and p.is_floating_point()]
 
 
-def _dequantised(packed: nn.Linear) -> Tensor | None:
+def _dequantized(packed: nn.Linear) -> Tensor | None:
     weight: Any = packed.weight
     if getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False):
-        return _dequantised_in_cpu_order(weight)
+        return _dequantized_in_cpu_order(weight)
     # PEFT sets the weight of what it is given to another one, which lacks the scales of an 8-bit layer that has run,
     # and is lost inside accelerate's init_empty_weights
     layer: Any = SimpleNamespace(weight=weight, state=getattr(packed, "state", None))
@@ -183,7 +183,7 @@ def _dequantised(packed: nn.Linear) -> Tensor | None:
     return None if found is weight else found.detach()
 
 
-def _dequantised_in_cpu_order(weight: Any) -> Tensor:
+def _dequantized_in_cpu_order(weight: Any) -> Tensor:
     # bitsandbytes puts 4-bit weights into another order at the first pass in eval mode on CPUs with bfloat16
     # arithmetic. PEFT would read them in the usual one, and what bitsandbytes itself turns back (0.50) has its scales
     # in the wrong places.
@@ -203,14 +203,14 @@ def unpack(model: nn.Module, in_float: Collection[nn.Module]) -> None:
 
 
 def unpack_idle(model: nn.Module) -> None:
-    """Put the packed layers back that no adapter stands in for any more."""
+    """Restore the packed layers that no adapter replaces any more."""
     for path, module in list(model.named_modules()):
         if isinstance(module, FloatLinear) and PARKED not in module._modules:
             model.set_submodule(path, module.__dict__["packed"])
 
 
 def note_float_layers(model: nn.Module) -> None:
-    """Let the model's own quantisation record, if it has one, name the layers that were packed and are float now.
+    """Let the model's own quantization record, if it has one, name the layers that were packed and are float now.
 
     `from_pretrained` reads it, of what `save_pretrained` has written.
 
@@ -227,7 +227,7 @@ def note_float_layers(model: nn.Module) -> None:
     field = "llm_int8_skip_modules" if method == "bitsandbytes" else "modules_to_not_convert"
     if field not in fields and method not in ("bitsandbytes", "torchao"):
         warnings.warn(
-            f"the quantisation record of the model ({type(record).__name__}) cannot say which layers are float now: "
+            f"the quantization record of the model ({type(record).__name__}) cannot say which layers are float now: "
             f"{', '.join(unpacked[:3])}{', ...' if len(unpacked) > 3 else ''}. The model runs, but from_pretrained "
             "cannot load what its save_pretrained writes: keep the adapter's files, and merge after loading.",
             stacklevel=2,

@@ -1,4 +1,4 @@
-"""Makes PEFT know the method: done once, when the package is imported.
+"""Registers the method with PEFT, once, when the package is imported.
 
 `peft.utils.register_peft_method` only takes members of PEFT's own closed enum, so the mappings are written directly,
 under a key of our own enum. They are looked up by the string in `adapter_config.json`, to which that key is equal.

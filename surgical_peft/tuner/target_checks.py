@@ -1,4 +1,4 @@
-"""What is refused about a choice of modules before anything is changed."""
+"""Checks of a choice of modules, before anything is changed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
 from ..blocks.module_lists import within
-from ..blocks.unwrap import PARKED, walk
+from ..blocks.unwrap import PARKED, named_bare_modules
 from ..errors import SurgicalError
 from ..scoring.offload import lent_weights
 from .config import SurgicalConfig
@@ -20,7 +20,7 @@ from .tensors.tuned_tensors import TensorMap, put
 
 
 def check_adapter_names(model: nn.Module, adapters: dict[str, SurgicalConfig], new: SurgicalConfig) -> None:
-    """Refuse what PEFT would only find out by losing weights.
+    """Refuse adapter names by which PEFT would lose weights.
 
     Raises:
         SurgicalError: the model is wrapped already, or, with several adapters, one has the name of a module.
@@ -40,7 +40,9 @@ def check_adapter_names(model: nn.Module, adapters: dict[str, SurgicalConfig], n
                 f"adapter {name!r} cannot stand beside {', '.join(n for n in adapters if n != name)}: "
                 "keep_base='none' trains in place, which leaves no base for a second one. Use 'device' or 'cpu'."
             )
-        parts = {part for path, module in walk(model) for part in [*path.split("."), *module._parameters]}
+        parts = {
+            part for path, module in named_bare_modules(model) for part in [*path.split("."), *module._parameters]
+        }
         for clash in [other for other in adapters if other in parts]:
             raise SurgicalError(
                 f"adapter name {clash!r} is also the name of a module or weight: PEFT saves one of several adapters "
@@ -104,10 +106,10 @@ def check_exchangeable(model: nn.Module, tensors: TensorMap, chosen: Iterable[st
 
 def check_at_hand(model: nn.Module, names: list[str]) -> None:
     """Refuse weights that accelerate keeps elsewhere."""
-    for each in lent_weights(model):
-        if each.name in names or each.path in names:
+    for weight in lent_weights(model):
+        if weight.name in names or weight.path in names:
             raise SurgicalError(
-                f"{each.name} is offloaded by accelerate, so there is no weight to train in its place: load the "
+                f"{weight.name} is offloaded by accelerate, so there is no weight to train in its place: load the "
                 "model with a device_map that keeps the chosen blocks on a device (the others may be offloaded), or "
                 "wrap it before cpu_offload."
             )

@@ -1,4 +1,4 @@
-"""Which modules a config asks to tune in a model, and all that is refused before anything is changed."""
+"""Resolves a config to the modules to tune in a model; refuses misfits before anything is changed."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from torch import nn
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from ..blocks.block_map import BlockMap
+from ..blocks.given_layers import adapter_configs, as_paths
 from ..blocks.module_lists import within
-from ..blocks.unwrap import walk
+from ..blocks.unwrap import named_bare_modules
 from ..errors import SurgicalError
 from .config import Choice, SurgicalConfig
 from .config import Targets as Asked
@@ -29,8 +30,32 @@ PARTS = ("all-norm", "all-bias")
 _WITHOUT_FORWARD = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
 
-def modules_to_tune(model: nn.Module, config: SurgicalConfig) -> dict[str, set[str] | None]:
-    """Which modules `config` asks to tune in `model`, by path; settles `config.blocks` to the final block names.
+def block_map_for(model: nn.Module, config: SurgicalConfig) -> BlockMap:
+    """The map that `config.blocks` is of: by `config.layers`, by those of an adapter in the model, or as it is found.
+
+    Raises:
+        SurgicalError: no layers, or others than those of an adapter in the model.
+    """
+    blocks = BlockMap.from_layers(model, config.layers) if config.layers else BlockMap.find(model)
+    for name, other in adapter_configs(model).items():
+        if other is config or not isinstance(other, SurgicalConfig) or other.blocks is None:
+            continue
+        if as_paths(other.layers) != blocks.layer_paths:
+            raise SurgicalError(
+                f"layers={config.layers!r} cannot join adapter {name!r}, whose blocks are of layers={other.layers!r}: "
+                "the blocks of a model are the same for all its adapters. Give both the same layers, or unload the "
+                "other one."
+            )
+    return blocks
+
+
+def modules_to_tune(
+    model: nn.Module, config: SurgicalConfig, blocks: BlockMap | None = None
+) -> dict[str, set[str] | None]:
+    """Modules that `config` asks to tune in `model`, by path; settles `config.blocks` and `layers` to what they mean.
+
+    Args:
+        blocks: the `block_map_for` of both, where it is known.
 
     Returns:
         for each path the names of the parameters in it that are tuned; None for all of them.
@@ -55,7 +80,7 @@ def modules_to_tune(model: nn.Module, config: SurgicalConfig) -> dict[str, set[s
         assert not isinstance(config.target_modules, dict | None)
         targets = _chosen(model, config, config.target_modules, None, "the model")
     else:
-        blocks = BlockMap.find(model)
+        blocks = blocks or block_map_for(model, config)
         names = blocks.parse(config.blocks)
         for group, choice in _choices(blocks, names, config.target_modules):
             inside = [path for name in group for path in blocks.modules[name]]
@@ -73,8 +98,8 @@ def modules_to_tune(model: nn.Module, config: SurgicalConfig) -> dict[str, set[s
     check_at_hand(model, list(chosen))
     to_save = _still_to_save(model, config, [path for path in targets if path])
     check_exchangeable(model, tensors, chosen, config)
-    if config.blocks is not None:
-        config.blocks = list(names)
+    if blocks is not None:
+        config.blocks, config.layers = list(names), config.layers or list(blocks.layer_paths) or None
     config.modules_to_save = to_save or None
     config.tuned_modules = {path: None if tuned is None else sorted(tuned) for path, tuned in targets.items()}
     return targets
@@ -88,14 +113,14 @@ def with_modules_besides(
     moving: bool,
     saved: Collection[str] | None = None,
 ) -> Targets:
-    """All that belongs to the adapter: the modules that were asked for and others; notes it in `config.tuned_modules`.
+    """All modules of the adapter, those asked for and others; records them in `config.tuned_modules`.
 
     The others are the layers of a new head that PEFT does not know by their names, what else is new beside it, and the
     buffers of frozen modules that move in training.
 
     Args:
         targets: from `modules_to_tune`, which has settled `config`.
-        new: names of the weights that are newly initialised.
+        new: names of the weights that are newly initialized.
         moving: whether frozen modules are in train mode, too.
         saved: of a saved adapter, today's names of the weights that it says are its own. The others are not asked of
             it, and neither the base nor who trains it on decides what it holds.
@@ -104,7 +129,7 @@ def with_modules_besides(
     found: dict[str, Collection[str] | None]
     found = {} if saved is not None else {**_rest_of_new_head(model, config, targets, tensors)}
     chosen = tensors.chosen(united(targets, found))
-    heads = heads_of(config, (path for path, _ in walk(model)))
+    heads = heads_of(config, (path for path, _ in named_bare_modules(model)))
     others = [name for name in (new if saved is None else saved) if name not in chosen and not within(name, heads)]
     if saved is not None:
         found = _by_module(tensors, others)
@@ -129,13 +154,13 @@ def _choices(blocks: BlockMap, names: tuple[str, ...], target_modules: Asked) ->
     if not isinstance(target_modules, dict):
         return [(names, target_modules or "all")]
     groups = [(blocks.parse(key), choice) for key, choice in target_modules.items()]
-    said = [name for group, _ in groups for name in group]
-    for name in said:
-        if said.count(name) > 1 or name not in names:
-            reason = "is there twice" if said.count(name) > 1 else f"is not among blocks={list(names)}"
+    keys = [name for group, _ in groups for name in group]
+    for name in keys:
+        if keys.count(name) > 1 or name not in names:
+            reason = "is there twice" if keys.count(name) > 1 else f"is not among blocks={list(names)}"
             raise SurgicalError(f"target_modules={target_modules!r}: block {name!r} {reason}. Say each block once.")
     for name in names:
-        if name not in said:
+        if name not in keys:
             raise SurgicalError(
                 f"target_modules={target_modules!r} says nothing about block {name!r}, which is among blocks="
                 f"{list(names)}: add {name!r}: 'all', or leave blocks out; the keys are the blocks then."
@@ -155,12 +180,12 @@ def _chosen(
     everything = choice == "all" and inside is not None
     targets = _outermost(model, config, ".*" if parts or everything else choice, inside)
     if everything or parts == "all-bias":
-        modules = dict(walk(model))
+        modules = dict(named_bare_modules(model))
         for path in [path for path in inside or () if path not in modules]:  # a parameter that no module has to itself
             parent, _, name = path.rpartition(".")
             _add(targets, parent, {name})
     if parts:
-        modules = dict(walk(model))
+        modules = dict(named_bare_modules(model))
         asked = {path: _parameters_of(modules[path], parts, names) for path, names in targets.items()}
         targets = {path: names for path, names in asked.items() if names}
     if not targets:
@@ -172,9 +197,9 @@ def _chosen(
 
 
 def _parameters_of(module: nn.Module, parts: str, among: set[str] | None) -> set[str]:
-    """Names of the biases, or of the parameters of normalisation layers (known by class), in `module`."""
+    """Names of the biases, or of the parameters of normalization layers (known by class), in `module`."""
     found: set[str] = set()
-    for path, child in walk(module):
+    for path, child in named_bare_modules(module):
         for name, _ in child.named_parameters(recurse=False):
             if name.endswith("bias") if parts == "all-bias" else "norm" in type(child).__name__.lower():
                 found.add(f"{path}.{name}" if path else name)
@@ -188,7 +213,7 @@ def _outermost(
     asked = SurgicalConfig(target_modules=choice, exclude_modules=config.exclude_modules, task_type=config.task_type)
     if isinstance(asked.target_modules, str) and asked.target_modules.lower() == "all-linear":
         _maybe_include_all_linear_layers(asked, model)
-    verdicts = {path: check_target_module_exists(asked, path) for path, _ in walk(model)}
+    verdicts = {path: check_target_module_exists(asked, path) for path, _ in named_bare_modules(model)}
     excluded = [path for path, verdict in verdicts.items() if isinstance(verdict, _ExcludedModule)]
     if config.exclude_modules and not excluded:
         raise SurgicalError(
@@ -196,7 +221,7 @@ def _outermost(
         )
     found: list[str] = []
     apart: dict[str, set[str] | None] = {}
-    for path, module in walk(model):
+    for path, module in named_bare_modules(model):
         if not path or within(path, found + excluded) or not (verdicts[path] or within(path, apart)):
             continue
         if (inside is not None and not within(path, inside)) or not any(True for _ in module.parameters()):
@@ -212,7 +237,9 @@ def _still_to_save(model: nn.Module, config: SurgicalConfig, targets: list[str])
     """`modules_to_save` without what is tuned anyway (PEFT adds the head of a SEQ_CLS model by itself)."""
     rest: list[str] = []
     for name in dict.fromkeys(config.modules_to_save or []):  # PEFT adds the same ones at every load
-        matches = [path for path, _ in walk(model) if path.endswith(name)]  # PEFT's rule: no dot is needed
+        matches = [
+            path for path, _ in named_bare_modules(model) if path.endswith(name)
+        ]  # PEFT's rule: no dot is needed
         others = [path for path in matches if path not in targets]
         overlap = [path for path in others if within(path, targets) or any(within(t, [path]) for t in targets)]
         if overlap or 0 < len(others) < len(matches):
@@ -234,7 +261,7 @@ def _still_to_save(model: nn.Module, config: SurgicalConfig, targets: list[str])
 def _rest_of_new_head(
     model: nn.Module, config: SurgicalConfig, targets: Targets, tensors: TensorMap
 ) -> dict[str, set[str] | None]:
-    """What a model has beside the body that it shares with other tasks, and PEFT does not save by its name.
+    """Modules beside the body that a model shares with other tasks, which PEFT does not save by name.
 
     DeBERTa's pooler, for one: it is as new as the classifier behind it, and random in every process.
     """
@@ -254,6 +281,10 @@ def _by_module(tensors: TensorMap, names: Collection[str]) -> dict[str, Collecti
 
 
 def _some_names(model: nn.Module, inside: list[str] | None) -> str:
-    paths = [p for p, _ in walk(model) if p and (inside is None or any(p.startswith(home + ".") for home in inside))]
+    paths = [
+        p
+        for p, _ in named_bare_modules(model)
+        if p and (inside is None or any(p.startswith(home + ".") for home in inside))
+    ]
     ends = dict.fromkeys(path.rpartition(".")[2] for path in paths)
     return ", ".join([name for name in ends if not name.isdigit()][:30]) or "none"

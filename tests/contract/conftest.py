@@ -9,10 +9,9 @@ import torch
 from peft import get_peft_model
 
 from surgical_peft import SurgicalConfig
-
-from ..families import FAMILIES
-from ..toys import Toy
-from .wrapping import Saved, base_logits, logits, no_warnings, nudge
+from tests.support.families import FAMILIES
+from tests.support.toys import Toy
+from tests.support.wrapping import Saved, base_logits, logits, no_warnings, nudge
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -15,8 +15,7 @@ from surgical_peft.experiments import tasks
 from surgical_peft.experiments.recipe.recipe import Recipe
 from surgical_peft.experiments.tasks import load_task
 from surgical_peft.experiments.training.train import fit, score
-
-from ..toy_tasks import SIZES, TOY_TASKS
+from tests.support.toy_tasks import SIZES, TOY_TASKS
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 BLOCKS = {"seq2seq": ["decoder.1"]}

@@ -11,11 +11,10 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from surgical_peft import SurgicalConfig
-
-from ..families import FAMILIES
-from ..plain import PLAIN
-from ..toys import Toy
-from .wrapping import logits, nudge, same
+from tests.support.families import FAMILIES
+from tests.support.plain import PLAIN
+from tests.support.toys import Toy
+from tests.support.wrapping import logits, nudge, same
 
 EVERY = FAMILIES | PLAIN
 
@@ -38,8 +37,13 @@ def objects(model: nn.Module) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("keep_base", ["device", "cpu", "none"])
-def test_wrapping_replaces_nothing(anyone: Toy, keep_base: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "keep_base"),
+    [(name, "device") for name in EVERY]
+    + [(name, kept) for kept in ("cpu", "none") for name in ("t5", "resnet", "lone")],
+)
+def test_wrapping_replaces_nothing(name: str, keep_base: str) -> None:
+    anyone = EVERY[name]
     base = anyone.model()
     before, expected = objects(base), logits(base, anyone.batch())
     model = wrapped(anyone, base, keep_base=keep_base)
@@ -65,6 +69,7 @@ def test_unloading_gives_the_very_objects_back(anyone: Toy) -> None:
     nudge(model, seed=1)
     again = model.unload()
     assert again is base and objects(again).keys() == before.keys()
+    assert not hasattr(base, "peft_config")
     assert all(objects(again)[name] is each for name, each in before.items())
     assert all(torch.equal(tensor, values[name]) for name, tensor in again.state_dict().items())
     assert [parameter.requires_grad for parameter in again.parameters()] == flags

@@ -12,9 +12,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, pipeline
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil  # the one without torchvision
 
-from ..families import FAMILIES
-from ..toys import VOCABULARY
-from .wrapping import Saved
+from tests.support.families import FAMILIES
+from tests.support.toys import VOCABULARY
+from tests.support.wrapping import Saved
 
 # transformers 5 has no pipeline for T5's text to text; Whisper's wants Whisper's own tokenizer with its timestamps.
 NONE = ("t5", "whisper")

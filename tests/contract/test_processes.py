@@ -8,6 +8,7 @@ import pickle
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,28 +16,14 @@ from peft import get_peft_model
 
 import surgical_peft
 from surgical_peft import SurgicalConfig
+from tests.support.toys import TOYS
 
-from ..toys import TOYS
-
-LOADS = """
-import json, sys
-import torch
-from peft import PeftModel
-from transformers import ViTForImageClassification
-import surgical_peft
-
-base = ViTForImageClassification.from_pretrained(sys.argv[1] + "/base")
-model = PeftModel.from_pretrained(base, sys.argv[1] + "/adapter", adapter_name="other")
-batch, logits = torch.load(sys.argv[1] + "/answer.pt")
-with torch.no_grad():
-    print(json.dumps({"equal": torch.equal(model(**batch).logits, logits), "adapters": list(model.peft_config)}))
-"""
-
-WITHOUT_IMPORT = """
+SCRIPT = """
 import json, pickle, sys
 from pathlib import Path
-from peft import PeftConfig
-from transformers import AutoModelForImageClassification
+import torch
+from peft import PeftConfig, PeftModel
+from transformers import AutoModelForImageClassification, ViTForImageClassification
 
 result = {}
 for name, load in {
@@ -51,6 +38,14 @@ assert "surgical_peft" not in sys.modules
 config = pickle.loads(Path(sys.argv[1], "config.pickle").read_bytes())  # imports us, which registers the method
 result["unpickled"] = [type(config).__module__, config.blocks, str(config.peft_type.value)]
 result["after"] = type(PeftConfig.from_pretrained(sys.argv[1] + "/adapter")).__name__
+
+import surgical_peft
+
+base = ViTForImageClassification.from_pretrained(sys.argv[1] + "/base")
+model = PeftModel.from_pretrained(base, sys.argv[1] + "/adapter", adapter_name="other")
+batch, logits = torch.load(sys.argv[1] + "/answer.pt")
+with torch.no_grad():
+    result |= {"equal": torch.equal(model(**batch).logits, logits), "adapters": list(model.peft_config)}
 print(json.dumps(result))
 """
 
@@ -70,22 +65,23 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def run(script: str, directory: Path) -> dict:
+@pytest.fixture(scope="module")
+def result(directory: Path) -> dict[str, Any]:
+    """What a fresh process finds."""
     root = Path(surgical_peft.__file__).parents[1]
     environment = {**os.environ, "PYTHONPATH": str(root)}
     done = subprocess.run(
-        [sys.executable, "-c", script, str(directory)], capture_output=True, text=True, env=environment, check=False
+        [sys.executable, "-c", SCRIPT, str(directory)], capture_output=True, text=True, env=environment, check=False
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_a_fresh_process_loads_the_adapter_under_another_name(directory: Path) -> None:
-    assert run(LOADS, directory) == {"equal": True, "adapters": ["other"]}
-
-
-def test_without_our_import_peft_does_not_know_the_method_until_a_config_is_unpickled(directory: Path) -> None:
-    result = run(WITHOUT_IMPORT, directory)
+def test_without_our_import_peft_does_not_know_the_method_until_a_config_is_unpickled(result: dict[str, Any]) -> None:
     assert result["peft"] == result["transformers"] == "KeyError('SURGICAL')"
     assert result["unpickled"] == ["surgical_peft.tuner.config", ["0", "head"], "SURGICAL"]
     assert result["after"] == "SurgicalConfig"
+
+
+def test_it_loads_the_adapter_under_another_name(result: dict[str, Any]) -> None:
+    assert result["equal"] and result["adapters"] == ["other"]

@@ -25,9 +25,8 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 
 from surgical_peft import SurgicalConfig, SurgicalError
 from surgical_peft.tuner.tensors.slots import BASE
-
-from ..toys import TOYS, Toy
-from .wrapping import (
+from tests.support.toys import TOYS, Toy
+from tests.support.wrapping import (
     AUTO_CLASSES,
     Saved,
     adapted,
@@ -60,12 +59,9 @@ def test_the_file_is_the_one_that_stock_peft_would_write(family: Toy, tmp_path: 
     assert all(torch.equal(mine[key], theirs[key]) for key in mine)
 
 
-def test_saved_keys_are_the_names_of_the_base_model(saved: Saved) -> None:
+def test_the_file_holds_the_tuned_weights_under_the_names_of_the_base_model(saved: Saved) -> None:
     names = {f"base_model.model.{name}" for name in saved.family.model().state_dict()}
     assert set(weights(saved.adapter)) <= names
-
-
-def test_the_file_holds_little_more_than_the_tuned_weights(saved: Saved) -> None:
     tuned = sum(tensor.nbytes for tensor in weights(saved.adapter).values())
     assert (saved.adapter / "adapter_model.safetensors").stat().st_size <= 1.001 * tuned + 8_000
 
@@ -144,6 +140,7 @@ def one_process() -> Iterator[None]:
 def test_names_under_fsdp_are_those_of_the_plain_model(saved: Saved, one_process: None) -> None:
     """Saving only: PEFT 0.21 puts no adapter back into a model that FSDP has wrapped already, LoRA neither."""
     model = PeftModel.from_pretrained(saved.family.model(), saved.adapter, is_trainable=True)
+    assert trainable(model) == trainable(wrap(saved.family))
     plain = get_peft_model_state_dict(model)
     scalars = [parameter for parameter in model.parameters() if parameter.ndim == 0]  # FSDP takes none: CLIP's scale
     sharded = FullyShardedDataParallel(
@@ -163,11 +160,10 @@ def test_names_under_fsdp_are_those_of_the_plain_model(saved: Saved, one_process
 # loading
 
 
-@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
-def test_loads_under_another_name(saved: Saved, low_cpu_mem_usage: bool) -> None:
+def test_loads_with_low_cpu_mem_usage_under_another_name(saved: Saved) -> None:
     with no_warnings():
         model = PeftModel.from_pretrained(
-            saved.family.model(), saved.adapter, adapter_name="other", low_cpu_mem_usage=low_cpu_mem_usage
+            saved.family.model(), saved.adapter, adapter_name="other", low_cpu_mem_usage=True
         )
     assert same(logits(model, saved.family.batch()), saved.tuned_logits)
     assert trainable(model) == []
@@ -182,12 +178,13 @@ def test_loads_under_names_that_parts_of_the_model_have(saved: Saved, tmp_path: 
             model = PeftModel.from_pretrained(saved.family.model(), saved.adapter, adapter_name=name)
         model.save_pretrained(tmp_path, selected_adapters=[name])
 
+        assert trainable(model) == []
         assert same(logits(model, saved.family.batch()), saved.tuned_logits)
         again = weights(tmp_path / name)
         assert list(again) == list(expected)
         assert all(torch.equal(again[key], expected[key]) for key in expected)
 
-    with pytest.raises(SurgicalError, match="also the name of a module or weight"):  # PEFT could not save one of two
+    with pytest.raises(SurgicalError, match="name of a module"):  # PEFT could not save one of two
         model.load_adapter(saved.adapter, adapter_name=path[0])
     assert list(model.peft_config) == [name]
 
@@ -215,11 +212,6 @@ def test_adapters_whose_names_hold_one_anothers_are_kept_apart(family: Toy, tmp_
     assert len({len(get_peft_model_state_dict(model, adapter_name=name)) for name in NAMES}) == 1
 
 
-def test_loads_trainable(saved: Saved) -> None:
-    model = PeftModel.from_pretrained(saved.family.model(), saved.adapter, is_trainable=True)
-    assert trainable(model) == trainable(wrap(saved.family))
-
-
 def test_a_second_adapter_loads_without_a_missing_or_unexpected_key(saved: Saved) -> None:
     model = wrap(saved.family, blocks=[saved.family.last])
     before = trainable(model)
@@ -233,14 +225,9 @@ def test_a_second_adapter_loads_without_a_missing_or_unexpected_key(saved: Saved
     assert same(logits(model, saved.family.batch()), saved.tuned_logits)
 
 
-def test_auto_model_loads_the_adapter_directory(saved: Saved) -> None:
-    model = AUTO_CLASSES[saved.family.name].from_pretrained(saved.adapter)
-    assert same(logits(model, saved.family.batch()), saved.tuned_logits)
-
-
-def test_auto_peft_model_loads_the_adapter_directory(saved: Saved) -> None:
-    model = AutoPeftModel.from_pretrained(saved.adapter)
-    assert same(logits(model, saved.family.batch()), saved.tuned_logits)
+def test_auto_classes_load_the_adapter_directory(saved: Saved) -> None:
+    for auto in (AUTO_CLASSES[saved.family.name], AutoPeftModel):
+        assert same(logits(auto.from_pretrained(saved.adapter), saved.family.batch()), saved.tuned_logits)
 
 
 def test_transformers_loads_switches_and_disables_the_adapter(saved: Saved) -> None:
@@ -263,14 +250,11 @@ def test_transformers_loads_switches_and_disables_the_adapter(saved: Saved) -> N
 
     base.delete_adapter(["again", "other"])
     assert same(logits(base, batch), saved.base_logits)
-
-
-# With such a name transformers lists base weights as missing in its report, for any method; the model is right.
-def test_transformers_loads_under_a_name_that_parts_of_the_model_have(saved: Saved) -> None:
+    # With names that parts of the model have, transformers reports base weights as missing, for any method.
     for name in ("0", "bias"):
-        base = saved.family.model()
         base.load_adapter(saved.adapter, adapter_name=name)
-        assert same(logits(base, saved.family.batch()), saved.tuned_logits)
+        assert same(logits(base, batch), saved.tuned_logits)
+        base.delete_adapter(name)
 
 
 def test_transformers_adds_and_saves_the_adapter(family: Toy, tmp_path: Path) -> None:
@@ -299,9 +283,9 @@ def test_an_adapter_for_another_architecture_is_refused(tmp_path: Path) -> None:
     wrap(TOYS["vit"]).save_pretrained(tmp_path / "vit")
     with pytest.raises(SurgicalError, match=r"which stack.*decoder\[0\]"):
         PeftModel.from_pretrained(TOYS["t5"].model(), tmp_path / "bert")
-    with pytest.raises(SurgicalError, match="'11' does not exist: BertForSequenceClassification has 3"):
+    with pytest.raises(SurgicalError, match=r"'11'.*BertForSequenceClassification"):
         PeftModel.from_pretrained(TOYS["bert"].model(), tmp_path / "vit")
-    with pytest.raises(SurgicalError, match=r"does not fit ViTForImageClassification: it lacks .*vit\.layers\.0"):
+    with pytest.raises(SurgicalError, match=r"ViTForImageClassification.*vit\.layers\.0"):
         PeftModel.from_pretrained(TOYS["vit"].model(), tmp_path / "bert")
 
 
@@ -310,5 +294,5 @@ def test_an_adapter_of_other_shapes_is_refused(tmp_path: Path) -> None:
     wrap(bert).save_pretrained(tmp_path)
     config = copy.deepcopy(bert.model().config)
     config.intermediate_size *= 2
-    with pytest.raises(SurgicalError, match="model of another size"):
+    with pytest.raises(SurgicalError, match="size"):
         PeftModel.from_pretrained(type(bert.model())(config), tmp_path)

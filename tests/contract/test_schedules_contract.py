@@ -29,14 +29,12 @@ from surgical_peft import SurgicalCallback, SurgicalError, create_surgical_optim
 from surgical_peft.optim.history import History
 from surgical_peft.policies import Stage
 from surgical_peft.policies.policy import Policy
-
-from ..plain import Net, Plain
-from .test_policies_contract import MAKERS
+from tests.contract.test_policies_contract import MAKERS
+from tests.support.plain import Net, Plain
 
 STEPS, STEPS_AN_EPOCH = 9, 4
 TOY = Plain("linear", lambda: Net(*[nn.Linear(8, 8) for _ in range(3)]), (), "0", "2")
 Sets = list[dict[str, float]]
-every_policy = pytest.mark.parametrize("name", MAKERS)
 BY_EPOCH: dict[str, Callable[[], Policy]] = {
     "gradual_unfreezing": policies.gradual_unfreezing,
     "lp_ft": lambda: policies.lp_ft(epochs=1),
@@ -75,6 +73,9 @@ class Stream(IterableDataset):
 
 
 DATA: dict[str, Callable[[], Any]] = {"table": Table, "stream": Stream}
+every_policy = pytest.mark.parametrize(
+    ("name", "kind"), [(name, kind) for name in MAKERS for kind in DATA if kind == "table" or name in policies.__all__]
+)
 
 
 @dataclass
@@ -193,7 +194,6 @@ def references(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Sets]:
 
 
 @every_policy
-@pytest.mark.parametrize("kind", DATA)
 def test_a_trainer_that_is_interrupted_or_runs_again_starts_anew(
     name: str, kind: str, references: dict[str, Sets], tmp_path: Path
 ) -> None:
@@ -220,7 +220,6 @@ def test_a_trainer_that_is_interrupted_or_runs_again_starts_anew(
 
 
 @every_policy
-@pytest.mark.parametrize("kind", DATA)
 def test_a_loop_of_ones_own_leaves_nothing_behind(
     name: str, kind: str, references: dict[str, Sets], tmp_path: Path
 ) -> None:

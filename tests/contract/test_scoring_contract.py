@@ -10,9 +10,8 @@ from peft import get_peft_model
 from torch import Tensor, nn
 
 from surgical_peft import SurgicalConfig, SurgicalError, create_surgical_optimizer, score_blocks
-
-from ..families import FAMILIES
-from ..toys import Batch, Toy
+from tests.support.families import FAMILIES
+from tests.support.toys import Batch, Toy
 
 
 def tensors_alive() -> int:

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from surgical_peft import SurgicalError, criteria, score_blocks, top_k
 from surgical_peft.criteria.criterion import needs_of
-
-from ..toys import TOYS, Batch, Toy
+from tests.support.toys import TOYS, Batch, Toy
 
 
 def batches(toy: Toy, count: int = 4) -> list[Batch]:
@@ -19,10 +18,12 @@ def batches(toy: Toy, count: int = 4) -> list[Batch]:
 
 
 WITH_DATA = [name for name in criteria.__all__ if needs_of(getattr(criteria, name)).batches]
+KINDS = ["rgn", "fisher", "probe"]  # one that sees gradients, one their moments, one the model
 
 
-@pytest.mark.parametrize("name", WITH_DATA)
-@pytest.mark.parametrize("granularity", ["module", "tensor"])
+@pytest.mark.parametrize(
+    ("name", "granularity"), [*((name, "tensor") for name in WITH_DATA), *((name, "module") for name in KINDS)]
+)
 def test_nothing_can_be_told_behind_a_head_of_zeros(name: str, granularity: str) -> None:
     model = TOYS["bert"].model()
     for parameter in model.classifier.parameters():
@@ -44,8 +45,9 @@ def test_a_block_that_the_loss_never_reaches_has_no_score(name: str) -> None:
         top_k(scores, 5)
 
 
-@pytest.mark.parametrize("name", WITH_DATA)
-@pytest.mark.parametrize("own_loss", [True, False])
+@pytest.mark.parametrize(
+    ("name", "own_loss"), [*((name, True) for name in WITH_DATA), *((name, False) for name in KINDS)]
+)
 def test_labels_that_are_all_ignored_are_refused(name: str, own_loss: bool) -> None:
     toy = TOYS["llama"]
     data = batches(toy)
@@ -133,8 +135,10 @@ class Packed(nn.Module):
         return self.scale(x @ self.weight.to(x.dtype)).tanh()
 
 
-@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
-@pytest.mark.parametrize("name", criteria.__all__)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [*((name, torch.float8_e4m3fn) for name in criteria.__all__), *((name, torch.int8) for name in KINDS)],
+)
 def test_packed_weights_beside_others_are_left_out(name: str, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     model = nn.ModuleDict({"layers": nn.ModuleList(Packed(dtype) for _ in range(3))})
@@ -149,8 +153,9 @@ def test_packed_weights_beside_others_are_left_out(name: str, dtype: torch.dtype
     assert scores.values and not any(layer.weight.requires_grad for layer in model["layers"])
 
 
-@pytest.mark.parametrize("name", criteria.__all__)
-@pytest.mark.parametrize("part", ["all", "some"])
+@pytest.mark.parametrize(
+    ("name", "part"), [*((name, "some") for name in criteria.__all__), *((name, "all") for name in KINDS)]
+)
 def test_weights_on_the_meta_device_are_refused(name: str, part: str) -> None:
     model = TOYS["bert"].model()
     (model if part == "all" else model.bert.encoder.layer[1]).to("meta")

@@ -1,4 +1,4 @@
-"""What a criterion of the whole model works with: short trainings that leave the model as it was."""
+"""The context of a criterion of the whole model: losses, and short trainings that leave the model as it was."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .frozen_prefix import Prefix
 
 
 @dataclass(frozen=True)
-class Trial:
+class ScoringContext:
     """The model as a whole-model criterion gets it: in eval mode, on its device, with all weights trainable.
 
     16-bit weights are trained through 32-bit masters: steps of Adam are smaller than what 16 bits can tell apart.
@@ -27,11 +27,11 @@ class Trial:
         units: for each unit its weights by their names in the bare model.
         blocks: the block that each unit belongs to.
         layers: the repeated layers of the model.
-        batches: labelled batches, on the model's device.
+        batches: labeled batches, on the model's device.
         loss_fn: `(model, batch) -> scalar loss`.
         budget: counts what `loss` and the backward pass after it cost.
-        agreed: gives all processes the numbers of the first: what is trained next hangs on them, and trained weights
-            may differ in the last bit between machines.
+        agreed: broadcasts the numbers of the first process: the next step depends on them, and trained weights may
+            differ in the last bit between machines.
     """
 
     model: nn.Module
@@ -44,13 +44,13 @@ class Trial:
     budget: Budget = field(default_factory=Budget)
     prefix: Prefix = field(init=False)
     _masters: list[tuple[nn.Parameter, nn.Parameter]] = field(init=False, default_factory=list)
-    known: dict[str, Any] = field(init=False, default_factory=dict)  # what need not be computed twice
+    known: dict[str, Any] = field(init=False, default_factory=dict)  # results that several criteria use
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "prefix", Prefix(self.model, self.layers))
 
     def loss(self, at: int) -> Tensor:
-        """Loss of the batch `at`; what runs before the weights in training comes from memory where that is exact."""
+        """Loss of the batch `at`; layers before the weights in training are not run where their outputs are known."""
         step, forward = self.known.get("costs in training", (GRADIENTS, FORWARD))
         self.budget.spend(step if torch.is_grad_enabled() else forward)
         with self.prefix.of(at):
@@ -65,9 +65,9 @@ class Trial:
         return 1 - len(skipped) / len(self.layers) if self.layers else 1.0
 
     def costs(self, *names: str) -> tuple[float, float]:
-        """What a training step of these units alone costs, and a forward pass, in training steps of all of them.
+        """Cost of a training step of these units alone, and of a forward pass, in training steps of the whole model.
 
-        Once `loss` was called; before, the layers that lie before the units are not known to need no run.
+        Call `loss` first: without it, the layers that lie before the units count as run.
         """
         weights = [weight for name in names for weight in self.units[name].values()]
         skipped = self.prefix.before(weights)
@@ -75,21 +75,21 @@ class Trial:
         saved = sum(weight.numel() for layer in skipped for weight in layer.parameters()) / size
         # All that is no layer is taken for one more: where the model is small, calls cost more than numbers.
         run = 1 - min(saved, len(skipped) / (len(self.layers) + 1))
-        own = sum(weight.numel() for weight in weights) / size
-        return (1 - FORWARD) * run + FORWARD * own, FORWARD * run
+        tuned = sum(weight.numel() for weight in weights) / size
+        return (1 - FORWARD) * run + FORWARD * tuned, FORWARD * run
 
     def cost(self, *names: str, passes: int = 1) -> float:
-        """What it costs to train these units through all batches `passes` times, and then to read the losses."""
+        """Cost of training these units through all batches `passes` times and reading the losses afterwards."""
         step, forward = self.costs(*names)
         return len(self.batches) * (passes * step + forward)
 
     def keep(self, count: int) -> None:
-        """Go on with the first `count` batches alone."""
+        """Keep the first `count` batches only."""
         del self.batches[count:]
 
     @contextmanager
     def only(self, count: int) -> Iterator[None]:
-        """There are no more than `count` batches inside."""
+        """Keep the first `count` batches only, inside."""
         rest = self.batches[count:]
         self.keep(count)
         try:
@@ -107,7 +107,7 @@ class Trial:
     def training(self, *names: str) -> Iterator[dict[str, list[nn.Parameter]]]:
         """Only these units are trainable inside; afterwards their weights are as before, bit for bit.
 
-        Given are the weights of each to step on: its own, of 16-bit ones float32 masters.
+        Yields for each unit the weights to step on: its own, or float32 masters of 16-bit ones.
         """
         reshard(self.model)
         chosen = {name: list(self.units[name].values()) for name in names}
@@ -189,6 +189,6 @@ class Trial:
                 if not loss.isfinite():
                     raise not_finite("loss", "batch", ats[step % len(ats)])
             with torch.no_grad():
-                found = {name: measure(before[name], unit) for name, unit in units.items()}
-        tell_unreached([name for name, value in found.items() if not value], found)
-        return {name: value for name, value in found.items() if value}
+                values = {name: measure(before[name], unit) for name, unit in units.items()}
+        tell_unreached([name for name, value in values.items() if not value], values)
+        return {name: value for name, value in values.items() if value}

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 class Prefix:
-    """Remembers what the repeated layers returned and lets those be skipped that nothing in training can change.
+    """Caches the outputs of the repeated layers and skips the layers that no weight in training can change.
 
     A layer is skipped if it had returned before the first module that holds a weight in training was called: then no
     such weight has a part in its output, whatever the architecture. Layers called more than once, or that return other
@@ -45,15 +45,15 @@ class Prefix:
         elif at in self.outputs:
             yield
         else:
-            found: dict[nn.Module, Any] = {}
+            outputs: dict[nn.Module, Any] = {}
             hooks = [module.register_forward_pre_hook(self._call) for module in self.model.modules()]
-            hooks += [layer.register_forward_hook(partial(self._return, found)) for layer in self.layers]
+            hooks += [layer.register_forward_hook(partial(self._return, outputs)) for layer in self.layers]
             try:
                 yield
             finally:
                 for hook in hooks:
                     hook.remove()
-            self.outputs[at] = found
+            self.outputs[at] = outputs
 
     @contextmanager
     def skipping(self, weights: Sequence[nn.Parameter]) -> Iterator[None]:
@@ -75,16 +75,16 @@ class Prefix:
     def _call(self, module: nn.Module, args: Any) -> None:
         self.called.setdefault(module, len(self.called) + len(self.returned))
 
-    def _return(self, found: dict[nn.Module, Any], layer: nn.Module, args: Any, output: Any) -> None:
-        if layer in found or not _is_plain(output):
+    def _return(self, outputs: dict[nn.Module, Any], layer: nn.Module, args: Any, output: Any) -> None:
+        if layer in outputs or not _is_plain(output):
             self.unfit.add(layer)
-        found[layer] = _kept(output)
+        outputs[layer] = _kept(output)
         self.returned.setdefault(layer, len(self.called) + len(self.returned))
 
 
 @contextmanager
 def answering(answers: dict[nn.Module, Any]) -> Iterator[None]:
-    """Modules that return what is given, inside, instead of running."""
+    """Inside, these modules return the given outputs instead of running."""
     before = {module: module.__dict__.get("forward") for module in answers}
     for module, answer in answers.items():
         module.__dict__["forward"] = partial(_answer, answer)
@@ -104,11 +104,11 @@ def _answer(answer: Any, *args: Any, **kwargs: Any) -> Any:
 
 def _is_plain(output: Any) -> bool:
     if type(output) in (tuple, list):
-        return all(_is_plain(each) for each in output)
+        return all(_is_plain(part) for part in output)
     return output is None or isinstance(output, Tensor)
 
 
 def _kept(output: Any) -> Any:
     if type(output) in (tuple, list):
-        return type(output)(_kept(each) for each in output)
+        return type(output)(_kept(part) for part in output)
     return output.detach().clone() if isinstance(output, Tensor) else output  # some models go on in place

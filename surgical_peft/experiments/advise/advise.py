@@ -1,43 +1,39 @@
-"""`surgical-peft advise`: which way of tuning suits a recipe's data, by short trainings, or that none of ours does."""
+"""`surgical-peft advise`: recommends a way of tuning for a recipe's data after short trainings, surgical or not."""
 
 from __future__ import annotations
 
 import copy
 import json
 import math
-import os
-import platform
 import random
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from datetime import date
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ...atomic_files import check_replaceable, whole_folder
 from ...auto import CRITERION
-from ...blocks.block_map import BlockMap
 from ...errors import SurgicalError
+from ...rendering import progress_bar
 from ...scoring.selection import Selection
 from ..compare.comparison import Comparison
-from ..compare.methods import Setting
+from ..compare.methods import MethodContext
 from ..recipe.recipe import Recipe
 from ..tasks import Examples, load_task
-from ..training.report import PACKAGES
-from ..training.runner import Workbench
+from ..training.provenance import machine, today, versions
+from ..training.runner import RecipeRunner
 from ..training.train import loader
+from .advice import Advice, CostReport, Recommendation, ScoreReport
 from .report import markdown, plot, sentences
-from .rows import lines_of, plain, row_of, twin_of
+from .rows import lines_of, row_of, signature_report, twin_of
 from .shift_signature import EXAMPLES, FEWEST, Batches, Signature, signature
-from .successive_halving import ROUNDS, Judge, Probe, Rival, decide, halve, ordered
+from .successive_halving import ROUNDS, Candidate, ShortTraining, ValidationJudge, decide, halve, ordered
 
 CANDIDATES = ("nothing", "full", "layer_decay", "head", "first", "middle", "last", "auto")
 _MOST_RATES = 3
@@ -47,8 +43,8 @@ _BATCH = 64  # of the signature
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What advice costs.
+class CostEstimate:
+    """The cost of advice.
 
     Attributes:
         trainings: short ones, at most.
@@ -64,8 +60,8 @@ class Plan:
     seconds: float
 
 
-def plan(recipe: Recipe) -> Plan:
-    """What advice on a recipe would cost; trains a few steps to tell the time, and keeps nothing.
+def plan(recipe: Recipe) -> CostEstimate:
+    """Estimate the cost of advice on a recipe; trains a few steps to tell the time, and keeps nothing.
 
     Raises:
         SurgicalError: as `advise`.
@@ -74,13 +70,13 @@ def plan(recipe: Recipe) -> Plan:
         >>> plan(load_recipe("recipes/fashion_mnist_noise.yaml")).trainings
         24
     """
-    what = _comparison(recipe)
-    bench = Workbench(what.recipe)
-    Judge(bench)  # says so if there is too little to judge by
-    return _plan(what, bench)
+    comparison = _comparison(recipe)
+    runner = RecipeRunner(comparison.recipe)
+    ValidationJudge(runner)  # says so if there is too little to judge by
+    return _plan(comparison, runner)
 
 
-def advise(recipe: Recipe, output: str | Path | None = None, *, console: Console | None = None) -> dict[str, Any]:
+def advise(recipe: Recipe, output: str | Path | None = None, *, console: Console | None = None) -> Advice:
     """Try a few ways of tuning for a few steps each, and say which one to use, with the evidence.
 
     Every candidate that fits the model is trained for a quarter of the recipe's steps at several rates, the best three
@@ -98,159 +94,194 @@ def advise(recipe: Recipe, output: str | Path | None = None, *, console: Console
         console: where to show progress; default is the terminal.
 
     Returns:
-        The advice, as `advice.json` holds it.
+        The advice; `advice.json` holds it.
 
     Raises:
         SurgicalError: data, splits or rates that are missing or do not fit, before any training; no training gave a
             number.
 
     Example:
-        >>> advise(load_recipe("recipes/fashion_mnist_label_map.yaml"))["recommended"]["lines"]
+        >>> advise(load_recipe("recipes/fashion_mnist_label_map.yaml")).recommended.lines
         {'blocks': ['head'], 'learning_rate': 0.01}
     """
     began = time.perf_counter()
-    what = _comparison(recipe)
+    comparison = _comparison(recipe)
     folder = Path(str(output or recipe.arguments().output_dir)) / "advice"
     check_replaceable(folder, _TEXT)
     source = None
     if recipe.source_data is not None:
-        source = load_task(what.source_recipe(0), ("test",)).splits["test"]
-    bench = Workbench(what.recipe)
-    judge, cost = Judge(bench), _plan(what, bench)
-    with _progress(console or Console(), cost) as advance:
-        found = _signature(bench, source)
-        rivals, unfit = _rivals(what, bench)
-        nothing = _untouched(rivals["nothing"], bench, judge)
-        trained = [rival for rival in rivals.values() if rival.method.is_trained and not twin_of(rival, rivals)]
-        halve(trained, lambda rival: what.grid(rival.method.title), bench, what.recipe, judge, done=advance)
-    finalists = [rival for rival in trained if rival.best.share == ROUNDS[-1].share]
-    if not recipe.new_head:  # which nobody has trained
-        finalists.insert(0, nothing)
-    chosen, tied = decide(finalists, judge)
-    if math.isnan(chosen.best.metric):
-        raise SurgicalError(f"no training gave a number for {bench.task.metric}: lower the rates, {what.rates}.")
-    best = max(tied, key=lambda rival: ordered(rival.best.metric))
-    rows = [row_of(rival, rivals, finalists, best, judge) for rival in rivals.values()]
-    scores = rivals["auto"].selection.record.get("scores", {}) if "auto" in rivals else {}
-    advice: dict[str, Any] = {
-        "date": date.today().isoformat(),
-        "versions": {name: version(name) for name in PACKAGES},
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "recipe": recipe.keys(),
-        "metric": bench.task.metric,
-        "validation_examples": len(bench.examples["validation"]),
-        "share": ROUNDS[-1].share,
-        "surgery": chosen.method.choose is not None,
-        "recommended": {
-            "method": chosen.name,
-            "title": chosen.method.title,
-            "blocks": list(chosen.selection.blocks),
-            "tuned_parameters": chosen.tuned,
-            "all_parameters": sum(weight.numel() for weight in bench.model.parameters()),
-            "lines": lines_of(chosen, recipe),
-        },
-        "tied": [rival.name for rival in tied],
-        "all_tied": len(tied) == len(finalists),
-        "unfit": unfit,
-        "methods": rows,
-        "scores": {"criterion": CRITERION, "values": scores},
-        "signature": plain(found),
-        "cost": {
-            "trainings": sum(len(rival.probes) for rival in trained),
-            "planned": cost.full_trainings,
-            "full_trainings": (time.perf_counter() - began) / cost.seconds_each,
-            "seconds_each": cost.seconds_each,
-            "seconds": round(time.perf_counter() - began, 1),
-        },
-    }
-    advice["sentences"] = sentences(advice)
+        source = load_task(comparison.source_recipe(0), ("test",)).splits["test"]
+    runner = RecipeRunner(comparison.recipe)
+    trial = _Trial(comparison, runner, ValidationJudge(runner), _plan(comparison, runner))
+    with _progress(console or Console(), trial.cost) as advance:
+        signature = _signature(runner, source)
+        trial.train(advance)
+    advice = trial.advice(recipe, signature, began)
     with whole_folder(folder, _TEXT) as temporary:
-        (temporary / "advice.json").write_text(json.dumps(advice, indent=2) + "\n", encoding="utf-8")
+        (temporary / "advice.json").write_text(json.dumps(advice.to_json(), indent=2) + "\n", encoding="utf-8")
         (temporary / _TEXT).write_text(markdown(advice), encoding="utf-8")
         plot(advice, temporary / "signature.png")
     return advice
+
+
+class _Trial:
+    """The candidates, their short trainings, and the one to recommend."""
+
+    def __init__(
+        self, comparison: Comparison, runner: RecipeRunner, judge: ValidationJudge, cost: CostEstimate
+    ) -> None:
+        self.comparison, self.runner, self.judge, self.cost = comparison, runner, judge, cost
+
+    def train(self, advance: Callable[[], None]) -> None:
+        """Train the candidates, the better ones longer; `advance` is called after each training."""
+        comparison, runner, judge = self.comparison, self.runner, self.judge
+        self.candidates, self.unfit = _candidates(comparison, runner)
+        _measure_untrained(self.candidates["nothing"], runner, judge)
+        self.trained = [
+            candidate
+            for candidate in self.candidates.values()
+            if candidate.method.is_trained and not twin_of(candidate, self.candidates)
+        ]
+
+        def rates(candidate: Candidate) -> Sequence[float]:
+            return comparison.grid(candidate.method.title)
+
+        halve(self.trained, rates, runner, comparison.recipe, judge, done=advance)
+
+    def advice(self, recipe: Recipe, signature: Signature, began: float) -> Advice:
+        """The advice that follows from the trainings.
+
+        Raises:
+            SurgicalError: none of them gave a number.
+        """
+        runner, judge, candidates = self.runner, self.judge, self.candidates
+        finalists = [candidate for candidate in self.trained if candidate.best.share == ROUNDS[-1].share]
+        if not recipe.new_head:  # which nobody has trained
+            finalists.insert(0, candidates["nothing"])
+        chosen, tied = decide(finalists, judge)
+        if math.isnan(chosen.best.metric):
+            rates = self.comparison.rates
+            raise SurgicalError(f"no training gave a number for {runner.task.metric}: lower the rates, {rates}.")
+        best = max(tied, key=lambda candidate: ordered(candidate.best.metric))
+        scores = candidates["auto"].selection.record.get("scores", {}) if "auto" in candidates else {}
+        seconds = time.perf_counter() - began
+        advice = Advice(
+            date=today(),
+            versions=versions(),
+            machine=machine(),
+            recipe=recipe.keys(),
+            metric=runner.task.metric,
+            validation_examples=len(runner.examples["validation"]),
+            share=ROUNDS[-1].share,
+            surgery=chosen.method.choose is not None,
+            recommended=self._recommendation(chosen, recipe),
+            tied=[candidate.name for candidate in tied],
+            all_tied=len(tied) == len(finalists),
+            unfit=self.unfit,
+            methods=[row_of(candidate, candidates, finalists, best, judge) for candidate in candidates.values()],
+            scores=ScoreReport(CRITERION, scores),
+            signature=signature_report(signature),
+            cost=CostReport(
+                trainings=sum(len(candidate.probes) for candidate in self.trained),
+                planned=self.cost.full_trainings,
+                full_trainings=seconds / self.cost.seconds_each,
+                seconds_each=self.cost.seconds_each,
+                seconds=round(seconds, 1),
+            ),
+        )
+        return replace(advice, sentences=sentences(advice))
+
+    def _recommendation(self, chosen: Candidate, recipe: Recipe) -> Recommendation:
+        return Recommendation(
+            method=chosen.name,
+            title=chosen.method.title,
+            blocks=list(chosen.selection.blocks),
+            tuned_parameters=chosen.tuned,
+            all_parameters=sum(weight.numel() for weight in self.runner.model.parameters()),
+            lines=lines_of(chosen, recipe),
+        )
 
 
 def _comparison(recipe: Recipe) -> Comparison:
     """The candidates, on the recipe's own model, data and seed."""
     rates = sorted(map(float, recipe.rates or ()))
     if not rates:
-        own = recipe.arguments().learning_rate
-        rates = [float(f"{own * factor:.3g}") for factor in (1 / 3, 1, 3)]
+        middle = recipe.arguments().learning_rate
+        rates = [float(f"{middle * factor:.3g}") for factor in (1 / 3, 1, 3)]
     if len(rates) > _MOST_RATES:
         rates = [rates[0], rates[len(rates) // 2], rates[-1]]
     alone: dict[str, Any] = {"sources": None, "seeds": None, "draws": None, "test_data": None}
-    what = Comparison(replace(recipe, methods=list(CANDIDATES), rates=rates, **alone))
+    comparison = Comparison(replace(recipe, methods=list(CANDIDATES), rates=rates, **alone))
     if recipe.source_data is not None:
-        what.source_recipe(0)  # that it does not fit is said now
-    return what
+        comparison.source_recipe(0)  # that it does not fit is said now
+    return comparison
 
 
-def _plan(what: Comparison, bench: Workbench) -> Plan:
-    full = what.methods["full fine-tuning"]
-    each = bench.seconds(lambda model: full.wrap(model, Selection(()), what.recipe))
+def _plan(comparison: Comparison, runner: RecipeRunner) -> CostEstimate:
+    full = comparison.methods["full fine-tuning"]
+    seconds = runner.seconds(lambda model: full.wrap(model, Selection(()), comparison.recipe))
     count, share = 0, _CHOOSING
-    for one in ROUNDS:
-        own = min(one.methods or math.inf, len(CANDIDATES) - 1) * min(one.rates or math.inf, len(what.rates))
-        count, share = count + int(own), share + own * one.share
-    return Plan(count, share, each, share * each)
+    for stage in ROUNDS:
+        methods = min(stage.methods or math.inf, len(CANDIDATES) - 1)
+        trainings = methods * min(stage.rates or math.inf, len(comparison.rates))
+        count, share = count + int(trainings), share + trainings * stage.share
+    return CostEstimate(count, share, seconds, share * seconds)
 
 
-def _signature(bench: Workbench, source: Examples | None) -> Signature:
-    train = bench.examples["train"]
+def _signature(runner: RecipeRunner, source: Examples | None) -> Signature:
+    train = runner.examples["train"]
     size = min(EXAMPLES, len(train), EXAMPLES if source is None else len(source) // 2)
     if size < FEWEST:
         size, source = min(EXAMPLES, len(train)), None
 
     def batches(examples: Any, places: Sequence[int]) -> Batches:
         chunks = [places[start : start + _BATCH] for start in range(0, len(places), _BATCH)]
-        return [bench.task.collate([examples[place] for place in chunk]) for chunk in chunks]
+        return [runner.task.collate([examples[index] for index in chunk]) for chunk in chunks]
 
     halves: tuple[Batches, Batches] | None = None
     if source is not None:
         places = random.Random(0).sample(range(len(source)), 2 * size)
         halves = batches(source, places[:size]), batches(source, places[size:])
     target = batches(train, random.Random(0).sample(range(len(train)), size))
-    return signature(bench.model, target, halves, loader(bench.task, bench.args))
+    return signature(runner.model, target, halves, loader(runner.task, runner.args))
 
 
-def _rivals(what: Comparison, bench: Workbench) -> tuple[dict[str, Rival], dict[str, str]]:
+def _candidates(comparison: Comparison, runner: RecipeRunner) -> tuple[dict[str, Candidate], dict[str, str]]:
     """All candidates by name, with their blocks chosen; and why some do not fit the model, such as a tied head."""
-    found: dict[str, Rival] = {}
+    candidates: dict[str, Candidate] = {}
     unfit: dict[str, str] = {}
-    blocks = BlockMap.find(bench.model)
-    recipe, args = what.recipe, bench.args
+    recipe, args = comparison.recipe, runner.args
     with tempfile.TemporaryDirectory() as folder:
-        setting = Setting(recipe, bench.model, blocks, partial(loader, bench.task, args), args.seed, Path(folder))
-        for name, method in zip(CANDIDATES, what.methods.values(), strict=True):
+        context = MethodContext(
+            recipe, runner.model, runner.blocks, partial(loader, runner.task, args), args.seed, Path(folder)
+        )
+        for name, method in zip(CANDIDATES, comparison.methods.values(), strict=True):
             try:
-                selection = method.choose(setting) if method.choose else Selection(())
-                wrapped = method.wrap(copy.deepcopy(bench.model), selection, recipe)
+                selection = method.choose(context) if method.choose else Selection(())
+                wrapped = method.wrap(copy.deepcopy(runner.model), selection, recipe)
             except SurgicalError as error:
                 if method.choose is None:
                     raise
                 unfit[name] = str(error)
                 continue
             tuned = sum(weight.numel() for weight in wrapped.parameters() if weight.requires_grad)
-            found[name] = Rival(name, method, selection, tuned)
-    return found, unfit
+            candidates[name] = Candidate(name, method, selection, tuned)
+    return candidates, unfit
 
 
-def _untouched(rival: Rival, bench: Workbench, judge: Judge) -> Rival:
+def _measure_untrained(candidate: Candidate, runner: RecipeRunner, judge: ValidationJudge) -> None:
     began = time.perf_counter()
-    groups = judge.read(bench.model)
-    rival.probes.append(Probe(None, 0.0, judge.metric(groups), groups, time.perf_counter() - began))
-    return rival
+    groups = judge.read(runner.model)
+    candidate.probes.append(ShortTraining(None, 0.0, judge.metric(groups), groups, time.perf_counter() - began))
 
 
 @contextmanager
-def _progress(console: Console, cost: Plan) -> Iterator[Any]:
+def _progress(console: Console, cost: CostEstimate) -> Iterator[Any]:
     console.print(
         f"{cost.trainings} short trainings, at most with the steps of {cost.full_trainings:.1f} full fine-tunings of "
         f"{cost.seconds_each:.1f} s; starting and measuring come on top."
     )
-    columns = (TextColumn("{task.description:14}"), BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as bar:
+    with progress_bar(console) as bar:
         task = bar.add_task("train", total=cost.trainings)
         yield lambda: bar.advance(task)
         bar.update(task, completed=cost.trainings)  # also where two candidates are one

@@ -1,17 +1,18 @@
-"""What advice says of each candidate, in plain data."""
+"""The rows of advice: each candidate with what was trained and where it stands."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, asdict, fields
+from dataclasses import asdict, fields
 from typing import Any
 
 from ...atomic_files import finite
 from ...tuner.config import SurgicalConfig
-from ..recipe.recipe import Recipe
+from ..recipe.recipe import Recipe, default_of
+from .advice import CandidateReport, Difference, ProbeReport, SignatureReport
 from .shift_signature import Signature
-from .successive_halving import ROUNDS, Judge, Rival
+from .successive_halving import ROUNDS, Candidate, ValidationJudge
 
 _LINES: Mapping[str, dict[str, Any]] = {  # what a recipe says for those that choose no blocks
     "full": {"blocks": "all"},
@@ -21,71 +22,66 @@ _CHOOSING = ("criterion", "criterion_options", "num_blocks", "target_modules", "
 _TAKEN_BACK = ("policy", "policy_options", *_CHOOSING)
 
 
-def twin_of(rival: Rival, rivals: dict[str, Rival]) -> str | None:
+def twin_of(candidate: Candidate, candidates: dict[str, Candidate]) -> str | None:
     """The name of an earlier candidate that tunes the same blocks."""
-    if rival.method.choose is None:
+    if candidate.method.choose is None:
         return None
-    for name, other in rivals.items():
-        if other is rival:
+    for name, other in candidates.items():
+        if other is candidate:
             return None
-        if other.selection.blocks == rival.selection.blocks:
+        if other.selection.blocks == candidate.selection.blocks:
             return name
     return None
 
 
-def lines_of(rival: Rival, recipe: Recipe) -> dict[str, Any]:
-    """What to write into the recipe to train it, and nothing for the model as it is.
+def lines_of(candidate: Candidate, recipe: Recipe) -> dict[str, Any]:
+    """The lines to write into the recipe to train a candidate, and nothing for the model as it is.
 
     What the recipe says of choosing blocks and of their rates is taken back: the short trainings did without.
     """
-    if rival.best.rate is None:
+    if candidate.best.rate is None:
         return {}
-    if rival.name in _LINES:
-        own = dict(_LINES[rival.name])
+    if candidate.name in _LINES:
+        lines = dict(_LINES[candidate.name])
     else:
-        own = {"blocks": SurgicalConfig.from_selection(rival.selection).blocks}
-    taken_back = {field.name: _default(field) for field in fields(recipe) if field.name in _TAKEN_BACK}
-    given = {name: value for name, value in taken_back.items() if getattr(recipe, name) != value and name not in own}
-    return {**own, **given, "learning_rate": rival.best.rate}
-
-
-def _default(field: Any) -> Any:
-    return field.default_factory() if field.default is MISSING else field.default
+        lines = {"blocks": SurgicalConfig.from_selection(candidate.selection).blocks}
+    for entry in fields(recipe):
+        default = default_of(entry)
+        if entry.name in _TAKEN_BACK and entry.name not in lines and getattr(recipe, entry.name) != default:
+            lines[entry.name] = default
+    return {**lines, "learning_rate": candidate.best.rate}
 
 
 def row_of(
-    rival: Rival, rivals: dict[str, Rival], finalists: Sequence[Rival], best: Rival, judge: Judge
-) -> dict[str, Any]:
-    """A candidate's row: what was trained, and where it stands.
-
-    `to_best` is the paired difference to the best of the finalists, those trained longest or not at all; None for the
-    best one and for those that are none.
-    """
-    probes = [
-        {"rate": p.rate, "share": p.share, "metric": finite(p.metric), "seconds": p.seconds} for p in rival.probes
-    ]
-    last = rival.best if rival in finalists else None
+    candidate: Candidate,
+    candidates: dict[str, Candidate],
+    finalists: Sequence[Candidate],
+    best: Candidate,
+    judge: ValidationJudge,
+) -> CandidateReport:
+    """A candidate's row: what was trained, and where it stands among the `finalists`, of which `best` is the best."""
+    probes = [ProbeReport(p.rate, p.share, finite(p.metric), p.seconds) for p in candidate.probes]
+    last = candidate.best if candidate in finalists else None
     to_best = None
-    if last and rival is not best and math.isfinite(last.metric):
-        error = judge.standard_error(rival.best, best.best)
-        to_best = {"mean": finite(last.metric - best.best.metric), "standard_error": finite(error)}
-    first = [each for each in rival.probes if each.share == ROUNDS[0].share]
-    return {
-        "method": rival.name,
-        "title": rival.method.title,
-        "surgery": rival.method.choose is not None,
-        "same_as": twin_of(rival, rivals),
-        "blocks": list(rival.selection.blocks),
-        "tuned_parameters": rival.tuned,
-        "probes": probes,
-        "rate": rival.best.rate if rival.probes else None,
-        "at_edge": len(first) > 1
-        and rival.best.rate in (min(p.rate or 0 for p in first), max(p.rate or 0 for p in first)),
-        "validation": finite(last.metric) if last else None,
-        "to_best": to_best,
-    }
+    if last and candidate is not best and math.isfinite(last.metric):
+        error = judge.standard_error(candidate.best, best.best)
+        to_best = Difference(last.metric - best.best.metric, finite(error))
+    rates = [probe.rate or 0 for probe in candidate.probes if probe.share == ROUNDS[0].share]
+    return CandidateReport(
+        method=candidate.name,
+        title=candidate.method.title,
+        surgery=candidate.method.choose is not None,
+        same_as=twin_of(candidate, candidates),
+        blocks=list(candidate.selection.blocks),
+        tuned_parameters=candidate.tuned,
+        probes=probes,
+        rate=candidate.best.rate if candidate.probes else None,
+        at_edge=len(rates) > 1 and candidate.best.rate in (min(rates), max(rates)),
+        validation=finite(last.metric) if last else None,
+        to_best=to_best,
+    )
 
 
-def plain(found: Signature) -> dict[str, Any]:
+def signature_report(signature: Signature) -> SignatureReport:
     """A signature with what follows from it."""
-    return {**asdict(found), "moving": list(found.moving), "kind": found.kind}
+    return SignatureReport(**asdict(signature), moving=list(signature.moving), kind=signature.kind)

@@ -23,7 +23,7 @@ Batches = Sequence[dict[str, Tensor]]
 
 @dataclass(frozen=True)
 class Signature:
-    """What a shift does to a model that knows the source alone.
+    """The effect of a shift on a model that knows the source alone.
 
     Attributes:
         gradients: relative gradient norm of each block on the target.
@@ -48,7 +48,7 @@ class Signature:
 
     @property
     def kind(self) -> str | None:
-        """What moved: `input` (from the first block on), `features` (from a later one on), `output` or `nothing`.
+        """The moved part: `input` (from the first block on), `features` (from a later one), `output` or `nothing`.
 
         None without source data. The output moved if features are as on the source, and the loss is high.
         """
@@ -80,11 +80,12 @@ def signature(
         >>> signature(model, noisy, (clean, more_clean)).kind
         'input'
     """
-    features, loss = _features(model, target)
-    gradients = score_blocks(model, trained or target, "rgn").values
+    blocks = BlockMap.find(model)
+    features, loss = _features(model, blocks, target)
+    gradients = score_blocks(model, trained or target, "rgn", blocks=blocks).values
     if source is None:
         return Signature(gradients, loss)
-    (one, first_loss), (other, second_loss) = (_features(model, half) for half in source)
+    (one, first_loss), (other, second_loss) = (_features(model, blocks, half) for half in source)
     names = [name for name in features if name in one and name in other]
     return Signature(
         gradients,
@@ -96,7 +97,7 @@ def signature(
 
 
 def energy_coefficient(one: Tensor, other: Tensor) -> float:
-    """How differently two samples are distributed: 0 (alike) to 1; the scale of the features does not matter.
+    """The energy coefficient of two samples: 0 (distributed alike) to 1; the scale of the features does not matter.
 
     `(2 E|X-Y| - E|X-X'| - E|Y-Y'|) / (2 E|X-Y|)` with Euclidean distances; E is the mean over all pairs, those of a
     point with itself too, so that it is never below 0, and of two small samples of one distribution above it.
@@ -118,16 +119,16 @@ def energy_coefficient(one: Tensor, other: Tensor) -> float:
 
 
 @torch.no_grad()
-def _features(model: nn.Module, batches: Batches) -> tuple[dict[str, Tensor], float]:
-    """What each block returns for each example, its tokens or pixels averaged, and the mean loss."""
-    found: dict[str, list[Tensor]] = {}
+def _features(model: nn.Module, blocks: BlockMap, batches: Batches) -> tuple[dict[str, Tensor], float]:
+    """The output of each block for each example, its tokens or pixels averaged, and the mean loss."""
+    features: dict[str, list[Tensor]] = {}
     batch: dict[str, Tensor] = {}
     latest: dict[str, Tensor] = {}
 
     def reads(name: str) -> Any:
         def read(module: nn.Module, inputs: Any, output: Any) -> None:
             # the mask is of the encoder's tokens
-            pooled = _pooled(output, {} if name.startswith("decoder") else batch, _size(batch))
+            pooled = _pooled(output, {} if blocks.tower_of(name) == "decoder" else batch, _size(batch))
             if pooled is not None:
                 latest[name] = pooled  # of several modules of a block the one that runs last
 
@@ -136,7 +137,7 @@ def _features(model: nn.Module, batches: Batches) -> tuple[dict[str, Tensor], fl
     every = dict(model.named_modules())
     hooks = [
         every[path].register_forward_hook(reads(name))
-        for name, paths in BlockMap.find(model).modules.items()
+        for name, paths in blocks.modules.items()
         for path in paths
         if path in every
     ]
@@ -144,20 +145,20 @@ def _features(model: nn.Module, batches: Batches) -> tuple[dict[str, Tensor], fl
     sizes = list[int]()
     model.eval()
     try:
-        for each in batches:
-            batch = to_device(each, model)
+        for given in batches:
+            batch = to_device(given, model)
             latest.clear()
             losses.append(float(model_loss(model, batch)))
             sizes.append(_size(batch))
             for name, pooled in latest.items():
-                found.setdefault(name, []).append(pooled.float().cpu())
+                features.setdefault(name, []).append(pooled.float().cpu())
     finally:
         for hook in hooks:
             hook.remove()
         for module, mode in modes:
             module.training = mode
     loss = sum(size * loss for size, loss in zip(sizes, losses, strict=True)) / sum(sizes)
-    return {name: torch.cat(parts) for name, parts in found.items() if len(parts) == len(batches)}, loss
+    return {name: torch.cat(parts) for name, parts in features.items() if len(parts) == len(batches)}, loss
 
 
 def _size(batch: Mapping[str, Tensor]) -> int:

@@ -1,4 +1,4 @@
-"""Short trainings of rival methods, the better ones longer; and how much of a difference may be chance."""
+"""Short trainings of candidate methods, the better ones longer; and how much of a difference may be chance."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ...scoring.selection import Selection
 from ..compare.methods import Method
 from ..recipe.recipe import Recipe
 from ..tasks.evaluation import Measure
-from ..training.runner import Workbench
+from ..training.runner import RecipeRunner
 
 GROUPS = 25  # of validation examples, each left out once
 FEWEST = 12  # of them
@@ -44,14 +44,14 @@ ROUNDS = (Round(1 / 4), Round(1 / 2, methods=3, rates=1))
 
 
 @dataclass(frozen=True)
-class Probe:
+class ShortTraining:
     """One short training, or the model as it is, and how good it was on the validation examples.
 
     Attributes:
         rate: its learning rate; None where nothing was trained.
         share: of the recipe's steps.
         metric: of all validation examples.
-        groups: what `Judge` read of each group of them.
+        groups: what `ValidationJudge` read of each group of them.
         seconds: that it took, measuring included.
     """
 
@@ -63,7 +63,7 @@ class Probe:
 
 
 @dataclass
-class Rival:
+class Candidate:
     """A method on trial.
 
     Attributes:
@@ -78,17 +78,17 @@ class Rival:
     method: Method
     selection: Selection
     tuned: int
-    probes: list[Probe] = field(default_factory=list)
+    probes: list[ShortTraining] = field(default_factory=list)
 
     @property
-    def longest(self) -> list[Probe]:
+    def longest(self) -> list[ShortTraining]:
         """Its longest trainings, the best first; of equals the lower rate."""
-        share = max(each.share for each in self.probes)
-        tried = sorted((each for each in self.probes if each.share == share), key=lambda each: each.rate or 0)
-        return sorted(tried, key=lambda each: -ordered(each.metric))
+        share = max(probe.share for probe in self.probes)
+        tried = sorted((probe for probe in self.probes if probe.share == share), key=lambda probe: probe.rate or 0)
+        return sorted(tried, key=lambda probe: -ordered(probe.metric))
 
     @property
-    def best(self) -> Probe:
+    def best(self) -> ShortTraining:
         """The best of its longest trainings."""
         return self.longest[0]
 
@@ -98,19 +98,19 @@ def ordered(metric: float) -> float:
     return -math.inf if math.isnan(metric) else metric
 
 
-class Judge:
+class ValidationJudge:
     """Measures models on the validation examples, and says how much of a difference may be chance.
 
     Args:
-        bench: has the task, whose metric counts, and the examples.
+        runner: has the task, whose metric counts, and the examples.
 
     Raises:
         SurgicalError: there are too few examples to tell chance by.
     """
 
-    def __init__(self, bench: Workbench) -> None:
-        self._measure, self._bench = bench.task.measure, bench
-        size = len(bench.examples["validation"])
+    def __init__(self, runner: RecipeRunner) -> None:
+        self._measure, self._runner = runner.task.measure, runner
+        size = len(runner.examples["validation"])
         if size < FEWEST:
             raise SurgicalError(
                 f"there are {size} validation examples, too few to tell a difference from chance: that takes "
@@ -121,24 +121,24 @@ class Judge:
         self._groups = [sorted(places[start::count]) for start in range(count)]
 
     def read(self, model: nn.Module) -> tuple[Any, ...]:
-        """What the metric is computed from, of each group: predictions and references, or the group's own metric."""
-        measure, part = self._measure, partial(self._bench.part, "validation")
+        """The values that the metric is computed from, by group: predictions and references, or the group's metric."""
+        measure, part = self._measure, partial(self._runner.part, "validation")
         if not isinstance(measure, Measure):
             return tuple(measure(model, part(group)) for group in self._groups)
         measure = replace(measure, compute=_both)
-        every: Any = measure(model, part())  # at once: most of a small measurement is its start
-        if len(every[1]) == len(part()):  # one for each example
-            return tuple(tuple([side[place] for place in group] for side in every) for group in self._groups)
+        everything: Any = measure(model, part())  # at once: most of a small measurement is its start
+        if len(everything[1]) == len(part()):  # one for each example
+            return tuple(tuple([side[index] for index in group] for side in everything) for group in self._groups)
         return tuple(measure(model, part(group)) for group in self._groups)
 
     def metric(self, groups: Sequence[Any]) -> float:
         """The metric of all that was read in these groups."""
         if not isinstance(self._measure, Measure):
             return statistics.fmean(groups)
-        predictions, references = ([each for group in groups for each in group[side]] for side in (0, 1))
+        predictions, references = ([value for group in groups for value in group[side]] for side in (0, 1))
         return self._measure.compute(predictions, references)
 
-    def standard_error(self, one: Probe, other: Probe) -> float:
+    def standard_error(self, one: ShortTraining, other: ShortTraining) -> float:
         """Of the difference between two metrics on the same examples, as it would be on other ones: the jackknife.
 
         Source: Efron and Tibshirani 1993, "An Introduction to the Bootstrap", chapter 11; groups are left out, not
@@ -147,9 +147,9 @@ class Judge:
         count = len(self._groups)
         without = [self._without(one, at) - self._without(other, at) for at in range(count)]
         mean = statistics.fmean(without)
-        return math.sqrt((count - 1) / count * sum((each - mean) ** 2 for each in without))
+        return math.sqrt((count - 1) / count * sum((value - mean) ** 2 for value in without))
 
-    def _without(self, probe: Probe, at: int) -> float:
+    def _without(self, probe: ShortTraining, at: int) -> float:
         return self.metric([*probe.groups[:at], *probe.groups[at + 1 :]])
 
 
@@ -158,20 +158,20 @@ def _both(predictions: list[Any], references: list[Any]) -> Any:
 
 
 def halve(
-    rivals: Sequence[Rival],
-    rates: Callable[[Rival], Sequence[float]],
-    bench: Workbench,
+    candidates: Sequence[Candidate],
+    rates: Callable[[Candidate], Sequence[float]],
+    runner: RecipeRunner,
     recipe: Recipe,
-    judge: Judge,
+    judge: ValidationJudge,
     rounds: Sequence[Round] = ROUNDS,
     done: Callable[[], None] = lambda: None,
 ) -> None:
-    """Train all rivals for a few steps, the better ones for more, and so on; fills their `probes`.
+    """Train all candidates for a few steps, the better ones for more, and so on; fills their `probes`.
 
     Args:
-        rivals: those that train.
+        candidates: those that train.
         rates: of each one's first round.
-        bench: trains.
+        runner: trains.
         recipe: of the trainings.
         judge: measures.
         rounds: what each round trains.
@@ -180,45 +180,47 @@ def halve(
     Source: successive halving, Jamieson and Talwalkar 2016 (arXiv 1502.07943).
     """
     first, *others = rounds
-    for rival in rivals:
-        for rate in rates(rival):
-            rival.probes.append(_probe(rival, rate, first, bench, recipe, judge))
+    for candidate in candidates:
+        for rate in rates(candidate):
+            candidate.probes.append(_probe(candidate, rate, first, runner, recipe, judge))
             done()
-    for each in others:
-        ranked = sorted(rivals, key=lambda rival: -ordered(rival.best.metric))
-        for rival in ranked[: each.methods]:
-            for longer in rival.longest[: each.rates]:
+    for stage in others:
+        ranked = sorted(candidates, key=lambda candidate: -ordered(candidate.best.metric))
+        for candidate in ranked[: stage.methods]:
+            for longer in candidate.longest[: stage.rates]:
                 assert longer.rate is not None
-                rival.probes.append(_probe(rival, longer.rate, each, bench, recipe, judge))
+                candidate.probes.append(_probe(candidate, longer.rate, stage, runner, recipe, judge))
                 done()
 
 
-def _probe(rival: Rival, rate: float, each: Round, bench: Workbench, recipe: Recipe, judge: Judge) -> Probe:
+def _probe(
+    candidate: Candidate, rate: float, stage: Round, runner: RecipeRunner, recipe: Recipe, judge: ValidationJudge
+) -> ShortTraining:
     began = time.perf_counter()
-    steps = max(1, round(each.share * bench.steps()))
-    settings = {**rival.method.training, "learning_rate": rate, "max_steps": steps}
-    policy = rival.method.policy(recipe.arguments(**settings))
-    model, _ = bench.train(partial(_wrap, rival, recipe), policy=policy, **settings)
+    steps = max(1, round(stage.share * runner.steps()))
+    settings = {**candidate.method.training, "learning_rate": rate, "max_steps": steps}
+    policy = candidate.method.policy(recipe.arguments(**settings))
+    model, _ = runner.train(partial(_wrap, candidate, recipe), policy=policy, **settings)
     groups = judge.read(model)
-    return Probe(rate, each.share, judge.metric(groups), groups, time.perf_counter() - began)
+    return ShortTraining(rate, stage.share, judge.metric(groups), groups, time.perf_counter() - began)
 
 
-def decide(finalists: Sequence[Rival], judge: Judge) -> tuple[Rival, list[Rival]]:
-    """The rival to recommend, and all that are as good as the best up to one standard error, itself among them.
+def decide(finalists: Sequence[Candidate], judge: ValidationJudge) -> tuple[Candidate, list[Candidate]]:
+    """The candidate to recommend, and all that are as good as the best up to one standard error, itself among them.
 
     Args:
         finalists: trained for the same number of steps, or not at all.
         judge: of their differences.
     """
-    best = max(finalists, key=lambda rival: (ordered(rival.best.metric), -rival.tuned))
-    behind = {rival.name: best.best.metric - rival.best.metric for rival in finalists}
+    best = max(finalists, key=lambda candidate: (ordered(candidate.best.metric), -candidate.tuned))
+    behind = {candidate.name: best.best.metric - candidate.best.metric for candidate in finalists}
     tied = [
-        rival
-        for rival in finalists
-        if rival is best or behind[rival.name] <= judge.standard_error(best.best, rival.best)
+        candidate
+        for candidate in finalists
+        if candidate is best or behind[candidate.name] <= judge.standard_error(best.best, candidate.best)
     ]
-    return min(tied, key=lambda rival: (rival.tuned, -ordered(rival.best.metric))), tied
+    return min(tied, key=lambda candidate: (candidate.tuned, -ordered(candidate.best.metric))), tied
 
 
-def _wrap(rival: Rival, recipe: Recipe, model: nn.Module) -> nn.Module:
-    return rival.method.wrap(model, rival.selection, recipe)
+def _wrap(candidate: Candidate, recipe: Recipe, model: nn.Module) -> nn.Module:
+    return candidate.method.wrap(model, candidate.selection, recipe)

@@ -1,4 +1,4 @@
-"""`surgical-peft compare`: every method of a recipe at its best rate, against full fine-tuning, and what is noise."""
+"""Comparison of a recipe's methods, each at its best rate, with full fine-tuning: `surgical-peft compare`."""
 
 from __future__ import annotations
 
@@ -10,19 +10,22 @@ import statistics
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
 from ...atomic_files import check_replaceable, whole_folder
 from ...errors import SurgicalError
+from ...scoring.selection import Selection
 from ..recipe.recipe import Recipe
 from ..training.workers import shared_threads
 from .comparison import FULL, Comparison
-from .jobs import Workshop
+from .findings import Findings, choice_of
+from .jobs import JobRunner
 from .lr_grid import MOST, best_rate, is_diverged, next_rate
 from .plot import plot
-from .pool import Crew
+from .pool import JobPool
+from .preflight import check
+from .report import ComparisonReport
 from .results import report_of, row_of
 from .tables import markdown
 
@@ -30,7 +33,7 @@ _TABLE = "table.md"  # by which an earlier comparison is known
 
 
 @dataclass(frozen=True)
-class Plan:
+class CostEstimate:
     """What a comparison would cost.
 
     Attributes:
@@ -48,7 +51,7 @@ class Plan:
     seconds: float
 
 
-def plan(recipe: Recipe, output: str | Path | None = None, jobs: int = 1) -> Plan:
+def plan(recipe: Recipe, output: str | Path | None = None, jobs: int = 1) -> CostEstimate:
     """What a recipe's comparison would cost; trains a few steps to tell the time, and keeps nothing.
 
     Raises:
@@ -58,22 +61,23 @@ def plan(recipe: Recipe, output: str | Path | None = None, jobs: int = 1) -> Pla
         >>> plan(load_recipe("recipes/fashion_mnist_noise.yaml"), jobs=2).trainings
         282
     """
-    workshop = _workshop(recipe, output, jobs)
-    workshop.check()
-    what = workshop.comparison
-    grids = {title: what.grid(title) for title in what.methods}
-    begun = [job for title, grid in grids.items() for rate in grid for job in what.trainings(title, rate)]
-    done = sum(workshop.is_done(job) for job in begun)
-    more = sum(MOST * len(what.trainings(title)) for title, grid in grids.items() if len(grid) > 1)
+    job_runner = _job_runner(recipe, output, jobs)
+    comparison = job_runner.comparison
+    check(comparison, job_runner.data)
+    grids = {title: comparison.grid(title) for title in comparison.methods}
+    begun = [job for title, grid in grids.items() for rate in grid for job in comparison.trainings(title, rate)]
+    done = sum(job_runner.findings.is_done(job) for job in begun)
+    more = sum(MOST * len(comparison.trainings(title)) for title, grid in grids.items() if len(grid) > 1)
     with shared_threads(jobs):
-        each = workshop.seconds()
+        full, runner = comparison.methods[FULL], job_runner.data.runner(comparison.firsts[0])
+        seconds = runner.seconds(lambda model: full.wrap(model, Selection(()), runner.recipe))
     at_once = min(jobs, os.cpu_count() or 1)
-    return Plan(len(begun), done, more, each, math.ceil((len(begun) - done) / at_once) * each)
+    return CostEstimate(len(begun), done, more, seconds, math.ceil((len(begun) - done) / at_once) * seconds)
 
 
 def compare(
     recipe: Recipe, output: str | Path | None = None, *, jobs: int = 1, console: Console | None = None
-) -> dict[str, Any]:
+) -> ComparisonReport:
     """Train every method of a recipe at each rate of its grid and from each seed, and measure those at the best rate.
 
     The rate of a method is the one with the best mean of the validation metric over all seeds and source models; a
@@ -98,66 +102,68 @@ def compare(
 
     Example:
         >>> report = compare(load_recipe("recipes/fashion_mnist_noise.yaml"), jobs=2)
-        >>> report["sentences"][0]
+        >>> report.sentences[0]
         'first third is best: ...'
     """
     began = time.perf_counter()
-    workshop = _workshop(recipe, output, jobs)
-    what, folder = workshop.comparison, workshop.folder
-    check_replaceable(folder / "comparison", _TABLE)
-    workshop.check()
+    job_runner = _job_runner(recipe, output, jobs)
+    comparison, findings = job_runner.comparison, job_runner.findings
+    check_replaceable(findings.folder / "comparison", _TABLE)
+    check(comparison, job_runner.data)
     if jobs > 1:
-        workshop.let_go()
-    with shared_threads(jobs), Crew(workshop, jobs, console or Console()) as crew:
-        chosen = [title for title, method in what.methods.items() if method.choose]
-        crew.do("choose blocks", [replace(job, kind="choice") for title in chosen for job in what.trainings(title)])
-        crew.do("time steps", [what.costs])
-        rates = _rates(workshop, crew)
-        final = {title: what.trainings(title, best_rate(means) if means else None) for title, means in rates.items()}
+        job_runner.data.forget()
+    with shared_threads(jobs), JobPool(job_runner, jobs, console or Console()) as pool:
+        choosing = [title for title, method in comparison.methods.items() if method.choose]
+        pool.do("choose blocks", [choice_of(job) for title in choosing for job in comparison.trainings(title)])
+        pool.do("time steps", [comparison.costs])
+        rates = _rates(findings, pool)
+        final = {
+            title: comparison.trainings(title, best_rate(means) if means else None) for title, means in rates.items()
+        }
         if recipe.source_data is not None:
-            crew.do("source", [what.source(number) for number in range(len(what.sources))])
-        measured = [each for title, each in final.items() if not is_diverged(rates[title])]
-        crew.do("test", [replace(job, kind="test") for each in measured for job in each])
-    rows = [row_of(workshop, title, rates[title], each) for title, each in final.items()]
-    report = report_of(what, rows, jobs, time.perf_counter() - began)
-    write_report(report, folder / "comparison")
-    shutil.rmtree(folder / "weights", ignore_errors=True)
+            pool.do("source", [comparison.source(number) for number in range(len(comparison.sources))])
+        measured = [trainings for title, trainings in final.items() if not is_diverged(rates[title])]
+        pool.do("test", [replace(job, kind="test") for trainings in measured for job in trainings])
+    rows = [row_of(findings, title, rates[title], trainings) for title, trainings in final.items()]
+    report = report_of(comparison, rows, jobs, time.perf_counter() - began)
+    write_report(report, findings.folder / "comparison")
+    shutil.rmtree(findings.folder / "weights", ignore_errors=True)
     return report
 
 
-def write_report(report: dict[str, Any], folder: Path) -> None:
+def write_report(report: ComparisonReport, folder: Path) -> None:
     """Write `report.json`, `table.md` and `compare.png`, in the place of those that are there, or nothing."""
     with whole_folder(folder, _TABLE) as temporary:
-        (temporary / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        (temporary / "report.json").write_text(json.dumps(report.to_json(), indent=2) + "\n", encoding="utf-8")
         (temporary / _TABLE).write_text(markdown(report), encoding="utf-8")
         plot(report, temporary / "compare.png")
 
 
-def _workshop(recipe: Recipe, output: str | Path | None, jobs: int) -> Workshop:
+def _job_runner(recipe: Recipe, output: str | Path | None, jobs: int) -> JobRunner:
     if jobs < 1:
         raise SurgicalError(f"jobs={jobs} is too few: 1 or more.")
-    return Workshop(Comparison(recipe), Path(str(output or recipe.arguments().output_dir)))
+    return JobRunner(Comparison(recipe), Path(str(output or recipe.arguments().output_dir)))
 
 
-def _rates(workshop: Workshop, crew: Crew) -> dict[str, dict[float, float]]:
+def _rates(findings: Findings, pool: JobPool) -> dict[str, dict[float, float]]:
     """For each method the rates that were tried, with the mean of the validation metric."""
-    what = workshop.comparison
-    means: dict[str, dict[float, float]] = {title: {} for title in what.methods}
+    comparison = findings.comparison
+    means: dict[str, dict[float, float]] = {title: {} for title in comparison.methods}
     wanted: list[tuple[str, float | None]] = []
-    for title in what.methods:
-        wanted += [(title, rate) for rate in what.grid(title)] or [(title, None)]
+    for title in comparison.methods:
+        wanted += [(title, rate) for rate in comparison.grid(title)] or [(title, None)]
     while wanted:
-        jobs = {pair: what.trainings(*pair) for pair in wanted}
-        crew.do("train", [job for each in jobs.values() for job in each])
-        for (title, rate), each in jobs.items():
+        jobs = {pair: comparison.trainings(*pair) for pair in wanted}
+        pool.do("train", [job for trainings in jobs.values() for job in trainings])
+        for (title, rate), trainings in jobs.items():
             if rate is not None:
-                found = [workshop.finding(job)["validation"] for job in each]
-                means[title][rate] = statistics.fmean(found) if all(map(math.isfinite, found)) else math.nan
-        _drop_weights(workshop, means)
-        following = {title: next_rate(what.grid(title), tried) for title, tried in means.items() if tried}
+                metrics = [findings.load(job)["validation"] for job in trainings]
+                means[title][rate] = statistics.fmean(metrics) if all(map(math.isfinite, metrics)) else math.nan
+        _drop_weights(findings, means)
+        following = {title: next_rate(comparison.grid(title), tried) for title, tried in means.items() if tried}
         if is_diverged(means[FULL]) and following[FULL] is None:
             raise SurgicalError(
-                f"{FULL} diverged: {what.metric} on validation data is no number at any of the rates "
+                f"{FULL} diverged: {comparison.metric} on validation data is no number at any of the rates "
                 f"{', '.join(f'{rate:g}' for rate in sorted(means[FULL]))}, so there is nothing to compare the others "
                 "with. Write lower rates into the recipe; what is finished is kept."
             )
@@ -165,12 +171,12 @@ def _rates(workshop: Workshop, crew: Crew) -> dict[str, dict[float, float]]:
     return means
 
 
-def _drop_weights(workshop: Workshop, means: dict[str, dict[float, float]]) -> None:
-    """Let go of the weights that will not be measured: of no method at its best rate so far."""
-    tried = {(title, rate) for title, each in means.items() for rate in each}
-    best = {(title, best_rate(each)) for title, each in means.items() if each}
-    kept = {workshop.weights(job) for pair in best for job in workshop.comparison.trainings(*pair)}
+def _drop_weights(findings: Findings, means: dict[str, dict[float, float]]) -> None:
+    """Delete the weights that will not be measured: of no method at its best rate so far."""
+    tried = {(title, rate) for title, by_rate in means.items() for rate in by_rate}
+    best = {(title, best_rate(by_rate)) for title, by_rate in means.items() if by_rate}
+    kept = {findings.weights(job) for pair in best for job in findings.comparison.trainings(*pair)}
     for pair in tried - best:
-        for job in workshop.comparison.trainings(*pair):
-            if workshop.weights(job) not in kept:
-                shutil.rmtree(workshop.weights(job), ignore_errors=True)
+        for job in findings.comparison.trainings(*pair):
+            if findings.weights(job) not in kept:
+                shutil.rmtree(findings.weights(job), ignore_errors=True)

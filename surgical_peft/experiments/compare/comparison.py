@@ -1,10 +1,10 @@
-"""What a recipe says to compare, and what each piece of the work is known by."""
+"""Settings of a comparison, read from a recipe, and the jobs that it is made of, each with the name of its finding."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -19,13 +19,13 @@ from ..recipe.recipe import Recipe
 from ..tasks import load_task
 from .methods import Method, make_method
 
-FULL = "full fine-tuning"  # what all others are compared with
+FULL = "full fine-tuning"  # all others are compared with it
 SHIFTS = ("corruption", "severity", "character_noise", "casing", "label_map", "shift_seed", "columns")
 
 
 @dataclass(frozen=True)
 class Job:
-    """One piece of work.
+    """Piece of work of a comparison.
 
     Attributes:
         kind: `choice` of the blocks, `training`, `test` of a training, `source` (the source model on its own data) or
@@ -44,7 +44,7 @@ class Job:
 
 
 class Comparison:
-    """What a recipe says to compare.
+    """Methods of a recipe, with the source models, seeds and rates to train them with.
 
     Attributes:
         recipe: as given.
@@ -54,19 +54,19 @@ class Comparison:
         rates: the grid of the recipe.
 
     Raises:
-        SurgicalError: what is wrong with the recipe's methods, rates, draws or data.
+        SurgicalError: methods, rates, draws or data of the recipe do not fit.
     """
 
     def __init__(self, recipe: Recipe) -> None:
         if not recipe.methods:
             raise SurgicalError("there is nothing to compare: write methods into the recipe, such as [full, head].")
         self.recipe = recipe
-        made = [make_method(each) for each in recipe.methods]
-        self.methods: dict[str, Method] = {each.title: each for each in made}
+        methods = [make_method(entry) for entry in recipe.methods]
+        self.methods: dict[str, Method] = {method.title: method for method in methods}
         self._given = dict(zip(self.methods, recipe.methods, strict=False))
-        titles = [each.title for each in made]
+        titles = [method.title for method in methods]
         if twice := next((title for title in titles if titles.count(title) > 1), None):
-            raise SurgicalError(f"methods: {twice} is there twice: name it once.")
+            raise SurgicalError(f"methods: {twice} is given twice: give it once.")
         if FULL not in titles:
             raise SurgicalError("methods: full is not among them: all others are compared with it.")
         args = recipe.arguments(disable_tqdm=True)
@@ -75,13 +75,15 @@ class Comparison:
         self.rates = sorted(map(float, recipe.rates or [args.learning_rate]))
         for key, values in (("sources", self.sources), ("seeds", self.seeds), ("rates", self.rates)):
             if len(set(values)) != len(values):
-                raise SurgicalError(f"{key}: {values} has an entry twice: name it once.")
+                raise SurgicalError(f"{key}: {values} has an entry twice: give it once.")
         if recipe.draws is not None and len(recipe.draws) != len(self.seeds):
             raise SurgicalError(
-                f"draws: there are {len(recipe.draws)} for {len(self.seeds)} seeds: name one for each of {self.seeds}."
+                f"draws: there are {len(recipe.draws)} for {len(self.seeds)} seeds: give one for each of {self.seeds}."
             )
         if recipe.source_data is not None and recipe.new_head:
-            raise SurgicalError("source_data: a model with new_head cannot do what the source model did: drop one.")
+            raise SurgicalError(
+                "source_data: a model with new_head cannot be measured on the source model's task: leave one out."
+            )
 
     def grid(self, title: str) -> list[float]:
         """The rates that a method begins with; none for one that trains nothing."""
@@ -97,6 +99,11 @@ class Comparison:
     def costs(self) -> Job:
         """Times the steps of all methods."""
         return Job("costs", seed=self.seeds[0])
+
+    @property
+    def firsts(self) -> list[Job]:
+        """The first training of each source model, as far as its data go."""
+        return [Job("training", number, self.seeds[0]) for number in range(len(self.sources))]
 
     def source(self, number: int) -> Job:
         """Measures a source model on its own data."""
@@ -120,7 +127,7 @@ class Comparison:
     def test_recipes(self, source: int, seed: int) -> list[Recipe]:
         """The recipes whose test splits, as one, are the test data of a training."""
         recipe = self.recipe_of(source, seed)
-        return [replace(recipe, data=each) for each in self.recipe.test_data or [recipe.data]]
+        return [replace(recipe, data=data) for data in self.recipe.test_data or [recipe.data]]
 
     def source_recipe(self, source: int) -> Recipe:
         """The recipe with a source model and its own data, unshifted."""
@@ -141,21 +148,21 @@ class Comparison:
         """All that a finding depends on, in plain data; the same wherever the recipe and its data lie.
 
         Args:
-            job: what is to be found.
-            blocks: that the method has chosen, where nothing else of it matters for the training: those of one method
-                are then those of every other that chose the same.
+            job: to be done.
+            blocks: that the method has chosen, where nothing else of it matters for the training: methods that chose
+                the same blocks then share it.
         """
-        own = ("model", "data", "seed", "learning_rate")
+        by_job = ("model", "data", "seed", "learning_rate")
         recipe = self.recipe_of(job.source, job.seed)
         asked: dict[str, Any] = {
             "kind": job.kind,
-            "settings": {key: value for key, value in self.recipe.settings().items() if key not in own},
+            "settings": {key: value for key, value in self.recipe.settings().items() if key not in by_job},
             "source": self._identities[recipe.model],
         }
         if job.kind in ("test", "source") and self.recipe.source_data is not None:
-            kept = self.source_recipe(job.source)
-            shift = {key: getattr(kept, key) for key in SHIFTS}
-            asked["source_data"] = {**shift, "data": self._identities[kept.data]}
+            source_recipe = self.source_recipe(job.source)
+            shift = {key: getattr(source_recipe, key) for key in SHIFTS}
+            asked["source_data"] = {**shift, "data": self._identities[source_recipe.data]}
         if job.kind == "source":
             return asked
         asked |= {"data": self._identities[recipe.data], "seed": job.seed}
@@ -167,7 +174,7 @@ class Comparison:
         if job.kind != "choice":
             asked["rate"] = job.rate
         if job.kind == "test":
-            asked["test_data"] = [self._identities[each] for each in self.recipe.test_data or [recipe.data]]
+            asked["test_data"] = [self._identities[data] for data in self.recipe.test_data or [recipe.data]]
         return asked
 
     def _spec(self, title: str) -> dict[str, Any]:
@@ -182,15 +189,16 @@ class Comparison:
 
     @cached_property
     def _identities(self) -> dict[str, str]:
-        """A digest of each model and data set that is here; the name of one of the Hub."""
+        """Of each model and data set a digest, or its name if it lies on the Hub."""
         recipe = self.recipe
         data = [recipe.data, *(recipe.draws or []), *(recipe.test_data or [])]
         if recipe.source_data is not None:
             data.append(self.source_recipe(0).data)
-        every: Iterable[str] = dict.fromkeys([*self.sources, *data])
-        return {each: digest_of(each) if Path(each).exists() else each for each in every}
+        return {
+            name: digest_of(name) if Path(name).exists() else name for name in dict.fromkeys([*self.sources, *data])
+        }
 
     def name_of(self, job: Job, blocks: Sequence[str] | None = None) -> str:
-        """What the findings of a job are called: its kind and a digest of all that they depend on."""
+        """Name of a job's finding: its kind and a digest of all that the finding depends on."""
         text = json.dumps(self.asked(job, blocks), sort_keys=True, default=str)
         return f"{job.kind}-{hashlib.sha256(text.encode()).hexdigest()[:24]}"

@@ -1,4 +1,4 @@
-"""Which learning rate a method gets: the best of a grid by mean validation, and what the grid lacks."""
+"""Choice of a learning rate: the best of a grid by mean validation, and the next rate to try at its edge."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What does not fit in a comparison: found before anything is chosen or trained, and told all at once."""
+"""Check of a comparison before anything is chosen or trained: all that does not fit is told at once."""
 
 from __future__ import annotations
 
@@ -7,84 +7,133 @@ import tempfile
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
-from ...blocks.block_map import BlockMap
 from ...errors import SurgicalError
+from ...optim.optimizer import surgical_optimizer
 from ...scoring.selection import Selection
-from ..tasks import Examples
-from ..training.runner import Workbench
+from ..recipe.recipe import Recipe
+from ..tasks import Examples, load_task
+from ..training.runner import RecipeRunner
 from ..training.train import loader
 from .comparison import Comparison, Job
-from .methods import Setting
+from .loaded import LoadedData
+from .methods import MethodContext
 
 
-def setting_of(comparison: Comparison, job: Job, bench: Workbench, folder: Path) -> Setting:
+def check(comparison: Comparison, data: LoadedData) -> None:
+    """Find out what does not fit, before anything is chosen or trained.
+
+    All data are opened; each method says whether it fits each source model; and every example that will be used is
+    made once, since a single bad image of a test split would end everything after all trainings.
+
+    Args:
+        comparison: to check.
+        data: to load by; keeps what the first jobs need.
+
+    Raises:
+        SurgicalError: data or splits that are missing, or do not fit the task or a source model; methods that do not
+            fit, all of them; an example that cannot be made. What else data libraries raise goes through.
+    """
+    for source in range(len(comparison.sources)):
+        for seed in comparison.seeds:
+            load_task(comparison.recipe_of(source, seed), ("train", "validation"))
+            data.test_examples(source, seed)
+        if comparison.recipe.source_data is not None:
+            data.source_examples(source)
+    misfits: dict[str, str] = {}
+    for job in reversed(comparison.firsts):  # what the first jobs need stays in memory
+        misfits = {**_misfits(comparison, job, data.runner(job)), **misfits}
+    _refuse(misfits, len(comparison.methods))
+    _make_all(comparison, data)
+
+
+def context_of(comparison: Comparison, job: Job, runner: RecipeRunner, folder: Path) -> MethodContext:
     """What a method may look at to choose its blocks.
 
     Args:
         comparison: has the recipe of the job.
         job: says which source model, and the seed.
-        bench: has the model and the data of both; perhaps made for another seed with the same.
+        runner: has the model and the data of both; perhaps made for another seed with the same.
         folder: for the method's own files.
     """
     recipe = comparison.recipe_of(job.source, job.seed)
-    return Setting(
+    return MethodContext(
         recipe=recipe,
-        model=bench.model,
-        blocks=BlockMap.find(bench.model),
-        batches=partial(loader, bench.task, recipe.arguments()),
+        model=runner.model,
+        blocks=runner.blocks,
+        batches=partial(loader, runner.task, recipe.arguments()),
         seed=job.seed,
         folder=folder,
     )
 
 
-def misfits_of(comparison: Comparison, job: Job, bench: Workbench) -> dict[str, str]:
+def misfit_message(title: str, model: nn.Module, error: ValueError, source: str | None = None) -> str:
+    """That a method does not fit a model, and why; `source` says which of several source models it is."""
+    name = type(model).__name__ + (f" of {source}" if source else "")
+    return f"{title} does not fit {name}: {error}"
+
+
+def _misfits(comparison: Comparison, job: Job, runner: RecipeRunner) -> dict[str, str]:
     """What is wrong with each method that does not fit a source model, by title; costs neither gradients nor scores.
 
-    A method that knows its blocks beforehand wraps a copy of the model; the others refuse what they can.
-
-    Args:
-        comparison: has the methods.
-        job: says which source model, and the seed.
-        bench: of both.
+    A method that knows its blocks beforehand wraps a copy of the model and makes its optimizer; the others refuse what
+    they can.
     """
-    found = {}
+    misfits = {}
     with tempfile.TemporaryDirectory() as folder:
-        setting = setting_of(comparison, job, bench, Path(folder))
+        context = context_of(comparison, job, runner, Path(folder))
         for title, method in comparison.methods.items():
             try:
-                method.policy(comparison.arguments(method))
-                known = method.preview(setting) if method.choose else Selection(())
-                if known is not None:
-                    method.wrap(copy.deepcopy(bench.model), known, setting.recipe)
+                args = comparison.arguments(method)
+                policy = method.policy(args)
+                known = method.preview(context) if method.choose else Selection(())
+                if known is None:
+                    continue
+                wrapped = method.wrap(copy.deepcopy(runner.model), known, context.recipe)
+                if method.is_trained:  # a policy that does not fit the model says so when its optimizer is made
+                    factory, settings = surgical_optimizer(args, policy, master_weights=False)
+                    factory()(wrapped, **settings)
             except ValueError as error:  # ours, or PEFT's
                 source = comparison.sources[job.source] if len(comparison.sources) > 1 else None
-                found[title] = in_words(title, bench.model, error, source)
-    return found
+                misfits[title] = misfit_message(title, runner.model, error, source)
+    return misfits
 
 
-def in_words(title: str, model: nn.Module, error: ValueError, source: str | None = None) -> str:
-    """That a method does not fit a model, and why; `source` says which of several source models it is."""
-    which = type(model).__name__ + (f" of {source}" if source else "")
-    return f"{title} does not fit {which}: {error}"
-
-
-def make_each(examples: Examples) -> None:
-    """Make each example once: one that cannot be made is told as its task tells it."""
-    for place in range(len(examples)):
-        examples[place]
-
-
-def refuse(misfits: Mapping[str, str], count: int) -> None:
-    """Say what is wrong with all methods that do not fit, out of `count`.
-
-    Raises:
-        SurgicalError: there are some.
-    """
+def _refuse(misfits: Mapping[str, str], count: int) -> None:
     if len(misfits) == 1:
         raise SurgicalError(next(iter(misfits.values())))
     if misfits:
-        lines = "".join(f"\n- {each}" for each in misfits.values())
+        lines = "".join(f"\n- {message}" for message in misfits.values())
         raise SurgicalError(f"{len(misfits)} of {count} methods do not fit; change them, or leave them out:{lines}")
+
+
+def _make_all(comparison: Comparison, data: LoadedData) -> None:
+    """Make each example once; those of the first jobs come last of their kind, and stay in memory."""
+    trained: dict[Any, Recipe] = {}
+    tested: dict[Any, tuple[int, int]] = {}
+    for source in range(len(comparison.sources)):
+        for seed in comparison.seeds:
+            recipe = comparison.recipe_of(source, seed)
+            trained.setdefault((recipe.model, recipe.data), recipe)
+            key = [(recipe.model, recipe.data) for recipe in comparison.test_recipes(source, seed)]
+            tested.setdefault(tuple(key), (source, seed))
+    _, *others = trained.values()
+    for recipe in others:
+        for examples in load_task(recipe, ("train", "validation")).splits.values():
+            _make_each(examples)
+    for examples in data.runner(comparison.firsts[0]).examples.values():
+        _make_each(examples)
+    for pair in reversed(tested.values()):
+        _make_each(data.test_examples(*pair))
+    if comparison.recipe.source_data is not None:
+        for source in reversed(range(len(comparison.sources))):
+            _make_each(data.source_examples(source))
+
+
+def _make_each(examples: Examples) -> None:
+    """Make each example once: one that cannot be made is told as its task tells it."""
+    for place in range(len(examples)):
+        examples[place]

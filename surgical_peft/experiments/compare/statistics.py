@@ -27,6 +27,11 @@ class Interval:
     confidence: float
 
     @property
+    def bounds(self) -> list[float] | list[None]:
+        """`low` and `high`."""
+        return [None, None] if self.low is None or self.high is None else [self.low, self.high]
+
+    @property
     def is_clear(self) -> bool:
         """Whether zero lies outside."""
         return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
@@ -70,9 +75,11 @@ def crossed_interval(values: Sequence[Sequence[float]], confidence: float = CONF
         >>> crossed_interval([[0.1, 0.2], [0.2, 0.6]]).low
         -1.313...
     """
-    of_draws = t_interval([statistics.fmean(each) for each in zip(*values, strict=True)], confidence)
-    of_sources = t_interval([statistics.fmean(each) for each in values], confidence)
-    return max(of_draws, of_sources, key=lambda found: -1 if found.high is None else found.high - found.mean)
+    of_draws = t_interval([statistics.fmean(draw) for draw in zip(*values, strict=True)], confidence)
+    of_sources = t_interval([statistics.fmean(source) for source in values], confidence)
+    return max(
+        of_draws, of_sources, key=lambda interval: -1 if interval.high is None else interval.high - interval.mean
+    )
 
 
 def t_quantile(confidence: float, freedom: int) -> float:

@@ -13,7 +13,7 @@ from typing import Any
 
 from huggingface_hub.constants import HF_HUB_OFFLINE
 
-from ...errors import SurgicalError
+from ...errors import SurgicalError, reason_of
 from ...validation import nearest
 
 _FOLDER = Path(__file__).parent
@@ -39,20 +39,21 @@ def load_metric(name: str) -> Callable[[list[Any], list[Any]], float]:
         try:
             _module(path)
         except (OSError, ImportError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            if Path(path).exists():
+                raise SurgicalError(f"the metric in {path} cannot be loaded: {reason_of(error)}") from error
             raise SurgicalError(
                 f"metric {path!r} is unknown: {nearest(path, SHIPPED)}{', '.join(SHIPPED)} ship with us and need no "
-                f"network; it is not to be had from the Hub now: {reason}"
+                f"network; it is not to be had from the Hub now: {reason_of(error)}"
             ) from error
     return partial(_compute, path, key)
 
 
 def _compute(path: str, key: str, predictions: list[Any], references: list[Any]) -> float:
     values = _module(path).compute(predictions=predictions, references=references)
-    found = key or (path if path in values else next(iter(values)) if len(values) == 1 else "")
-    value = values.get(found)
+    chosen = key or (path if path in values else next(iter(values)) if len(values) == 1 else "")
+    value = values.get(chosen)
     if not isinstance(value, Real):
-        numbers = ", ".join(f"{path}:{name}" for name, each in values.items() if isinstance(each, Real))
+        numbers = ", ".join(f"{path}:{name}" for name, number in values.items() if isinstance(number, Real))
         raise SurgicalError(f"metric {f'{path}:{key}' if key else path!r} is no number. Write one of: {numbers}.")
     return float(value)
 

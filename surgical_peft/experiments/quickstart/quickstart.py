@@ -1,4 +1,4 @@
-"""`surgical-peft quickstart`: on real images, which blocks matter under which shift, and what tuning only them gives.
+"""Demonstration on real images, `surgical-peft quickstart`: the blocks that matter differ with the shift.
 
 The shipped Fashion-MNIST ViT meets two shifts: noise (the input changes) and a relabelling (the output changes).
 Every method trains on three draws of 500 images at each rate of its grid; the rate is chosen by mean validation
@@ -8,26 +8,23 @@ accuracy over the draws, and only the runs at that rate are measured on the test
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
-import platform
 import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from datetime import date
-from importlib.metadata import version
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ...atomic_files import check_replaceable, whole_folder
 from ...scoring.block_scores import BlockScores
 from ...scoring.plot import plot_scores
+from ..compare.lr_grid import best_rate
+from ..training.provenance import machine, today, versions
+from ..training.workers import WorkerPool, shared_threads
 from . import trials
 from .tables import comparison_markdown, comparison_table
 from .trials import METHODS, SHIFTS, Run
@@ -65,46 +62,33 @@ def quickstart(
     workers = min(os.cpu_count() or 1, 8)
     with (
         tempfile.TemporaryDirectory() as temporary,
-        ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=trials.start_worker) as pool,
-        _progress(console) as progress,
+        shared_threads(os.cpu_count() or 1),  # one thread each, whatever the machine: the numbers do not depend on it
+        WorkerPool(workers, console) as pool,
     ):
-
-        def all_of(title: str, job: Callable[..., Any], arguments: Iterable[tuple[Any, ...]]) -> list[Any]:
-            futures = [pool.submit(job, *each) for each in arguments]
-            bar = progress.add_task(title, total=len(futures))
-            try:
-                for future in as_completed(futures):
-                    future.result()
-                    progress.advance(bar)
-            except BaseException:  # Ctrl-C too: else the pool would first work through all that is queued
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
-            return [future.result() for future in futures]
-
         work = Path(temporary)
         draws = [(shift, seed) for shift in SHIFTS for seed in seeds]
-        all_of("read images", trials.prepare, [(*draw, work) for draw in draws])
-        scored = all_of("score blocks", trials.score, [(shift, seeds[0]) for shift in SHIFTS])
+        pool.run("read images", trials.prepare, [(*draw, work) for draw in draws])
+        scored = pool.run("score blocks", trials.score, [(shift, seeds[0]) for shift in SHIFTS])
         scores: dict[str, BlockScores] = dict(zip(SHIFTS, scored, strict=True))
         runs = [Run(*draw, name, rate, work) for draw in draws for name in METHODS for rate in METHODS[name].rates]
-        trained = all_of("train", trials.train, [(run, epochs) for run in runs])
+        trained = pool.run("train", trials.train, [(run, epochs) for run in runs])
         validation: dict[Run, float] = dict(zip(runs, trained, strict=True))
         chosen = runs_at_best_rates(validation)
         to_test = [Run(*draw, "no adaptation", 0.0, work) for draw in draws] + chosen
-        tested = all_of("test", trials.test, [(run,) for run in to_test])
+        tested = pool.run("test", trials.test, [(run,) for run in to_test])
         test: dict[Run, float] = dict(zip(to_test, tested, strict=True))
-        costs = all_of("time steps, alone", trials.costs, [(trials.data_of(*draws[0], work),)])[0]
+        costs = pool.run("time steps, alone", trials.costs, [(trials.data_of(*draws[0], work),)])[0]
         best = {shift: best_surgical_run(shift, chosen, validation) for shift in SHIFTS}
         with whole_folder(output, MARKER) as folder:
             adapters = {shift: folder / "adapters" / shift.replace(" ", "-") for shift in SHIFTS}
             for shift, run in best.items():
                 shutil.copytree(run.folder, adapters[shift])
-            all_of("reload, new process", trials.check_reload, [(adapters[s], run) for s, run in best.items()])
+            pool.run("reload, new process", trials.check_reload, [(adapters[s], run) for s, run in best.items()])
             plot_scores(scores, folder / "scores.png")
             report = {
-                "date": date.today().isoformat(),
-                "versions": {name: version(name) for name in ("surgical-peft", "torch", "transformers", "peft")},
-                "machine": f"{platform.machine()}, {os.cpu_count()} cores, {workers} single-threaded workers",
+                "date": today(),
+                "versions": versions(),
+                "machine": f"{machine()}, {workers} single-threaded workers",
                 "epochs": epochs,
                 "seeds": list(seeds),
                 "methods": [_row(name, chosen, validation, test, costs[name]) for name in METHODS],
@@ -128,9 +112,8 @@ def runs_at_best_rates(validation: dict[Run, float]) -> list[Run]:
         by_rate.setdefault((run.shift, run.method), {}).setdefault(run.rate, []).append(run)
     chosen: list[Run] = []
     for rates in by_rate.values():
-        chosen += max(
-            (rates[rate] for rate in sorted(rates)), key=lambda runs: statistics.mean(validation[run] for run in runs)
-        )
+        means = {rate: statistics.mean(validation[run] for run in runs) for rate, runs in rates.items()}
+        chosen += rates[best_rate(means)]
     return chosen
 
 
@@ -140,7 +123,7 @@ def best_surgical_run(shift: str, chosen: list[Run], validation: dict[Run, float
     for run in chosen:
         if run.shift == shift and METHODS[run.method].is_surgical:
             runs.setdefault(run.method, []).append(run)
-    return max(runs.values(), key=lambda each: statistics.mean(validation[run] for run in each))[0]
+    return max(runs.values(), key=lambda draws: statistics.mean(validation[run] for run in draws))[0]
 
 
 def _row(
@@ -157,11 +140,6 @@ def _row(
         if runs:
             size = next(runs[0].folder.glob("*.safetensors")).stat().st_size
     return {"method": name, "parameters": cost["parameters"], "ms": cost.get("ms"), "bytes": size, "shifts": shifts}
-
-
-def _progress(console: Console) -> Progress:
-    columns = (TextColumn("{task.description:20}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, console=console)
 
 
 def _print(console: Console, report: dict[str, Any], scores: dict[str, BlockScores], output: Path) -> None:

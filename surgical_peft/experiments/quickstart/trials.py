@@ -23,7 +23,6 @@ from ... import policies
 from ...errors import SurgicalError
 from ...optim.optimizer import create_surgical_optimizer
 from ...policies.policy import Policy
-from ...quiet import quieten
 from ...scoring.block_scores import BlockScores
 from ...tuner.config import SurgicalConfig
 from ..recipe.recipe import Recipe
@@ -116,14 +115,8 @@ def shipped(name: str) -> Path:
     raise SurgicalError(f"recipes/{name} did not come with this installation: run from a clone of the repository.")
 
 
-def start_worker() -> None:
-    """One thread, and silence."""
-    torch.set_num_threads(1)
-    quieten()
-
-
 def prepare(shift: str, seed: int, work: Path) -> None:
-    """Decode, corrupt and normalise the images once, for all runs on this draw."""
+    """Decode, corrupt and normalize the images once, for all runs on this draw."""
     splits = load_task(_recipe(shift, seed)).splits
     columns = {split: default_data_collator([each[i] for i in range(len(each))]) for split, each in splits.items()}
     torch.save(columns, data_of(shift, seed, work))

@@ -1,16 +1,78 @@
-"""Reading a recipe: YAML as people mean it, and the folders and files that it names, beside it."""
+"""Loads a recipe from YAML, checks it, and finds the folders and files that it names beside it."""
 
 from __future__ import annotations
 
 import re
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, get_type_hints
 
 import yaml
+from transformers import TrainingArguments
 
+from ...errors import SurgicalError
+from ...policies.stages import check_length, planned_length
+from ...validation import check_count, check_number, nearest
 from ..metrics import SHIPPED
+from .recipe import Recipe
 
+_TYPES = {f.name: get_type_hints(Recipe)[f.name] for f in fields(Recipe) if f.name not in ("training", "given")}
+_TRAINING = {f.name: get_type_hints(TrainingArguments)[f.name] for f in fields(TrainingArguments) if f.init}
+_REFUSED = {
+    "resume_from_checkpoint": "a recipe is trained from its start; resume with Trainer in Python",
+    "eval_strategy": "a recipe is measured before and after training, not during it",
+}
+RENAMED: dict[str, str] = {}  # a key of an earlier version, and what it is called now
+_PLAIN: dict[Any, tuple[type, ...]] = {
+    float: (float, int),
+    int: (int,),
+    bool: (bool,),
+    str: (str,),
+    int | None: (int, NoneType),
+    float | None: (float, int, NoneType),
+    str | None: (str, NoneType),
+    dict[str, Any]: (dict,),
+}
+_LISTS = {
+    "rates": "[1e-3, 3e-3]",
+    "seeds": "[0, 1, 2]",
+    "divide": "[attention, mlp]",
+    "methods": "[full, head]",
+    "sources": "[other-model]",
+    "draws": "[target-0, target-1]",
+    "test_data": "[target-0, target-1]",
+}
 _FOLDERS = ("model", "data", "sources", "draws", "test_data", "source_data")
+
+
+def load_recipe(path: str | Path) -> Recipe:
+    """Read and check a recipe; folders named in it are looked up beside the file.
+
+    Raises:
+        SurgicalError: no such file, not YAML, an unknown, duplicate, renamed or missing key, or a value of the wrong
+            type; blocks, policy, training arguments or search that cannot be.
+
+    Example:
+        >>> load_recipe("recipes/noise.yaml").corruption
+        'gaussian_noise'
+    """
+    path = Path(path)
+    written = _read(path)
+    for key, value in written.items():
+        _check_key(key, value, str(path))
+    missing = {"model", "data"} - written.keys()
+    if missing:
+        raise SurgicalError(f"{path}: the key {' and '.join(sorted(missing))} is missing.")
+    read = find_folders(path, written)
+    training = {key: value for key, value in read.items() if key not in _TYPES}
+    keys = {key: value for key, value in read.items() if key in _TYPES}
+    recipe = Recipe(**keys, training=training, given={key: (written[key], read[key]) for key in written})
+    # What is wrong with blocks, policy or arguments is said now, not after the data are loaded.
+    recipe.config()
+    check_length(recipe.make_policy(), *planned_length(recipe.arguments()))
+    _check_search(recipe)
+    return recipe
 
 
 class StrictLoader(yaml.SafeLoader):
@@ -34,6 +96,55 @@ StrictLoader.add_implicit_resolver(
 )
 
 
+def _read(path: Path) -> dict[Any, Any]:
+    if not path.is_file():
+        raise SurgicalError(f"there is no recipe {str(path)!r}: give the path of a YAML file.")
+    try:
+        keys = yaml.load(path.read_text(encoding="utf-8"), Loader=StrictLoader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise SurgicalError(f"{path} is not YAML: {error}") from error
+    if not isinstance(keys, dict):
+        raise SurgicalError(f"{path} holds no keys: a recipe needs at least model and data.")
+    return keys
+
+
+def _check_key(key: Any, value: Any, path: str) -> None:
+    known = {**_TYPES, **_TRAINING}
+    if key in RENAMED:
+        raise SurgicalError(f"{path}: the key {key!r} is now called {RENAMED[key]!r}: rename it.")
+    if key not in known:
+        raise SurgicalError(
+            f"{path}: unknown key {key!r}: {nearest(str(key), known)}Own keys: {', '.join(sorted(_TYPES))}; all "
+            "others are those of transformers.TrainingArguments."
+        )
+    if key in _REFUSED:
+        raise SurgicalError(f"{path}: {key} is not for recipes: {_REFUSED[key]}.")
+    expected = _PLAIN.get(known[key])
+    if expected and (not isinstance(value, expected) or (isinstance(value, bool) and bool not in expected)):
+        kind = getattr(known[key], "__name__", str(known[key]))
+        raise SurgicalError(f"{path}: {key}: {value!r} is not of the type {kind}.")
+
+
+def _check_search(recipe: Recipe) -> None:
+    for key, example in _LISTS.items():
+        values = getattr(recipe, key)
+        if values is not None and (not isinstance(values, list) or not values):
+            raise SurgicalError(f"{key}: {values!r} is not a list with at least one entry, such as {example}.")
+    for rate in recipe.rates or ():
+        check_number("a recipe", "rates", rate, "learning rates such as 1e-3, each a finite number", above=0)
+    for seed in recipe.seeds or ():
+        check_count("a recipe", "seeds", seed, "each", at_least=0, at_most=2**32 - 1)
+    for key in ("rates", "seeds"):
+        if len(set(getattr(recipe, key) or ())) != len(getattr(recipe, key) or ()):
+            raise SurgicalError(f"{key}: {getattr(recipe, key)} has an entry twice: name it once.")
+    if recipe.folds is not None and recipe.folds < 2:
+        raise SurgicalError(f"folds: {recipe.folds} is too few: 2 or more.")
+    if recipe.folds is not None and recipe.seeds is not None:
+        raise SurgicalError("seeds and folds are both given: a search takes the mean over one of them.")
+    if recipe.pruner_options and recipe.pruner is None:
+        raise SurgicalError(f"pruner_options={recipe.pruner_options} need a pruner that they are for.")
+
+
 def find_folders(path: Path, keys: dict[str, Any]) -> dict[str, Any]:
     """The keys of the recipe in the file `path`, with paths for the names of what lies beside it.
 
@@ -43,13 +154,13 @@ def find_folders(path: Path, keys: dict[str, Any]) -> dict[str, Any]:
         >>> find_folders(Path("recipes/noise.yaml"), {"model": "fashion_mnist/vit"})
         {'model': '/home/me/recipes/fashion_mnist/vit'}
     """
-    found = {key: _beside(path, value) if key in _FOLDERS else value for key, value in keys.items()}
+    paths = {key: _beside(path, value) if key in _FOLDERS else value for key, value in keys.items()}
     if isinstance(metric := keys.get("metric"), str):
         folder, colon, number = metric.partition(":")
-        found["metric"] = metric if folder in SHIPPED else _beside(path, folder) + colon + number
+        paths["metric"] = metric if folder in SHIPPED else _beside(path, folder) + colon + number
     if isinstance(methods := keys.get("methods"), list):
-        found["methods"] = [_with_result(path, method) for method in methods]
-    return found
+        paths["methods"] = [_with_result(path, method) for method in methods]
+    return paths
 
 
 def _beside(path: Path, name: Any) -> Any:
@@ -58,11 +169,12 @@ def _beside(path: Path, name: Any) -> Any:
     Of a list each entry; of a mapping its entry `data`. What begins with a dot is no name on the Hub.
     """
     if isinstance(name, list):
-        return [_beside(path, each) for each in name]
+        return [_beside(path, entry) for entry in name]
     if isinstance(name, dict):
-        return {key: _beside(path, each) if key == "data" else each for key, each in name.items()}
-    found = path.parent / str(name)
-    return str(found.resolve()) if isinstance(name, str) and (found.exists() or name.startswith(".")) else name
+        return {key: _beside(path, value) if key == "data" else value for key, value in name.items()}
+    neighbor = path.parent / str(name)
+    is_local = isinstance(name, str) and (neighbor.exists() or name.startswith("."))
+    return str(neighbor.resolve()) if is_local else name
 
 
 def _with_result(path: Path, method: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What a search maximises: a recipe's metric on validation data, of a model whose chosen blocks were tuned on it."""
+"""The objective of a search: a recipe's metric on validation data after tuning the chosen blocks."""
 
 from __future__ import annotations
 
@@ -14,15 +14,14 @@ from torch import nn
 from transformers import TrainerCallback
 
 from ...auto import get_surgical_model
-from ...blocks.block_map import BlockMap
 from ...errors import SurgicalError
 from ...scoring.selection import Selection
 from ...tuner.config import SurgicalConfig
 from ...tuner.loading.fingerprint import fingerprint
 from ..recipe.recipe import Recipe
 from ..tasks.source_model import modules_to_save
-from ..training.report import identity
-from ..training.runner import Part, Workbench
+from ..training.provenance import identity
+from ..training.runner import Part, RecipeRunner
 
 Report = Callable[[float, int], None]
 
@@ -53,22 +52,22 @@ class RecipeObjective:
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
-        self._bench = Workbench(recipe, ("train",) if recipe.folds else ("train", "validation"))
-        args = self._bench.args
-        self.blocks = BlockMap.find(self._bench.model)
+        self._runner = RecipeRunner(recipe, ("train",) if recipe.folds else ("train", "validation"))
+        args = self._runner.args
+        self.blocks = self._runner.blocks
         if recipe.divide:
             self.blocks = self.blocks.divided(recipe.divide)
-            get_surgical_model(copy.deepcopy(self._bench.model), self._config(self._layers()))  # the parts exist
+            get_surgical_model(copy.deepcopy(self._runner.model), self._config(self._layers()))  # the parts exist
         self.rates = tuple(recipe.rates or [args.learning_rate])
         self.seeds = tuple(range(recipe.folds) if recipe.folds else recipe.seeds or [args.seed])
-        self.metric = self._bench.task.metric
+        self.metric = self._runner.task.metric
         data = identity(recipe.data)
         self.settings = {
             **recipe.settings(),
-            "model": f"{Path(recipe.model).name} {fingerprint(self._bench.model.state_dict().values())}",
+            "model": f"{Path(recipe.model).name} {fingerprint(self._runner.model.state_dict().values())}",
             "data": f"{Path(recipe.data).name} {data['commit'] or data['fingerprint']}",
         }
-        count = len(self._bench.examples["train"])
+        count = len(self._runner.examples["train"])
         self._folds = folds_of(count, recipe.folds, args.seed) if recipe.folds else []
 
     def __call__(self, selection: Selection, rate: float, seed: int, report: Report | None = None) -> float:
@@ -76,17 +75,17 @@ class RecipeObjective:
 
         Writes the number of tuned parameters and the peak memory in bytes into `selection.record`.
         """
-        measure, validation = self._bench.task.measure, self._validation(seed)
+        measure, validation = self._runner.task.measure, self._validation(seed)
 
         def reporter(wrapped: nn.Module) -> TrainerCallback:
             return _Reporter(report, lambda: measure(wrapped, validation)) if report else TrainerCallback()
 
-        wrapped, peak = self._bench.train(
+        wrapped, peak = self._runner.train(
             self._wrap(selection),
             self._places(seed),
             self.recipe.make_policy(),
             reporter,
-            seed=self._bench.args.seed if self._folds else seed,
+            seed=self._runner.args.seed if self._folds else seed,
             learning_rate=rate,
         )
         selection.record["tuned_parameters"] = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
@@ -99,36 +98,36 @@ class RecipeObjective:
     def _config(self, selection: Selection) -> SurgicalConfig:
         keys = ("target_modules", "exclude_modules", "frozen_eval")
         given = {key: getattr(self.recipe, key) for key in keys}
-        saved = modules_to_save(self.recipe, self._bench.model)
+        saved = modules_to_save(self.recipe, self._runner.model)
         return SurgicalConfig.from_selection(selection, **given, modules_to_save=saved)
 
     def seconds(self) -> float:
-        """What one training of all layers takes, from a few timed steps: few selections take longer.
+        """The seconds that one training of all layers takes, from a few timed steps: few selections take longer.
 
         Neither what a policy's probes cost nor pruning is in it.
         """
         seed = self.seeds[0]
-        measure, validation = self._bench.task.measure, self._validation(seed)
-        measure(self._bench.model, validation)  # what is made once is made now
+        measure, validation = self._runner.task.measure, self._validation(seed)
+        measure(self._runner.model, validation)  # what is made once is made now
         began = time.perf_counter()
-        measure(self._bench.model, validation)
+        measure(self._runner.model, validation)
         measuring = time.perf_counter() - began
-        reports = math.ceil(self._bench.args.num_train_epochs) - 1 if self.recipe.pruner else 0
-        training = self._bench.seconds(self._wrap(self._layers()), self._places(seed))
+        reports = math.ceil(self._runner.args.num_train_epochs) - 1 if self.recipe.pruner else 0
+        training = self._runner.seconds(self._wrap(self._layers()), self._places(seed))
         return training + (1 + reports) * measuring
 
     def _layers(self) -> Selection:
         """All repeated layers."""
-        return Selection(tuple(name for stack in self.blocks.stacks.values() for name in stack))
+        return Selection(self.blocks.layers)
 
     def _places(self, seed: int) -> list[int] | None:
         """The training examples of a training; None for all."""
         if not self._folds:
             return None
-        return sorted(place for number, fold in enumerate(self._folds) if number != seed for place in fold)
+        return sorted(index for number, fold in enumerate(self._folds) if number != seed for index in fold)
 
     def _validation(self, seed: int) -> Part:
-        return self._bench.part("train", self._folds[seed]) if self._folds else self._bench.part("validation")
+        return self._runner.part("train", self._folds[seed]) if self._folds else self._runner.part("validation")
 
 
 def folds_of(count: int, folds: int, seed: int) -> list[list[int]]:

@@ -4,37 +4,31 @@ from __future__ import annotations
 
 import inspect
 import math
-import multiprocessing
-import multiprocessing.connection
 import os
-import platform
 import signal
 import sys
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from datetime import date, timedelta
-from importlib.metadata import version
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ... import procedures
 from ...atomic_files import check_replaceable, whole_folder
-from ...blocks.block_map import is_head
+from ...blocks.block_map import kind_of
 from ...errors import SurgicalError
-from ...quiet import quieten
-from ...rendering import markdown_row
+from ...rendering import markdown_row, progress_bar
 from ...search.result import SearchResult, SearchTrial, candidate_of, state_of
 from ...search.run import count_trainings, optuna_classes, run_search
 from ...validation import resolve
 from ..recipe.recipe import Recipe
+from ..training.provenance import machine, today, versions
 from ..training.train import score
-from ..training.workers import shared_threads
+from ..training.workers import SPAWN, shared_threads, start_worker
 from .objective import RecipeObjective
 
 _RESULT = "search.json"  # by which the result of an earlier search is known
@@ -42,8 +36,8 @@ _LAST_WORDS = 30.0  # seconds for the other workers to notice that all is done
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What a search would cost.
+class CostEstimate:
+    """The cost of a search.
 
     Attributes:
         procedure: in words.
@@ -58,8 +52,8 @@ class Plan:
     seconds: float | None
 
 
-def plan(recipe: Recipe, jobs: int = 1) -> Plan:
-    """What the search of a recipe would cost; trains a few steps to tell the time, and keeps nothing.
+def plan(recipe: Recipe, jobs: int = 1) -> CostEstimate:
+    """Estimate the cost of the search of a recipe; trains a few steps to tell the time, and keeps nothing.
 
     Raises:
         SurgicalError: as `search`.
@@ -73,9 +67,9 @@ def plan(recipe: Recipe, jobs: int = 1) -> Plan:
         objective = RecipeObjective(recipe)
         procedure = recipe.make_procedure()
         trainings = count_trainings(procedure, objective.blocks, rates=objective.rates, seeds=objective.seeds)
-        each = objective.seconds()
+        seconds = objective.seconds()
     at_once = min(jobs, os.cpu_count() or 1)
-    return Plan(repr(procedure), trainings, each, trainings and math.ceil(trainings / at_once) * each)
+    return CostEstimate(repr(procedure), trainings, seconds, trainings and math.ceil(trainings / at_once) * seconds)
 
 
 def search(
@@ -128,7 +122,7 @@ def _search(
     with whole_folder(folder / "search", _RESULT) as temporary:
         result.save(temporary / _RESULT)
         (temporary / "table.md").write_text(search_markdown(result, objective.metric), encoding="utf-8")
-        if any(math.isfinite(metric) for block, metric in result.profile.items() if not is_head(block)):
+        if any(math.isfinite(metric) for block, metric in result.profile.items() if kind_of(block) != "head"):
             result.plot(temporary / "profile.png")
     return result
 
@@ -148,10 +142,7 @@ def _run(recipe: Recipe, objective: RecipeObjective, kept: dict[str, Any], progr
 def _work(recipe: Recipe, kept: dict[str, Any], threads: int) -> None:
     """What another process does: the same search, silently."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches it too, but the one who started it ends it
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    torch.set_num_threads(threads)
-    quieten()
-    _quieten_optuna()
+    start_worker(threads, _quieten_optuna)
     try:
         _run(recipe, RecipeObjective(recipe), kept)
     except SurgicalError as error:
@@ -161,8 +152,7 @@ def _work(recipe: Recipe, kept: dict[str, Any], threads: int) -> None:
 @contextmanager
 def _helpers(count: int, recipe: Recipe, kept: dict[str, Any], threads: int) -> Iterator[None]:
     """Other processes that work on the same study while this one does."""
-    context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=_work, args=(recipe, kept, threads)) for _ in range(count)]
+    processes = [SPAWN.Process(target=_work, args=(recipe, kept, threads)) for _ in range(count)]
     try:
         for process in processes:
             process.start()
@@ -183,13 +173,6 @@ def _quieten_optuna() -> None:
     logging.set_verbosity(logging.WARNING)  # else a line for each study and trial, between those of the bar
 
 
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        multiprocessing.connection.wait([parent.sentinel])
-        os._exit(1)
-
-
 def _with_scores(recipe: Recipe) -> Recipe:
     """The recipe with the scores that its procedure asks for, by the recipe's criterion."""
     wanted = inspect.signature(resolve(recipe.procedure, procedures)).parameters
@@ -208,8 +191,7 @@ class _Progress:
     """A bar with the best candidate so far and the time left; called with the finished trials."""
 
     def __init__(self, console: Console, most: int | None, trainings_each: int, jobs: int) -> None:
-        columns = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn())
-        self._bar = Progress(*columns, TextColumn("{task.fields[left]}"), console=console)
+        self._bar = progress_bar(console, "{task.fields[left]}")
         self._task = self._bar.add_task("search", total=most, left="")
         self._most, self._each, self._jobs = most, trainings_each, jobs
 
@@ -221,17 +203,17 @@ class _Progress:
         self._bar.stop()
 
     def __call__(self, finished: Sequence[SearchTrial]) -> None:
-        own: dict[tuple[str, ...], list[SearchTrial]] = {}
+        trials: dict[tuple[str, ...], list[SearchTrial]] = {}
         for trial in finished:
-            own.setdefault(trial.blocks, []).append(trial)
-        whole = [candidate_of(each) for each in own.values() if len(each) == self._each]
-        best = max((each for each in whole if math.isfinite(each.metric)), key=lambda each: each.metric, default=None)
-        said = "search" if best is None else f"best so far {best.metric:.4g}: {_short(best.blocks)}"
+            trials.setdefault(trial.blocks, []).append(trial)
+        whole = [candidate_of(done) for done in trials.values() if len(done) == self._each]
+        best = max((one for one in whole if math.isfinite(one.metric)), key=lambda one: one.metric, default=None)
+        text = "search" if best is None else f"best so far {best.metric:.4g}: {_short(best.blocks)}"
         left = ""
         if finished and self._most:
             seconds = sum(trial.seconds for trial in finished) / len(finished) / self._jobs
             left = f"at most about {timedelta(seconds=round(seconds * max(0, self._most - len(finished))))} left"
-        self._bar.update(self._task, completed=len(finished), description=said, left=left)
+        self._bar.update(self._task, completed=len(finished), description=text, left=left)
 
 
 def _short(blocks: tuple[str, ...]) -> str:
@@ -244,23 +226,22 @@ def search_markdown(result: SearchResult, metric: str) -> str:
         markdown_row(["blocks", f"validation {metric}", "rate", "tuned parameters", "state"]),
         markdown_row(["---", *["---:"] * 3, "---"]),
     ]
-    for each in result.candidates:
-        own = [trial for trial in result.trials if trial.blocks == each.blocks]
-        spread = "" if each.deviation is None else f" ± {each.deviation:.4f}"
-        cells = ["all" if each.blocks == result.blocks else ", ".join(each.blocks)]
-        cells.append("-" if math.isnan(each.metric) else f"{each.metric:.4f}{spread}")
-        if each.blocks == result.best.blocks:
+    for candidate in result.candidates:
+        trials = [trial for trial in result.trials if trial.blocks == candidate.blocks]
+        spread = "" if candidate.deviation is None else f" ± {candidate.deviation:.4f}"
+        cells = ["all" if candidate.blocks == result.blocks else ", ".join(candidate.blocks)]
+        cells.append("-" if math.isnan(candidate.metric) else f"{candidate.metric:.4f}{spread}")
+        if candidate.blocks == result.best.blocks:
             cells = [f"**{cell}**" for cell in cells]
-        cells.append("-" if each.rate is None else f"{each.rate:g}")
-        cells.append(f"{own[0].notes['tuned_parameters']:,}" if "tuned_parameters" in own[0].notes else "-")
-        cells.append(state_of(own))
+        cells.append("-" if candidate.rate is None else f"{candidate.rate:g}")
+        cells.append(f"{trials[0].notes['tuned_parameters']:,}" if "tuned_parameters" in trials[0].notes else "-")
+        cells.append(state_of(trials))
         lines.append(markdown_row(cells))
     seeds = len({trial.seed for trial in result.trials})
     means = f"mean ± standard deviation of {seeds} trainings at the best rate" if seeds > 1 else "at the best rate"
-    versions = ", ".join(f"{name} {version(name)}" for name in ("surgical-peft", "torch", "transformers", "peft"))
+    packages = ", ".join(f"{name} {number}" for name, number in versions().items())
     lines += [
         "",
-        f"`{result.procedure}`: {result.trainings} trainings; {means}. "
-        f"{date.today().isoformat()}, {versions}; {platform.machine()}.",
+        f"`{result.procedure}`: {result.trainings} trainings; {means}. {today()}, {packages}; {machine()}.",
     ]
     return "\n".join(lines) + "\n"

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ...errors import SurgicalError
-from ...validation import nearest
+from ...validation import check_choice, check_count
 
 Pixels = NDArray[np.uint8]
 
@@ -58,8 +58,8 @@ _BY_LIBRARY = (
 def _by_library(name: str) -> Callable[[Pixels, int, Generator], Pixels]:
     def corrupt(pixels: Pixels, severity: int, rng: Generator) -> Pixels:
         seed = int(rng.integers(2**31))
-        grey = pixels.ndim == 2
-        image = Image.fromarray(np.stack([pixels] * 3, axis=-1) if grey else pixels)
+        gray = pixels.ndim == 2
+        image = Image.fromarray(np.stack([pixels] * 3, axis=-1) if gray else pixels)
         before = np.random.get_state()
         np.random.seed(seed)
         try:
@@ -68,7 +68,7 @@ def _by_library(name: str) -> Callable[[Pixels, int, Generator], Pixels]:
             np.random.set_state(before)
         # A mean over the channels would average their noise out.
         bytewise = np.asarray(changed).astype(np.uint8)
-        return bytewise[..., 0] if grey else bytewise
+        return bytewise[..., 0] if gray else bytewise
 
     return corrupt
 
@@ -84,8 +84,8 @@ def corruption(name: str, severity: int) -> Callable[[Pixels, Generator], Pixels
     """The corruption `name` at `severity` (1 to 5), as a function of pixels and generator.
 
     `gaussian_noise` and `contrast` are ours, the other 17 come from the package `imagecorruptions-imaug`. All are made
-    for images of 224 pixels: on small images the blurs reach across much of the image. Of a grey image corrupted in
-    colour, the red channel is kept.
+    for images of 224 pixels: on small images the blurs reach across much of the image. Of a gray image corrupted in
+    color, the red channel is kept.
 
     Raises:
         SurgicalError: unknown name, severity out of range, or the package is missing.
@@ -94,12 +94,8 @@ def corruption(name: str, severity: int) -> Callable[[Pixels, Generator], Pixels
         >>> corruption("contrast", 5)(np.zeros((28, 28), np.uint8), np.random.default_rng(0)).shape
         (28, 28)
     """
-    if name not in CORRUPTIONS:
-        raise SurgicalError(
-            f"corruption {name!r} is unknown: {nearest(name, CORRUPTIONS)}There are: {', '.join(CORRUPTIONS)}."
-        )
-    if severity not in range(1, 6):
-        raise SurgicalError(f"severity={severity} is out of range: 1 to 5.")
+    check_choice("images", "corruption", name, CORRUPTIONS)
+    check_count(name, "severity", severity, "how strong it is", at_most=5)
     if name in _BY_LIBRARY:
         _library()  # that it is missing is said now, not at the first image
     return lambda pixels, rng: CORRUPTIONS[name](pixels, severity, rng)

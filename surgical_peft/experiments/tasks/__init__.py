@@ -1,12 +1,12 @@
-"""What a recipe's model and data are: one function a task, each in a file of its own.
+"""Tasks: a recipe's model, data and metric; one function each, in a file of its own.
 
-What a task gives, and what one of the user's own has to give, is in `tasks.task`.
+The interface of a task, ours or the user's own, is in `tasks.task`.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from ...validation import resolve
 from ..recipe.recipe import Recipe
@@ -16,6 +16,8 @@ from .seq2seq import seq2seq
 from .task import SPLITS as SPLITS
 from .task import Examples as Examples
 from .task import Task as Task
+from .task import check_keys
+from .task import info_of as info_of
 from .text_classification import text_classification
 from .token_classification import token_classification
 
@@ -36,4 +38,17 @@ def load_task(recipe: Recipe, splits: Sequence[str] = SPLITS) -> Task:
         >>> load_task(recipe, ("train", "validation")).splits.keys()
         dict_keys(['train', 'validation'])
     """
-    return resolve(recipe.task, sys.modules[__name__])(recipe, tuple(splits))
+    task = task_of(recipe)
+    info = info_of(task)
+    if info.keys is not None:
+        check_keys(recipe, info.keys)
+    return task(recipe, tuple(splits))
+
+
+def task_of(recipe: Recipe) -> Callable[..., Task]:
+    """The function of a recipe's task.
+
+    Raises:
+        SurgicalError: there is none of that name.
+    """
+    return resolve(recipe.task, sys.modules[__name__])

@@ -1,4 +1,4 @@
-"""Texts to go on with."""
+"""Language modeling: texts to continue."""
 
 from __future__ import annotations
 
@@ -11,34 +11,45 @@ from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq
 
 from ..metrics import load_metric
 from ..recipe.recipe import Recipe
-from .columns import find_columns, is_text, open_splits
+from .columns import TEXT, find_columns, open_splits
 from .evaluation import Measure, check_metric, read_tokens
 from .source_model import model_loader
-from .task import Task, check_keys
+from .task import Task, TinyTask, with_info
 from .text_examples import Texts, Tokenizing, plain, refuse_empty, tokenizing
+from .tiny_data import TEXT_CONFIG, WORDS, save_tokenizer, text_feature
 
 BATCH_SIZE = 8  # of measuring; the logits of a batch have as many columns as the vocabulary has words
 
 
+def _row(place: int, rng: Generator, classes: list[str]) -> dict[str, Any]:
+    """Words that follow each other in one order."""
+    first = int(rng.integers(len(WORDS)))
+    return {"text": " ".join((*WORDS, *WORDS)[first : first + 6])}
+
+
+@with_info(
+    keys=["character_noise", "casing", "max_length"],
+    pipeline="text-generation",
+    tiny=TinyTask(AutoModelForCausalLM, {"text": text_feature}, _row, save_tokenizer, config=TEXT_CONFIG),
+)
 def causal_lm(recipe: Recipe, splits: Sequence[str]) -> Task:
     """Texts, and a model that `AutoModelForCausalLM` loads; each text is one example and all of it is learned.
 
     Column: `text`. Metrics: `accuracy` (default), the share of tokens that are predicted rightly from all before them;
     `log_likelihood`, minus the mean loss of a token.
     """
-    check_keys(recipe, "character_noise", "casing", "max_length")
     metric = recipe.metric or "accuracy"
     check_metric(metric, "accuracy", "log_likelihood")
     how = tokenizing(recipe)
     data = open_splits(recipe.data, splits)
-    column = find_columns(recipe, data, {"text": is_text})["text"]
+    column = find_columns(recipe, data, {"text": TEXT})["text"]
     refuse_empty(data, column, recipe.data)
     collate = plain(DataCollatorForSeq2Seq(how.tokenizer))  # unlike that for language models it pads labels as such
     return Task(
         load_model=model_loader(AutoModelForCausalLM, recipe),
         splits={
-            split: Texts(each, list(range(len(each))), partial(_read, how, column), partial(how.rng, split))
-            for split, each in data.items()
+            split: Texts(rows, list(range(len(rows))), partial(_read, how, column), partial(how.rng, split))
+            for split, rows in data.items()
         },
         collate=collate,
         metric=metric,

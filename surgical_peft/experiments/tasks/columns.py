@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,7 @@ from datasets import ClassLabel, LargeList, List, Value, load_dataset, load_data
 from ...errors import SurgicalError
 from ...validation import nearest
 from ..recipe.recipe import Recipe
-from .task import found
-
-Fits = Callable[[Any], bool]
+from .task import load_or_raise
 
 
 def open_splits(name: str, splits: Sequence[str]) -> dict[str, Any]:
@@ -33,8 +32,8 @@ def open_splits(name: str, splits: Sequence[str]) -> dict[str, Any]:
         raise SurgicalError(
             f"{name} is one file: give a folder with a file for each split, such as train.csv and validation.csv."
         )
-    builder = found(load_dataset_builder, name, "data set")
-    files = {str(split): each for split, each in (builder.config.data_files or {}).items()}
+    builder = load_or_raise(load_dataset_builder, name, "data set")
+    files = {str(split): paths for split, paths in (builder.config.data_files or {}).items()}
     known = list(files or builder.info.splits or splits)
     missing = [split for split in splits if split not in known]
     if missing:
@@ -43,49 +42,61 @@ def open_splits(name: str, splits: Sequence[str]) -> dict[str, Any]:
             "split that its name says, e.g. validation.parquet."
         )
     options: dict[str, Any] = {}
-    if builder.name == "imagefolder" and not any("metadata." in str(file) for each in files.values() for file in each):
+    if builder.name == "imagefolder" and not any(
+        "metadata." in str(file) for paths in files.values() for file in paths
+    ):
         options["drop_labels"] = False  # else the folders of a split with one class are not taken for classes
     opened = {}
     for split in splits:
         only = {"data_files": {split: files[split]}, "features": builder.info.features} if Path(name).exists() else {}
-        opened[split] = found(load_dataset, name, f"split {split} of the data set", split=split, **only, **options)
+        opened[split] = load_or_raise(
+            load_dataset, name, f"split {split} of the data set", split=split, **only, **options
+        )
         if not len(opened[split]):
             raise SurgicalError(f"{name}: the split {split} is empty.")
     return opened
 
 
-_TAKEN = {
-    "image": "images",
-    "label": "classes: names, whole numbers or a ClassLabel",
-    "text": "texts",
-    "target": "texts",
-    "tokens": "lists of texts",
-    "tags": "lists of classes: names, whole numbers or a ClassLabel",
-}
+@dataclass(frozen=True)
+class ColumnType:
+    """The type of a column.
+
+    Attributes:
+        description: of what it holds, in the plural.
+        fits: whether a feature of `datasets` is of it.
+    """
+
+    description: str
+    fits: Callable[[Any], bool]
 
 
-def is_text(feature: Any) -> bool:
-    """Whether a column holds texts."""
+def _is_text(feature: Any) -> bool:
     return isinstance(feature, Value) and feature.dtype in ("string", "large_string")
 
 
-def is_label(feature: Any) -> bool:
-    """Whether a column holds one label a row: a class, its name or its number."""
-    return isinstance(feature, ClassLabel) or (isinstance(feature, Value) and (is_text(feature) or _is_int(feature)))
+def _is_label(feature: Any) -> bool:
+    return isinstance(feature, ClassLabel) or (isinstance(feature, Value) and (_is_text(feature) or _is_int(feature)))
 
 
-def is_list_of(fits: Fits) -> Fits:
-    """Whether a column holds a list a row, of what `fits` takes."""
-    return lambda feature: isinstance(feature, List | LargeList) and fits(feature.feature)
+TEXT = ColumnType("texts", _is_text)
+LABEL = ColumnType("classes: names, whole numbers or a ClassLabel", _is_label)
 
 
-def find_columns(recipe: Recipe, data: dict[str, Any], roles: dict[str, Fits]) -> dict[str, str]:
+def list_of(kind: ColumnType) -> ColumnType:
+    """A list of `kind` in each row."""
+    return ColumnType(
+        f"lists of {kind.description}",
+        lambda feature: isinstance(feature, List | LargeList) and kind.fits(feature.feature),
+    )
+
+
+def find_columns(recipe: Recipe, data: dict[str, Any], roles: dict[str, ColumnType]) -> dict[str, str]:
     """The column of each role: the one that the recipe names, else the one of that name, else the only one that fits.
 
     Args:
         recipe: its `columns` are looked at.
         data: the splits; all of them must have the columns.
-        roles: for each role, whether a column's type fits.
+        roles: for each role the type of its column.
 
     Raises:
         SurgicalError: a role or column that does not exist, no column that fits, or more than one.
@@ -97,41 +108,37 @@ def find_columns(recipe: Recipe, data: dict[str, Any], roles: dict[str, Fits]) -
                 f"{', '.join(roles)}."
             )
     features = next(iter(data.values())).features
-    own = {role: role for role, fits in roles.items() if role in features and fits(features[role])}
-    columns = {**own, **{role: str(column) for role, column in recipe.columns.items()}}
-    for role, fits in roles.items():
+    namesakes = {role: role for role, kind in roles.items() if role in features and kind.fits(features[role])}
+    columns = {**namesakes, **{role: str(column) for role, column in recipe.columns.items()}}
+    for role, kind in roles.items():
         if role not in columns:
-            left = [name for name in features if fits(features[name]) and name not in columns.values()]
-            columns[role] = _only(role, left, recipe, features)
-    for split, each in data.items():
+            fitting = [name for name in features if kind.fits(features[name]) and name not in columns.values()]
+            columns[role] = _only(role, kind, fitting, recipe, features)
+    for split, rows in data.items():
         for role, column in columns.items():
-            if column not in each.features:
+            if column not in rows.features:
                 raise SurgicalError(
                     f"{recipe.data}: the split {split} has no column {column!r} for the {role}: "
-                    f"{nearest(column, each.features)}It has: {_shown(each.features)}."
+                    f"{nearest(column, rows.features)}It has: {_shown(rows.features)}."
                 )
-            if not roles[role](each.features[column]):
+            if not roles[role].fits(rows.features[column]):
                 raise SurgicalError(
                     f"{recipe.data}: the column {column!r} cannot be the {role} of {recipe.task}: it is "
-                    f"{_type(each.features[column])}, and {_takes(role)}. The split {split} has: "
-                    f"{_shown(each.features)}."
+                    f"{_type(rows.features[column])}, and it takes {roles[role].description}. The split {split} has: "
+                    f"{_shown(rows.features)}."
                 )
     return columns
 
 
-def _only(role: str, fitting: list[str], recipe: Recipe, features: Any) -> str:
+def _only(role: str, kind: ColumnType, fitting: list[str], recipe: Recipe, features: Any) -> str:
     # A ClassLabel is a label before any text or number is.
     left = [name for name in fitting if isinstance(features[name], ClassLabel)] or fitting
     if len(left) == 1:
         return left[0]
-    which, cure = "none of its columns can be", _takes(role)
+    which, cure = "none of its columns can be", f"it takes {kind.description}"
     if left:
         which, cure = f"{' and '.join(left)} may each be", f"name it in the recipe, columns: {{{role}: ...}}"
     raise SurgicalError(f"{recipe.data}: {which} the {role} of {recipe.task}: {cure}. It has: {_shown(features)}.")
-
-
-def _takes(role: str) -> str:
-    return f"it takes {_TAKEN[role]}" if role in _TAKEN else "none has a type that fits"
 
 
 def _is_int(feature: Any) -> bool:

@@ -45,8 +45,8 @@ class Measure:
         references: list[Any] = []
         model.eval()
         try:
-            own = torch.Generator()  # a loader draws from one: not from that of a training which this may interrupt
-            loader: DataLoader[Any] = DataLoader(examples, self.batch_size, collate_fn=self.collate, generator=own)  # type: ignore[arg-type]
+            draws = torch.Generator()  # a loader draws from one: not from that of a training which this may interrupt
+            loader: DataLoader[Any] = DataLoader(examples, self.batch_size, collate_fn=self.collate, generator=draws)  # type: ignore[arg-type]
             for batch in loader:
                 predicted, wanted = self.read(model, {name: value.to(device) for name, value in batch.items()})
                 predictions += predicted

@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,39 +13,71 @@ import torch
 from datasets import Image
 from PIL import Image as PILImage
 from torch.utils.data import Dataset
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, default_data_collator
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    ViTImageProcessorPil,
+    default_data_collator,
+)
 
 from ...errors import SurgicalError
 from ..recipe.recipe import Recipe
 from ..shifts import corruption
-from .columns import find_columns, is_label, open_splits
+from .columns import LABEL, ColumnType, find_columns, open_splits
 from .evaluation import classification
 from .labels import label_rows
 from .source_model import model_loader
-from .task import Examples, Task, check_keys, found
+from .task import Examples, Task, TinyTask, load_or_raise, with_info
+from .tiny_data import label_feature, labels_of
 
 _MODES = {1: "L", 3: "RGB"}
+IMAGE = ColumnType("images", lambda feature: isinstance(feature, Image))
 
 
+def _row(place: int, rng: np.random.Generator, classes: list[str]) -> dict[str, Any]:
+    """An image whose brightness tells its class."""
+    label = place % len(classes)
+    middle = 40 + 175 * label / max(1, len(classes) - 1)
+    return {"image": np.clip(rng.normal(middle, 25, (32, 32, 3)), 0, 255).astype(np.uint8), "label": label}
+
+
+def _save_processor(config: Any, folder: Path) -> None:
+    size, middle = getattr(config, "image_size", 32), [0.5] * getattr(config, "num_channels", 3)
+    height, width = (size, size) if isinstance(size, int) else size
+    sizes = {"height": height, "width": width}
+    ViTImageProcessorPil(size=sizes, image_mean=middle, image_std=middle).save_pretrained(folder)
+
+
+@with_info(
+    keys=["corruption", "label_map", "imbalance", "new_head"],
+    pipeline="image-classification",
+    tiny=TinyTask(
+        AutoModelForImageClassification,
+        {"image": lambda classes: Image(), "label": label_feature},
+        _row,
+        _save_processor,
+        labels_of,
+    ),
+)
 def image_classification(recipe: Recipe, splits: Sequence[str]) -> Task:
     """Images with class labels, and a model that `AutoModelForImageClassification` loads.
 
     Columns: `image` and `label`. Metrics: `accuracy` (default), `macro_f1`, `matthews_correlation`. Images of any mode
     are converted to as many channels as the model takes.
     """
-    check_keys(recipe, "corruption", "label_map", "imbalance", "new_head")
     measure = classification(recipe.metric or "accuracy")
-    config = found(AutoConfig.from_pretrained, recipe.model, "model")
-    processor = found(AutoImageProcessor.from_pretrained, recipe.model, "image processor of", backend="pil")
+    config = load_or_raise(AutoConfig.from_pretrained, recipe.model, "model")
+    processor = load_or_raise(AutoImageProcessor.from_pretrained, recipe.model, "image processor of", backend="pil")
     corrupt = corruption(recipe.corruption, recipe.severity) if recipe.corruption else None
     data = open_splits(recipe.data, splits)
-    columns = find_columns(recipe, data, {"image": lambda feature: isinstance(feature, Image), "label": is_label})
+    columns = find_columns(recipe, data, {"image": IMAGE, "label": LABEL})
     found_labels = label_rows(recipe, data, columns["label"], config)
     examples: dict[str, Examples] = {}
     shape = None
-    for split, each in data.items():
+    for split, rows in data.items():
         images = _Images(
-            each.select_columns(columns["image"]),
+            rows.select_columns(columns["image"]),
             columns["image"],
             found_labels.rows[split],
             found_labels.labels[split],
@@ -65,6 +98,7 @@ def image_classification(recipe: Recipe, splits: Sequence[str]) -> Task:
         collate=default_data_collator,
         metric=recipe.metric or "accuracy",
         measure=measure,
+        names_labels=True,
     )
 
 

@@ -1,4 +1,4 @@
-"""The labels of a data set: which class is which label of the model, and which rows are used."""
+"""The labels of a data set: the model's label of each class, and the rows that are used."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .columns import open_splits
 
 
 @dataclass(frozen=True)
-class Labelled:
+class LabeledRows:
     """The rows that a recipe uses and their labels.
 
     Attributes:
@@ -32,8 +32,8 @@ class Labelled:
     names: list[str] | None
 
 
-def label_rows(recipe: Recipe, data: dict[str, Any], column: str, config: Any) -> Labelled:
-    """What the labels of each split are, after the recipe's `label_map` and `imbalance`.
+def label_rows(recipe: Recipe, data: dict[str, Any], column: str, config: Any) -> LabeledRows:
+    """The labels of each split, after the recipe's `label_map` and `imbalance`.
 
     Without a `label_map`, classes are matched with the model's labels by name where it knows all the names, else by
     number: classes as a `ClassLabel` has them, other names in alphabetical order.
@@ -57,23 +57,23 @@ def label_rows(recipe: Recipe, data: dict[str, Any], column: str, config: Any) -
     classes = class_names(train.features[column], list(train[column]), f"{recipe.data}, split train")
     label_map, count = fit_labels(recipe, column, classes, config)
     rows, labels = {}, {}
-    for split, each in data.items():
-        found = _classes_of(each, column, classes, f"{recipe.data}, split {split}")
-        places = [place for place, number in enumerate(found) if label_map[number] is not None]
+    for split, split_rows in data.items():
+        numbers = _classes_of(split_rows, column, classes, f"{recipe.data}, split {split}")
+        places = [index for index, number in enumerate(numbers) if label_map[number] is not None]
         if split == "train" and recipe.imbalance:
             shares = _read_shares(recipe.imbalance, classes)
-            kept = keep_share([found[place] for place in places], shares, recipe.shift_seed)
+            kept = keep_share([numbers[index] for index in places], shares, recipe.shift_seed)
             places = [places[number] for number in kept]
         if not places:
             raise SurgicalError(f"label_map={recipe.label_map}: no row of the split {split} of {recipe.data} is left.")
         rows[split] = places
-        labels[split] = [int(label_map[found[place]]) for place in places]  # type: ignore[arg-type]
+        labels[split] = [int(label_map[numbers[index]]) for index in places]  # type: ignore[arg-type]
     if "train" in labels and len(set(labels["train"])) < 2:
         raise SurgicalError(
             f"{recipe.data}: all {len(rows['train'])} rows of the split train have the label {labels['train'][0]} "
             f"(column {column!r}): {_TWO}. The classes are {', '.join(classes)}."
         )
-    return Labelled(rows, labels, count, classes if recipe.label_map is None else None)
+    return LabeledRows(rows, labels, count, classes if recipe.label_map is None else None)
 
 
 _TWO = "to choose between classes there must be two"
@@ -96,19 +96,19 @@ def fit_labels(recipe: Recipe, column: str, classes: list[str], config: Any) -> 
         count = max((label for label in label_map if label is not None), default=0) + 1
     else:
         count = config.num_labels
-        own = {name: label for label, name in config.id2label.items()}
-        if recipe.label_map is None and all(name in own for name in classes):
-            label_map = [own[name] for name in classes]
+        known = {name: label for label, name in config.id2label.items()}
+        if recipe.label_map is None and all(name in known for name in classes):
+            label_map = [known[name] for name in classes]
     if count < 2:
         one = f"label_map={recipe.label_map} leaves" if recipe.new_head else f"the model {recipe.model} has"
         cure = "Give the classes different labels" if recipe.new_head else "Write new_head: true"
         raise SurgicalError(f"{one} one label only: {_TWO}. {cure}; they are {', '.join(classes)}.")
     if any(label is not None and label >= count for label in label_map):
-        what, cure = f"{len(classes)} classes", "Write a label_map"
+        given, cure = f"{len(classes)} classes", "Write a label_map"
         if recipe.label_map is not None:
-            what, cure = f"label_map={recipe.label_map}", f"Map to the labels from 0 to {count - 1}"
+            given, cure = f"label_map={recipe.label_map}", f"Map to the labels from 0 to {count - 1}"
         raise SurgicalError(
-            f"{what} does not fit: the labels of {recipe.model} are 0 to {count - 1}, the classes of {recipe.data} "
+            f"{given} does not fit: the labels of {recipe.model} are 0 to {count - 1}, the classes of {recipe.data} "
             f"are {', '.join(classes)}. {cure}, or new_head: true for a head of its own."
         )
     return label_map, count
@@ -130,17 +130,17 @@ def class_numbers(feature: Any, values: list[Any], classes: list[str], where: st
     """The class of each value of a column, as a number in `classes`."""
     if isinstance(feature, ClassLabel):
         numbers: dict[Any, int | None] = {
-            own: classes.index(name) if name in classes else None for own, name in enumerate(feature.names)
+            number: classes.index(name) if name in classes else None for number, name in enumerate(feature.names)
         }
     elif isinstance(feature, Value) and feature.dtype in ("string", "large_string"):
         numbers = {name: number for number, name in enumerate(classes)}
     else:
         numbers = {number: number for number in range(len(classes))}
-    for place, value in enumerate(values):
+    for row, value in enumerate(values):
         if numbers.get(value) is None:
             name = feature.names[value] if isinstance(feature, ClassLabel) and value in numbers else value
             raise SurgicalError(
-                f"{where}: row {place} has the label {name!r}, which is no class of the split train: "
+                f"{where}: row {row} has the label {name!r}, which is no class of the split train: "
                 f"{nearest(str(name), classes)}There are: {', '.join(classes)}."
             )
     return [numbers[value] for value in values]  # type: ignore[misc]
@@ -151,7 +151,7 @@ def _classes_of(data: Any, column: str, classes: list[str], where: str) -> list[
 
 
 def _read_shares(imbalance: dict[Any, Any], classes: list[str]) -> dict[int, float]:
-    for each, share in imbalance.items():
+    for name, share in imbalance.items():
         if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1:
-            raise SurgicalError(f"imbalance={imbalance}: {each}: {share!r} is no share: more than 0, 1 at most.")
-    return {class_number("imbalance", each, classes): float(share) for each, share in imbalance.items()}
+            raise SurgicalError(f"imbalance={imbalance}: {name}: {share!r} is no share: more than 0, 1 at most.")
+    return {class_number("imbalance", name, classes): float(share) for name, share in imbalance.items()}

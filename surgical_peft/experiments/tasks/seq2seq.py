@@ -1,4 +1,4 @@
-"""Texts with a text to answer with."""
+"""Sequence to sequence: texts with a target text."""
 
 from __future__ import annotations
 
@@ -13,16 +13,33 @@ from transformers import AutoModelForSeq2SeqLM, DataCollatorForSeq2Seq
 from ...scoring.batches import IGNORED
 from ..metrics import load_metric
 from ..recipe.recipe import Recipe
-from .columns import find_columns, is_text, open_splits
+from .columns import TEXT, find_columns, open_splits
 from .evaluation import Batch, Measure, check_metric, read_tokens
 from .source_model import model_loader
-from .task import Task, check_keys
+from .task import Task, TinyTask, with_info
 from .text_examples import Texts, Tokenizing, plain, refuse_empty, tokenizing
+from .tiny_data import TEXT_CONFIG, save_tokenizer, text_feature, words
 
 BATCH_SIZE = 8  # of measuring
 _BY_TOKEN = ("accuracy", "log_likelihood")
 
 
+def _row(place: int, rng: Generator, classes: list[str]) -> dict[str, Any]:
+    """Words and the first of them."""
+    sentence = words(rng)
+    return {"text": " ".join(sentence), "target": sentence[0]}
+
+
+@with_info(
+    keys=["character_noise", "casing", "max_length"],
+    tiny=TinyTask(
+        AutoModelForSeq2SeqLM,
+        {"text": text_feature, "target": text_feature},
+        _row,
+        save_tokenizer,
+        config={**TEXT_CONFIG, "decoder_start_token_id": 0},
+    ),
+)
 def seq2seq(recipe: Recipe, splits: Sequence[str]) -> Task:
     """Texts with a text to answer with, and a model that `AutoModelForSeq2SeqLM` loads.
 
@@ -31,12 +48,11 @@ def seq2seq(recipe: Recipe, splits: Sequence[str]) -> Task:
     `exact_match`, or one of the Hub, of the text that the model writes by itself, always taking the likeliest token.
     A shift changes `text` alone.
     """
-    check_keys(recipe, "character_noise", "casing", "max_length")
     metric = recipe.metric or "accuracy"
     check_metric(metric, *_BY_TOKEN, "exact_match")
     how = tokenizing(recipe)
     data = open_splits(recipe.data, splits)
-    columns = find_columns(recipe, data, {"text": is_text, "target": is_text})
+    columns = find_columns(recipe, data, {"text": TEXT, "target": TEXT})
     for column in columns.values():
         refuse_empty(data, column, recipe.data)
     collate = plain(DataCollatorForSeq2Seq(how.tokenizer))
@@ -44,8 +60,8 @@ def seq2seq(recipe: Recipe, splits: Sequence[str]) -> Task:
     return Task(
         load_model=model_loader(AutoModelForSeq2SeqLM, recipe),
         splits={
-            split: Texts(each, list(range(len(each))), partial(_read, how, columns), partial(how.rng, split))
-            for split, each in data.items()
+            split: Texts(rows, list(range(len(rows))), partial(_read, how, columns), partial(how.rng, split))
+            for split, rows in data.items()
         },
         collate=collate,
         metric=metric,
@@ -60,12 +76,12 @@ def _read(how: Tokenizing, columns: dict[str, str], row: dict[str, Any], index: 
 
 
 def _read_written(tokenizer: Any, model: nn.Module, batch: Batch) -> tuple[list[str], list[str]]:
-    """What the model writes, up to the length of the longest target and a token more, and the targets."""
+    """The texts that the model generates, at most a token longer than the longest target, and the targets."""
     labels = batch.pop("labels")
     written = model.generate(  # type: ignore[operator]
         **batch, max_new_tokens=labels.shape[1] + 1, do_sample=False, num_beams=1
     )
     targets = labels.masked_fill(labels == IGNORED, tokenizer.pad_token_id)
     texts = (tokenizer.batch_decode(ids, skip_special_tokens=True) for ids in (written, targets))
-    predicted, wanted = ([text.strip() for text in each] for each in texts)
+    predicted, wanted = ([text.strip() for text in side] for side in texts)
     return predicted, wanted

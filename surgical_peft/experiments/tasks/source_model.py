@@ -10,10 +10,10 @@ import torch
 from torch import nn
 from transformers import AutoConfig, TrainingArguments
 
-from ...blocks.block_map import BlockMap, is_head
+from ...blocks.block_map import BlockMap
 from ...errors import SurgicalError
 from ..recipe.recipe import Recipe
-from .task import found
+from .task import load_or_raise
 
 
 def model_loader(
@@ -31,11 +31,11 @@ def model_loader(
     def load() -> nn.Module:
         if recipe.new_head:
             return _with_new_head(auto, recipe, count, names)
-        model, said = found(auto.from_pretrained, recipe.model, "model", output_loading_info=True)
-        if said["missing_keys"]:
+        model, loading = load_or_raise(auto.from_pretrained, recipe.model, "model", output_loading_info=True)
+        if loading["missing_keys"]:
             raise SurgicalError(
-                f"{recipe.model} has no weights for {', '.join(sorted(said['missing_keys']))}: it was not trained for "
-                f"{recipe.task}. Write new_head: true if its head is to be made and trained, or take another model."
+                f"{recipe.model} has no weights for {', '.join(sorted(loading['missing_keys']))}: it was not trained "
+                f"for {recipe.task}. Write new_head: true to make and train a new head, or take another model."
             )
         return model
 
@@ -43,22 +43,24 @@ def model_loader(
 
 
 def modules_to_save(recipe: Recipe, model: nn.Module) -> list[str] | None:
-    """What is trained and saved whatever blocks are chosen: as the recipe says, else a new head."""
+    """The modules that are trained and saved whatever blocks are chosen: those of the recipe, else a new head."""
     if recipe.modules_to_save is not None or not recipe.new_head:
         return recipe.modules_to_save
-    modules = BlockMap.find(model).modules
-    return [path for block in modules if is_head(block) for path in modules[block]]
+    blocks = BlockMap.find(model)
+    return [path for head in blocks.heads for path in blocks.modules[head]]
 
 
 def _with_new_head(auto: Any, recipe: Recipe, count: int | None, names: list[str] | None) -> nn.Module:
     labels = {"num_labels": count} | ({"id2label": dict(enumerate(names))} if names else {})
-    config = found(AutoConfig.from_pretrained, recipe.model, "model", **labels)
+    config = load_or_raise(AutoConfig.from_pretrained, recipe.model, "model", **labels)
     with torch.random.fork_rng(devices=[]):  # what the caller draws does not depend on it
         # A stream of its own: the source model may have begun with the very head that this seed gives.
         seed = recipe.training.get("seed", TrainingArguments.seed)
         torch.manual_seed(random.Random(f"new head {seed}").getrandbits(63))
         model = auto.from_config(config)
-        source = found(auto.from_pretrained, recipe.model, "model", config=config, ignore_mismatched_sizes=True)
+        source = load_or_raise(
+            auto.from_pretrained, recipe.model, "model", config=config, ignore_mismatched_sizes=True
+        )
     if source.base_model is source:
         raise SurgicalError(f"new_head: {type(source).__name__} does not tell its head from the rest.")
     model.base_model.load_state_dict(source.base_model.state_dict())

@@ -1,21 +1,22 @@
-"""What a task is: a model to load, data to tune it on, and how to measure it.
+"""The interface of a task: a model to load, data to tune it on, and how to measure it.
 
 A task is a function `(recipe, splits) -> Task`. It opens only these splits, refuses what does not fit before anything
-is trained, and gives the same examples for the same recipe every time. One of the user's own goes into a recipe as
-`task: package.module:name`.
+is trained, and gives the same examples for the same recipe every time. With the decorator `with_info` it says more
+about itself. One of the user's own goes into a recipe as `task: package.module:name`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from datasets.exceptions import DatasetsError
+from numpy.random import Generator
 from torch import Tensor, nn
 
-from ...errors import SurgicalError
+from ...errors import SurgicalError, reason_of
 from ..recipe.recipe import Recipe
 
 SPLITS = ("train", "validation", "test")
@@ -41,6 +42,7 @@ class Task:
         metric: the name of what `measure` gives; larger is better.
         measure: that metric of a model on examples. It works in eval mode, on the model's device and in batches of a
             fixed size, and leaves the model in the mode that it had.
+        names_labels: whether the labels that the model's config names are what it predicts; a card lists them.
     """
 
     load_model: Callable[[], nn.Module]
@@ -48,12 +50,73 @@ class Task:
     collate: Callable[[list[dict[str, Any]]], dict[str, Tensor]]
     metric: str
     measure: Callable[[nn.Module, Examples], float]
+    names_labels: bool = False
 
 
-_KEYS = ("corruption", "label_map", "imbalance", "new_head", "character_noise", "casing", "max_length")
+DATA_KEYS = ("corruption", "label_map", "imbalance", "new_head", "character_noise", "casing", "max_length")
+F = TypeVar("F", bound=Callable[..., Task])
 
 
-def check_keys(recipe: Recipe, *speaking: str) -> None:
+@dataclass(frozen=True)
+class TinyTask:
+    """A small random model and generated data of a task, for `--tiny`.
+
+    Attributes:
+        auto: the Auto class of transformers that makes the model of a config.
+        features: for each role of a column the type of `datasets`, made of the names of the classes.
+        row: makes a row of its place, randomness and the names of the classes.
+        save_reader: saves the tokenizer or image processor for a config to a folder.
+        classes: names of the classes of a recipe's data; none where there are no classes.
+        config: keys of the config that follow from the data.
+    """
+
+    auto: Any
+    features: Mapping[str, Callable[[list[str]], Any]]
+    row: Callable[[int, Generator, list[str]], dict[str, Any]]
+    save_reader: Callable[[Any, Path], None]
+    classes: Callable[[Recipe], list[str]] = lambda recipe: []
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TaskInfo:
+    """Facts about a task that are known before there is a model or data.
+
+    Attributes:
+        keys: which of `DATA_KEYS` it reads; the others are refused. None: it checks them itself.
+        pipeline: the Hub's name for such models, for a model card.
+        tiny: makes a model and data for `--tiny`.
+    """
+
+    keys: tuple[str, ...] | None = None
+    pipeline: str | None = None
+    tiny: TinyTask | None = None
+
+
+def with_info(
+    *, keys: Sequence[str] | None = None, pipeline: str | None = None, tiny: TinyTask | None = None
+) -> Callable[[F], F]:
+    """Marks a task with the facts of `TaskInfo`; a plain function is a task, too.
+
+    Example:
+        >>> @with_info(keys=["new_head"], pipeline="audio-classification")
+        ... def audio_classification(recipe, splits):
+        ...     return Task(...)
+    """
+
+    def mark(function: F) -> F:
+        function.info = TaskInfo(None if keys is None else tuple(keys), pipeline, tiny)  # type: ignore[attr-defined]
+        return function
+
+    return mark
+
+
+def info_of(function: Callable[..., Task]) -> TaskInfo:
+    """The facts that a task was marked with by `with_info`."""
+    return getattr(function, "info", TaskInfo())
+
+
+def check_keys(recipe: Recipe, known: Sequence[str]) -> None:
     """Refuse a key of the recipe that is for other tasks, or a seed that no shift takes.
 
     Raises:
@@ -61,33 +124,32 @@ def check_keys(recipe: Recipe, *speaking: str) -> None:
     """
     if recipe.shift_seed < 0:
         raise SurgicalError(f"shift_seed={recipe.shift_seed} is below 0.")
-    for key in _KEYS:
-        if key not in speaking and getattr(recipe, key) not in (None, False, {}):
+    for key in DATA_KEYS:
+        if key not in known and getattr(recipe, key) not in (None, False, {}):
             raise SurgicalError(
-                f"{key}={getattr(recipe, key)!r} is not for {recipe.task}, which knows: {', '.join(speaking)}."
+                f"{key}={getattr(recipe, key)!r} is not for {recipe.task}, which knows: {', '.join(known) or 'none'}."
             )
 
 
-def found(load: Callable[..., Any], name: str, what: str, **kwargs: Any) -> Any:
-    """`load(name)`, with one kind of error for all the ways in which transformers and datasets miss something."""
+def load_or_raise(load: Callable[..., Any], name: str, kind: str, **kwargs: Any) -> Any:
+    """`load(name)`; what transformers or datasets cannot load, a `kind` of thing, is a `SurgicalError`."""
     if name.startswith((".", "/")) and not Path(name).exists():
         raise SurgicalError(
-            f"the {what} {name!r} cannot be loaded: there is no folder {Path(name).resolve()}. A recipe names "
+            f"the {kind} {name!r} cannot be loaded: there is no folder {Path(name).resolve()}. A recipe names "
             "folders relative to itself, and its header says what makes them."
         )
     try:
         return load(name, **kwargs)
-    except (OSError, ValueError, ConnectionError, DatasetsError) as error:
-        missing = "" if Path(name).exists() else "it is neither a folder here nor to be had from the Hub now: "
-        raise SurgicalError(f"the {what} {name!r} cannot be loaded: {missing}{_reason(error)}") from error
+    except (OSError, ValueError, DatasetsError) as error:
+        is_missing = isinstance(error, OSError) and not Path(name).exists()
+        missing = "it is neither a folder here nor to be had from the Hub now: " if is_missing else ""
+        raise SurgicalError(f"the {kind} {name!r} cannot be loaded: {missing}{_reason(error)}") from error
 
 
 def _reason(error: BaseException) -> str:
     """The first line that says something: datasets only says that there was an error, and hangs the cause on it."""
     lines = [line.strip() for line in str(error).splitlines() if not line.startswith("An error occurred while gen")]
-    said = list(filter(None, lines))
-    if not said and error.__cause__ is not None:
-        return _reason(error.__cause__)
-    if said and said[0].endswith(":"):  # a list follows
-        return " ".join(said)
-    return said[0] if said else type(error).__name__
+    message = list(filter(None, lines))
+    if not message:
+        return _reason(error.__cause__) if error.__cause__ is not None else reason_of(error)
+    return " ".join(message) if message[0].endswith(":") else message[0]  # a list follows a colon

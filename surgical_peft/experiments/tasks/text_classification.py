@@ -11,47 +11,68 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding
 
 from ..recipe.recipe import Recipe
-from .columns import find_columns, is_label, is_text, open_splits
+from .columns import LABEL, TEXT, find_columns, open_splits
 from .evaluation import classification
 from .labels import label_rows
 from .source_model import model_loader
-from .task import Task, check_keys
+from .task import Task, TinyTask, with_info
 from .text_examples import Texts, Tokenizing, plain, refuse_empty, tokenizing
+from .tiny_data import TEXT_CONFIG, label_feature, labels_of, save_tokenizer, text_feature, words
 
 BATCH_SIZE = 64  # of measuring
 
 
+def _row(place: int, rng: Generator, classes: list[str]) -> dict[str, Any]:
+    """Words, one of which is the name of their class."""
+    label = place % len(classes)
+    sentence = words(rng)
+    sentence[rng.integers(len(sentence))] = classes[label]
+    return {"text": " ".join(sentence), "label": label}
+
+
+@with_info(
+    keys=["label_map", "imbalance", "new_head", "character_noise", "casing", "max_length"],
+    pipeline="text-classification",
+    tiny=TinyTask(
+        AutoModelForSequenceClassification,
+        {"text": text_feature, "label": label_feature},
+        _row,
+        save_tokenizer,
+        labels_of,
+        TEXT_CONFIG,
+    ),
+)
 def text_classification(recipe: Recipe, splits: Sequence[str]) -> Task:
     """Texts with class labels, and a model that `AutoModelForSequenceClassification` loads.
 
     Columns: `text` and `label`. Metrics: `accuracy` (default), `macro_f1`, `matthews_correlation`.
     """
-    check_keys(recipe, "label_map", "imbalance", "new_head", "character_noise", "casing", "max_length")
     how = tokenizing(recipe)
     collate = plain(DataCollatorWithPadding(how.tokenizer))
     measure = classification(recipe.metric or "accuracy", collate=collate, batch_size=BATCH_SIZE)
     data = open_splits(recipe.data, splits)
-    columns = find_columns(recipe, data, {"text": is_text, "label": is_label})
+    columns = find_columns(recipe, data, {"text": TEXT, "label": LABEL})
     refuse_empty(data, columns["text"], recipe.data)
-    found = label_rows(recipe, data, columns["label"], how.config)
+    labeled = label_rows(recipe, data, columns["label"], how.config)
     return Task(
         load_model=partial(
             _load,
-            model_loader(AutoModelForSequenceClassification, recipe, found.count, found.names),
+            model_loader(AutoModelForSequenceClassification, recipe, labeled.count, labeled.names),
             how.tokenizer.pad_token_id,
         ),
         splits={
             split: Texts(
-                each,
-                found.rows[split],
-                partial(_read, how, columns["text"], found.labels[split]),
+                rows,
+                labeled.rows[split],
+                partial(_read, how, columns["text"], labeled.labels[split]),
                 partial(how.rng, split),
             )
-            for split, each in data.items()
+            for split, rows in data.items()
         },
         collate=collate,
         metric=recipe.metric or "accuracy",
         measure=measure,
+        names_labels=True,
     )
 
 

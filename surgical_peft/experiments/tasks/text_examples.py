@@ -1,4 +1,4 @@
-"""What tasks on text share: the tokenizer, shifts of text, and examples that are tokenized when they are asked for."""
+"""Text examples: the tokenizer, shifts of text, and examples that are tokenized when they are asked for."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from transformers import AutoConfig, AutoTokenizer
 from ...errors import SurgicalError
 from ..recipe.recipe import Recipe
 from ..shifts import casing, character_noise
-from .task import found
+from .task import load_or_raise
 
 TextShift = Callable[[str, Generator], str]
 
 
 @dataclass(frozen=True)
 class Tokenizing:
-    """How the texts of a recipe become tokens.
+    """Turns the texts of a recipe into tokens.
 
     Attributes:
         tokenizer: that of the model; it always has a token to pad with.
@@ -63,20 +63,21 @@ def tokenizing(recipe: Recipe) -> Tokenizing:
         SurgicalError: no such model or tokenizer, a `max_length` that the model does not take, a rate that is no
             percentage, or `casing` for a tokenizer that does not see case.
     """
-    config = found(AutoConfig.from_pretrained, recipe.model, "model")
-    tokenizer = found(AutoTokenizer.from_pretrained, recipe.model, "tokenizer of")
+    config = load_or_raise(AutoConfig.from_pretrained, recipe.model, "model")
+    tokenizer = load_or_raise(AutoTokenizer.from_pretrained, recipe.model, "tokenizer of")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
         if tokenizer.pad_token is None:
             raise SurgicalError(f"the tokenizer of {recipe.model} has no pad_token: give it one and save it again.")
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    own = [limit for limit in (tokenizer.model_max_length, positions) if limit is not None and limit < 10**9]
-    if recipe.max_length is not None and not 1 <= recipe.max_length <= min(own, default=recipe.max_length):
+    limits = [limit for limit in (tokenizer.model_max_length, positions) if limit is not None and limit < 10**9]
+    if recipe.max_length is not None and not 1 <= recipe.max_length <= min(limits, default=recipe.max_length):
         raise SurgicalError(
-            f"max_length={recipe.max_length} does not fit {recipe.model}, which takes 1 to {min(own, default='any')}."
+            f"max_length={recipe.max_length} does not fit {recipe.model}, which takes 1 to "
+            f"{min(limits, default='any')}."
         )
     return Tokenizing(
-        tokenizer, config, recipe.max_length or min(own, default=None), _shift(recipe, tokenizer), recipe.shift_seed
+        tokenizer, config, recipe.max_length or min(limits, default=None), _shift(recipe, tokenizer), recipe.shift_seed
     )
 
 
@@ -126,8 +127,8 @@ class Texts(Dataset[dict[str, Any]]):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        place = self.rows[index]
-        return self.read(self.data[place], index, self.rng(place))
+        row = self.rows[index]
+        return self.read(self.data[row], index, self.rng(row))
 
 
 def refuse_empty(data: dict[str, Any], column: str, name: str) -> None:
@@ -136,11 +137,11 @@ def refuse_empty(data: dict[str, Any], column: str, name: str) -> None:
     Raises:
         SurgicalError: there are some; names the first and says how many.
     """
-    for split, each in data.items():
-        empty = [place for place, text in enumerate(each[column]) if not _has_text(text)]
+    for split, rows in data.items():
+        empty = [index for index, text in enumerate(rows[column]) if not _has_text(text)]
         if empty:
             raise SurgicalError(
-                f"{name}, split {split}: {len(empty)} of {len(each)} rows have no text in the column {column!r}, the "
+                f"{name}, split {split}: {len(empty)} of {len(rows)} rows have no text in the column {column!r}, the "
                 f"first is row {empty[0]}: drop them first."
             )
 

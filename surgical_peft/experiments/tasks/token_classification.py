@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+from datasets import List
 from numpy.random import Generator
 from torch import nn
 from transformers import AutoModelForTokenClassification, DataCollatorForTokenClassification
@@ -14,17 +15,43 @@ from ...errors import SurgicalError
 from ...scoring.batches import IGNORED
 from ..metrics import load_metric
 from ..recipe.recipe import Recipe
-from .columns import find_columns, is_label, is_list_of, is_text, open_splits
+from .columns import LABEL, TEXT, find_columns, list_of, open_splits
 from .evaluation import Batch, Measure, check_metric
 from .labels import class_names, class_numbers, fit_labels
 from .source_model import model_loader
-from .task import Task, check_keys
+from .task import Task, TinyTask, with_info
 from .text_examples import Texts, Tokenizing, plain, refuse_empty, tokenizing
+from .tiny_data import TEXT_CONFIG, label_feature, save_tokenizer, text_feature, words
 
 BATCH_SIZE = 64  # of measuring
 _BY_WORD = ("accuracy", "macro_f1", "matthews_correlation")
 
 
+_TINY_TAGS = {"Ada": "B-PER", "Lovelace": "I-PER", "Berlin": "B-LOC", "Bay": "I-LOC"}
+
+
+def _row(place: int, rng: Generator, classes: list[str]) -> dict[str, Any]:
+    """Words, some of them names."""
+    names = list(_TINY_TAGS)[:2] if place % 2 else list(_TINY_TAGS)[2:]
+    tokens = [*words(rng), *names]
+    return {"tokens": tokens, "tags": [classes.index(_TINY_TAGS.get(token, "O")) for token in tokens]}
+
+
+@with_info(
+    keys=["label_map", "new_head", "character_noise", "casing", "max_length"],
+    pipeline="token-classification",
+    tiny=TinyTask(
+        AutoModelForTokenClassification,
+        {
+            "tokens": lambda classes: List(text_feature(classes)),
+            "tags": lambda classes: List(label_feature(classes)),
+        },
+        _row,
+        save_tokenizer,
+        lambda recipe: ["O", *_TINY_TAGS.values()],
+        TEXT_CONFIG,
+    ),
+)
 def token_classification(recipe: Recipe, splits: Sequence[str]) -> Task:
     """Words with a tag each, and a model that `AutoModelForTokenClassification` loads.
 
@@ -32,7 +59,6 @@ def token_classification(recipe: Recipe, splits: Sequence[str]) -> Task:
     word bears its tag. Metrics: `span_f1` (default) on IOB2 tags; `accuracy`, `macro_f1` and `matthews_correlation` of
     words. What is cut off at `max_length` is not measured.
     """
-    check_keys(recipe, "label_map", "new_head", "character_noise", "casing", "max_length")
     metric = recipe.metric or "span_f1"
     check_metric(metric, "span_f1", *_BY_WORD)
     how = tokenizing(recipe)
@@ -41,7 +67,7 @@ def token_classification(recipe: Recipe, splits: Sequence[str]) -> Task:
             f"{recipe.model}: its tokenizer does not say which word a token is of: it must be a fast one."
         )
     data = open_splits(recipe.data, splits)
-    columns = find_columns(recipe, data, {"tokens": is_list_of(is_text), "tags": is_list_of(is_label)})
+    columns = find_columns(recipe, data, {"tokens": list_of(TEXT), "tags": list_of(LABEL)})
     refuse_empty(data, columns["tokens"], recipe.data)
     train = data["train"] if "train" in data else open_splits(recipe.data, ["train"])["train"]
     feature = train.features[columns["tags"]].feature
@@ -52,8 +78,8 @@ def token_classification(recipe: Recipe, splits: Sequence[str]) -> Task:
             f"label_map={recipe.label_map}: a tag cannot be left out. There are: {', '.join(classes)}."
         )
     tags = {
-        split: _tags(each, columns, classes, label_map, f"{recipe.data}, split {split}")
-        for split, each in data.items()
+        split: _tags(rows, columns, classes, label_map, f"{recipe.data}, split {split}")
+        for split, rows in data.items()
     }
     names = classes if recipe.label_map is None else None
     shown = names if recipe.new_head and names else [how.config.id2label.get(i, str(i)) for i in range(count)]
@@ -63,27 +89,28 @@ def token_classification(recipe: Recipe, splits: Sequence[str]) -> Task:
         load_model=model_loader(AutoModelForTokenClassification, recipe, count, names),
         splits={
             split: Texts(
-                each,
-                list(range(len(each))),
+                rows,
+                list(range(len(rows))),
                 partial(_read, how, columns["tokens"], tags[split]),
                 partial(how.rng, split),
             )
-            for split, each in data.items()
+            for split, rows in data.items()
         },
         collate=collate,
         metric=metric,
         measure=Measure(load_metric(metric), read, collate, BATCH_SIZE),
+        names_labels=True,
     )
 
 
 def _tags(data: Any, columns: dict[str, str], classes: list[str], label_map: list[Any], where: str) -> list[list[int]]:
     feature = data.features[columns["tags"]].feature
-    found = []
-    for place, (words, tags) in enumerate(zip(data[columns["tokens"]], data[columns["tags"]], strict=True)):
-        if len(words) != len(tags):
-            raise SurgicalError(f"{where}: row {place} has {len(words)} words and {len(tags)} tags.")
-        found.append([label_map[tag] for tag in class_numbers(feature, tags, classes, f"{where}, row {place}")])
-    return found
+    labels = []
+    for row, (tokens, tags) in enumerate(zip(data[columns["tokens"]], data[columns["tags"]], strict=True)):
+        if len(tokens) != len(tags):
+            raise SurgicalError(f"{where}: row {row} has {len(tokens)} words and {len(tags)} tags.")
+        labels.append([label_map[tag] for tag in class_numbers(feature, tags, classes, f"{where}, row {row}")])
+    return labels
 
 
 def _read(

@@ -1,4 +1,4 @@
-"""What the frozen start of a model returns for each example: run once, for all trainings above it."""
+"""The outputs of a model's frozen start for each example: computed once, for all trainings above it."""
 
 from __future__ import annotations
 
@@ -67,13 +67,13 @@ class PrefixCache:
         for name, module in modules.items():
             if module in prefix.unfit or module not in prefix.returned:
                 continue
-            parts = [found.pop(module) for found in prefix.outputs.values()]
+            parts = [outputs.pop(module) for outputs in prefix.outputs.values()]
             if all(_is_by_example(part, size) for part, size in zip(parts, sizes, strict=True)) and _is_alike(parts):
                 self.known[name] = _zip_map(torch.cat, parts)
                 self._returned[name] = prefix.returned[module]
 
     def _recall(self, name: str, at: Tensor) -> Any:
-        return _zip_map(lambda each: each[0][at.to(each[0].device)], [self.known[name]])
+        return _zip_map(lambda tensors: tensors[0][at.to(tensors[0].device)], [self.known[name]])
 
     @contextmanager
     def skipping(self, wrapped: nn.Module, base: nn.Module, originals: dict[str, nn.Module]) -> Iterator[None]:
@@ -84,8 +84,8 @@ class PrefixCache:
             base: a copy of the model of which the outputs are known.
             originals: the modules of `base` by name, from before it was wrapped.
         """
-        own = {id(module) for module in originals.values()}
-        replaced = [self._called[n] for n, m in base.named_modules() if n in self._called and id(m) not in own]
+        known = {id(module) for module in originals.values()}
+        replaced = [self._called[n] for n, m in base.named_modules() if n in self._called and id(m) not in known]
         tuned = [self._first_call(name) for name, module in base.named_modules() if PARKED in module._modules]
         first = min([*replaced, *tuned], default=0)
         skipped = {name: originals[name] for name in self.known if self._returned[name] < first}
@@ -111,44 +111,51 @@ class PrefixCache:
                 hook.remove()
 
     def _first_call(self, name: str) -> int:
-        """When a module was first called, or, of one whose weights others read, the module around it."""
+        """The time of the first call of a module, or, of one whose weights others read, of the module around it."""
         while name and name not in self._called:
             name = name.rpartition(".")[0]
         return self._called.get(name, 0)
 
     def _agrees(self, wrapped: nn.Module) -> bool:
-        """Whether a few examples give the same loss and gradients with and without what is skipped."""
+        """Compare loss and gradients of a few examples with and without what is skipped."""
         at, batch = self._few
         weights = [weight for weight in wrapped.parameters() if weight.requires_grad]
         buffers = [(buffer, buffer.clone()) for buffer in wrapped.buffers()]  # running statistics, for one
-        modes, results = [(module, module.training) for module in wrapped.modules()], list[list[Tensor]]()
+        modes = [(module, module.training) for module in wrapped.modules()]
         wrapped.train()
+
+        def loss_and_gradients(**extra: Tensor) -> list[Tensor]:
+            with torch.random.fork_rng():
+                torch.manual_seed(0)
+                loss = wrapped(**batch, **extra).loss
+                return [loss.detach(), *torch.autograd.grad(loss, weights, materialize_grads=True)]
+
         try:
-            for extra in ({}, {AT: at}):
-                with torch.random.fork_rng():
-                    torch.manual_seed(0)
-                    loss = wrapped(**batch, **extra).loss
-                    results.append([loss.detach(), *torch.autograd.grad(loss, weights, materialize_grads=True)])
-        except Exception:  # whatever a model does with what it does not find; if it is not that, training says it
-            return False
+            whole = loss_and_gradients()
+            try:
+                short = loss_and_gradients(**{AT: at})
+            except (MemoryError, torch.OutOfMemoryError):
+                raise
+            except Exception:  # whatever a model does that does not find what its blocks leave behind
+                return False
         finally:
             for module, mode in modes:
                 module.training = mode
             with torch.no_grad():
                 for buffer, value in buffers:
                     buffer.copy_(value)
-        losses, *gradients = zip(*results, strict=True)
-        scale = max((float(each.abs().max()) for _, each in gradients if each.numel()), default=0.0)
+        losses, *gradients = zip(whole, short, strict=True)
+        scale = max((float(gradient.abs().max()) for _, gradient in gradients if gradient.numel()), default=0.0)
         return _all_close(*losses) and all(_all_close(one, other, scale) for one, other in gradients)
 
     @staticmethod
     def fits(model: nn.Module, batch: dict[str, Tensor], count: int) -> bool:
-        """Whether the outputs for `count` examples like those of `batch` take up no more than `ROOM`."""
+        """Run one batch to tell if the outputs for `count` such examples take up no more than `ROOM`."""
         modules = _modules_of_blocks(model)
         prefix = Prefix(model, list(modules.values()))
         with torch.no_grad(), prefix.of(0):
             model(**batch)
-        size = sum(each.nbytes for output in prefix.outputs[0].values() for each in _tensors(output))
+        size = sum(tensor.nbytes for output in prefix.outputs[0].values() for tensor in _tensors(output))
         return size / len(next(iter(batch.values()))) * count <= ROOM
 
 
@@ -161,23 +168,23 @@ def _modules_of_blocks(model: nn.Module) -> dict[str, nn.Module]:
 def _tensors(output: Any) -> Iterator[Tensor]:
     if isinstance(output, Tensor):
         yield output
-    for each in output if isinstance(output, tuple | list) else ():
-        yield from _tensors(each)
+    for member in output if isinstance(output, tuple | list) else ():
+        yield from _tensors(member)
 
 
 def _is_by_example(output: Any, size: int) -> bool:
     tensors = list(_tensors(output))
-    return bool(tensors) and all(each.ndim > 0 and each.shape[0] == size for each in tensors)
+    return bool(tensors) and all(tensor.ndim > 0 and tensor.shape[0] == size for tensor in tensors)
 
 
 def _is_alike(parts: Sequence[Any]) -> bool:
-    """Whether all parts have one structure, and tensors of one shape but for the number of examples."""
-    shapes = {str(_zip_map(lambda each: tuple(each[0].shape[1:]), [part])) for part in parts}
+    """All parts have one structure, and tensors of one shape but for the number of examples."""
+    shapes = {str(_zip_map(lambda tensors: tuple(tensors[0].shape[1:]), [part])) for part in parts}
     return len(shapes) == 1
 
 
 def _all_close(one: Any, other: Any, scale: float | None = None) -> bool:
-    """Whether they differ by rounding only, relative to their own values and to `scale`; default their largest."""
+    """They differ by rounding only, relative to their own values and to `scale`; default their largest."""
     pairs = zip(_tensors(one), _tensors(other), strict=True)
     return all(
         torch.allclose(a, b, rtol=1e-3, atol=1e-4 * (float(b.abs().max()) if scale is None else scale))
@@ -189,5 +196,5 @@ def _zip_map(function: Callable[[list[Tensor]], Any], parts: Sequence[Any]) -> A
     """`function` of the tensors at each place of outputs with one structure; None stays None."""
     first = parts[0]
     if type(first) in (tuple, list):
-        return type(first)(_zip_map(function, each) for each in zip(*parts, strict=True))
+        return type(first)(_zip_map(function, members) for members in zip(*parts, strict=True))
     return None if first is None else function(list(parts))

@@ -1,4 +1,4 @@
-"""What a training step of each method costs: its time, the methods in turns, and its memory."""
+"""Time and memory of a training step of each method, measured in turns."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def step_costs(trainings: Mapping[str, Train]) -> dict[str, dict[str, Any]]:
         `peak_bytes`: of an accelerator what its allocator gave out; else of all tensors together.
 
     Example:
-        >>> step_costs({"full": lambda watch: bench.train(wrap, range(96), watch=watch)})["full"]["ms"]
+        >>> step_costs({"full": lambda watch: runner.train(wrap, range(96), watch=watch)})["full"]["ms"]
         33.1
     """
     for train in trainings.values():
@@ -57,7 +57,7 @@ def step_costs(trainings: Mapping[str, Train]) -> dict[str, dict[str, Any]]:
 
 
 def ms_ratio(cost: Mapping[str, Any], other: Mapping[str, Any]) -> float:
-    """What a step takes as a part of another's: the median over the rounds of the ratio in each.
+    """The time of a step as a part of another's: the median over the rounds of the ratio in each.
 
     Two steps of one round see the same machine, those of different rounds need not. Costs that were measured before
     rounds were kept have one ratio.
@@ -68,7 +68,7 @@ def ms_ratio(cost: Mapping[str, Any], other: Mapping[str, Any]) -> float:
     """
     if "rounds" not in cost or "rounds" not in other:
         return cost["ms"] / other["ms"]
-    return statistics.median(own / its for own, its in zip(cost["rounds"], other["rounds"], strict=True))
+    return statistics.median(ms / base for ms, base in zip(cost["rounds"], other["rounds"], strict=True))
 
 
 def _milliseconds(train: Train) -> float:
@@ -169,9 +169,9 @@ class LiveTensors(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        for each in tree_leaves(result):
-            if isinstance(each, Tensor):
-                self.count(each)
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self.count(leaf)
         return result
 
 

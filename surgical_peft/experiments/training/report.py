@@ -2,130 +2,201 @@
 
 from __future__ import annotations
 
-import datetime
-import time
+from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
-from datasets import load_dataset_builder
-from peft import PeftModel
-from transformers import SchedulerType, Trainer
-from transformers.training_args import OptimizerNames
+from ...auto import MOST
+from ...errors import SurgicalError
+from .provenance import PACKAGES
+from .typed_json import JsonReader, to_json
 
-from ...atomic_files import digest_of
-from ...export.adapter_card import origin
-from ..recipe.recipe import Recipe
-from ..tasks import Task
-from .card import PACKAGES as PACKAGES
-from .card import RANDOM_SHIFTS
+REPORT = "report.json"
+RANDOM_SHIFTS = ("corruption", "character_noise", "casing", "imbalance")
+_JSON = JsonReader(REPORT, "train again")
 
 
 @dataclass(frozen=True)
-class Beginning:
-    """What has to be noted before a training, for its report.
+class BaseModelReport:
+    """The base model of an adapter.
 
     Attributes:
-        clock: when it began.
-        data: where the data are from.
+        class_: of transformers.
+        on_hub, commit: whether it is from the Hub, and which commit, if that is known.
+        new_labels: number of labels of a new head.
+        fingerprint: of the weights that were tuned, before tuning.
     """
 
-    clock: float
-    data: dict[str, Any]
+    class_: str
+    on_hub: bool
+    commit: str | None
+    new_labels: int | None
+    fingerprint: str | None
 
 
-def begin(recipe: Recipe) -> Beginning:
-    """To be called before the training: a data set of the Hub needs the network, which may be gone after it."""
-    return Beginning(time.monotonic(), identity(recipe.data))
+@dataclass(frozen=True)
+class DataReport:
+    """The data of a training.
 
-
-def make_report(
-    recipe: Recipe,
-    task: Task,
-    trainer: Trainer,
-    beginning: Beginning,
-    before: dict[str, float],
-    after: dict[str, float],
-    parameters: tuple[int, int],
-    folder: Path,
-) -> dict[str, Any]:
-    """What was trained, on what, how, and with which result; plain data, as `report.json` holds it.
-
-    Args:
-        recipe, task: what was asked for, and what it gave.
-        trainer: it has trained the model.
-        beginning: what `begin` gave.
-        before, after: the task's metric on each split.
-        parameters: how many are tuned, and how many there are.
-        folder: where the results go.
+    Attributes:
+        on_hub, commit, fingerprint: see `provenance.identity`.
+        examples: number of each split.
+        shift: the keys by which the recipe changes the data on purpose.
+        labels: names of the model's labels, if it is a classifier.
     """
-    model: PeftModel = trainer.model
-    base, config, args = model.get_base_model(), model.peft_config["default"], trainer.args
-    on_hub, commit = origin(recipe.model)
-    labels = getattr(base.config, "id2label", None) if "Classification" in type(base).__name__ else None
-    return {
-        "name": folder.resolve().name,
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-        "seconds": round(time.monotonic() - beginning.clock, 1),
-        "task": recipe.task,
-        "recipe": recipe.keys(),
-        "blocks": config.blocks,
-        "target_modules": config.target_modules,
-        "modules_to_save": config.modules_to_save,
-        "tuned_modules": list(config.tuned_modules),
-        "selection": config.selection,
-        "tuned_parameters": parameters[0],
-        "all_parameters": parameters[1],
-        "metric": _metric(recipe, task),
-        "before": before,
-        "after": after,
-        "base_model": {
-            "class": type(base).__name__,
-            "on_hub": on_hub,
-            "commit": commit,
-            "new_labels": base.config.num_labels if recipe.new_head else None,
-            "fingerprint": config.fingerprint,
-        },
-        "dataset": {
-            **beginning.data,
-            "examples": {split: len(examples) for split, examples in task.splits.items()},
-            "shift": _shift(recipe),
-            "labels": None if labels is None else list(labels.values()),
-        },
-        "rates": {
-            "learning_rate": args.learning_rate,
-            "schedule": SchedulerType(args.lr_scheduler_type).value,
-            "weight_decay": args.weight_decay,
-            "optimizer": OptimizerNames(args.optim).value,
-            "epochs": round(trainer.state.epoch, 2),
-            "steps": trainer.state.global_step,
-            "batch_size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
-            "seed": args.seed,
-            "policy": recipe.policy,
-            "policy_options": recipe.policy_options,
-        },
-        "versions": {name: version(name) for name in PACKAGES},
-        "adapter": str(folder / "adapter"),
-    }
+
+    on_hub: bool
+    commit: str | None
+    fingerprint: str | None
+    examples: dict[str, int]
+    shift: dict[str, Any]
+    labels: list[str] | None
 
 
-def _metric(recipe: Recipe, task: Task) -> str:
-    """A metric's folder as the recipe has it: where it lies is nobody's business."""
-    return recipe.keys()["metric"] if recipe.metric == task.metric else task.metric
+@dataclass(frozen=True)
+class RateReport:
+    """Learning rates and steps of a training.
+
+    Attributes:
+        batch_size: examples in a step, of all processes together.
+        policy, policy_options: as in the recipe.
+    """
+
+    learning_rate: float
+    schedule: str
+    weight_decay: float
+    optimizer: str
+    epochs: float
+    steps: int
+    batch_size: int
+    seed: int
+    policy: str | None
+    policy_options: dict[str, Any]
 
 
-def _shift(recipe: Recipe) -> dict[str, Any]:
-    """The keys by which the recipe changes its data on purpose."""
-    keys = [key for key in (*RANDOM_SHIFTS, "label_map") if getattr(recipe, key)]
-    keys += ["severity"] if recipe.corruption else []
-    keys += ["shift_seed"] if any(key in RANDOM_SHIFTS for key in keys) else []
-    return {key: getattr(recipe, key) for key in keys}
+@dataclass(frozen=True)
+class TrainingReport:
+    """A training: on what, how, and with which result; `report.json` holds it.
+
+    Attributes:
+        name, date, seconds: of the training, choosing and measuring included.
+        task: its name.
+        recipe: its keys.
+        blocks, target_modules, modules_to_save, tuned_modules, selection: as in the adapter's config.
+        tuned_parameters, all_parameters: how many.
+        metric: its name.
+        before, after: the metric on each split.
+        base_model, dataset, rates: on what and how.
+        versions: of the packages.
+        adapter: its folder.
+        scored: the blocks that were scored.
+        plot: file with the plot of the scores.
+        pipeline: the Hub's name for the task; reports of versions before do not have it.
+    """
+
+    name: str
+    date: str
+    seconds: float
+    task: str
+    recipe: dict[str, Any]
+    blocks: list[str] | None
+    target_modules: Any
+    modules_to_save: list[str] | None
+    tuned_modules: list[str]
+    selection: dict[str, Any] | None
+    tuned_parameters: int
+    all_parameters: int
+    metric: str
+    before: dict[str, float]
+    after: dict[str, float]
+    base_model: BaseModelReport
+    dataset: DataReport
+    rates: RateReport
+    versions: dict[str, str]
+    adapter: str
+    scored: list[str] | None
+    plot: str | None
+    pipeline: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, as `report.json` holds it."""
+        values = to_json(self)
+        return values if self.pipeline else {key: value for key, value in values.items() if key != "pipeline"}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> TrainingReport:
+        """The report in a `report.json`.
+
+        Raises:
+            SurgicalError: something is missing, of a wrong type, or other than in the recipe; the message names it.
+        """
+        report = _JSON.read(cls, values)
+        for key in ("model", "data"):
+            _JSON.member(report.recipe, key, "recipe")
+        for split in ("train", *report.splits):
+            _JSON.member(report.dataset.examples, split, "dataset.examples")
+        for split in report.splits:
+            _JSON.member(report.before, split, "before")
+            _JSON.member(report.after, split, "after")
+        for package in PACKAGES:
+            _JSON.member(report.versions, package, "versions")
+        report._check_shift()
+        report._check_policy()
+        if report.is_chosen:
+            report._check_selection()
+        return report
+
+    @property
+    def splits(self) -> list[str]:
+        """The splits that were measured, in their order."""
+        return [split for split in {**self.before, **self.after, **self.dataset.examples} if split != "train"]
+
+    @property
+    def is_chosen(self) -> bool:
+        """The blocks were chosen by scores, and not named in the recipe."""
+        return self.recipe.get("blocks", "auto") == "auto"
+
+    def _check_shift(self) -> None:
+        shift, path = self.dataset.shift, "dataset.shift"
+        for key in (*RANDOM_SHIFTS, "label_map"):
+            if self.recipe.get(key):
+                _check_same(f"{path}.{key}", _JSON.member(shift, key, path), self.recipe[key])
+        needed = ["severity"] if "corruption" in shift else []
+        needed += ["shift_seed"] if shift.keys() & set(RANDOM_SHIFTS) else []
+        for key in needed:
+            _JSON.read(int, _JSON.member(shift, key, path), f"{path}.{key}")
+
+    def _check_policy(self) -> None:
+        _check_same("rates.policy", self.rates.policy, self.recipe.get("policy"))
+        if self.rates.policy is not None:
+            _check_same("rates.policy_options", self.rates.policy_options, self.recipe.get("policy_options", {}))
+
+    def _check_selection(self) -> None:
+        """The record of a choice has all its numbers."""
+        record = _JSON.read(dict[str, Any], self.selection, "selection")
+        for kind, keys in ((str, ("rule", "criterion")), (int, ("k", "num_batches", "seed"))):
+            for key in keys:
+                _JSON.read(kind, _JSON.member(record, key, "selection"), f"selection.{key}")
+        scores = _JSON.read(dict[str, float], _JSON.member(record, "scores", "selection"), "selection.scores")
+        for block in _JSON.read(list[str], self.scored, "scored"):
+            _JSON.member(scores, block, "selection.scores")
+        if is_limited := "cost" in record:
+            cost = _JSON.read(dict[str, Any], record["cost"], "selection.cost")
+            for key in ("budget", "steps"):
+                _JSON.read(float, _JSON.member(cost, key, "selection.cost"), f"selection.cost.{key}")
+        _JSON.read(str, self.plot, "plot")
+        # Without a number, the best were tried together, one more than was worth it, or as many as the budget allowed.
+        if self.recipe.get("num_blocks") is None and (not is_limited or "joint_loss" in record):
+            losses = _JSON.member(record, "joint_loss", "selection")
+            losses = _JSON.read(dict[str, float], losses, "selection.joint_loss")
+            tried = [] if is_limited else sorted(scores.keys() - record.get("refused", {}), key=lambda b: -scores[b])
+            tried = tried[: min(int(record["k"]) + 1, MOST)]
+            missing = [block for block in tried if block not in losses]
+            # Of blocks with equal scores any may have been the last that was tried.
+            for block in missing[len(losses.keys() - set(tried)) :] if missing else []:
+                _JSON.member(losses, block, "selection.joint_loss")
 
 
-def identity(data: str) -> dict[str, Any]:
-    """Where a data set is from: the commit of one on the Hub, or a digest of the files of a local one."""
-    path = Path(data)
-    if not path.exists():
-        return {"on_hub": True, "commit": load_dataset_builder(data).hash, "fingerprint": None}
-    return {"on_hub": False, "commit": None, "fingerprint": digest_of(path)}
+def _check_same(path: str, reported: Any, given: Any) -> None:
+    if reported != given:
+        raise SurgicalError(f"{path} is {reported!r} in {REPORT}, and {given!r} in its recipe: train again.")

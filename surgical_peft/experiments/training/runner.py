@@ -1,4 +1,4 @@
-"""What all trainings of a recipe share: its data as the model takes them, the source model, and its frozen start."""
+"""Any number of trainings of one recipe, which share its data, its source model and its frozen start."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import TrainerCallback
 
+from ...blocks.block_map import BlockMap
 from ...optim.callback import SurgicalCallback
 from ...policies.policy import Policy
 from ...tuner.model import SurgicalModel
@@ -32,7 +33,7 @@ _BATCH = 250  # examples that go through the model at once to fill the prefix ca
 _FEW, _MANY = 2, 10  # steps that are timed to tell what one costs
 
 
-class Workbench:
+class RecipeRunner:
     """Data and source model of a recipe, loaded once for any number of trainings.
 
     Attributes:
@@ -41,14 +42,15 @@ class Workbench:
         task: the recipe's.
         examples: of each split, each example made once.
         model: the source model, in eval mode; trainings get copies.
+        blocks: its map.
 
     Raises:
         SurgicalError: as `load_task`.
 
     Example:
-        >>> bench = Workbench(load_recipe("recipes/noise.yaml"))
-        >>> tuned, peak = bench.train(lambda model: get_surgical_model(model, SurgicalConfig(blocks=[0])))
-        >>> bench.task.measure(tuned, bench.part("validation"))
+        >>> runner = RecipeRunner(load_recipe("recipes/noise.yaml"))
+        >>> tuned, peak = runner.train(lambda model: get_surgical_model(model, SurgicalConfig(blocks=[0])))
+        >>> runner.task.measure(tuned, runner.part("validation"))
     """
 
     def __init__(self, recipe: Recipe, splits: Sequence[str] = ("train", "validation")) -> None:
@@ -57,6 +59,11 @@ class Workbench:
         self.task = load_task(recipe, splits)
         self.examples = {split: Remembered(examples) for split, examples in self.task.splits.items()}
         self.model = self.task.load_model().to(self.args.device).eval()
+
+    @cached_property
+    def blocks(self) -> BlockMap:
+        """The block map of the source model."""
+        return BlockMap.find(self.model)
 
     def part(self, split: str, places: Sequence[int] | None = None) -> Part:
         """The examples of a split at `places`; default all."""
@@ -106,18 +113,18 @@ class Workbench:
         return wrapped, peak.bytes
 
     def seconds(self, wrap: Wrap, places: Sequence[int] | None = None) -> float:
-        """What one such training takes, from a few timed steps."""
+        """The seconds that one such training takes, estimated from a few timed steps."""
         taken = []
         self.train(wrap, places, max_steps=1)  # the first one of a process also loads what all need
         for steps in (_FEW, _MANY):
             began = time.perf_counter()
             self.train(wrap, places, max_steps=steps)
             taken.append(time.perf_counter() - began)
-        each = max(0.0, taken[1] - taken[0]) / (_MANY - _FEW)
-        return taken[0] + (self.steps(places) - _FEW) * each
+        step = max(0.0, taken[1] - taken[0]) / (_MANY - _FEW)
+        return taken[0] + (self.steps(places) - _FEW) * step
 
     def steps(self, places: Sequence[int] | None = None) -> int:
-        """How many steps one such training has."""
+        """The number of steps of one such training."""
         args = self.args
         batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         count = len(self.examples["train"] if places is None else places)
@@ -126,11 +133,11 @@ class Workbench:
     def _collate(self, items: list[Any]) -> dict[str, Tensor]:
         if isinstance(items[0], dict):
             return self.task.collate(items)
-        return {**self.task.collate([item for _, item in items]), AT: torch.tensor([place for place, _ in items])}
+        return {**self.task.collate([item for _, item in items]), AT: torch.tensor([index for index, _ in items])}
 
     @cached_property
     def prefix(self) -> PrefixCache | None:
-        """What the frozen start computes, where every training computes just that, and it can be kept."""
+        """The outputs of the frozen start, where every training computes just these and they can be kept."""
         args, recipe = self.args, self.recipe
         is_plain = recipe.frozen_eval and args.n_gpu <= 1 and args.world_size == 1
         is_plain &= args.train_sampling_strategy != "group_by_length"  # it looks into the examples
@@ -140,7 +147,7 @@ class Workbench:
         every = range(len(train))
 
         def is_alike(places: Sequence[int]) -> bool:  # else padded to the longest of a batch
-            return all(_shape(train[place]) == _shape(train[0]) for place in places)
+            return all(_shape(train[index]) == _shape(train[0]) for index in places)
 
         few = every[:2]
         if not is_alike(few):
@@ -148,7 +155,7 @@ class Workbench:
         chunks = [every[start : start + _BATCH] for start in every[::_BATCH]]
 
         def batch(places: Sequence[int]) -> dict[str, Tensor]:
-            collated = self.task.collate([train[place] for place in places])
+            collated = self.task.collate([train[index] for index in places])
             return {key: value.to(args.device) for key, value in collated.items()}
 
         # Whether they fit is asked of a few: more than fit are made anew each time, and are not to be made for this.
@@ -166,32 +173,32 @@ class Remembered(Dataset[Item]):
     def __len__(self) -> int:
         return len(self._examples)
 
-    def __getitem__(self, place: int) -> Item:
-        if place in self._made:
-            return self._made[place]
-        item = self._examples[place]
+    def __getitem__(self, index: int) -> Item:
+        if index in self._made:
+            return self._made[index]
+        item = self._examples[index]
         if self._size < ROOM:
-            self._made[place] = item
+            self._made[index] = item
             self._size += sum(torch.as_tensor(value).nbytes for value in item.values())
         return item
 
 
 class Part(Dataset[Any]):
-    """Some examples of a split; numbered, each comes with its place there."""
+    """Some examples of a split; numbered, each comes with its index there."""
 
     def __init__(self, examples: Remembered, places: Sequence[int], is_numbered: bool = False) -> None:
         self._examples, self._places, self._is_numbered = examples, places, is_numbered
 
     def numbered(self) -> Part:
-        """The same, each with its place."""
+        """The same, each with its index in the split."""
         return Part(self._examples, self._places, is_numbered=True)
 
     def __len__(self) -> int:
         return len(self._places)
 
     def __getitem__(self, number: int) -> Any:
-        place = self._places[number]
-        return (place, self._examples[place]) if self._is_numbered else self._examples[place]
+        index = self._places[number]
+        return (index, self._examples[index]) if self._is_numbered else self._examples[index]
 
 
 def _shape(item: Item) -> tuple[tuple[str, tuple[int, ...]], ...]:

@@ -29,7 +29,8 @@ from ..recipe.recipe import Recipe
 from ..tasks import Examples, Task, load_task
 from ..tasks.source_model import modules_to_save
 from .card import write_card
-from .report import begin, make_report
+from .make_report import make_report, start
+from .report import REPORT, TrainingReport
 
 _ADAPTER = "adapter_config.json"  # by which the adapter of an earlier run is known
 
@@ -49,7 +50,7 @@ def score(recipe: Recipe, console: Console | None = None) -> BlockScores:
 
 
 def budget_of(args: TrainingArguments, batches: Iterable[Any]) -> float:
-    """What choosing blocks for a training may cost: half of the batches that it will go through.
+    """The budget for choosing blocks: half of the batches that the training will go through.
 
     One or two steps are for trying a recipe out; then the gradients of one batch are allowed, which is more.
     """
@@ -71,7 +72,7 @@ def loader(task: Task, args: TrainingArguments) -> DataLoader[Any]:
     )
 
 
-def train(recipe: Recipe, output: str | Path | None = None, console: Console | None = None) -> dict[str, Any]:
+def train(recipe: Recipe, output: str | Path | None = None, console: Console | None = None) -> TrainingReport:
     """Choose the blocks, tune them, measure, and save the adapter with its report.
 
     Choosing the blocks costs at most half of the training.
@@ -96,7 +97,7 @@ def train(recipe: Recipe, output: str | Path | None = None, console: Console | N
     check_replaceable(folder / "adapter", _ADAPTER)
     with Stages(console) as stages:
         stages.begin(f"load {recipe.model} and {recipe.data}")
-        task, beginning = load_task(recipe), begin(recipe)
+        task, beginning = load_task(recipe), start(recipe)
         model = task.load_model().to(args.device)
         size = sum(parameter.numel() for parameter in model.parameters())
         config, scores = recipe.config(), None
@@ -126,16 +127,16 @@ def train(recipe: Recipe, output: str | Path | None = None, console: Console | N
     if scores is not None:
         scores.save(folder / "scores.json")
         scores.plot(folder / "scores.png")
-    report = make_report(recipe, task, trainer, beginning, before, after, (tuned, size), folder)
-    report["scored"] = None if scores is None else list(scores.values)
-    report["plot"] = None if scores is None else "scores.png"
-    write_text(folder / "report.json", json.dumps(report, indent=2) + "\n")
+    scored, plot = (None, None) if scores is None else (list(scores.values), "scores.png")
+    sizes = tuned, size
+    report = make_report(recipe, task, trainer, beginning, (before, after), sizes, folder, scored, plot)
+    write_text(folder / REPORT, json.dumps(report.to_json(), indent=2) + "\n")
     write_card(folder)
     return report
 
 
 def _check_finite(model: nn.Module, args: TrainingArguments, metrics: Mapping[str, float]) -> None:
-    """Refuse what came of a rate that was too high; accuracy does not tell it, since NaN has a largest logit too."""
+    """Raise if training diverged (NaN or inf); accuracy does not tell, since NaN has a largest logit too."""
     tuned = [weight for weight in model.parameters() if weight.requires_grad]
     broken = [f"{name} is {value}" for name, value in metrics.items() if not math.isfinite(value)]
     broken += [] if all(bool(weight.isfinite().all()) for weight in tuned) else ["tuned weights are NaN or infinite"]

@@ -1,11 +1,24 @@
-"""What processes that train side by side share: the threads of the machine."""
+"""Worker processes: they share the machine's threads, are quiet, and end with their parent."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import multiprocessing
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from typing import Any, Self
 
 import torch
+from rich.console import Console
+
+from ...errors import SurgicalError
+from ...quiet import quieten
+from ...rendering import progress_bar
+
+SPAWN = multiprocessing.get_context("spawn")  # a forked process would share torch's threads and locks
 
 
 @contextmanager
@@ -17,3 +30,72 @@ def shared_threads(jobs: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def start_worker(threads: int, setup: Callable[..., None] | None = None, *settings: Any) -> None:
+    """Begin a worker process: limit its threads, silence it, end it with its parent, then call `setup(*settings)`."""
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
+    torch.set_num_threads(threads)
+    quieten()
+    if setup:
+        setup(*settings)
+
+
+def _leave_with_parent() -> None:
+    """End this process once its parent was killed, which could not end it: it would wait for jobs for ever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+class WorkerPool:
+    """Runs jobs in this process, or shares them among several, and shows how many are done.
+
+    Args:
+        jobs: processes; 1: this one, without any worker.
+        console: where to show progress.
+        setup: called as `setup(*settings)` in each worker when it starts, not in this process.
+        settings: for `setup`.
+
+    Example:
+        >>> with WorkerPool(2, Console()) as pool:
+        ...     pool.run("train", train_once, [(1e-3,), (1e-2,)])
+    """
+
+    def __init__(self, jobs: int, console: Console, setup: Callable[..., None] | None = None, *settings: Any) -> None:
+        self._console = console
+        initargs = (torch.get_num_threads(), setup, *settings)
+        self._pool = ProcessPoolExecutor(jobs, SPAWN, start_worker, initargs) if jobs > 1 else None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._pool:
+            self._pool.shutdown(cancel_futures=True)
+
+    def run(self, title: str, function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
+        """What `function` gives for each of the arguments; they are begun in their order.
+
+        Raises:
+            SurgicalError: a worker was killed. What a job raises goes through, and no further one is begun.
+        """
+        with progress_bar(self._console) as progress:
+            bar = progress.add_task(title, total=len(arguments))
+            if self._pool is None:
+                return [function(*given) for given in progress.track(arguments, task_id=bar)]
+            futures = [self._pool.submit(function, *given) for given in arguments]
+            try:
+                for future in as_completed(futures):
+                    future.result()
+                    progress.advance(bar)
+            except BrokenProcessPool as error:
+                raise SurgicalError(
+                    "a worker process was killed, perhaps for want of memory: free some, or let fewer processes share "
+                    "the work, and run the same again. A comparison keeps what is finished."
+                ) from error
+            finally:
+                for future in futures:
+                    future.cancel()
+        return [future.result() for future in futures]

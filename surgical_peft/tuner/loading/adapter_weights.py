@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from ...blocks.module_lists import join
-from ...blocks.unwrap import PARKED, bare, clean_name
+from ...blocks.unwrap import PARKED, bare_parameter_name, unwrap_model
 from ...errors import SurgicalError
 from ..config import SurgicalConfig
 from ..layer import SurgicalLayer
@@ -29,7 +29,7 @@ def layers_by_path(model: nn.Module) -> dict[str, SurgicalLayer]:
 def adapter_weights(
     model: nn.Module, config: SurgicalConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """What of `state_dict`, a model's, an adapter saves: its tensors, under the base model's own names.
+    """The tensors of `state_dict`, a model's, that an adapter saves, under the base model's own names.
 
     What is parked is taken out of `state_dict`: no one else is to save it.
 
@@ -37,7 +37,7 @@ def adapter_weights(
         SurgicalError: a parked tensor of the adapter is dealt out over processes, and not in `state_dict`; or a tuned
             module has been replaced since.
     """
-    warn_of_moved_buffers(bare(model), config)
+    warn_of_moved_buffers(unwrap_model(model), config)
     found: dict[str, torch.Tensor] = {}
     for path, layer in layers_by_path(model).items():
         for attribute, tensor in layer.tensors(adapter_name).items():
@@ -50,8 +50,10 @@ def adapter_weights(
                     f"was given: model.set_adapter({adapter_name!r}) first, and save again."
                 )
             found[name] = tensor.detach() if value is None else value
-    names = {clean_name(name) for name in found}
-    gone = [name for name in TensorMap.find(bare(model)).chosen(config.tuned_modules or {}) if name not in names]
+    names = {bare_parameter_name(name) for name in found}
+    gone = [
+        name for name in TensorMap.find(unwrap_model(model)).chosen(config.tuned_modules or {}) if name not in names
+    ]
     if gone:
         raise SurgicalError(
             f"adapter {adapter_name!r} is to hold {gone[0]}, but that module has been replaced by another one since, "
@@ -75,7 +77,7 @@ def load_weights(
     shapes: Shapes = {}
     for path, layer in layers.items():
         for attribute, tensor in layer.tensors(adapter_name).items():
-            name = clean_name(join(path, attribute))
+            name = bare_parameter_name(join(path, attribute))
             places[name] = (path, attribute)
             shapes[name] = tuple(tensor.shape)
     done = f".modules_to_save.{adapter_name}."  # PEFT has found their places already

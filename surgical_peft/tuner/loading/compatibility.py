@@ -1,4 +1,4 @@
-"""Whether a saved adapter belongs to a model: names and shapes, under today's names of the modules."""
+"""Checks that a saved adapter fits a model: names and shapes, under today's names of the modules."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, dot_natural_key, rename_source_key
 
 from ...blocks.module_lists import inside, join
-from ...blocks.unwrap import bare, clean_name, walk
-from ...errors import SurgicalError
+from ...blocks.unwrap import bare_parameter_name, named_bare_modules, unwrap_model
+from ...errors import SurgicalError, first_of
 from ..config import Choice, SurgicalConfig
 from ..name_checks import check_matching
 from ..quantization import is_packed
@@ -24,11 +24,9 @@ from ..tensors.tuned_tensors import Targets, TensorMap
 from .new_weights import embeddings
 from .saved_files import Shapes, saved_shapes
 
-_KEYS_SHOWN = 5
-
 
 def prepare_loading(model: nn.Module, config: SurgicalConfig) -> Shapes | None:
-    """What must be known before a config's names are looked up in `model`; settles names that transformers changed.
+    """Read the saved shapes before a config's names are looked up in `model`; follow names that transformers changed.
 
     Returns:
         names and shapes of the saved weights; None if the adapter is a new one.
@@ -38,7 +36,7 @@ def prepare_loading(model: nn.Module, config: SurgicalConfig) -> Shapes | None:
     """
     shapes = saved_shapes(config)
     saved = {name: (shapes or {})[key] for name, key in bare_names(shapes or {}).items()}
-    check_matching(_expressions(config), [*(path for path, _ in walk(model)), *saved])
+    check_matching(_expressions(config), [*(path for path, _ in named_bare_modules(model)), *saved])
     if saved:
         config.new_weights = config.new_weights and sorted(names_today(model, config.new_weights).values())
     if saved and config.target_modules is not None:
@@ -69,12 +67,12 @@ def check_fit(model: nn.Module, config: SurgicalConfig, targets: Targets, saved:
     Raises:
         SurgicalError: weights are missing, too many, or of another shape.
     """
-    modules = dict(walk(model))
+    modules = dict(named_bare_modules(model))
     to_save = [path for path in modules if any(path.endswith(name) for name in config.modules_to_save or [])]
     tensors = TensorMap.find(model)
     expected: Shapes = {}
     for name in tensors.chosen(targets):
-        tensor = tensors.places[name][0].tensor  # a quantised one is in the file in float, and whole
+        tensor = tensors.places[name][0].tensor  # a quantized one is in the file in float, and whole
         packed = isinstance(tensor, nn.Parameter) and is_packed(tensor)
         expected[name] = saved.get(name, (0,)) if packed else tuple(tensor.shape)
     for path in to_save:
@@ -85,7 +83,7 @@ def check_fit(model: nn.Module, config: SurgicalConfig, targets: Targets, saved:
 
 
 def match(model: nn.Module, config: SurgicalConfig, saved: Shapes, expected: Shapes, what: str) -> dict[str, str]:
-    """Which expected weight each saved one is: of the same name, or of the name that transformers gave it since.
+    """Map each saved weight to an expected one: of the same name, or of the name that transformers gave it since.
 
     Args:
         what: the saved weights in words, for messages.
@@ -106,17 +104,17 @@ def match(model: nn.Module, config: SurgicalConfig, saved: Shapes, expected: Sha
     found = set(names.values())
     missing = [key for key in expected if key not in found]
     unknown = [key for key, name in names.items() if name not in expected and name not in extra]
-    whose = type(bare(model)).__name__
+    whose = type(unwrap_model(model)).__name__
     if missing:
-        others = f", and has others ({_listed(unknown)})" if unknown else ""
+        others = f", and has others ({first_of(unknown)})" if unknown else ""
         raise SurgicalError(
-            f"{what} does not fit {whose}: it lacks {len(missing)} of {len(expected)} weights ({_listed(missing)})"
+            f"{what} does not fit {whose}: it lacks {len(missing)} of {len(expected)} weights ({first_of(missing)})"
             f"{others}. It is not complete, or was made for another architecture."
         )
     if unknown or len(found) < len(names):
         twice = [key for key, name in names.items() if key != name and name in names]
         raise SurgicalError(
-            f"{what} holds weights that its config does not tune ({_listed(unknown or twice)}): config and weights "
+            f"{what} holds weights that its config does not tune ({first_of(unknown or twice)}): config and weights "
             "are not of one adapter."
         )
     for key, name in names.items():
@@ -134,18 +132,14 @@ def bare_names(keys: Iterable[str]) -> dict[str, str]:
     """The names of weights in the bare model, and the names they have in a file."""
     names: dict[str, str] = {}
     for key in keys:
-        if other := names.get(clean_name(key)):
+        if other := names.get(bare_parameter_name(key)):
             raise SurgicalError(f"{key} and {other} are one weight, saved twice: which is right cannot be told.")
-        names[clean_name(key)] = key
+        names[bare_parameter_name(key)] = key
     return names
 
 
 def _original(module: nn.Module) -> nn.Module:
     return module.get_submodule("original_module") if isinstance(module, ModulesToSaveWrapper) else module
-
-
-def _listed(keys: list[str]) -> str:
-    return ", ".join(keys[:_KEYS_SHOWN]) + (", ..." if len(keys) > _KEYS_SHOWN else "")
 
 
 def _embeddings(model: nn.Module) -> Shapes:
@@ -157,12 +151,12 @@ def _embeddings(model: nn.Module) -> Shapes:
 
 
 def _renamer(model: nn.Module) -> Callable[[str], str]:
-    """Gives a weight the name that it has had since transformers, or the model's author, renamed modules."""
-    base = bare(model)
+    """Return a function from the old name of a weight to the one that transformers, or its author, gave it since."""
+    base = unwrap_model(model)
     if not isinstance(base, PreTrainedModel):
         return lambda key: key
     own = getattr(base, "_checkpoint_conversion_mapping", None) or {}  # of models with code of their own
-    renamings = [each for each in get_model_conversion_mapping(base) if isinstance(each, WeightRenaming)]
+    renamings = [rule for rule in get_model_conversion_mapping(base) if isinstance(rule, WeightRenaming)]
 
     def rename(key: str) -> str:
         for pattern, new in own.items():
@@ -175,7 +169,7 @@ def _renamer(model: nn.Module) -> Callable[[str], str]:
 
 def names_today(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
     """By the names that weights of `model` had when an adapter was saved, those that they have now."""
-    known = {clean_name(key) for key in model.state_dict()}
+    known = {bare_parameter_name(key) for key in model.state_dict()}
     rename = _renamer(model)
     return {key: key if key in known else rename(key) for key in sorted(names, key=dot_natural_key)}
 
@@ -203,7 +197,7 @@ def recorded(model: nn.Module, config: SurgicalConfig, today: Mapping[str, str])
 
 def _follow_renames(model: nn.Module, config: SurgicalConfig, saved: Shapes) -> None:
     """Replace names in `target_modules` that modules had when the adapter was saved by their paths of today."""
-    known = {clean_name(key) for key in model.state_dict()}
+    known = {bare_parameter_name(key) for key in model.state_dict()}
     now = names_today(model, saved)
     if all(key == name or name not in known for key, name in now.items()):
         return

@@ -22,17 +22,17 @@ def fingerprint(weights: Iterable[torch.Tensor]) -> str | None:
         >>> fingerprint([torch.zeros(2)])
         'float32:6a44ef43e4ee6e5ae86a2c2cd6dd7e9a'
     """
-    found = [weight.detach() for weight in weights]
-    if not found or not all(_is_here(weight) for weight in found):
+    tensors = [weight.detach() for weight in weights]
+    if not tensors or not all(_is_here(tensor) for tensor in tensors):
         return None
     with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:  # hashlib lets other threads run meanwhile
-        digests = sorted(pool.map(_digest, found))
-    dtypes = sorted({_name(weight.dtype) for weight in found})
+        digests = sorted(pool.map(_digest, tensors))
+    dtypes = sorted({_name(weight.dtype) for weight in tensors})
     return f"{'+'.join(dtypes)}:{hashlib.sha256(b''.join(digests)).hexdigest()[:32]}"
 
 
 def differ_in_dtype(one: str, other: str) -> bool:
-    """Whether two fingerprints are of weights in different dtypes, so that they say nothing about the values."""
+    """True if two fingerprints are of different dtypes, so that they say nothing about the values."""
     return one.partition(":")[0] != other.partition(":")[0]
 
 

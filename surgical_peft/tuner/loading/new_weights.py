@@ -12,8 +12,9 @@ from transformers import PreTrainedModel
 from transformers.integrations.fsdp import is_fsdp_enabled
 
 from ...blocks.module_lists import inside, within
-from ...blocks.unwrap import bare, named_children, seen_through, walk
-from ...scoring.distributed import first_says
+from ...blocks.unwrap import named_bare_modules, named_children, unwrap_model, unwrap_module
+from ...errors import first_of
+from ...scoring.distributed import broadcast_from_first
 from ..config import SurgicalConfig
 from ..layer import base_tensors
 from ..quantization import WAS_PACKED, FloatLinear
@@ -24,31 +25,30 @@ from .saved_adapter import heads_of
 # PEFT's classes for these tasks save a classifier besides, since its weights are new.
 _TASKS_WITH_NEW_HEAD = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 _MARK = "_is_hf_initialized"  # what from_pretrained leaves on each weight that it has read from the checkpoint
-_SHOWN = 5
 
 
 def has_new_head(config: SurgicalConfig) -> bool:
-    """Whether the task of `config` is one for which a model gets a new head, which is trained and saved."""
+    """True if the task of `config` gives a model a new head, which is trained and saved."""
     return config.task_type in _TASKS_WITH_NEW_HEAD
 
 
 def new_head(model: nn.Module, config: SurgicalConfig) -> list[str]:
-    """Paths of what a model has beside the body that it shares with other tasks, if its task has a new head."""
-    task_model = bare(model)
+    """Paths of the modules beside the body that a model shares with other tasks, if its task has a new head."""
+    task_model = unwrap_model(model)
     body = getattr(task_model, "base_model_prefix", "")
     if not has_new_head(config) or body not in task_model._modules:
         return []
     return [path for path, _ in named_children(task_model) if path != body]
 
 
-def newly_initialised(model: nn.Module) -> set[str]:
+def newly_initialized(model: nn.Module) -> set[str]:
     """Names of the parameters that `from_pretrained` has not read from the checkpoint: missing, or of another size.
 
     transformers 5 marks the weights that it reads. So this also finds what was put into the model by hand since. Of a
     model without marks nothing is told: it was built from its config, or is a `deepcopy`, which drops them.
 
     Example:
-        >>> newly_initialised(BertForSequenceClassification.from_pretrained("bert-base-uncased"))
+        >>> newly_initialized(BertForSequenceClassification.from_pretrained("bert-base-uncased"))
         {'classifier.weight', 'classifier.bias'}
     """
     found: set[str] = set()
@@ -60,13 +60,13 @@ def newly_initialised(model: nn.Module) -> set[str]:
         fixed = re.compile("|".join(part._keys_to_ignore_on_load_missing or ()) or "(?!)")
         for name in weights if read else ():
             tensor, module = base[name], places[name][0].module
-            # offloaded, quantised and sharded ones are made anew, and what was packed is float by our own doing
+            # offloaded, quantized and sharded ones are made anew, and what was packed is float by our own doing
             plain = type(tensor) is nn.Parameter and tensor.is_floating_point() and not tensor.is_meta
             ours = isinstance(module, FloatLinear) or WAS_PACKED in module.__dict__
             if name not in read and plain and not ours and not fixed.search(name.removeprefix(f"{path}.")):
                 found.add(name)
     if is_fsdp_enabled():  # where the first process alone reads the weights
-        found = first_says(found)
+        found = broadcast_from_first(found)
     return found - fixed_by_architecture(model, found)[0] if found else found
 
 
@@ -77,7 +77,7 @@ def note_new_weights(
 
     Args:
         chosen: the tensors of the adapter.
-        new: as `newly_initialised` tells.
+        new: as `newly_initialized` tells.
         saved: today's names in the file of a saved adapter, whose config says already what was new when it was made.
 
     Warns:
@@ -89,15 +89,15 @@ def note_new_weights(
         heads = new_head(model, config)
         config.new_weights = sorted(n for n in chosen if n in new or n in resized or within(n, heads))
     held = {*chosen, *resized, *(saved or ())}
-    to_save = heads_of(config, (path for path, _ in walk(model)))
+    to_save = heads_of(config, (path for path, _ in named_bare_modules(model)))
     rest = sorted(name for name in new if name not in held and not within(name, to_save))
     if rest:
         homes = list(dict.fromkeys(name.rpartition(".")[0] or name for name in rest))
         warnings.warn(
-            f"{', '.join(rest[:_SHOWN])}{', ...' if len(rest) > _SHOWN else ''}: not in the checkpoint that the model "
-            "was loaded from, so initialised anew in every process, and neither tuned nor saved by this adapter. "
+            f"{first_of(rest)}: not in the checkpoint that the model "
+            "was loaded from, so initialized anew in every process, and neither tuned nor saved by this adapter. "
             "Where it is loaded again, its answers will be others. Give their modules to the adapter "
-            f"(modules_to_save={homes[:_SHOWN]}, or their block in blocks), or save the whole model once "
+            f"(modules_to_save={homes[:5]}, or their block in blocks), or save the whole model once "
             "(save_pretrained) and load the base from there.",
             stacklevel=2,
         )
@@ -105,14 +105,18 @@ def note_new_weights(
 
 def embeddings(model: nn.Module) -> dict[str, nn.Module]:
     """The input and output embeddings, by path: PEFT saves them beside any adapter when the vocabulary was resized."""
-    base = bare(model)
+    base = unwrap_model(model)
     if not isinstance(base, PreTrainedModel):
         return {}
     try:
         ends = [base.get_input_embeddings(), base.get_output_embeddings()]
     except NotImplementedError:  # of a model without
         return {}
-    return {path: module for path, module in walk(base) if any(seen_through(end) is module for end in ends if end)}
+    return {
+        path: module
+        for path, module in named_bare_modules(base)
+        if any(unwrap_module(end) is module for end in ends if end)
+    }
 
 
 def _embeddings(model: nn.Module) -> set[str]:
@@ -121,8 +125,8 @@ def _embeddings(model: nn.Module) -> set[str]:
 
 
 def _is_resized(model: nn.Module) -> bool:
-    """Whether the vocabulary is of another size than in the checkpoint, as far as it is here."""
-    base: Any = bare(model)
+    """True if the vocabulary has another size than in the checkpoint, as far as that is known here."""
+    base: Any = unwrap_model(model)
     try:
         before = type(base.config).from_pretrained(base.name_or_path, local_files_only=True)
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""Whether a model is the base that a saved adapter was made from, by digests of its weights."""
+"""Checks by digests of its weights that a model is the base a saved adapter was made from."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping
 from torch import Tensor, nn
 
 from ...blocks.module_lists import within
-from ...blocks.unwrap import walk
+from ...blocks.unwrap import named_bare_modules
 from ...errors import SurgicalError
 from ..config import SurgicalConfig
 from ..layer import base_tensors
@@ -51,7 +51,7 @@ def check_base(
     """
     tensors = TensorMap.find(model)
     asked = [name for name, by_name in tensors.chosen(targets).items() if by_name]
-    heads = heads_of(config, (path for path, _ in walk(model)))
+    heads = heads_of(config, (path for path, _ in named_bare_modules(model)))
     new = config.new_weights or ()
     base = base_tensors(model)
     rest = [name for name in base if name not in held and not within(name, heads)]
@@ -82,7 +82,7 @@ def check_base(
 def _compare(
     config: SurgicalConfig, field: str, weights: Mapping[str, Tensor], here: str | None
 ) -> tuple[bool, str] | None:
-    """What is wrong with the `weights` here, and whether that is certain; None if nothing is."""
+    """The fault of the `weights` here, and whether it is certain; None if there is none."""
     there = getattr(config, field)
     if here == there and (here is not None or not weights):
         return None
@@ -90,7 +90,7 @@ def _compare(
         problem = (
             "the adapter has no fingerprint of its base model"
             if there is None
-            else "the weights of this base model cannot be read yet (offloaded, sharded or quantised)"
+            else "the weights of this base model cannot be read yet (offloaded, sharded or quantized)"
         )
         return False, f"strict_base=True, but {problem}: load without it if you know that the base is right."
     cause = (
@@ -107,7 +107,7 @@ def _compare(
 
 
 def _as_before(config: SurgicalConfig, tuned: Mapping[str, Tensor], heads: list[str]) -> bool:
-    """Whether the fingerprint is that of the tuned weights as versions without `new_weights` made it."""
+    """True if the fingerprint is that of the tuned weights as versions without `new_weights` made it."""
     without = [tensor for name, tensor in tuned.items() if not within(name, heads)]
     made = {fingerprint(without), fingerprint(tuned.values())}  # 0.1.0 counted new heads in
     return config.fingerprint is not None and config.fingerprint in made

@@ -1,4 +1,4 @@
-"""What an adapter's folder holds, and the base model that it was made from."""
+"""Reads an adapter's folder, and loads the base model that it was made from."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
         SurgicalError: it is not there, or not readable.
     """
     if not path.is_file():
-        inside = sorted(each.parent.name for each in path.parent.glob(f"*/{path.name}"))
+        inside = sorted(file.parent.name for file in path.parent.glob(f"*/{path.name}"))
         hint = f" Its folders {', '.join(inside)} do: give one of them." if inside else ""
         raise SurgicalError(f"{str(path.parent)!r} is no {what}'s folder: it has no {path.name}.{hint}")
     try:
@@ -136,7 +136,7 @@ def load_base(config: SurgicalConfig, tensors: Iterable[Tensor], base: Base = No
         output_loading_info=True,
         ignore_mismatched_sizes=True,
     )
-    mismatched = {each if isinstance(each, str) else each[0] for each in info["mismatched_keys"]}
+    mismatched = {key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]}
     return LoadedBase(model.eval(), frozenset(info["missing_keys"]) | mismatched)
 
 
@@ -177,12 +177,12 @@ def check_fits(adapter: SavedAdapter, state: dict[str, Tensor], new: frozenset[s
             raise SurgicalError(
                 f"{name!r} is {_kind(tuned)} in the adapter and {_kind(state[name])} in the base model: give the one "
                 f"that the adapter was made from ({adapter.config.base_model_name_or_path!r}); with a new head of "
-                "another size, a folder to which it was saved with that head; if quantised, the unquantised one."
+                "another size, a folder to which it was saved with that head; if quantized, the unquantized one."
             )
 
 
 def heads_of(config: SurgicalConfig, modules: Iterable[str]) -> list[str]:
-    """Which of `modules` PEFT saves as `modules_to_save`: those whose path ends with one of the names."""
+    """The `modules` that PEFT saves as `modules_to_save`: those whose path ends with one of the names."""
     return [path for path in modules if any(path.endswith(name) for name in config.modules_to_save or [])]
 
 

@@ -19,9 +19,9 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ...blocks.unwrap import clean_name
+from ...blocks.unwrap import bare_parameter_name
 from ...errors import SurgicalError
-from ..config import ReadFrom, SurgicalConfig, SurgicalPeftType
+from ..config import ConfigSource, SurgicalConfig, SurgicalPeftType
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -74,7 +74,7 @@ def _read_config(read: Callable[[], Any], cls: type, path: Path) -> Any:
     loaded.pop("strict_base", None)  # that is for who loads to say
     known = {field.name for field in fields(SurgicalConfig)}
     later = {name: loaded.pop(name) for name in sorted(loaded.keys() - known)}
-    return {**loaded, "read_from": ReadFrom(path, later)}
+    return {**loaded, "read_from": ConfigSource(path, later)}
 
 
 def _shapes(file: Path) -> Shapes:
@@ -104,7 +104,7 @@ def saved_tensors(config: SurgicalConfig, wanted: Callable[[str], bool]) -> dict
     if file is None:
         return {}
     with safe_open(file, framework="pt") as weights:
-        names = {clean_name(key): key for key in weights.keys()}  # noqa: SIM118
+        names = {bare_parameter_name(key): key for key in weights.keys()}  # noqa: SIM118
         return {name: weights.get_tensor(key) for name, key in names.items() if wanted(name)}
 
 
@@ -132,7 +132,7 @@ def _weights_of(config: SurgicalConfig) -> Path | None:
 
 
 def _in_hub_cache(path: Path) -> dict[str, Any] | None:
-    """What to ask the Hub for a file beside `path`, if that lies in a snapshot of a repository."""
+    """Arguments by which to ask the Hub for a file beside `path`, if that lies in a snapshot of a repository."""
     for folder in path.parents:
         if folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--"):
             home = folder.parent.parent

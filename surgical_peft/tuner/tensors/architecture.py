@@ -1,4 +1,4 @@
-"""What the architecture of a model never trains, such as sinusoidal positions, and what only happens to be frozen."""
+"""Tells parameters that an architecture never trains, such as sinusoidal positions, from those frozen by chance."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from ...blocks.module_lists import inside, join
-from ...blocks.unwrap import walk
+from ...blocks.unwrap import named_bare_modules
 
 
 def fixed_by_architecture(model: nn.Module, names: Collection[str]) -> tuple[set[str], list[str]]:
-    """Which of the parameters `names` the model's class, built anew from its config, freezes by itself.
+    """The parameters among `names` that the model's class, built anew from its config, freezes by itself.
 
     Each `PreTrainedModel` in `model` is built on the meta device, which takes a few hundredths of a second. What is
     frozen now, after a merge or by hand, does not count.
@@ -36,7 +36,10 @@ def fixed_by_architecture(model: nn.Module, names: Collection[str]) -> tuple[set
             known.append(path)
             fixed |= {join(path, name) for name, weight in built.named_parameters() if not weight.requires_grad}
     weights = {
-        join(path, name): p for path, module in walk(model) for name, p in module._parameters.items() if p is not None
+        join(path, name): p
+        for path, module in named_bare_modules(model)
+        for name, p in module._parameters.items()
+        if p is not None
     }
     if not any(weight.requires_grad for weight in weights.values()):
         return fixed.intersection(names), []  # frozen as a whole: by a merge, or by hand
@@ -47,7 +50,7 @@ def fixed_by_architecture(model: nn.Module, names: Collection[str]) -> tuple[set
 def outermost_models(model: nn.Module) -> dict[str, PreTrainedModel]:
     """The models of transformers in `model`, by path, without those that lie in another one."""
     found: dict[str, PreTrainedModel] = {}
-    for path, module in walk(model):
+    for path, module in named_bare_modules(model):
         if isinstance(module, PreTrainedModel) and not any(inside(path, other) for other in found):
             found[path] = module
     return found

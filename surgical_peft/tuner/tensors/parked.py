@@ -1,4 +1,4 @@
-"""Tensors that a module holds without showing them as parameters, and what torch does to modules, done to them too."""
+"""Tensors that a module holds without showing them as parameters, moved, cast and saved with it all the same."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .slots import BASE, Slot, is_sharded, with_data
 
 
 class ParkedTensors(nn.Module):
-    """Holds the tensors of a module that do not stand in it now.
+    """Holds the tensors of a module that do not stand in it.
 
     They move, and change their dtype, with the module, and are in `state_dict()` under the name of their set; but they
     are neither parameters nor buffers, so that nobody averages, gathers, sends or counts them. Only DeepSpeed's ZeRO-3
@@ -40,7 +40,7 @@ class ParkedTensors(nn.Module):
         return {attribute: slot.of(name) for attribute, slot in self.slots.items() if name in slot}
 
     def show_parked(self) -> None:
-        """Make parameters of what is parked, under ZeRO-3 only."""
+        """Register the parked tensors as parameters, under ZeRO-3 only."""
         if not is_deepspeed_zero3_enabled():
             return
         self._modules.clear()
@@ -136,17 +136,17 @@ class ParkedTensors(nn.Module):
 
 
 def forget_caches(slots: Iterable[Slot]) -> None:
-    """Let modules whose tensors changed forget what they made of them.
+    """Clear what modules cache of tensors that have changed.
 
     LeViT's attention keeps such a thing in eval mode, and drops it in a `train` of its own.
     """
     for module in dict.fromkeys(module for slot in slots for module, _ in slot.places):
         if type(module).train is not nn.Module.train:
-            modes = [(each, each.training) for each in module.modules()]
-            loading = [(each, each.loading) for each in module.modules() if isinstance(each, ParkedTensors)]
+            modes = [(child, child.training) for child in module.modules()]
+            loading = [(child, child.loading) for child in module.modules() if isinstance(child, ParkedTensors)]
             module.train(not module.training)
             module.train(not module.training)
-            for each, training in modes:
-                each.training = training
+            for child, training in modes:
+                child.training = training
             for layer, flag in loading:
                 layer.loading = flag

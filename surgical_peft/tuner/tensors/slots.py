@@ -25,7 +25,7 @@ class Slot:
     Args:
         places: the modules and attributes where it stands, more than one if it is tied.
         keep_base: where the base's tensor stays while another one stands (see
-            [`SurgicalConfig`][surgical_peft.SurgicalConfig]); `"packed"`: the base runs without, by quantised weights.
+            [`SurgicalConfig`][surgical_peft.SurgicalConfig]); `"packed"`: the base runs without, by quantized weights.
 
     Attributes:
         standing: the set whose tensor stands in the places now: an adapter's name, or `BASE`.
@@ -46,7 +46,7 @@ class Slot:
 
     @property
     def here(self) -> Tensor:
-        """The tensor that stands."""
+        """The tensor in place."""
         module, name = self.places[0]
         tensor: Tensor | None = module._parameters.get(name)
         tensor = module._buffers.get(name) if tensor is None else tensor
@@ -125,7 +125,7 @@ class Slot:
         self._set(adapter, own if values is None else with_data(own, values))
 
     def stand(self, name: str) -> None:
-        """Let the tensor of the set `name` stand in all places."""
+        """Put the tensor of the set `name` in all places."""
         if name == self.standing:
             return
         here, there = self.here, self.parked[name]
@@ -217,7 +217,7 @@ def with_data(tensor: Tensor, values: Tensor) -> Tensor:
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether it is a `DTensor`, whose storage FSDP2 or tensor parallelism owns."""
+    """True for a `DTensor`, whose storage FSDP2 or tensor parallelism owns."""
     if type(tensor) in (Tensor, nn.Parameter):  # without an import that takes a second
         return False
     from torch.distributed.tensor import DTensor
@@ -247,7 +247,7 @@ def _local(tensor: Tensor) -> Tensor:
 
 
 def is_dealt(tensor: Tensor) -> bool:
-    """Whether DeepSpeed's ZeRO-3 has dealt it out over the processes."""
+    """True if DeepSpeed's ZeRO-3 has sharded it over the processes."""
     return hasattr(tensor, "ds_id")
 
 

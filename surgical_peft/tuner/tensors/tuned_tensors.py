@@ -1,4 +1,4 @@
-"""Which tensors of a model a choice of modules stands for: parameters, and the buffers that are saved with them."""
+"""Resolves a choice of modules to its tensors: parameters, and the buffers that are saved with them."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from typing import Any
 from torch import Tensor, nn
 
 from ...blocks.module_lists import inside, join
-from ...blocks.unwrap import walk
+from ...blocks.unwrap import named_bare_modules
 from ...errors import SurgicalError
 
 Targets = Mapping[str, Collection[str] | None]  # path of a module -> names of parameters in it; None for all
 
 
 def united(*targets: Targets) -> dict[str, Collection[str] | None]:
-    """What any of `targets` asks for.
+    """The union of `targets`.
 
     Example:
         >>> united({"0": ["bias"]}, {"0": ["weight"], "1": None})
         {'0': ['bias', 'weight'], '1': None}
     """
     found: dict[str, Collection[str] | None] = {}
-    for path, names in [item for each in targets for item in each.items()]:
+    for path, names in [item for group in targets for item in group.items()]:
         before = found.get(path, ())
         found[path] = None if names is None or before is None else sorted({*before, *names})
     return found
@@ -31,25 +31,25 @@ def united(*targets: Targets) -> dict[str, Collection[str] | None]:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a tensor stands: an attribute of a module."""
+    """The place of a tensor: an attribute of a module."""
 
     module: nn.Module
     attribute: str
 
     @property
     def tensor(self) -> Tensor:
-        """What stands there."""
+        """The tensor in this place."""
         tensor = self.module._parameters.get(self.attribute)
         return self.module._buffers[self.attribute] if tensor is None else tensor  # type: ignore[return-value]
 
     @property
     def is_parameter(self) -> bool:
-        """Whether a parameter stands there, not a buffer."""
+        """True for a parameter, False for a buffer."""
         return self.attribute in self.module._parameters
 
 
 def put(module: nn.Module, attribute: str, tensor: Tensor) -> None:
-    """Let `tensor` stand in a module in the place of a parameter or buffer that it has."""
+    """Set `tensor` in a module in place of a parameter or buffer."""
     if type(module).__setattr__ is not nn.Module.__setattr__:  # it keeps a list of its own, as an LSTM does
         notes = dict(tensor.__dict__)
         tensor.__dict__.clear()  # accelerate's init_empty_weights would hand them to the class that it builds anew
@@ -79,7 +79,7 @@ class TensorMap:
         places: dict[str, list[Place]] = {}
         first: dict[str, str] = {}
         seen: dict[int, str] = {}
-        for path, module in walk(model):
+        for path, module in named_bare_modules(model):
             saved = {n: b for n, b in module._buffers.items() if n not in module._non_persistent_buffers_set}
             for attribute, tensor in [*module._parameters.items(), *saved.items()]:
                 if tensor is None:

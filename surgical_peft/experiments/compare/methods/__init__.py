@@ -1,17 +1,18 @@
-"""The rows of a comparison: one function a method, each returns a `Method`.
+"""Methods of a comparison: one function each, which returns a `Method`.
 
-What a method is, and what one of the user's own has to give, is in `methods.method`.
+`methods.method` says what a method is and what one of your own has to give.
 """
 
 from __future__ import annotations
 
+from .by_policy import auto_rgn, auto_rgn_paper, bvg_ls, layer_decay, lp_ft, policy
 from .chosen import auto, searched, top_k
 from .depth import blocks, first, head, last, middle, random_k
 from .method import Method as Method
-from .method import Setting as Setting
+from .method import MethodContext as MethodContext
 from .method import make_method as make_method
 from .parts import lora, modules_to_save, norms
-from .whole import auto_rgn, auto_rgn_paper, bvg_ls, full, layer_decay, lp_ft, nothing
+from .whole import full, nothing
 
 __all__ = [
     "auto",
@@ -30,6 +31,7 @@ __all__ = [
     "modules_to_save",
     "norms",
     "nothing",
+    "policy",
     "random_k",
     "searched",
     "top_k",

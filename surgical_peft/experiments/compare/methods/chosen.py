@@ -1,4 +1,4 @@
-"""Blocks that the training data choose: by a score, by the library's default, or by a search."""
+"""Blocks chosen on the training data: by a score, by the library's default, or by a search."""
 
 from __future__ import annotations
 
@@ -12,19 +12,18 @@ from .... import criteria
 from ....auto import check_choice, choose_blocks
 from ....criteria.budget import Budget
 from ....errors import SurgicalError
-from ....policies.policy import check_count
 from ....procedures.procedure import Procedure, as_procedure
 from ....scoring.score import score_blocks
-from ....scoring.selection import Selection, check_k
+from ....scoring.selection import Selection
 from ....scoring.selection import top_k as take_top_k
 from ....search.result import SearchResult
 from ....search.run import count_trainings, run_search
 from ....tuner.config import SurgicalConfig
-from ....validation import resolve
+from ....validation import check_count, resolve
 from ...search.objective import RecipeObjective
 from ...tasks.source_model import modules_to_save
 from ...training.train import budget_of
-from .method import Method, Setting, of_known_blocks, parsed
+from .method import Method, MethodContext, of_known_blocks, parsed
 
 
 def top_k(criterion: str, k: int = 2, num_batches: int | None = None) -> Method:
@@ -37,8 +36,7 @@ def top_k(criterion: str, k: int = 2, num_batches: int | None = None) -> Method:
     """
     _check_criterion("top_k", criterion)
     _check_batches("top_k", num_batches)
-    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
-        raise SurgicalError(f"top_k: k={k!r} is no number of blocks: 1 or more.")
+    check_count("top_k", "k", k, "blocks")
     return Method(
         f"top {k} by {criterion}", choose=partial(_top_k, criterion, k, num_batches), preview=partial(_check_k, k)
     )
@@ -47,7 +45,7 @@ def top_k(criterion: str, k: int = 2, num_batches: int | None = None) -> Method:
 def _check_criterion(owner: str, criterion: Any) -> None:
     if not isinstance(criterion, str):
         raise SurgicalError(
-            f"{owner}: criterion={criterion!r} is no name. There are: {', '.join(criteria.__all__)}; your own as "
+            f"{owner}: criterion={criterion!r} is not a name. There are: {', '.join(criteria.__all__)}; your own as "
             "'package.module:name'."
         )
     resolve(criterion, criteria)
@@ -58,12 +56,14 @@ def _check_batches(owner: str, num_batches: Any) -> None:
         check_count(owner, "num_batches", num_batches, "batches to score on")
 
 
-def _top_k(criterion: str, k: int, num_batches: int | None, setting: Setting) -> Selection:
-    return take_top_k(score_blocks(setting.model, setting.batches(), criterion, num_batches=num_batches), k)
+def _top_k(criterion: str, k: int, num_batches: int | None, context: MethodContext) -> Selection:
+    scores = score_blocks(context.model, context.batches(), criterion, num_batches=num_batches, blocks=context.blocks)
+    return take_top_k(scores, k)
 
 
-def _check_k(k: int, setting: Setting) -> None:
-    check_k(k, sum(bool(weights) for weights in setting.blocks.parameters(setting.model).values()))
+def _check_k(k: int, context: MethodContext) -> None:
+    count = sum(bool(weights) for weights in context.blocks.parameters(context.model).values())
+    check_count("top_k", "k", k, "of the scored blocks", at_most=count)
 
 
 def auto(criterion: str | None = None, num_blocks: int | None = None, num_batches: int | None = None) -> Method:
@@ -78,27 +78,27 @@ def auto(criterion: str | None = None, num_blocks: int | None = None, num_batche
         _check_criterion("auto", criterion)
     _check_batches("auto", num_batches)
     config = SurgicalConfig(blocks="auto", criterion=criterion, num_blocks=num_blocks)
-    said = [each for each in (criterion, num_blocks and f"{num_blocks} blocks") if each]
+    options = [option for option in (criterion, num_blocks and f"{num_blocks} blocks") if option]
     return Method(
-        ", ".join(["auto", *said]), choose=partial(_auto, config, num_batches), preview=partial(_check_auto, config)
+        ", ".join(["auto", *options]), choose=partial(_auto, config, num_batches), preview=partial(_check_auto, config)
     )
 
 
-def _with_recipe(config: SurgicalConfig, setting: Setting) -> SurgicalConfig:
-    saved = modules_to_save(setting.recipe, setting.model)
-    return replace(config, modules_to_save=saved, frozen_eval=setting.recipe.frozen_eval)
+def _with_recipe(config: SurgicalConfig, context: MethodContext) -> SurgicalConfig:
+    saved = modules_to_save(context.recipe, context.model)
+    return replace(config, modules_to_save=saved, frozen_eval=context.recipe.frozen_eval)
 
 
-def _check_auto(config: SurgicalConfig, setting: Setting) -> None:
-    check_choice(setting.model, _with_recipe(config, setting), setting.batches())
+def _check_auto(config: SurgicalConfig, context: MethodContext) -> None:
+    check_choice(context.model, _with_recipe(config, context), context.batches())
 
 
-def _auto(config: SurgicalConfig, num_batches: int | None, setting: Setting) -> Selection:
-    config = _with_recipe(config, setting)
-    batches = setting.batches()
-    budget = Budget(budget_of(setting.recipe.arguments(), batches))  # the command has a bar of its own
-    found, _ = choose_blocks(setting.model, config, batches, num_batches, budget=budget)
-    return Selection(setting.blocks.parse(found.blocks or []), found.selection or {})
+def _auto(config: SurgicalConfig, num_batches: int | None, context: MethodContext) -> Selection:
+    config = _with_recipe(config, context)
+    batches = context.batches()
+    budget = Budget(budget_of(context.recipe.arguments(), batches))  # the command shows its own bar
+    chosen, _ = choose_blocks(context.model, config, batches, num_batches, budget=budget)
+    return Selection(context.blocks.parse(chosen.blocks or []), chosen.selection or {})
 
 
 def searched(
@@ -132,17 +132,17 @@ def searched(
     return Method(f"search by {made}", choose=partial(_searched, made), preview=partial(_check_search, made))
 
 
-def _check_search(procedure: Procedure, setting: Setting) -> None:
-    count_trainings(procedure, setting.blocks)  # asks for all candidates
+def _check_search(procedure: Procedure, context: MethodContext) -> None:
+    count_trainings(procedure, context.blocks)  # asks for all candidates
 
 
-def _searched(procedure: Procedure, setting: Setting) -> Selection:
-    objective = RecipeObjective(replace(setting.recipe, seeds=[setting.seed], folds=None, policy=None, divide=None))
-    found = run_search(
+def _searched(procedure: Procedure, context: MethodContext) -> Selection:
+    objective = RecipeObjective(replace(context.recipe, seeds=[context.seed], folds=None, policy=None, divide=None))
+    result = run_search(
         procedure,
         objective,
         rates=objective.rates,
         seeds=objective.seeds,
-        storage=f"sqlite:///{setting.folder / 'study.db'}",
+        storage=f"sqlite:///{context.folder / 'study.db'}",
     )
-    return found.best
+    return result.best

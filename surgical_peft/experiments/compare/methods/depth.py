@@ -1,4 +1,4 @@
-"""Blocks by where they are in the model, whatever the data; and at random, to see what choosing is worth."""
+"""Blocks by their depth, whatever the data; and at random, to see what choosing is worth."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ from functools import partial
 from typing import Any
 
 from ....blocks.block_map import BlockMap
-from ....errors import SurgicalError
-from ....procedures.procedure import layers
 from ....scoring.selection import Selection
-from .method import Method, Setting, of_known_blocks, parsed
+from ....validation import check_count
+from .method import Method, MethodContext, of_known_blocks, parsed
 
 
 def head() -> Method:
@@ -87,36 +86,37 @@ def _title(name: str, k: int | None) -> str:
 
 
 def _checked(name: str, k: int | None) -> int | None:
-    if k is not None and (isinstance(k, bool) or not isinstance(k, int) or k < 1):
-        raise SurgicalError(f"{name}: k={k!r} is no number of layers: 1 or more.")
+    if k is not None:
+        check_count(name, "k", k, "layers")
     return k
 
 
 def _layers(blocks: BlockMap, k: int | None) -> tuple[tuple[str, ...], int]:
-    names = layers(blocks)
-    if k is not None and k > len(names):
-        raise SurgicalError(f"k={k} is more than the layers of {blocks.model_name}: {len(names)}.")
+    names = blocks.layers
+    if k is not None:
+        check_count(blocks.model_name, "k", k, "of its layers", at_most=len(names))
     return names, max(1, len(names) // 3) if k is None else k
 
 
-def _first(k: int | None, setting: Setting) -> Selection:
-    names, count = _layers(setting.blocks, k)
-    before = setting.blocks.names[: setting.blocks.names.index(names[0])]
-    return Selection((*(name for name in before if name.endswith("embeddings")), *names[:count]))
+def _first(k: int | None, context: MethodContext) -> Selection:
+    names, count = _layers(context.blocks, k)
+    blocks = context.blocks
+    before = blocks.names[: blocks.names.index(names[0])]
+    return Selection((*(name for name in before if blocks.kind(name) == "embeddings"), *names[:count]))
 
 
-def _middle(k: int | None, setting: Setting) -> Selection:
-    names, count = _layers(setting.blocks, k)
+def _middle(k: int | None, context: MethodContext) -> Selection:
+    names, count = _layers(context.blocks, k)
     start = (len(names) - count) // 2
     return Selection(names[start : start + count])
 
 
-def _last(k: int | None, setting: Setting) -> Selection:
-    names, count = _layers(setting.blocks, k)
+def _last(k: int | None, context: MethodContext) -> Selection:
+    names, count = _layers(context.blocks, k)
     return Selection(names[-count:])
 
 
-def _random(k: int | None, setting: Setting) -> Selection:
-    names, count = _layers(setting.blocks, k)
-    drawn = random.Random(f"random_k {setting.seed}").sample(names, count)
-    return Selection(setting.blocks.parse(drawn))
+def _random(k: int | None, context: MethodContext) -> Selection:
+    names, count = _layers(context.blocks, k)
+    drawn = random.Random(f"random_k {context.seed}").sample(names, count)
+    return Selection(context.blocks.parse(drawn))

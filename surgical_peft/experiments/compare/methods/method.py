@@ -1,9 +1,8 @@
-"""What a method of a comparison is: how a source model is made ready to be trained on new data, and trained."""
+"""Method of a comparison: how a source model is made ready to be trained on new data, and trained."""
 
 from __future__ import annotations
 
 import inspect
-import math
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -20,14 +19,14 @@ from ....errors import SurgicalError
 from ....policies.policy import Policy
 from ....scoring.selection import Selection
 from ....tuner.config import SurgicalConfig
-from ....validation import nearest, resolve
+from ....validation import check_rates, nearest, resolve
 from ...recipe.recipe import Recipe
 from ...tasks.source_model import modules_to_save
 
 
 @dataclass(frozen=True)
-class Setting:
-    """What a method may look at to choose its blocks. It leaves all of it as it is.
+class MethodContext:
+    """All that a method may look at to choose its blocks; it leaves all of it as it is.
 
     Attributes:
         recipe: of the comparison, with the source model and the data at hand.
@@ -35,7 +34,7 @@ class Setting:
         blocks: its map.
         batches: makes a loader of shuffled training batches, the same at every call.
         seed: of the training.
-        folder: for files of its own, such as a study; there as long as the comparison.
+        folder: for the files of the method, such as a study; kept as long as the comparison.
     """
 
     recipe: Recipe
@@ -53,13 +52,13 @@ def tune_blocks(model: nn.Module, selection: Selection, recipe: Recipe) -> nn.Mo
     return get_surgical_model(model, config)
 
 
-def nothing_known(setting: Setting) -> Selection | None:
-    """Of a choice of blocks, before it is made."""
+def nothing_known(context: MethodContext) -> Selection | None:
+    """The default `preview`: the choice is not known before it is made."""
     return None
 
 
 def no_policy(args: TrainingArguments) -> Policy | None:
-    """The same rate for all that is trained."""
+    """The default `policy`: the same rate for all that is trained."""
     return None
 
 
@@ -75,25 +74,25 @@ class Method:
             is nothing to choose.
         wrap: `(model, selection, recipe)` -> what is trained: all that has `requires_grad`. The model is a copy.
         policy: of the learning rates, by the training arguments.
-        training: training arguments of its own, instead of the recipe's.
-        rates: its own grid; None: the recipe's.
+        training: training arguments that replace the recipe's.
+        rates: grid of learning rates; None: the recipe's.
         is_trained: whether there is anything to train.
         preview: what `choose` will give, where that takes neither data nor training; else None, having refused what is
             sure not to do. Called for each source model before anything else, so that all misfits are told at once.
 
     Example:
         >>> def mine():
-        ...     return Method("first block", choose=lambda setting: Selection(setting.blocks.parse([0])))
+        ...     return Method("first block", choose=lambda context: Selection(context.blocks.parse([0])))
     """
 
     title: str
-    choose: Callable[[Setting], Selection] | None = None
+    choose: Callable[[MethodContext], Selection] | None = None
     wrap: Callable[[nn.Module, Selection, Recipe], nn.Module] = tune_blocks
     policy: Callable[[TrainingArguments], Policy | None] = no_policy
     training: Mapping[str, Any] = field(default_factory=dict)
     rates: tuple[float, ...] | None = None
     is_trained: bool = True
-    preview: Callable[[Setting], Selection | None] = nothing_known
+    preview: Callable[[MethodContext], Selection | None] = nothing_known
 
     @property
     def is_its_blocks(self) -> bool:
@@ -106,7 +105,7 @@ def make_method(given: Any) -> Method:
     """The method that an entry of a recipe's `methods` stands for.
 
     Args:
-        given: a name, or a mapping of one name to its arguments. `rates` among them is a grid of its own.
+        given: a name, or a mapping of one name to its arguments. `rates` among them is the method's grid.
 
     Raises:
         SurgicalError: not of these forms, an unknown name, arguments that do not fit, or something else than a method.
@@ -120,55 +119,55 @@ def make_method(given: Any) -> Method:
     options = {} if options is None else options
     if not isinstance(name, str) or not isinstance(options, dict):
         raise SurgicalError(
-            f"methods: {given!r} is no method: write a name, such as full, or a name with its arguments, such as "
+            f"methods: {given!r} is not a method: write a name, such as full, or a name with its arguments, such as "
             "{lora: {rank: 8}}."
         )
     function = resolve(name, package)
     options = dict(options)
     rates = options.pop("rates", None)
-    signature = inspect.signature(function)
-    known = [*signature.parameters, "rates"]
+    made = call_with_options("methods", name, function, options, "rates")
+    if not isinstance(made, Method):
+        raise SurgicalError(f"methods: {name!r} makes a {type(made).__name__}, not a Method.")
+    return made if rates is None else replace(made, rates=check_rates(name, rates))
+
+
+def call_with_options(
+    key: str, name: str, function: Callable[..., Any], options: Mapping[str, Any], *more: str
+) -> Any:
+    """Call a function with its options in a recipe.
+
+    Args:
+        key: of the recipe, for the message.
+        name: of the function, as the recipe has it.
+        function: to call.
+        options: its arguments.
+        more: further names that are allowed beside its arguments.
+
+    Raises:
+        SurgicalError: options that do not fit; the message gives the nearest name and lists all.
+    """
+    known = [*inspect.signature(function).parameters, *more]
     try:
-        signature.bind(**options)
-    except TypeError as error:
-        wrong = next((nearest(each, known) for each in options if each not in known), "")
-        raise SurgicalError(
-            f"methods: {given!r} does not fit: {error}; {wrong}{name} has: {', '.join(known)}."
-        ) from error
-    try:
-        made = function(**options)
+        inspect.signature(function).bind(**options)
+        return function(**options)
     except (TypeError, ValueError) as error:
         if isinstance(error, SurgicalError):
             raise
-        raise SurgicalError(f"methods: {given!r} does not fit: {error}. {name} has: {', '.join(known)}.") from error
-    if not isinstance(made, Method):
-        raise SurgicalError(f"methods: {name!r} makes a {type(made).__name__}, not a Method.")
-    return made if rates is None else replace(made, rates=check_rates(f"methods: {name}", rates))
+        wrong = next((nearest(str(option), known) for option in options if option not in known), "")
+        raise SurgicalError(
+            f"{key}: {dict(options)} does not fit {name}: {error}. {wrong}{name} has: {', '.join(known)}."
+        ) from error
 
 
-def check_rates(owner: str, rates: Any) -> tuple[float, ...]:
-    """The rates as a grid, from the lowest to the highest.
-
-    Raises:
-        SurgicalError: an empty list, something else than positive numbers, or one of them twice.
-    """
-    is_list = isinstance(rates, list | tuple) and bool(rates)
-    if not is_list or any(isinstance(r, bool) or not isinstance(r, int | float) for r in rates):
-        raise SurgicalError(f"{owner}: rates: {rates!r} is no grid of learning rates, such as [1e-3, 3e-3].")
-    if not all(0 < rate < math.inf for rate in rates) or len(set(rates)) != len(rates):
-        raise SurgicalError(f"{owner}: rates: {rates!r}: each is a number above 0, and there once.")
-    return tuple(sorted(map(float, rates)))
-
-
-def of_known_blocks(title: str, choose: Callable[[Setting], Selection]) -> Method:
+def of_known_blocks(title: str, choose: Callable[[MethodContext], Selection]) -> Method:
     """A method whose `choose` looks at the model's map and the seed alone."""
     return Method(title, choose=choose, preview=choose)
 
 
-def parsed(spec: Any) -> Callable[[Setting], Selection]:
+def parsed(spec: Any) -> Callable[[MethodContext], Selection]:
     """Chooses the blocks that `BlockMap.parse` finds."""
     return partial(_parsed, spec)
 
 
-def _parsed(spec: Any, setting: Setting) -> Selection:
-    return Selection(setting.blocks.parse(spec))
+def _parsed(spec: Any, context: MethodContext) -> Selection:
+    return Selection(context.blocks.parse(spec))

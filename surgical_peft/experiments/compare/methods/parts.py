@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -12,17 +11,18 @@ from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
 
 from ....auto import get_surgical_model
-from ....blocks.block_map import BlockMap, is_head
+from ....blocks.block_map import BlockMap
 from ....errors import SurgicalError
 from ....scoring.selection import Selection
 from ....tuner.config import SurgicalConfig
+from ....validation import check_count, check_number
 from ...recipe.recipe import Recipe
 from ...tasks.source_model import modules_to_save as always_saved
 from .method import Method, of_known_blocks, parsed
 
 
 def norms() -> Method:
-    """All normalisation layers and the head: LN tuning.
+    """All normalization layers and the head: LN tuning.
 
     Costs: nothing to choose.
 
@@ -45,16 +45,14 @@ def lora(rank: int = 8, alpha: float | None = None, head: bool = True) -> Method
     Example:
         methods: [full, {lora: {rank: 4}}, {lora: {rank: 16}}]
     """
-    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-        raise SurgicalError(f"lora: rank={rank!r} is no rank: 1 or more.")
-    is_number = isinstance(alpha, int | float) and not isinstance(alpha, bool)
-    if alpha is not None and not (is_number and 0 < alpha < math.inf):
-        raise SurgicalError(f"lora: alpha={alpha!r} is no scale: a number above 0.")
+    check_count("lora", "rank", rank, "of the updates")
+    if alpha is not None:
+        check_number("lora", "alpha", alpha, "the scale of the updates", above=0)
     if not isinstance(head, bool):
         raise SurgicalError(f"lora: head={head!r} is neither true nor false.")
     settings = {"r": rank, "lora_alpha": 2 * rank if alpha is None else alpha}
-    said = [f"LoRA r={rank}", *([f"alpha={alpha:g}"] if alpha is not None else []), *([] if head else ["no head"])]
-    return Method(", ".join(said), wrap=partial(_add_lora, settings, head))
+    title = [f"LoRA r={rank}", *([f"alpha={alpha:g}"] if alpha is not None else []), *([] if head else ["no head"])]
+    return Method(", ".join(title), wrap=partial(_add_lora, settings, head))
 
 
 def modules_to_save(names: Any) -> Method:
@@ -76,9 +74,9 @@ def _tune_norms(model: nn.Module, selection: Selection, recipe: Recipe) -> nn.Mo
 
 def _with_heads(model: nn.Module, recipe: Recipe) -> list[str] | None:
     """The modules of the model's heads, and those that the recipe wants trained with every method."""
-    every = dict(model.named_modules())
-    own = [path for name, paths in BlockMap.find(model).modules.items() if is_head(name) for path in paths]
-    whole = [path for path in own if path in every and next(every[path].parameters(), None) is not None]
+    modules, blocks = dict(model.named_modules()), BlockMap.find(model)
+    heads = [path for head in blocks.heads for path in blocks.modules[head]]
+    whole = [path for path in heads if path in modules and next(modules[path].parameters(), None) is not None]
     return list(dict.fromkeys([*whole, *(always_saved(recipe, model) or [])])) or None
 
 
@@ -90,10 +88,10 @@ def _add_lora(
 
 
 def _save_modules(model: nn.Module, selection: Selection, recipe: Recipe) -> nn.Module:
-    every = dict(model.named_modules())
-    found = BlockMap.find(model).modules
-    paths = [path for name in selection.blocks for path in found[name]]
-    loose = [path for path in paths if path not in every]
+    modules = dict(model.named_modules())
+    modules_of_block = BlockMap.find(model).modules
+    paths = [path for name in selection.blocks for path in modules_of_block[name]]
+    loose = [path for path in paths if path not in modules]
     if loose:
         raise SurgicalError(f"modules_to_save: PEFT saves modules, and {', '.join(loose)} is a parameter by itself.")
     whole = sorted({*paths, *(always_saved(recipe, model) or [])})

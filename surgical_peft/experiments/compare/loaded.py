@@ -1,0 +1,54 @@
+"""Model and data that the jobs of a comparison share, loaded once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch.utils.data import ConcatDataset
+
+from ..recipe.recipe import Recipe
+from ..tasks import load_task
+from ..training.runner import RecipeRunner, Remembered
+from .comparison import Comparison, Job
+
+
+class LoadedData:
+    """Keeps the source model and the data of the last job, and the last test data, for the jobs that follow.
+
+    Attributes:
+        comparison: has the recipes.
+    """
+
+    def __init__(self, comparison: Comparison) -> None:
+        self.comparison = comparison
+        self._runner: tuple[Any, RecipeRunner] | None = None
+        self._measured: dict[str, tuple[Any, ConcatDataset[Any]]] = {}
+
+    def runner(self, job: Job) -> RecipeRunner:
+        """The source model and the data of a job, ready to be trained."""
+        recipe = self.comparison.recipe_of(job.source, job.seed)
+        key = (recipe.model, recipe.data, job.seed if recipe.new_head else None)
+        if self._runner is None or self._runner[0] != key:
+            self._runner = None  # first let go of the other one
+            self._runner = key, RecipeRunner(recipe)
+        return self._runner[1]
+
+    def test_examples(self, source: int, seed: int) -> ConcatDataset[Any]:
+        """All examples that a training is measured on, as one."""
+        return self._examples("test", self.comparison.test_recipes(source, seed))
+
+    def source_examples(self, source: int) -> ConcatDataset[Any]:
+        """The test split of a source model's own data."""
+        return self._examples("source", [self.comparison.source_recipe(source)])
+
+    def forget(self) -> None:
+        """Free model and data: other processes do the work."""
+        self._runner = None
+        self._measured.clear()
+
+    def _examples(self, kind: str, recipes: list[Recipe]) -> ConcatDataset[Any]:
+        key = [(recipe.model, recipe.data) for recipe in recipes]
+        if kind not in self._measured or self._measured[kind][0] != key:
+            parts = [Remembered(load_task(recipe, ("test",)).splits["test"]) for recipe in recipes]
+            self._measured[kind] = key, ConcatDataset(parts)
+        return self._measured[kind][1]

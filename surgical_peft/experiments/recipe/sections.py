@@ -1,0 +1,214 @@
+"""The sections of a recipe: the keys of each command, with what is made of them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from functools import partial
+from typing import Any
+
+from ... import criteria, policies
+from ...criteria.criterion import Criterion
+from ...errors import SurgicalError
+from ...policies.policy import Policy
+from ...procedures.procedure import Procedure, as_procedure
+from ...tuner.config import SurgicalConfig
+from ...validation import nearest, resolve
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSection:
+    """Model and data.
+
+    Attributes:
+        model: a folder (relative to the recipe) or a Hub id.
+        data: a folder (relative to the recipe) or a Hub id; with the splits train, validation and test.
+        task: the kind of model and data, a name from `tasks`.
+        columns: which column is what, e.g. `{text: body, label: y}`, where their names and types do not say it.
+        metric: what to measure, larger is better: one that ships in `metrics`, a folder (relative to the recipe) with
+            a script for `evaluate`, or, with a network, one of the Hub.
+        max_length: of a text, in tokens; default is what the model takes.
+        new_head: whether the head is made anew, with as many labels as the data have classes; it is then trained and
+            saved whatever blocks are chosen.
+        corruption, severity: corrupt every image, e.g. `gaussian_noise` at 1 to 5 (as in ImageNet-C).
+        character_noise, casing: percent of the characters that are mistyped, or in the other case.
+        label_map: new label for each old one, e.g. `[1, 0]`, null to leave a class out; or a mapping from classes to
+            labels, which leaves the others out, e.g. `{coat: 0, shirt: 0, boot: 1}`.
+        imbalance: share of some classes that is left in the training split, e.g. `{coat: 0.1}`.
+        shift_seed: seed of all random shifts.
+    """
+
+    model: str
+    data: str
+    task: str = "image_classification"
+    columns: dict[str, Any] = field(default_factory=dict)
+    metric: str | None = None
+    max_length: int | None = None
+    new_head: bool = False
+    corruption: str | None = None
+    severity: int = 5
+    character_noise: float | None = None
+    casing: float | None = None
+    label_map: Any = None
+    imbalance: dict[str, Any] = field(default_factory=dict)
+    shift_seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelectionSection:
+    """Blocks, and how to choose them; for `surgical-peft score` and `train`.
+
+    Attributes:
+        blocks, target_modules, exclude_modules, modules_to_save, criterion, num_blocks, frozen_eval: see
+            [`SurgicalConfig`][surgical_peft.SurgicalConfig].
+        criterion_options: arguments for the criterion, e.g. `{seed: 3}` for `random`.
+        num_batches: how many batches to score on; default is what the criterion asks for.
+    """
+
+    blocks: Any = "auto"
+    target_modules: Any = None
+    exclude_modules: Any = None
+    modules_to_save: list[str] | None = None
+    criterion: str | None = None
+    criterion_options: dict[str, Any] = field(default_factory=dict)
+    num_blocks: int | None = None
+    frozen_eval: bool = True
+    num_batches: int | None = None
+
+    def config(self) -> SurgicalConfig:
+        """The adapter's config.
+
+        Raises:
+            SurgicalError: as `SurgicalConfig` and `make_criterion`.
+        """
+        names = {f.name for f in fields(SelectionSection)} & {f.name for f in fields(SurgicalConfig)}
+        return SurgicalConfig(**{name: getattr(self, name) for name in names} | {"criterion": self.make_criterion()})
+
+    def make_criterion(self) -> str | Criterion | None:
+        """The criterion with its options, or None.
+
+        Raises:
+            SurgicalError: options without a criterion, an unknown criterion, or an option that it does not have.
+        """
+        if not self.criterion_options:
+            return self.criterion
+        if self.criterion is None:
+            raise SurgicalError(f"criterion_options={self.criterion_options} need a criterion that they are for.")
+        criterion = resolve(self.criterion, criteria)
+        parameters = inspect.signature(criterion).parameters.values()
+        known = [parameter.name for parameter in parameters if parameter.kind == parameter.KEYWORD_ONLY]
+        for name in self.criterion_options:
+            if name not in known:
+                raise SurgicalError(
+                    f"criterion_options={self.criterion_options}: {self.criterion} has no option {name!r}. It has: "
+                    f"{', '.join(known) or 'none'}."
+                )
+        return partial(criterion, **self.criterion_options)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicySection:
+    """Learning rates and masks in training.
+
+    Attributes:
+        policy, policy_options: a name from `policies` and the arguments for it.
+    """
+
+    policy: str | None = None
+    policy_options: dict[str, Any] = field(default_factory=dict)
+
+    def make_policy(self) -> Policy | None:
+        """The policy, or None.
+
+        Raises:
+            SurgicalError: an unknown policy, or options that it does not take.
+        """
+        if self.policy is None:
+            return None
+        try:
+            return resolve(self.policy, policies)(**self.policy_options)
+        except (TypeError, ValueError) as error:
+            if isinstance(error, SurgicalError):
+                raise
+            raise SurgicalError(f"policy_options={self.policy_options} do not fit {self.policy}: {error}.") from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchSection:
+    """For `surgical-peft search`; `rates` and `seeds` also for `compare`, `rates` also for `advise`.
+
+    Attributes:
+        procedure, procedure_options: a name from `procedures` and the arguments for it.
+        divide: search among these parts of each layer instead of whole layers, e.g. `[attention, mlp]`.
+        rates: learning rates; every candidate is tried at each, instead of at `learning_rate`.
+        seeds: every candidate is trained with each, instead of with `seed`, and the mean counts.
+        folds: instead of `seeds`: the mean over so many parts of the training split, each in turn left out of training
+            and measured on; the split `validation` is not used.
+        pruner, pruner_options: a class of `optuna.pruners`, such as `MedianPruner`, and the arguments for it; stops
+            trainings that look hopeless, see `run_search`.
+    """
+
+    procedure: str = "sweep"
+    procedure_options: dict[str, Any] = field(default_factory=dict)
+    divide: list[str] | None = None
+    rates: list[float] | None = None
+    seeds: list[int] | None = None
+    folds: int | None = None
+    pruner: str | None = None
+    pruner_options: dict[str, Any] = field(default_factory=dict)
+
+    def make_procedure(self) -> Procedure:
+        """The procedure of a search.
+
+        Raises:
+            SurgicalError: an unknown procedure, or options that it does not take.
+        """
+        return as_procedure(self.procedure, self.procedure_options)
+
+    def make_pruner(self) -> Any:
+        """The pruner of a search, or None.
+
+        Raises:
+            SurgicalError: an unknown pruner, or options that it does not take.
+        """
+        if self.pruner is None:
+            return None
+        from optuna import pruners
+
+        known = [name for name in pruners.__all__ if name.endswith("Pruner") and name != "BasePruner"]
+        if self.pruner not in known:
+            raise SurgicalError(
+                f"pruner {self.pruner!r} is unknown: {nearest(self.pruner, known)}optuna.pruners has: "
+                f"{', '.join(known)}."
+            )
+        try:
+            return getattr(pruners, self.pruner)(**self.pruner_options)
+        except (TypeError, ValueError) as error:
+            raise SurgicalError(f"pruner_options={self.pruner_options} do not fit {self.pruner}: {error}.") from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareSection:
+    """For `surgical-peft compare`.
+
+    Attributes:
+        methods: names from `methods`, each alone or with its arguments, e.g. `[full, head, {lora: {rank: 8}}]`.
+        sources: further source models, folders or Hub ids, to repeat the comparison with.
+        draws: one data set for each of `seeds`, to be used instead of `data` with that seed.
+        test_data: the data sets whose test splits, together, all is measured on; default is that of the training.
+        source_data: data of the task that the source models were trained for, whose test split tells what they
+            forget: a folder or Hub id, or keys for the data, e.g. `{data: folder, label_map: [...]}`. Also for
+            `surgical-peft advise`, which then tells how far features move.
+    """
+
+    methods: list[Any] | None = None
+    sources: list[str] | None = None
+    draws: list[str] | None = None
+    test_data: list[str] | None = None
+    source_data: Any = None
+
+
+def names_of(*sections: type) -> Sequence[str]:
+    """The keys of some sections, in their order."""
+    return [entry.name for section in sections for entry in fields(section)]

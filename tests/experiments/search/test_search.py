@@ -1,0 +1,267 @@
+"""`surgical-peft search`: one command that searches, resumes, shares its work, and leaves table and picture."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from rich.console import Console
+
+from surgical_peft import BlockMap, SurgicalError, procedures
+from surgical_peft.experiments.recipe import load_recipe
+from surgical_peft.experiments.search import search as recipe_search
+from surgical_peft.experiments.search.objective import RecipeObjective
+from surgical_peft.experiments.search.search import plan, search
+from surgical_peft.search.result import SearchResult, SearchTrial
+from surgical_peft.search.run import count_trainings
+from tests.support.cli import QUIET, run
+from tests.support.played import BLOCKS as MAP
+from tests.support.tiny import write_data, write_recipe
+
+BLOCKS = ("embeddings", "0", "1", "final_norm", "head")
+
+
+def trials_of(folder: Path) -> list[optuna.trial.FrozenTrial]:
+    storage = f"sqlite:///{folder / 'study.db'}"
+    (study,) = optuna.get_all_study_summaries(storage)
+    return optuna.load_study(study_name=study.study_name, storage=storage).trials
+
+
+def command(*words: str | Path) -> list[str]:
+    return [sys.executable, "-m", "surgical_peft", "search", *map(str, words)]
+
+
+def test_it_leaves_study_result_table_and_picture(tmp_path: Path) -> None:
+    recipe = load_recipe(write_recipe(tmp_path, seeds=[0, 1]))
+    result = search(recipe, console=QUIET)
+    assert result.trainings == 2 * 4  # two layers, all and head
+    folder = tmp_path / "run" / "search"
+    assert SearchResult.load(folder / "search.json") == result
+    assert (folder / "profile.png").read_bytes().startswith(b"\x89PNG")
+    table = (folder / "table.md").read_text()
+    rows = [line for line in table.splitlines() if line.startswith("|")][2:]
+    assert [row.split("|")[1].strip(" *") for row in rows] == ["0", "1", "all", "head"]
+    assert f"{result.metric:.4f}" in table and "8 trainings" in table
+    assert sum("**" in row for row in rows) == 1
+    assert {each.name for each in (tmp_path / "run").iterdir()} == {"search", "study.db", "study.db.guard"}
+    assert len(trials_of(tmp_path / "run")) == 8
+    assert trials_of(tmp_path / "run")[0].user_attrs["notes"]["tuned_parameters"] > 0
+
+
+def test_the_same_again_trains_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = load_recipe(write_recipe(tmp_path))
+    first = search(recipe, console=QUIET)
+    monkeypatch.setattr(RecipeObjective, "__call__", lambda *_: pytest.fail("trained again"))
+    assert search(recipe, console=QUIET) == first
+
+
+def test_two_processes_find_what_one_finds(tmp_path: Path) -> None:
+    path = write_recipe(tmp_path, procedure="prefix", seeds=[0, 1])
+    alone = search(load_recipe(path), tmp_path / "alone", console=QUIET)
+    both = search(load_recipe(path), tmp_path / "both", jobs=2, console=QUIET)
+    assert [trial.metric for trial in both.trials] == [trial.metric for trial in alone.trials]
+    assert both.best.blocks == alone.best.blocks
+
+
+def test_killed_it_resumes_with_every_trial_once(tmp_path: Path) -> None:
+    path = write_recipe(tmp_path, seeds=[0, 1])
+    process = subprocess.Popen(command(path, "--jobs", "2"), stdout=subprocess.PIPE, start_new_session=True)
+    database = tmp_path / "run" / "study.db"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        time.sleep(0.2)
+        if database.exists() and _finished(tmp_path / "run") >= 2:
+            break
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    done = _finished(tmp_path / "run")
+    assert 2 <= done < 8
+    name = f"{path.stem} sweep"
+    result = search(load_recipe(path), console=QUIET, name=name)
+    assert result.trainings == 8
+    complete = [trial for trial in trials_of(tmp_path / "run") if trial.state.name == "COMPLETE"]
+    assert len(complete) == 8
+    fresh = search(load_recipe(path), tmp_path / "fresh", console=QUIET)
+    assert [trial.metric for trial in result.trials] == [trial.metric for trial in fresh.trials]
+
+
+def _finished(folder: Path) -> int:
+    """How many trials are complete. Optuna's own reader would make the tables if the search has not yet, beside it."""
+    with contextlib.closing(sqlite3.connect(f"file:{folder / 'study.db'}?mode=ro", uri=True)) as database:
+        try:
+            return database.execute("SELECT COUNT(*) FROM trials WHERE state = 'COMPLETE'").fetchone()[0]
+        except sqlite3.OperationalError:  # no tables yet
+            return 0
+
+
+def test_another_recipe_under_the_same_name_is_refused_with_both(tmp_path: Path) -> None:
+    search(load_recipe(write_recipe(tmp_path, num_train_epochs=1)), console=QUIET)
+    other = load_recipe(write_recipe(tmp_path, num_train_epochs=2))
+    with pytest.raises(SurgicalError, match=r"training \{'num_train_epochs': 1\}.*training \{'num_train_epochs': 2\}"):
+        search(other, console=QUIET)
+    write_data(tmp_path / "data", count=24)  # the same words, other images
+    same = load_recipe(write_recipe(tmp_path, num_train_epochs=1))
+    with pytest.raises(SurgicalError, match=r"training \{'data': 'data sha256:.*training \{'data': 'data sha256:"):
+        search(same, console=QUIET)
+    with pytest.raises(SurgicalError, match="'corruption': 'contrast'"):
+        search(replace(same, corruption="contrast"), console=QUIET)
+    assert len(trials_of(tmp_path / "run")) == 4
+
+
+def test_a_folder_with_something_else_is_not_touched(tmp_path: Path) -> None:
+    precious = tmp_path / "run" / "search" / "thesis.tex"
+    precious.parent.mkdir(parents=True)
+    precious.write_text("mine")
+    with pytest.raises(SurgicalError, match="would be lost"):
+        search(load_recipe(write_recipe(tmp_path)), console=QUIET)
+    assert precious.read_text() == "mine"
+
+
+def test_a_failed_write_keeps_the_trials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = load_recipe(write_recipe(tmp_path))
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SearchResult, "save", full)
+        with pytest.raises(OSError, match="No space"):
+            search(recipe, console=QUIET)
+    assert not (tmp_path / "run" / "search").exists()
+    monkeypatch.setattr(RecipeObjective, "__call__", lambda *_: pytest.fail("trained again"))
+    assert search(recipe, console=QUIET).trainings == 4
+
+
+def test_scores_are_made_for_a_procedure_that_asks_for_them(tmp_path: Path) -> None:
+    keys = {"procedure": "by_score_then_greedy", "procedure_options": {"num_candidates": 1}, "criterion": "random"}
+    result = search(load_recipe(write_recipe(tmp_path, **keys, num_batches=1)), console=QUIET)
+    assert result.trainings == 1
+    assert "scores=" in result.procedure
+
+
+def test_pruned_trainings_are_told_apart(tmp_path: Path) -> None:
+    keys = {"pruner": "PercentilePruner", "pruner_options": {"percentile": 1e-9, "n_startup_trials": 1}}
+    recipe = load_recipe(write_recipe(tmp_path, **keys, rates=[1e-1, 1e-5], num_train_epochs=3))
+    result = search(recipe, console=QUIET)
+    states = [trial.state for trial in result.trials]
+    assert set(states) == {"complete", "pruned"}
+    assert [trial.state.name for trial in trials_of(tmp_path / "run")].count("PRUNED") == states.count("pruned")
+    table = (tmp_path / "run" / "search" / "table.md").read_text()
+    assert "1 of 2 pruned" in table
+
+
+@pytest.mark.parametrize(
+    ("procedure", "count"),
+    [
+        (procedures.sweep(), 14),
+        (procedures.greedy_forward(), 78),
+        (procedures.greedy_forward(num_blocks=3), 12 + 11 + 10),
+        (procedures.prefix(), 13),
+        (procedures.contiguous(), 78),
+        (procedures.top_k_jointly(3), 12 + 2),
+    ],
+    ids=str,
+)
+def test_trainings_are_counted_without_training(procedure: procedures.Procedure, count: int) -> None:
+    assert count_trainings(procedure, MAP) == count
+    assert count_trainings(procedure, MAP, rates=[1e-3, 1e-2], seeds=[0, 1, 2]) == 6 * count
+
+
+def test_how_many_trainings_the_users_own_procedure_does_is_not_known(tmp_path: Path) -> None:
+    def same_forever(blocks: BlockMap) -> Any:
+        while True:
+            yield blocks.parse([0])
+
+    assert count_trainings(same_forever, MAP) is None
+    with pytest.raises(SurgicalError, match="more than 100 trainings"):
+        count_trainings(procedures.random_subsets(num_blocks=2, num_trials=60), MAP, rates=[1, 2], max_trials=100)
+    text = io.StringIO()
+    with recipe_search._Progress(Console(file=text, force_terminal=True, width=120), None, 1, 1) as bar:
+        bar([SearchTrial(("0",), 0.5, seconds=30.0)])
+    assert "best so far 0.5: 0" in text.getvalue() and "left" not in text.getvalue()
+
+
+def test_a_plan_trains_next_to_nothing_and_keeps_nothing(tmp_path: Path) -> None:
+    found = plan(load_recipe(write_recipe(tmp_path, rates=[1e-2, 1e-3], seeds=[0, 1, 2])), jobs=2)
+    assert found.trainings == 6 * 4
+    assert found.seconds == pytest.approx(found.seconds_each * 24 / min(2, os.cpu_count() or 1))
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_bar_shows_the_best_whole_candidate_and_the_time_left() -> None:
+    text = io.StringIO()
+    bar = recipe_search._Progress(Console(file=text, force_terminal=True, width=120), most=8, trainings_each=2, jobs=2)
+
+    def trial(block: str, metric: float, seed: int) -> SearchTrial:
+        return SearchTrial((block,), metric, seconds=30.0, seed=seed)
+
+    told: Sequence[SearchTrial] = [trial("0", 0.5, 0), trial("0", 0.7, 1), trial("1", 0.9, 0)]
+    with bar:
+        bar(told)
+    shown = text.getvalue()
+    assert "best so far 0.6: 0" in shown  # block 1 has had one of its two trainings
+    assert "3/8" in shown
+    assert "at most about 0:01:15 left" in shown  # five of half a minute, by two
+
+
+def test_dry_run_and_json_on_the_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = str(write_recipe(tmp_path))
+    capsys.readouterr()
+    assert run(monkeypatch, "search", path, "--procedure", "prefix", "--dry-run") == 0
+    said = capsys.readouterr().out
+    assert "prefix(): at most 3 trainings." in said and "With 1 job: at most about" in said
+    assert run(monkeypatch, "search", path, "--json", "--output", str(tmp_path / "there")) == 0
+    assert json.loads(capsys.readouterr().out)["cost"]["trainings"] == 4
+    assert (tmp_path / "there" / "search" / "table.md").exists()
+
+
+def test_what_is_wrong_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, "search", str(write_recipe(tmp_path, pruner="MedienPruner"))) == 2
+    said = capsys.readouterr().err
+    assert "did you mean 'MedianPruner'" in said and "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"rates": []}, r"rates: \[\]"),
+        ({"rates": [0]}, "rates: 0"),
+        ({"rates": ["fast"]}, "'fast'"),
+        ({"seeds": [-1]}, "-1 .*whole number"),
+        ({"seeds": [1, 1]}, "twice"),
+        ({"seeds": 3}, "seeds: 3 .*list"),
+        ({"seeds": [0.5]}, "0.5 .*whole number"),
+        ({"divide": "attention"}, "divide: 'attention'.*list"),
+        ({"folds": 1}, "folds: 1"),
+        ({"folds": 3, "seeds": [0, 1]}, "seeds.*folds"),
+        ({"pruner_options": {"percentile": 3}}, "need a pruner"),
+    ],
+)
+def test_a_wrong_key_is_named_when_the_recipe_is_read(keys: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(SurgicalError, match=message):
+        load_recipe(write_recipe(tmp_path, **keys))
+
+
+def test_wrong_pruner_options(tmp_path: Path) -> None:
+    recipe = load_recipe(write_recipe(tmp_path, pruner="MedianPruner", pruner_options={"percent": 3}))
+    with pytest.raises(SurgicalError, match="MedianPruner"):
+        search(recipe, console=QUIET)
+    with pytest.raises(SurgicalError, match="jobs=0"):
+        search(recipe, jobs=0, console=QUIET)

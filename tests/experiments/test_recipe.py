@@ -1,0 +1,176 @@
+from __future__ import annotations
+
+import json
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pytest
+from datasets import load_dataset_builder
+from transformers import AutoConfig
+
+from surgical_peft import SurgicalError, criteria, policies
+from surgical_peft.experiments.compare.methods import make_method
+from surgical_peft.experiments.recipe import Recipe, load, load_recipe
+from surgical_peft.experiments.tasks.task import load_or_raise
+
+MINIMAL = "model: m\ndata: d\nblocks: [0]\n"
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "recipe.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_own_keys_and_training_arguments_share_one_flat_file(tmp_path: Path) -> None:
+    recipe = load_recipe(write(tmp_path, MINIMAL + "learning_rate: 1e-3\nnum_train_epochs: 2\nseed: 5\n"))
+    assert recipe.blocks == [0]
+    assert recipe.config().blocks == [0]
+    args = recipe.arguments(output_dir=str(tmp_path))
+    assert (args.learning_rate, args.num_train_epochs, args.seed) == (1e-3, 2, 5)
+    assert args.report_to == [] and args.save_strategy == "no"
+
+
+def test_folders_are_looked_up_beside_the_recipe(tmp_path: Path) -> None:
+    (tmp_path / "m").mkdir()
+    recipe = load_recipe(write(tmp_path, MINIMAL))
+    assert recipe.model == str(tmp_path / "m")
+    assert recipe.data == "d"  # no such folder: a Hub id
+
+
+def test_what_begins_with_a_dot_is_beside_the_recipe_or_nowhere(tmp_path: Path) -> None:
+    """The mail recipes without `make mail` said `Repo id must be in the form 'repo_name'`."""
+    (tmp_path / "recipes").mkdir()
+    recipe = load_recipe(write(tmp_path / "recipes", "model: ../data/model\ndata: ./data\nblocks: [0]\n"))
+    assert recipe.model == str(tmp_path / "data" / "model")
+    assert recipe.keys() == {"model": "../data/model", "data": "./data", "blocks": [0]}
+    for read, what in ((AutoConfig.from_pretrained, "model"), (load_dataset_builder, "data")):
+        path = getattr(recipe, what)
+        with pytest.raises(SurgicalError, match=f"the {what} '{path}' cannot be loaded: there is no folder {path}\\."):
+            load_or_raise(read, path, what)
+
+
+def test_a_metrics_folder_is_beside_the_recipe(tmp_path: Path) -> None:
+    for name in ("mine", "accuracy"):
+        (tmp_path / name).mkdir()
+    for written, read in (
+        ("mine", f"{tmp_path}/mine"),
+        ("mine:last", f"{tmp_path}/mine:last"),
+        ("./none", f"{tmp_path}/none"),
+        ("accuracy", "accuracy"),
+        ("of/the-hub:first", "of/the-hub:first"),
+    ):
+        recipe = load_recipe(write(tmp_path, MINIMAL + f"metric: {written}\n"))
+        assert recipe.metric == read and recipe.keys()["metric"] == written
+
+
+def test_the_result_of_a_search_is_beside_the_recipe(tmp_path: Path) -> None:
+    text = MINIMAL + "methods: [full, {searched: {result: run/search.json}}, {searched: {procedure: sweep}}]\n"
+    recipe = load_recipe(write(tmp_path, text))
+    path = str(tmp_path / "run" / "search.json")
+    assert recipe.methods == ["full", {"searched": {"result": path}}, {"searched": {"procedure": "sweep"}}]
+    assert recipe.keys()["methods"][1] == {"searched": {"result": "run/search.json"}}
+    with pytest.raises(SurgicalError, match=f"searched.*'{path}'"):
+        make_method(recipe.methods[1])
+
+
+def test_numbers_without_a_dot_are_numbers(tmp_path: Path) -> None:
+    """PyYAML reads 1e-3 as a string, which TrainingArguments takes and fails on much later."""
+    assert load_recipe(write(tmp_path, MINIMAL + "learning_rate: 3e-4\n")).training["learning_rate"] == 3e-4
+
+
+def test_a_policy_with_its_options(tmp_path: Path) -> None:
+    text = MINIMAL + "policy: layer_decay\npolicy_options: {decay: 0.5}\n"
+    assert load_recipe(write(tmp_path, text)).make_policy() == policies.layer_decay(0.5)
+    assert load_recipe(write(tmp_path, MINIMAL)).make_policy() is None
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (MINIMAL + "lerning_rate: 1e-3\n", "'lerning_rate'.*'learning_rate'"),
+        (MINIMAL + "block: [1]\n", "'block'.*'blocks'"),
+        (MINIMAL + "blocks: [1]\n", "'blocks'.*twice"),
+        (MINIMAL + "learning_rate: fast\n", "learning_rate: 'fast'.*float"),
+        (MINIMAL + "seed: true\n", "seed: True.*int"),
+        (MINIMAL + "policy_options: {decay: 1, decay: 2}\n", "'decay'.*twice"),
+        ("model: m\n", "data.*missing"),
+        ("model: 3\ndata: d\n", "model: 3 .*str"),
+        (MINIMAL + "optim: adamw\n", "TrainingArguments"),
+        (MINIMAL + "lr_scheduler_type: cosin\n", "TrainingArguments"),
+        (MINIMAL + "num_batches: many\n", "num_batches: 'many'.*int"),
+        (MINIMAL + "frozen_eval: nope\n", "frozen_eval: 'nope'.*bool"),
+        ("model: m\ndata: d\nblocks: auto\nnum_blocks: two\n", "num_blocks: 'two'"),
+        (MINIMAL + "policy: layer_decai\n", "'layer_decay'"),
+        (MINIMAL + "policy: static\npolicy_options: {multipliers: {0: x}}\n", "factor of 0"),
+        (
+            MINIMAL + "policy: lp_ft\npolicy_options: {epochs: 9}\nnum_train_epochs: 3\n",
+            "9 epochs.*3",
+        ),
+        (MINIMAL + "policy: stages\npolicy_options: {plan: [{steps: 5}, {}]}\nmax_steps: 5\n", "begins after 5 steps"),
+        (MINIMAL + "resume_from_checkpoint: x\n", "resume_from_checkpoint"),
+        (MINIMAL + "? [a]\n: 1\n", "cannot be a key"),
+        ("", "holds no keys"),
+        ("- a\n- b\n", "holds no keys"),
+        ("model: [\n", "is not YAML"),
+        ("model: m\ndata: d\nblocks: []\n", "selects nothing"),
+        ("model: m\ndata: d\nblocks: [0]\nnum_blocks: 2\n", "blocks='auto'"),
+        ("model: m\ndata: d\ncriterion: rnn\ncriterion_options: {a: 1}\n", "'rgn'"),
+        ("model: m\ndata: d\ncriterion: random\ncriterion_options: {sed: 1}\n", "no option 'sed'. It has: seed"),
+        ("model: m\ndata: d\ncriterion_options: {seed: 1}\n", "need a criterion"),
+    ],
+)
+def test_a_wrong_recipe_says_what_is_wrong(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(SurgicalError, match=message):
+        load_recipe(write(tmp_path, text))
+
+
+def test_a_renamed_key_says_the_new_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(load.RENAMED, "units", "blocks")
+    with pytest.raises(SurgicalError, match=r"'units'.*'blocks'"):
+        load_recipe(write(tmp_path, "model: m\ndata: d\nunits: [0]\n"))
+
+
+def test_renamed_keys_name_keys_that_exist() -> None:
+    keys = {entry.name for entry in fields(Recipe)}
+    assert not load.RENAMED.keys() & keys and set(load.RENAMED.values()) <= keys
+
+
+def test_the_keys_of_finished_studies_and_comparisons_stay(tmp_path: Path) -> None:
+    """Studies and findings are known by these, so they may never change for a recipe that does not."""
+    text = "seed: 3\ndata: d\nmodel: m\nrates: [1e-3]\nmethods: [full]\nfrozen_eval: true\n"
+    recipe = replace(load_recipe(write(tmp_path, text)), model="other", folds=2, blocks=[0])
+    assert json.dumps(recipe.keys()) == (
+        '{"seed": 3, "data": "d", "model": "other", "rates": [0.001], "methods": ["full"], "frozen_eval": true, '
+        '"blocks": [0], "folds": 2}'
+    )
+    assert (
+        json.dumps(recipe.settings()) == '{"seed": 3, "data": "d", "model": "other", "frozen_eval": true, "folds": 2}'
+    )
+    assert json.dumps(Recipe(model="m", data="d", training={"seed": 1}).keys()) == (
+        '{"model": "m", "data": "d", "seed": 1}'
+    )
+
+
+def test_no_such_recipe(tmp_path: Path) -> None:
+    with pytest.raises(SurgicalError, match="no recipe"):
+        load_recipe(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        (Recipe(model="m", data="d", policy="layer_decai"), "'layer_decay'"),
+        (Recipe(model="m", data="d", policy="layer_decay", policy_options={"rate": 1}), "layer_decay"),
+    ],
+)
+def test_a_wrong_policy_is_named_before_anything_is_loaded(recipe: Recipe, message: str) -> None:
+    with pytest.raises(SurgicalError, match=message):
+        recipe.make_policy()
+
+
+def test_criterion_options_reach_the_criterion(tmp_path: Path) -> None:
+    recipe = load_recipe(write(tmp_path, "model: m\ndata: d\ncriterion: random\ncriterion_options: {seed: 3}\n"))
+    made = recipe.make_criterion()
+    assert made.func is criteria.random and made.keywords == {"seed": 3}  # type: ignore[union-attr]
+    assert recipe.config().criterion is not None

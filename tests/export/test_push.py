@@ -1,0 +1,256 @@
+"""Adapters go to a small Hub on loopback by every way there is, and come back equal."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub import HfApi, constants
+from peft import get_peft_model
+from transformers import AutoModelForImageClassification
+
+from surgical_peft import SurgicalConfig, SurgicalError, export_to_peft
+from surgical_peft.cli.main import main
+from surgical_peft.export.adapter_card import END, HERE
+from surgical_peft.export.push import push
+from tests.support.hub_server import TOKEN, Hub, running_hub
+
+VIT = Path(__file__).parents[2] / "recipes" / "fashion_mnist" / "vit"
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    with running_hub() as server:
+        yield server
+
+
+@pytest.fixture
+def online(hub: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Hub:
+    """The Hub for calls in this process, where huggingface_hub is imported already."""
+    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    return hub
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run as `train` leaves it, as far as a push looks at it: an adapter of changed weights with a card."""
+    folder = tmp_path_factory.mktemp("run")
+    model = get_peft_model(AutoModelForImageClassification.from_pretrained(VIT), SurgicalConfig(blocks=[1, -1]))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05 * torch.randn_like(parameter))
+        torch.save(model.eval()(torch.ones(2, 1, 28, 28)).logits, folder / "logits.pt")
+    model.save_pretrained(folder / "adapter")
+    return folder
+
+
+def python(hub: Hub, home: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Python in a process of its own, to which the small Hub is the Hub."""
+    ours = {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1"}
+    environment = {**os.environ, **ours, "HF_HUB_OFFLINE": "0", **environment}
+    return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)
+
+
+def card_of(hub: Hub, name: str) -> str:
+    return hub.repositories[name].files["README.md"].decode()
+
+
+PUSH_AND_LOAD = """
+import re, sys, torch
+from huggingface_hub import HfApi, ModelCard
+from peft import PeftModel
+from transformers import AutoModelForImageClassification, Trainer, TrainingArguments
+import surgical_peft
+
+folder, work, logits, *names = sys.argv[1:]
+model = PeftModel.from_pretrained(AutoModelForImageClassification.from_pretrained("someone/vit"), folder)
+model.peft_config["default"].base_model_name_or_path = "someone/vit"
+model.push_to_hub("someone/by-model")
+where = {"hub_model_id": "someone/by-trainer", "hub_private_repo": True}
+args = TrainingArguments(work, report_to="none", use_cpu=True, **where)
+Trainer(model=model, args=args).push_to_hub()
+HfApi().upload_file(path_in_repo="README.md", repo_id="someone/by-model", path_or_fileobj=b"# Mine\\n\\nBy hand.\\n")
+model.push_to_hub("someone/by-model")
+
+expected = torch.load(logits)
+for name in names:
+    card = ModelCard.load(name)
+    card.validate()
+    code = re.findall(r"```python\\n(.*?)```", card.text, re.DOTALL)[0]
+    variables = {}
+    exec(code.replace("this folder or repository", name).replace("folder of the base model", "someone/vit"), variables)
+    assert torch.equal(variables["model"].eval()(torch.ones(2, 1, 28, 28)).logits, expected), name
+"""
+
+LOAD_WITHOUT_US = """
+import os, sys, torch
+from huggingface_hub import hf_hub_download
+from peft import PeftModel
+from transformers import ViTForImageClassification
+
+expected = torch.load(sys.argv[1])
+model = PeftModel.from_pretrained(ViTForImageClassification.from_pretrained("someone/vit"), "someone/stock")
+assert torch.equal(model.eval()(torch.ones(2, 1, 28, 28)).logits, expected)
+os.chdir(os.path.dirname(hf_hub_download("someone/by-command", "adapter_model.safetensors")))
+exec(sys.argv[2].replace("folder of the base model", "someone/vit"))
+assert torch.equal(base_model.eval()(torch.ones(2, 1, 28, 28)).logits, expected)
+assert "surgical_peft" not in sys.modules
+"""
+
+
+def test_pushed_by_every_way_and_loaded_back_with_and_without_us(
+    online: Hub, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    api = HfApi()
+    export_to_peft(made / "adapter", tmp_path / "stock")
+    for name, folder in (("someone/vit", VIT), ("someone/stock", tmp_path / "stock")):
+        api.create_repo(name)
+        api.upload_folder(repo_id=name, folder_path=folder)
+
+    monkeypatch.setattr("sys.argv", ["surgical-peft", "push", str(made), "someone/by-command", "--json"])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert not stop.value.code and json.loads(capsys.readouterr().out)["private"] is True
+    names = ["someone/by-command", "someone/by-model", "someone/by-trainer"]
+    paths = [str(made / "adapter"), str(tmp_path / "work"), str(made / "logits.pt")]
+    done = python(online, tmp_path, "-c", PUSH_AND_LOAD, *paths, *names)
+    assert done.returncode == 0, done.stderr
+    for name in names:
+        text = card_of(online, name)
+        assert "the blocks `1`, `5`**" in text and text.count("import surgical_peft") == 2
+        assert "[More Information Needed]" not in text
+        assert (HERE in text.partition("safetensors")[0]) == (name == "someone/by-trainer")  # Trainer tells no name
+    first = online.repositories["someone/by-model"].commits[1][1]["README.md"].decode()
+    assert "[More Information Needed]" not in first and "# Surgical fine-tuning" in first
+    commit = online.repositories["someone/vit"].commits[-1][0]
+    assert f"[someone/vit](https://huggingface.co/someone/vit), commit `{commit}`" in first
+    assert "base_model: someone/vit" in card_of(online, "someone/by-model")
+    assert card_of(online, "someone/by-model").partition(END)[2].startswith("\n\n# Mine\n\nBy hand.\n")
+    assert online.repositories["someone/by-command"].private
+    assert set(online.repositories["someone/by-command"].files) == {
+        ".gitattributes",
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
+    assert online.repositories["someone/by-trainer"].private
+    plain = re.findall(r"```python\n(.*?)```", card_of(online, "someone/by-command"), re.DOTALL)[1]
+    done = python(online, tmp_path, "-c", LOAD_WITHOUT_US, str(made / "logits.pt"), plain)
+    assert done.returncode == 0, done.stderr
+
+
+def test_private_unless_public_is_said(online: Hub, made: Path) -> None:
+    assert push(made, "someone/one").private and online.repositories["someone/one"].private
+    pushed = push(made, "two", public=True)
+    assert pushed.repository == "someone/two"  # the user's own name is before it
+    assert not pushed.private and not online.repositories["someone/two"].private
+    assert pushed.commit.startswith(f"{online.url}/someone/two/commit/")
+    assert '"someone/two"' in card_of(online, "someone/two") and f'"{HERE}"' not in card_of(online, "someone/two")
+    assert f'"{HERE}"' in (made / "adapter" / "README.md").read_text()  # the one at home is as it was
+
+
+def test_the_help_says_that_it_is_private(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("sys.argv", ["surgical-peft", "push", "--help"])
+    with pytest.raises(SystemExit):
+        main()
+    text = " ".join(capsys.readouterr().out.split())
+    assert "as a private repository unless you say --public" in text
+
+
+def test_a_name_that_exists_is_refused(online: Hub, made: Path) -> None:
+    push(made, "someone/one")
+    before = list(online.repositories["someone/one"].commits)
+    for name in ("someone/one", "one"):
+        with pytest.raises(SurgicalError, match=r"someone/one .*not empty"):
+            push(made, name)
+    assert online.repositories["someone/one"].commits == before
+
+
+def test_a_push_that_did_not_get_through_can_be_done_again(online: Hub, made: Path) -> None:
+    online.refuse = 413
+    with pytest.raises(SurgicalError, match=r"'someone/one' \(no more room\)"):
+        push(made, "someone/one")
+    assert list(online.repositories["someone/one"].files) == [".gitattributes"]
+    online.refuse = None
+    with pytest.raises(SurgicalError, match=r"private.*public"):
+        push(made, "someone/one", public=True)
+    assert push(made, "someone/one").repository == "someone/one"
+
+
+@pytest.mark.parametrize(
+    ("repository", "token", "message"),
+    [
+        ("someone/one", None, "`hf auth login`"),
+        ("someone/one", "hf_other", "not valid"),
+        ("elsewhere/one", TOKEN, "may not write"),
+        ("a/b/c", TOKEN, "'a/b/c'"),
+        ("someone/with space", TOKEN, "cannot be a repository's name"),
+    ],
+)
+def test_what_the_hub_refuses_is_said(
+    online: Hub, made: Path, monkeypatch: pytest.MonkeyPatch, repository: str, token: str | None, message: str
+) -> None:
+    if token is None:
+        monkeypatch.delenv("HF_TOKEN")
+    else:
+        monkeypatch.setenv("HF_TOKEN", token)
+    with pytest.raises(SurgicalError, match=re.escape(message)):
+        push(made, repository)
+    assert online.repositories == {}
+
+
+def test_no_network_is_said(online: Hub, made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # the discard port, where nobody listens
+    with pytest.raises(SurgicalError, match=r"http://127\.0\.0\.1:9"):
+        push(made, "someone/one")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(SurgicalError, match="HF_HUB_OFFLINE is set"):
+        push(made, "someone/one")
+
+
+def test_a_card_that_the_hub_refuses_is_said(online: Hub, made: Path, tmp_path: Path) -> None:
+    shutil.copytree(made, tmp_path / "run")
+    card = tmp_path / "run" / "adapter" / "README.md"
+    card.write_text(card.read_text().replace("---\n", "---\nbase_model: /my/folder\n", 1))
+    with pytest.raises(SurgicalError, match=r'(?s)card.*"base_model" with value "/my/folder"'):
+        push(tmp_path / "run", "someone/one")
+
+
+@pytest.mark.parametrize(
+    ("missing", "message"),
+    [
+        ("README.md", "`surgical-peft card"),
+        ("adapter_model.safetensors", "train first"),
+        ("adapter_config.json", "train first"),
+    ],
+)
+def test_a_folder_without_its_parts_is_refused(
+    online: Hub, made: Path, tmp_path: Path, missing: str, message: str
+) -> None:
+    shutil.copytree(made, tmp_path / "run")
+    (tmp_path / "run" / "adapter" / missing).unlink()
+    with pytest.raises(SurgicalError, match=f"{missing}.*{message}"):
+        push(tmp_path / "run", "someone/one")
+    assert online.repositories == {}
+
+
+def test_an_error_of_the_command_is_one_line(made: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setattr("sys.argv", ["surgical-peft", "push", str(made), "someone/one"])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 2 and capsys.readouterr().err.startswith("error: HF_HUB_OFFLINE is set")

@@ -1,0 +1,105 @@
+"""Files and folders are written whole or not at all, and nothing is left beside them."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from surgical_peft import SurgicalError
+from surgical_peft.atomic_files import check_replaceable, whole_file, whole_folder, write_text
+
+
+def tree(folder: Path) -> dict[str, str]:
+    return {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_text_is_written_and_replaced(tmp_path: Path) -> None:
+    write_text(tmp_path / "new" / "a.json", "é1")
+    assert (tmp_path / "new" / "a.json").read_text(encoding="utf-8") == "é1"
+    write_text(tmp_path / "new" / "a.json", "2")
+    assert tree(tmp_path) == {"new/a.json": "2"}
+
+
+def test_a_file_appears_only_when_it_is_whole(tmp_path: Path) -> None:
+    with whole_file(tmp_path / "scores.png") as temporary:
+        temporary.write_text("new")
+        assert not (tmp_path / "scores.png").exists()
+        assert temporary.suffix == ".png" and temporary.parent == tmp_path
+    assert tree(tmp_path) == {"scores.png": "new"}
+
+
+def test_after_an_error_the_old_file_stands(tmp_path: Path) -> None:
+    write_text(tmp_path / "a.txt", "old")
+    with pytest.raises(OSError, match="full"), whole_file(tmp_path / "a.txt") as temporary:
+        temporary.write_text("ne")
+        raise OSError("disk full")
+    assert tree(tmp_path) == {"a.txt": "old"}
+
+
+@pytest.mark.parametrize("old", [None, {}, {"x.txt": "old", "y.txt": "old"}])
+def test_a_folder_takes_the_place_of_the_old_one(old: dict[str, str] | None, tmp_path: Path) -> None:
+    target = tmp_path / "runs" / "adapter"
+    if old is not None:
+        target.mkdir(parents=True)
+        for name, text in old.items():
+            (target / name).write_text(text)
+    with whole_folder(target, "x.txt") as temporary:
+        (temporary / "x.txt").write_text("new")
+        assert tree(target) == (old or {})
+    assert tree(tmp_path) == {"runs/adapter/x.txt": "new"}
+    assert [path.name for path in target.parent.iterdir()] == ["adapter"]
+    assert target.stat().st_mode & 0o777 == 0o755
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_after_an_error_the_old_folder_stands(old: bool, tmp_path: Path) -> None:
+    target = tmp_path / "adapter"
+    if old:
+        target.mkdir()
+        (target / "x.txt").write_text("old")
+    with pytest.raises(KeyboardInterrupt), whole_folder(target, "x.txt") as temporary:
+        (temporary / "x.txt").write_text("new")
+        raise KeyboardInterrupt
+    assert tree(tmp_path) == ({"adapter/x.txt": "old"} if old else {})
+    assert [path.name for path in tmp_path.iterdir()] == (["adapter"] if old else [])
+
+
+def test_a_file_in_the_way_of_a_folder_is_kept(tmp_path: Path) -> None:
+    """An empty folder with a dot in front was left beside it."""
+    (tmp_path / "adapter").write_text("mine")
+    with (
+        pytest.raises(SurgicalError, match="cannot be replaced"),
+        whole_folder(tmp_path / "adapter", "x.txt") as temporary,
+    ):
+        (temporary / "x.txt").write_text("new")
+    assert tree(tmp_path) == {"adapter": "mine"}
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_a_folder_of_something_else_is_never_replaced(tmp_path: Path) -> None:
+    """`quickstart --output ~/results` deleted whatever was in that folder."""
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "thesis.txt").write_text("mine")
+    with pytest.raises(SurgicalError, match=r"no x.txt"):
+        check_replaceable(tmp_path / "results", "x.txt")
+    assert tree(tmp_path) == {"results/thesis.txt": "mine"}
+
+
+def test_the_current_folder_is_never_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SurgicalError, match="cannot be replaced"):
+        check_replaceable(".", "x.txt")
+
+
+def test_a_folder_that_several_put_into_place_at_once_is_that_of_one_of_them(tmp_path: Path) -> None:
+    def put(number: int) -> None:
+        with whole_folder(tmp_path / "result", "marker") as folder:
+            (folder / "marker").write_text(str(number))
+
+    for _ in range(30):
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(put, range(4)))
+        assert [each.name for each in tmp_path.iterdir()] == ["result"]
+        assert (tmp_path / "result" / "marker").read_text() in "0123"

@@ -1,0 +1,111 @@
+"""`blocks="auto"`: what is chosen, how many, and what is left out."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+from surgical_peft import SurgicalConfig, SurgicalError, criteria, get_surgical_model, score_blocks
+from surgical_peft.auto import choose_blocks, how_many, together
+from tests.support.toys import TOYS, Toy
+
+
+def batches(toy: Toy, count: int = 16) -> list[dict[str, torch.Tensor]]:
+    return [toy.batch(seed) for seed in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("left", "expected"),
+    [
+        ([1.0], 1),
+        ([1.0, 0.95, 0.1], 1),  # a second block that takes too little ends it
+        ([1.0, 0.5, 0.49], 2),
+        ([1.0, 0.5, 0.25, 0.1], 4),
+        ([1.0, 1.2, 0.1], 1),
+        ([0.0, 0.0], 1),
+    ],
+)
+def test_blocks_are_added_while_they_take_a_tenth_of_the_loss(left: list[float], expected: int) -> None:
+    assert how_many(left) == expected
+
+
+def test_the_probe_and_the_joint_trainings_are_the_default(vit: Toy) -> None:
+    config, scores = choose_blocks(vit.model(), SurgicalConfig(blocks="auto"), batches(vit))
+    assert scores.criterion == "probe" and scores.num_batches == 16
+    assert config.criterion is config.num_blocks is None
+    assert config.selection["criterion"] == "probe" and config.selection["scores"] == scores.values
+    ranking = sorted(scores.values, key=lambda name: -scores.values[name])
+    tried = list(config.selection["joint_loss"])
+    assert tried == ranking[: min(len(config.blocks) + 1, 4)]  # one more than are taken, at most 4
+    assert set(config.blocks) == set(ranking[: len(config.blocks)])
+
+
+def test_a_block_without_a_gradient_leaves_the_loss_as_it_is(vit: Toy) -> None:
+    """A criterion that sees no gradients may put such a block first."""
+    model = vit.model()
+    model.vit.layers[4].register_forward_hook(lambda module, args, output: args[0])
+    tried = score_blocks(model, batches(vit, 4), partial(together, ranking=("4", "5"))).values
+    with torch.no_grad():
+        loss = sum(model(**batch).loss.item() for batch in batches(vit, 4)) / 4
+    assert tried["4"] == pytest.approx(-loss, rel=1e-6)
+
+
+def test_a_number_and_a_criterion_are_taken_as_given(vit: Toy) -> None:
+    given = SurgicalConfig(blocks="auto", criterion=partial(criteria.random, seed=3), num_blocks=3)
+    config, scores = choose_blocks(vit.model(), given, batches(vit))
+    assert scores.criterion == "random(seed=3)" and "joint_loss" not in config.selection
+    assert set(config.blocks) == set(sorted(scores.values, key=lambda name: -scores.values[name])[:3])
+    assert given.blocks == "auto"
+
+
+@pytest.mark.parametrize("name", TOYS)
+def test_every_architecture_is_wrapped_also_with_tied_weights(name: str) -> None:
+    toy = TOYS[name]
+    before = {key: value.clone() for key, value in toy.model().state_dict().items()}
+    model = get_surgical_model(toy.model(), SurgicalConfig(blocks="auto", num_blocks=2), batches(toy, 4))
+    assert len(model.peft_config["default"].blocks) == 2
+    base = model.unload()
+    assert all(torch.equal(value, before[key]) for key, value in base.state_dict().items())
+
+
+def test_tied_embeddings_can_be_chosen() -> None:
+    toy = TOYS["gpt2"]
+    config, scores = choose_blocks(
+        toy.model(), SurgicalConfig(blocks="auto", criterion="rgn", num_blocks=1), batches(toy, 2)
+    )
+    assert max(scores.values, key=scores.values.__getitem__) == "embeddings"  # tied to the head
+    assert config.blocks == ["embeddings"] and "refused" not in config.selection
+
+
+def test_blocks_that_cannot_be_tuned_are_left_out_and_said_so() -> None:
+    toy = TOYS["gpt2"]
+    model = toy.model()
+    wte = model.transformer.wte.weight
+    model.lm_head.weight = nn.Parameter(wte.data)  # one memory, two parameters
+    config, scores = choose_blocks(
+        model, SurgicalConfig(blocks="auto", criterion="rgn", num_blocks=1), batches(toy, 2)
+    )
+    assert {"embeddings", "head"} <= set(scores.values)
+    assert config.blocks and not {"embeddings", "head"} & set(config.blocks)
+    assert config.selection["refused"].keys() == {"embeddings", "head"}
+    assert "shares its memory" in config.selection["refused"]["head"]
+
+
+def test_more_blocks_than_there_are(vit: Toy) -> None:
+    given = SurgicalConfig(blocks="auto", criterion="rgn", num_blocks=99)
+    with pytest.raises(SurgicalError, match=r"k=99 .*1 to 15"):
+        choose_blocks(vit.model(), given, batches(vit, 2))
+
+
+def test_a_loader_that_can_be_read_once_will_do(vit: Toy) -> None:
+    config, _ = choose_blocks(vit.model(), SurgicalConfig(blocks="auto"), iter(batches(vit)))
+    again, _ = choose_blocks(vit.model(), SurgicalConfig(blocks="auto"), batches(vit))
+    assert config.blocks == again.blocks and config.selection == again.selection
+
+
+def test_one_batch_cannot_decide_how_many(vit: Toy) -> None:
+    with pytest.raises(SurgicalError, match=r"num_blocks=None .*2 batches"):
+        choose_blocks(vit.model(), SurgicalConfig(blocks="auto", criterion="rgn"), batches(vit, 1))
