@@ -1,7 +1,7 @@
 """Is a bfloat16 model with 32-bit masters tuned as a float32 one is? And what do the masters cost?
 
     python benchmarks/master_weights.py                # the Llama toy: 3 minutes on one core
-    python benchmarks/master_weights.py models GSM8K   # SmolLM2-135M as well: 1.5 hours
+    python benchmarks/master_weights.py models GSM8K   # SmolLM2-135M as well: 2 hours
 
 `models` holds `smollm2` (python benchmarks/real_models.py models makes it), GSM8K is a folder with `train.jsonl`
 (`openai/gsm8k` on the Hub). Writes `master_weights.json`, an entry for each training, by which it goes on where it
@@ -10,11 +10,13 @@ stopped, and from that `master_weights.md`.
 100 steps of fused AdamW (Trainer's default) at a constant rate, of 2 x 64 tokens (toy: 8 x 32), on what is named. All
 trainings of a row start from the same weights, rounded to bfloat16, and see the same batches. The loss is that of 16
 held-out sequences, by a float32 model with the weights that came out; of float32 tuning also with its weights rounded
-to bfloat16 in the end, the most that a bfloat16 model can be. Noise: by how much float32 tuning at 1e-4 differs when
-its batches come in two other orders, the largest of three differences.
+to bfloat16 in the end, the most that a bfloat16 model can be. Noise: by how much float32 tuning differs when its
+batches come in two other orders, the largest of three differences.
 
-Step times: with and without masters in turns in one process, batches of 4 x 128 tokens, medians of 9 steps, the time
-of the process, so that other work on the machine does not count. Bytes: of what is tuned, for each weight.
+Step times: with and without masters in turns in one process, batches of 4 x 128 tokens (toy: 8 x 32), medians of 9
+steps (toy: 99), the time of the process, so that other work on the machine does not count. By hand: torch's own AdamW
+on float32 copies, gradients cast and weights rounded in a loop, nothing else: the least that masters can cost. Bytes:
+of what is tuned, for each weight.
 """
 
 from __future__ import annotations
@@ -38,8 +40,7 @@ from surgical_peft import SurgicalConfig, create_surgical_optimizer
 
 HERE = Path(__file__).parent
 NUMBERS = HERE / "master_weights.json"
-STEPS, RATES, NOISE_RATE, ORDERS = 100, (1e-3, 1e-4, 2e-5), 1e-4, (1, 2)
-ORDER_KEYS = [f"order {order}" for order in ORDERS]
+STEPS, RATES, ORDERS = 100, (1e-3, 1e-4, 2e-5), (1, 2)
 PARTS: dict[str, dict[str, Any]] = {
     "norms": {"blocks": "all", "target_modules": "all-norm"},
     "last two blocks": {"blocks": [-2, -1]},
@@ -130,20 +131,44 @@ def smollm2(models: Path, gsm8k: Path) -> Source:
     return Source("SmolLM2-135M", load, rows, 2)
 
 
+class ByHand(torch.optim.AdamW):
+    """Float32 copies of the weights, and no more."""
+
+    def __init__(self, weights: list[Tensor], **settings: Any) -> None:
+        self.weights = weights
+        super().__init__([weight.detach().float() for weight in weights], **settings)
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Cast, step, round."""
+        copies = self.param_groups[0]["params"]
+        for weight, copy in zip(self.weights, copies, strict=True):
+            copy.grad = weight.grad.float()  # type: ignore[union-attr]
+            weight.grad = None
+        super().step()
+        with torch.no_grad():
+            torch._foreach_copy_(self.weights, copies)
+        self.zero_grad()
+
+
 def costs(source: Source, part: str) -> dict[str, float]:
-    """Seconds of a step with and without masters, and bytes for each tuned weight."""
+    """Seconds of a step with and without masters and by hand, and bytes for each tuned weight."""
     runs = {way: source.tuned(part, **WAYS[way]) for way in ("masters", "none")}
-    ids = source.tokens[:8].reshape(4, -1) if source.batch == 2 else source.tokens[:8]
+    model, _ = source.tuned(part, torch.bfloat16, False)
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    runs["by hand"] = model, ByHand(trained, lr=1e-4, weight_decay=0.0, fused=True)
+    ids, turns = (source.tokens[:8].reshape(4, -1), 10) if source.batch == 2 else (source.tokens[:8], 100)
     seconds: dict[str, list[float]] = {way: [] for way in runs}
-    for turn in range(10):
+    for turn in range(turns):
         for way, (model, optimizer) in runs.items():
             start = time.process_time()
             advance(model, optimizer, ids)
             if turn:  # the first makes the state
                 seconds[way].append(time.process_time() - start)
-    found: dict[str, float] = {way: statistics.median(each) for way, each in seconds.items()}
-    found["ratio"] = statistics.median(a / b for a, b in zip(seconds["masters"], seconds["none"], strict=True))
-    for way, (model, optimizer) in runs.items():
+    found: dict[str, float] = {way: statistics.median(times) for way, times in seconds.items()}
+    for name, way in (("ratio", "masters"), ("ratio by hand", "by hand")):
+        found[name] = statistics.median(a / b for a, b in zip(seconds[way], seconds["none"], strict=True))
+    for way in ("masters", "none"):
+        model, optimizer = runs[way]
         tuned = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         state = [value for each in optimizer.state.values() for value in each.values() if isinstance(value, Tensor)]
         found[f"{way} bytes"] = sum(value.numel() * value.element_size() for value in state) / tuned
@@ -165,11 +190,11 @@ def measured(source: Source, numbers: dict[str, Any]) -> None:
             continue  # the head is the embeddings there, which the whole model has
         once(f"{source.name}, {part}, costs", costs, source, part)
         for lr in RATES:
+            row = f"{source.name}, {part}, {lr}"
             for way, settings in WAYS.items():
-                once(f"{source.name}, {part}, {lr}, {way}", source.losses_after, part, lr, **settings)
-        for order in ORDERS:
-            key = f"{source.name}, {part}, order {order}"
-            once(key, source.losses_after, part, NOISE_RATE, order, dtype=torch.float32)
+                once(f"{row}, {way}", source.losses_after, part, lr, **settings)
+            for order in ORDERS:
+                once(f"{row}, order {order}", source.losses_after, part, lr, order, dtype=torch.float32)
 
 
 def table(numbers: dict[str, Any]) -> str:
@@ -186,28 +211,27 @@ def table(numbers: dict[str, Any]) -> str:
     ]
     for source in sources:
         for part in PARTS:
-            three = [numbers.get(f"{source}, {part}, {key}") for key in (f"{NOISE_RATE}, float32", *ORDER_KEYS)]
-            noise = "not measured"
-            if all(three):
-                noise = f"{max(each[0] for each in three) - min(each[0] for each in three):.4f}"
             for lr in RATES:
-                if f"{source}, {part}, {lr}, none" not in numbers:
+                row = f"{source}, {part}, {lr}"
+                if f"{row}, order {ORDERS[-1]}" not in numbers:
                     continue
-                both, *others = (numbers[f"{source}, {part}, {lr}, {way}"] for way in WAYS)
-                losses = [f"{loss:.4f}" for loss in (*both, *(each[0] for each in others))]
-                lines.append(f"| {source} | {part} | {lr:g} | {' | '.join(losses)} | {noise} |")
+                both, *others = (numbers[f"{row}, {way}"] for way in WAYS)
+                orders = [both[0], *(numbers[f"{row}, order {order}"][0] for order in ORDERS)]
+                losses = (*both, *(loss for loss, _ in others), max(orders) - min(orders))
+                lines.append(f"| {source} | {part} | {lr:g} | {' | '.join(f'{loss:.4f}' for loss in losses)} |")
     lines += [
         "",
         "Before: " + ", ".join(f"{source} {numbers[f'{source}, before']:.4f}" for source in sources) + ".",
         "",
-        "| model | tuned | weights | state, bytes a weight | without masters | step, ms | without | ratio |",
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| model | tuned | weights | state, bytes a weight | without masters | step, ms | without | ratio | by hand |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for source in sources:
         for part in PARTS:
             if found := numbers.get(f"{source}, {part}, costs"):
                 cells = [f"{found['tuned']:,}", *(f"{found[f'{way} bytes']:.1f}" for way in ("masters", "none"))]
                 cells += [*(f"{1e3 * found[way]:.0f}" for way in ("masters", "none")), f"{found['ratio']:.3f}"]
+                cells.append(f"{found['ratio by hand']:.3f}")
                 lines.append(f"| {source} | {part} | {' | '.join(cells)} |")
     return "\n".join([*lines, "", f"torch {torch.__version__}, one thread."]) + "\n"
 
