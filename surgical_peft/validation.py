@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import inspect
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from numbers import Real
@@ -45,6 +46,40 @@ def resolve(name: str, package: ModuleType) -> Callable[..., Any]:
         f"{name!r} is none of the {kind}{': ' + hint if (hint := nearest(name, package.__all__)) else '. '}There are: "
         f"{', '.join(package.__all__)}; your own as 'package.module:name'."
     )
+
+
+def call_with_options(
+    key: str, name: str, function: Callable[..., Any], options: Mapping[str, Any], *more: str
+) -> Any:
+    """Call a function with options from a recipe.
+
+    Args:
+        key: of the options in the recipe, for the message.
+        name: of the function, as the recipe has it.
+        function: to call.
+        options: its arguments.
+        more: further names that are allowed beside its arguments.
+
+    Raises:
+        SurgicalError: options that do not fit; the message gives the nearest name and lists all.
+
+    Example:
+        >>> call_with_options("policy_options", "lisa", policies.lisa, {"every": 5})
+    """
+    signature = inspect.signature(function)
+    known = [*signature.parameters, *more]
+    try:
+        signature.bind_partial(**options)  # an unknown option is named before a missing one
+        signature.bind(**options)
+        return function(**options)
+    except (TypeError, ValueError) as error:
+        if isinstance(error, SurgicalError):
+            raise
+        wrong = next((nearest(str(option), known) for option in options if option not in known), "")
+        raise SurgicalError(
+            f"{key}: {dict(options)} does not fit {name}: {error}. {wrong[:1].upper()}{wrong[1:]}{name} has: "
+            f"{', '.join(known)}."
+        ) from error
 
 
 def is_number(value: Any) -> bool:

@@ -69,8 +69,7 @@ def create_surgical_optimizer(
     Example:
         >>> optimizer = create_surgical_optimizer(model, torch.optim.AdamW, lr=1e-3, policy=policies.auto_rgn())
     """
-    if policy is not None and not isinstance(policy, Policy):
-        raise SurgicalError(f"policy={policy!r} is not a policy: call it first, as in policies.auto_rgn().")
+    _check_policy(policy)
     policy = policy or Policy()
     check_choice(str(policy), "state_policy", policy.state_policy, STATE_POLICIES)
     check_number("the optimizer", "lr", _plain(lr), above=0)
@@ -157,10 +156,22 @@ def surgical_optimizer(
         policy: as in [`create_surgical_optimizer`][surgical_peft.create_surgical_optimizer].
         master_weights: as there.
 
+    Raises:
+        SurgicalError: something else than a policy; all else is said when the Trainer makes its optimizer.
+
     Example:
         >>> Trainer(model=model, args=args, optimizer_cls_and_kwargs=surgical_optimizer(args, policies.auto_rgn()))
     """
+    _check_policy(policy)
     return SurgicalOptimizerFactory, {"args": args, "policy": policy, "master_weights": master_weights}
+
+
+def _check_policy(policy: Any) -> None:
+    if policy is not None and not isinstance(policy, Policy):
+        raise SurgicalError(
+            f"policy={policy!r} is not a policy: give one with its brackets, such as policies.auto_rgn(); names are "
+            "for recipes."
+        )
 
 
 def _plain(value: Any) -> Any:

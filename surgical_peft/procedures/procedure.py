@@ -11,7 +11,7 @@ from typing import Any, Concatenate, ParamSpec
 
 from ..blocks.block_map import BlockMap
 from ..errors import SurgicalError
-from ..validation import immutable, resolve
+from ..validation import call_with_options, immutable, resolve
 
 Candidate = tuple[str, ...]
 Round = Sequence[Candidate]
@@ -99,10 +99,7 @@ def as_procedure(given: Procedure | Callable[..., Any] | str, settings: Mapping[
             f"{given!r} is not a procedure: give one, such as procedures.sweep() with its brackets, a generator "
             "function such as `def mine(blocks): metric = yield blocks.parse([0])`, or a name."
         )
-    try:
-        made = source(**settings)
-    except TypeError as error:
-        raise SurgicalError(f"{settings} do not fit {name}: {error}.") from error
+    made = call_with_options("procedure", name, source, settings)
     if not isinstance(made, Procedure):
         raise SurgicalError(f"{name!r} makes a {type(made).__name__}, not a procedure.")
     return made

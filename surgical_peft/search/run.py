@@ -267,9 +267,9 @@ def _result(
     if best is None or math.isnan(best.metric):
         failed = [trial for trial in every if trial.error]
         raise SurgicalError(
-            f"no candidate has a metric: {len(failed)} of {len(every)} trainings failed or were pruned, the first, "
-            f"blocks {list(failed[0].blocks)}, with: {failed[0].error}. Fix the objective and search under another "
-            "name (name=...): failed trials are kept too."
+            f"{title} ends without a candidate that has a metric: {len(failed)} of {len(every)} trainings failed or "
+            f"were pruned, the first, blocks {list(failed[0].blocks)}, with: {failed[0].error}. Fix the objective and "
+            "search under another name (name=...): failed trials are kept too."
         )
     record = {"procedure": title, "metric": best.metric, "candidates": len(candidates), "trainings": len(every)}
     if best.rate is not None:

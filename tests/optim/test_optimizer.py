@@ -583,3 +583,8 @@ def test_callback_without_our_optimizer_is_refused(vit: Toy, tmp_path: Any) -> N
     )
     with pytest.raises(SurgicalError, match="surgical optimizer"):
         trainer.train()
+
+
+def test_the_trainers_optimizer_takes_no_name_of_a_policy(tmp_path: Any) -> None:
+    with pytest.raises(SurgicalError, match="'lisa'"):
+        surgical_optimizer(TrainingArguments(str(tmp_path)), policy="lisa")  # type: ignore[arg-type]

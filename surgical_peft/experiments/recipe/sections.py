@@ -14,7 +14,7 @@ from ...errors import SurgicalError
 from ...policies.policy import Policy
 from ...procedures.procedure import Procedure, as_procedure
 from ...tuner.config import SurgicalConfig
-from ...validation import nearest, resolve
+from ...validation import call_with_options, nearest, resolve
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,12 +126,7 @@ class PolicySection:
         """
         if self.policy is None:
             return None
-        try:
-            return resolve(self.policy, policies)(**self.policy_options)
-        except (TypeError, ValueError) as error:
-            if isinstance(error, SurgicalError):
-                raise
-            raise SurgicalError(f"policy_options={self.policy_options} do not fit {self.policy}: {error}.") from error
+        return call_with_options("policy_options", self.policy, resolve(self.policy, policies), self.policy_options)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,10 +177,7 @@ class SearchSection:
                 f"pruner {self.pruner!r} is unknown: {nearest(self.pruner, known)}optuna.pruners has: "
                 f"{', '.join(known)}."
             )
-        try:
-            return getattr(pruners, self.pruner)(**self.pruner_options)
-        except (TypeError, ValueError) as error:
-            raise SurgicalError(f"pruner_options={self.pruner_options} do not fit {self.pruner}: {error}.") from error
+        return call_with_options("pruner_options", self.pruner, getattr(pruners, self.pruner), self.pruner_options)
 
 
 @dataclass(frozen=True, kw_only=True)

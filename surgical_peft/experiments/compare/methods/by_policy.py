@@ -13,8 +13,8 @@ from .... import policies
 from ....errors import SurgicalError
 from ....policies.policy import Policy
 from ....policies.stages import Stage, Stages, check_length, planned_length
-from ....validation import check_count, resolve
-from .method import Method, call_with_options, of_known_blocks, parsed
+from ....validation import call_with_options, check_count, resolve
+from .method import Method, of_known_blocks, parsed
 from .whole import tune_everything
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -19,7 +18,7 @@ from ....errors import SurgicalError
 from ....policies.policy import Policy
 from ....scoring.selection import Selection
 from ....tuner.config import SurgicalConfig
-from ....validation import check_rates, nearest, resolve
+from ....validation import call_with_options, check_rates, resolve
 from ...recipe.recipe import Recipe
 from ...tasks.source_model import modules_to_save
 
@@ -129,34 +128,6 @@ def make_method(given: Any) -> Method:
     if not isinstance(made, Method):
         raise SurgicalError(f"methods: {name!r} makes a {type(made).__name__}, not a Method.")
     return made if rates is None else replace(made, rates=check_rates(name, rates))
-
-
-def call_with_options(
-    key: str, name: str, function: Callable[..., Any], options: Mapping[str, Any], *more: str
-) -> Any:
-    """Call a function with its options in a recipe.
-
-    Args:
-        key: of the recipe, for the message.
-        name: of the function, as the recipe has it.
-        function: to call.
-        options: its arguments.
-        more: further names that are allowed beside its arguments.
-
-    Raises:
-        SurgicalError: options that do not fit; the message gives the nearest name and lists all.
-    """
-    known = [*inspect.signature(function).parameters, *more]
-    try:
-        inspect.signature(function).bind(**options)
-        return function(**options)
-    except (TypeError, ValueError) as error:
-        if isinstance(error, SurgicalError):
-            raise
-        wrong = next((nearest(str(option), known) for option in options if option not in known), "")
-        raise SurgicalError(
-            f"{key}: {dict(options)} does not fit {name}: {error}. {wrong}{name} has: {', '.join(known)}."
-        ) from error
 
 
 def of_known_blocks(title: str, choose: Callable[[MethodContext], Selection]) -> Method:
