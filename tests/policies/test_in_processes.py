@@ -14,7 +14,10 @@ import torch
 from surgical_peft import policies
 
 REPOSITORY = Path(__file__).parents[2]
-SOFT = {name: f"{name}()" for name in policies.__all__}  # and where that is not enough:
+FREEZES = [name for name in policies.__all__ if "hard" in getattr(getattr(policies, name), "__dataclass_fields__", ())]
+SOFT = {
+    name: f"{name}({'hard=False' * (name in FREEZES)})" for name in policies.__all__
+}  # and where that is not enough:
 SOFT |= {
     "static": "static({0: 0.5})",
     "layer_decay": "layer_decay(0.9)",
