@@ -48,6 +48,11 @@ class Needs:
 def over_batches(*, decay: float = 1.0, parts: int = 1, batches: int = 5) -> Callable[[C], C]:
     """Mark a criterion `(weights, *moments) -> float` of the gradients of batches.
 
+    Args:
+        decay: 1 = plain moments; less = exponential ones, a batch weighing `decay ** (number of later batches)`.
+        parts: how many `Moments` the criterion takes; batches go to them in turn.
+        batches: default number of batches.
+
     Example:
         >>> @over_batches()
         ... def mean_gradient_norm(weights, moments):
@@ -88,6 +93,8 @@ class Moments:
 
     Attributes:
         means: for each weight of the unit the mean gradient, in its shape.
+        squares: for each weight the mean squared gradient, entry by entry, in its shape.
+        variances: for each weight the variance of the gradient, likewise; an error with fewer than two samples.
         count: number of samples.
     """
 

@@ -22,7 +22,13 @@ GRAIN = 2**15  # numbers: fewer, torch copies and sums on the spot, without waki
 
 @dataclass(frozen=True)
 class Unit:
-    """A group with one learning rate: a block or a single tensor of it, with its trainable parameters."""
+    """A group with one learning rate: a block or a single tensor of it, with its trainable parameters.
+
+    Attributes:
+        name: the key of its factor: the block's name, or with `granularity="tensor"` the tensor's.
+        block: the name of its block.
+        parameters: what it trains; after the backward pass `parameter.grad` holds the gradient, or None.
+    """
 
     name: str
     block: str
@@ -112,7 +118,8 @@ class Policy:
         ...     hard: bool = True
         ...
         ...     def plan(self, training):
-        ...         return training.only(training.heads if training.step // self.every % 2 else training.names)
+        ...         heads = training.heads or training.names
+        ...         return training.only(heads if training.step // self.every % 2 else training.names)
     """
 
     granularity = "block"
