@@ -24,7 +24,7 @@ from .loading.new_weights import newly_initialized, note_new_weights
 from .loading.same_base import check_base
 from .lora import check_lora, inject_lora
 from .moved_buffers import note_buffers
-from .target_checks import check_adapter_names
+from .target_checks import check_adapter_names, check_no_container
 from .target_modules import modules_to_tune, with_modules_besides
 from .tensors.slots import BASE
 from .tensors.tuned_tensors import TensorMap
@@ -73,6 +73,7 @@ class PeftHooks(BaseTuner):
             raise
 
     def _look_before_wrapping(self, peft_config: SurgicalConfig, model: nn.Module) -> AdapterPlan:
+        check_no_container(model)
         check_adapter_names(model, self.peft_config, peft_config)
         saved = prepare_loading(model, peft_config)
         today = None if saved is None else names_today(model, saved)

@@ -10,13 +10,27 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
 from ..blocks.module_lists import within
-from ..blocks.unwrap import PARKED, named_bare_modules
+from ..blocks.unwrap import PARKED, named_bare_modules, unwrap_model
 from ..errors import SurgicalError
 from ..scoring.offload import lent_weights
 from .config import SurgicalConfig
 from .layer import SurgicalLayer
 from .tensors.slots import BASE
 from .tensors.tuned_tensors import TensorMap, put
+
+
+def check_no_container(model: nn.Module) -> None:
+    """Refuse a model inside a container that holds it in `module`, such as `nn.DataParallel` or DDP.
+
+    Raises:
+        SurgicalError: it is in one.
+    """
+    if list(model._modules) == ["module"] and unwrap_model(model) is not model:
+        name = type(model).__name__
+        raise SurgicalError(
+            f"{name} holds the model, and an adapter goes into the model itself: wrap first, as in "
+            f"{name}(get_peft_model(model.module, config))."
+        )
 
 
 def check_adapter_names(model: nn.Module, adapters: dict[str, SurgicalConfig], new: SurgicalConfig) -> None:

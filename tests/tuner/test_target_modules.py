@@ -656,3 +656,10 @@ def test_a_tuned_module_that_was_replaced_is_not_left_out_of_the_file(tmp_path: 
     with pytest.raises(SurgicalError, match=r"layers\.2\.mlp\.down_proj\.weight"):
         model.save_pretrained(tmp_path)
     assert not (tmp_path / "adapter_model.safetensors").exists()
+
+
+def test_a_container_is_no_model() -> None:
+    model = TOYS["vit"].model()
+    with pytest.raises(SurgicalError, match="DataParallel"):
+        get_peft_model(nn.DataParallel(model), SurgicalConfig(blocks=[0]))  # type: ignore[arg-type]
+    assert not any("surgical_" in name for name, _ in model.named_modules())

@@ -12,6 +12,7 @@ from typing import Any
 from datasets import load_dataset_builder
 
 from ...atomic_files import digest_of
+from ..tasks.task import load_or_raise
 
 PACKAGES = ("surgical-peft", "torch", "transformers", "peft", "datasets")
 
@@ -37,8 +38,13 @@ def today() -> str:
 
 
 def identity(data: str) -> dict[str, Any]:
-    """The commit of a data set on the Hub, or a digest of the files of a local one, as `DataReport` has them."""
+    """The commit of a data set on the Hub, or a digest of the files of a local one, as `DataReport` has them.
+
+    Raises:
+        SurgicalError: it is neither here nor to be had from the Hub.
+    """
     path = Path(data)
     if not path.exists():
-        return {"on_hub": True, "commit": load_dataset_builder(data).hash, "fingerprint": None}
+        builder = load_or_raise(load_dataset_builder, data, "data set")
+        return {"on_hub": True, "commit": builder.hash, "fingerprint": None}
     return {"on_hub": False, "commit": None, "fingerprint": digest_of(path)}

@@ -343,6 +343,11 @@ def test_saving_again_keeps_the_card(run: Path, tmp_path: Path) -> None:
     assert "base_model" not in after.data.to_dict()
 
 
+def test_identity_of_data_that_is_nowhere() -> None:
+    with pytest.raises(SurgicalError, match="'none'"):
+        identity("none")
+
+
 def test_identity_of_data_is_its_content(tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / name / "sub").mkdir(parents=True)
