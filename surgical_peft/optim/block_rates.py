@@ -16,7 +16,7 @@ from ..errors import SurgicalError
 from ..masks import Masks
 from ..policies.policy import Policy, StepLoss, TrainingState, Unit
 from ..scoring.distributed import under_deepspeed
-from ..validation import check_number
+from ..validation import check_number, is_number
 from .epochs import Epochs
 from .origin import check_loaded, text_of
 from .weak_hook import WeakHook
@@ -115,7 +115,8 @@ class BlockRates:
                     f"{self.policy} gives {unit!r} a factor, which is no {self.policy.granularity} that is trained. "
                     f"There are: {', '.join(sorted(current))}."
                 )
-            check_number(str(self.policy), f"the factor of {unit!r}", factor, at_least=0)
+            if not (is_number(factor) and factor >= 0):  # asked at every step: texts are made for an error alone
+                check_number(str(self.policy), f"the factor of {unit!r}", factor, at_least=0)
         updated = {**current, **multipliers}
         if updated == current:
             return

@@ -237,9 +237,8 @@ def _still_to_save(model: nn.Module, config: SurgicalConfig, targets: list[str])
     """`modules_to_save` without what is tuned anyway (PEFT adds the head of a SEQ_CLS model by itself)."""
     rest: list[str] = []
     for name in dict.fromkeys(config.modules_to_save or []):  # PEFT adds the same ones at every load
-        matches = [
-            path for path, _ in named_bare_modules(model) if path.endswith(name)
-        ]  # PEFT's rule: no dot is needed
+        # PEFT's rule: no dot is needed
+        matches = [path for path, _ in named_bare_modules(model) if path.endswith(name)]
         others = [path for path in matches if path not in targets]
         overlap = [path for path in others if within(path, targets) or any(within(t, [path]) for t in targets)]
         if overlap or 0 < len(others) < len(matches):

@@ -94,7 +94,7 @@ class RecipeRunner:
         """
         base = copy.deepcopy(self.model)
         originals = dict(base.named_modules())
-        set_seed(self.recipe.arguments(**changed).seed)  # for new weights, as LoRA's
+        set_seed(changed.get("seed", self.args.seed))  # for new weights, as LoRA's
         wrapped = wrap(base)
         # Only our tuner keeps what it does not tune in eval mode, so that its frozen start returns the same each time.
         is_ours = isinstance(getattr(wrapped, "base_model", None), SurgicalModel)
