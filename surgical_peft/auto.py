@@ -136,9 +136,8 @@ def choose_blocks(
     refused = {name: why for name, why in unfit.items() if name in scores.values}
     left = {name: value for name, value in scores.values.items() if name not in refused}
     candidates = replace(scores, values=left, unscored=(*scores.unscored, *refused))
-    loss = {
-        name: loss[name] for name in _ranking(left, ()) if name in loss
-    }  # by the last block of each short training
+    # by the last block of each joint training
+    loss = {name: loss[name] for name in _ranking(left, ()) if name in loss}
     chosen = top_k(candidates, config.num_blocks or how_many(list(loss.values())))
     record: dict[str, Any] = {**chosen.record, "scores": dict(scores.values)}
     if refused:
