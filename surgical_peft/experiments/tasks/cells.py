@@ -38,11 +38,12 @@ class Fault:
 
     def describe(self, column: str, count: int) -> str:
         """The fault in words; `count` is the number of rows of the split."""
-        number = f"only {count:,}" if len(self.rows) == count else f"{len(self.rows):,}"
-        s = "s" * (len(self.rows) > 1)
+        number, s = len(self.rows), "s" * (len(self.rows) > 1)
         details = f": {'; '.join(self.details)}" if self.details else ""
+        if number == count:
+            return f"column {column} has {self.problem.format(s='s')} in all {count:,} rows{details}"
         rows = f"row{s} {listed(self.rows.tolist())} of {count:,}"
-        return f"column {column} has {number} {self.problem.format(s=s)}, {rows}{details}"
+        return f"column {column} has {number:,} {self.problem.format(s=s)}, {rows}{details}"
 
 
 def cells_of(rows: Any, column: str) -> pa.ChunkedArray:

@@ -8,13 +8,16 @@ from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
+from datasets import Value
 
 from ...errors import SurgicalError
 from ..recipe.recipe import Recipe
 from .cells import Fault, cells_of
 from .columns import ColumnType, empty_columns, find_columns, whole_numbers
 from .splits import SHARE, DataSource, assign_splits, held_out, unused_splits
-from .summary import DataSummary
+from .summary import DataSummary, listed
+
+_ROW_EACH = 20  # so many classes may have a row each
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,8 @@ def open_data(
     opened = {split: whole_numbers(source.open(str(names[split]))) for split in needed}
     columns = find_columns(recipe, opened, roles, empty_columns(opened))
     opened, lines = _check_cells(recipe, opened, columns, roles)
+    if classes:
+        _check_classes(recipe, opened["train"], columns[classes])
     named = [f"{role} = {column}" for role, column in columns.items() if role != column]
     lines = [*([f"columns: {', '.join(named)}"] if named else []), *lines]
     lines += [f"split {role}: the data's {name}" for role, name in recipe.splits.items() if role in splits]
@@ -112,6 +117,19 @@ def _check_cells(
     return kept, [f"left out by drop_empty: {line}" for line in described]
 
 
+def _check_classes(recipe: Recipe, rows: Any, column: str) -> None:
+    """Refuse a column where almost every row has a class of its own, such as an id."""
+    cells = cells_of(rows, column)
+    if isinstance(rows.features[column], Value) and len(rows) > _ROW_EACH:
+        values = pc.unique(cells)
+        if len(values) > max(_ROW_EACH, len(rows) * 2 // 3):
+            raise SurgicalError(
+                f"{recipe.data}: the column {column!r} has {len(values):,} different values in {len(rows):,} rows, "
+                f"such as {listed(values[:3].to_pylist())}: these are no classes. Name the column that has them, "
+                "columns: {label: ...}."
+            )
+
+
 def _hold_out(
     recipe: Recipe, opened: dict[str, Any], column: str | None, unused: str | None
 ) -> tuple[dict[str, Any], str]:
@@ -128,5 +146,5 @@ def _hold_out(
         )
     train, validation = rows.select(np.flatnonzero(~mask)), rows.select(np.flatnonzero(mask))
     line = f"no validation split: {100 * SHARE:.0f} % of train, seed {recipe.shift_seed}"
-    line += f" ({len(train):,} rows to train on, {len(validation):,} held out{', by class' if column else ''})"
+    line += ", by class" * (column is not None)
     return {**opened, "train": train, "validation": validation}, f"{line}; {unused}" if unused else line

@@ -133,7 +133,7 @@ def _check_files(folder: Path, files: Mapping[str, Sequence[Any]]) -> None:
     if twice:
         both = " and ".join(split for split, paths in splits.items() if twice[0] in paths)
         raise SurgicalError(
-            f"{folder}: {len(twice):,} files are both in {both}, such as {_shown(twice[0], folder)}: a folder or file "
+            f"{folder}: {_files(len(twice))} both in {both}, such as {_shown(twice[0], folder)}: a folder or file "
             "is in the split that its name says, wherever it lies. Move it out of the other folder, or rename it."
         )
     used = {file.suffix for file in counts}
@@ -146,10 +146,14 @@ def _check_files(folder: Path, files: Mapping[str, Sequence[Any]]) -> None:
     )
     if left and counts:
         raise SurgicalError(
-            f"{folder}: {len(left):,} files are in no split, such as {_shown(left[0], folder)}; "
+            f"{folder}: {_files(len(left))} in no split, such as {_shown(left[0], folder)}; "
             + "; ".join(f"{split} has {_shown(min(paths), folder)}" for split, paths in splits.items() if paths)
             + ". Name files or folders after their splits, or none of them, and keep one format in a folder."
         )
+
+
+def _files(count: int) -> str:
+    return "1 file is" if count == 1 else f"{count:,} files are"
 
 
 def _shown(file: Path, folder: Path) -> str:

@@ -169,7 +169,7 @@ def script(folder: Path) -> None:
         (nested, "20 files are both in train and test, such as train/test/a/0.png"),
         (class_called_test, "both in .*, such as train/test_tube/0.png"),
         (class_called_train, "10 files are in no split, such as car/0.png"),
-        (stray_file, "1 files are in no split, such as more.csv"),
+        (stray_file, "1 file is in no split, such as more.csv"),
         (two_formats, "in no split"),
         (script, r"\.py, a loading script"),
     ],
