@@ -133,10 +133,13 @@ class PolicySection:
     Attributes:
         policy: a name from `policies` or `package.module:name`; default is one learning rate for all blocks.
         policy_options: arguments for the policy, e.g. `{decay: 0.8}` for `layer_decay`.
+        early_stopping_patience: after so many epochs without a lower validation loss `train` stops, and keeps the best
+            epoch; `search`, `compare` and `advise` train to the end. Default is not to stop.
     """
 
     policy: str | None = None
     policy_options: dict[str, Any] = field(default_factory=dict)
+    early_stopping_patience: int | None = None
 
     def make_policy(self) -> Policy | None:
         """The policy, or None.
