@@ -13,7 +13,15 @@ import torch
 from rich.console import Console
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, default_data_collator, set_seed
+from transformers import (
+    EarlyStoppingCallback,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    default_data_collator,
+    set_seed,
+)
 
 from ...atomic_files import check_replaceable, whole_folder, write_text
 from ...auto import CRITERION, choose_blocks, get_surgical_model
@@ -43,10 +51,12 @@ def score(recipe: Recipe, console: Console | None = None) -> BlockScores:
     task = load_task(recipe, ("train",))
     args = recipe.arguments()
     criterion = recipe.make_criterion() or CRITERION
-    model = task.load_model().to(args.device)
-    batches = loader(task, args)
-    with Stages(console) as stages, counted(budget_of(args, batches), "scoring blocks", stages) as spending:
-        return score_blocks(model, batches, criterion, num_batches=recipe.num_batches, budget=spending)
+    with Stages(console) as stages:
+        task.summary.show(stages.console)
+        model = task.load_model().to(args.device)
+        batches = loader(task, args)
+        with counted(budget_of(args, batches), "scoring blocks", stages) as spending:
+            return score_blocks(model, batches, criterion, num_batches=recipe.num_batches, budget=spending)
 
 
 def budget_of(args: TrainingArguments, batches: Iterable[Any]) -> float:
@@ -85,8 +95,8 @@ def train(recipe: Recipe, output: str | Path | None = None, console: Console | N
             is the standard error, and nowhere if transformers' progress bars are off.
 
     Returns:
-        The report: blocks, numbers of parameters, the metric on validation and test before and after, and all else
-        that `surgical-peft card` puts into a model card.
+        The report: blocks, numbers of parameters, the metric on validation and test (where there is such a split)
+        before and after, and all else that `surgical-peft card` puts into a model card.
 
     Raises:
         SurgicalError: what the recipe says does not fit, or the training ended in NaN; nothing is saved then.
@@ -98,6 +108,8 @@ def train(recipe: Recipe, output: str | Path | None = None, console: Console | N
     with Stages(console) as stages:
         stages.begin(f"load {recipe.model} and {recipe.data}")
         task, beginning = load_task(recipe), start(recipe)
+        stages.begin("load the model")
+        task.summary.show(stages.console)
         model = task.load_model().to(args.device)
         size = sum(parameter.numel() for parameter in model.parameters())
         config, scores = recipe.config(), None
@@ -112,11 +124,15 @@ def train(recipe: Recipe, output: str | Path | None = None, console: Console | N
 
         def measured(when: str) -> dict[str, float]:
             stages.begin(f"measure {task.metric} {when} training")
-            return {split: task.measure(wrapped, task.splits[split]) for split in ("validation", "test")}
+            measured = [split for split in ("validation", "test") if split in task.splits]
+            return {split: task.measure(wrapped, task.splits[split]) for split in measured}
 
         before = measured("before")
         callbacks = [SurgicalCallback(), *([TrainingStage(stages)] if args.disable_tqdm else [])]
-        trainer = fit(wrapped, args, task.splits["train"], policy, callbacks, task.collate)
+        if recipe.early_stopping_patience is not None:
+            callbacks.append(EarlyStoppingCallback(recipe.early_stopping_patience))
+        judged = task.splits["validation"] if args.eval_strategy != "no" else None
+        trainer = fit(wrapped, args, task.splits["train"], policy, callbacks, task.collate, judged)
         after = measured("after")
     _check_finite(wrapped, args, {f"{task.metric} on {split}": value for split, value in after.items()})
     with whole_folder(folder / "adapter", _ADAPTER) as temporary:
@@ -153,13 +169,18 @@ def fit(
     policy: Policy | None = None,
     callbacks: Sequence[TrainerCallback] = (),
     collate: Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]] = default_data_collator,
+    judged: Examples | None = None,
 ) -> Trainer:
-    """Train what has `requires_grad` with `Trainer`, each block at its rate; returns the trainer."""
+    """Train what has `requires_grad` with `Trainer`, each block at its rate; returns the trainer.
+
+    With an `eval_strategy` among the arguments, the loss on the examples `judged` is told as it says.
+    """
     set_seed(args.seed)
     trainer = Trainer(
         model=model,
         args=args,
         train_dataset=examples,
+        eval_dataset=judged,
         data_collator=collate,
         optimizer_cls_and_kwargs=surgical_optimizer(args, policy),  # type: ignore[arg-type]
         callbacks=list(callbacks),
