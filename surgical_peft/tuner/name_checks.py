@@ -56,6 +56,28 @@ def _check_name(field: str, name: Any) -> None:
         )
 
 
+def check_head_config(value: dict[str, Any] | None) -> None:
+    """Refuse what cannot be said of a head: a number of labels, their names by number, and a type of problem.
+
+    Raises:
+        SurgicalError: another type, or names that are not those of the labels.
+    """
+    value = {"num_labels": 1} if value is None else value
+    count, names = value.get("num_labels"), value.get("id2label")
+    labels = [str(label) for label in range(count)] if isinstance(count, int) and 0 < count < 10**6 else None
+    named = names is None or (isinstance(names, dict) and list(names) == labels and _all_strings(names.values()))
+    kinds = isinstance(value.get("problem_type", ""), str) and isinstance(value.get("pad_token_id", 0), int)
+    if not (labels and named and kinds):
+        raise SurgicalError(
+            f"head_config={value!r} is no head: num_labels is a number, id2label the names of '0', '1' and so on, "
+            "problem_type a string, pad_token_id a number."
+        )
+
+
+def _all_strings(values: Iterable[Any]) -> bool:
+    return all(isinstance(value, str) for value in values)
+
+
 def check_matching(expressions: dict[str, str], names: Iterable[str]) -> None:
     """Refuse regular expressions that would match without end.
 

@@ -52,6 +52,7 @@ def causal_lm(recipe: Recipe, splits: Sequence[str]) -> Task:
             for split, rows in data.items()
         },
         collate=collate,
+        processor=how.tokenizer,
         metric=metric,
         measure=Measure(load_metric(metric), partial(read_tokens, metric, 1), collate, BATCH_SIZE),
     )

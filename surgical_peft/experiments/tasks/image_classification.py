@@ -96,6 +96,7 @@ def image_classification(recipe: Recipe, splits: Sequence[str]) -> Task:
         load_model=model_loader(AutoModelForImageClassification, recipe, found_labels.count, found_labels.names),
         splits=examples,
         collate=default_data_collator,
+        processor=processor,
         metric=recipe.metric or "accuracy",
         measure=measure,
         names_labels=True,

@@ -70,6 +70,7 @@ def text_classification(recipe: Recipe, splits: Sequence[str]) -> Task:
             for split, rows in data.items()
         },
         collate=collate,
+        processor=how.tokenizer,
         metric=recipe.metric or "accuracy",
         measure=measure,
         names_labels=True,

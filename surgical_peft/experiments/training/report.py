@@ -92,6 +92,7 @@ class TrainingReport:
         scored: the blocks that were scored.
         plot: file with the plot of the scores.
         pipeline: the Hub's name for the task; reports of versions before do not have it.
+        has_processor: whether the adapter's folder has a tokenizer or image processor; versions before put none there.
     """
 
     name: str
@@ -117,11 +118,12 @@ class TrainingReport:
     scored: list[str] | None
     plot: str | None
     pipeline: str | None = None
+    has_processor: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, as `report.json` holds it."""
-        values = to_json(self)
-        return values if self.pipeline else {key: value for key, value in values.items() if key != "pipeline"}
+        absent = {"pipeline": None, "has_processor": False}  # from reports of versions before
+        return {key: value for key, value in to_json(self).items() if key not in absent or value != absent[key]}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> TrainingReport:
