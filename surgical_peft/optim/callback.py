@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, IterableDataset
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 from transformers.trainer_utils import has_length
 
 from ..errors import SurgicalError
@@ -47,8 +47,9 @@ class SurgicalCallback(TrainerCallback):
     and what the policy has frozen may be trained again.
 
     Args:
-        loss_fn: `(model, batch) -> loss` to score by, for a Trainer that computes its loss in a way of its own
-            (`compute_loss_func`, SentenceTransformerTrainer); default the model's own, `model(**batch).loss`.
+        loss_fn: `(model, batch) -> loss` to score by, for a Trainer whose `compute_loss` is of its own
+            (SentenceTransformerTrainer, a subclass of yours); default is the model's own, `model(**batch).loss`, or
+            that of the Trainer's `compute_loss_func` or label smoothing.
 
     Example:
         >>> Trainer(..., callbacks=[SurgicalCallback()])
@@ -56,6 +57,7 @@ class SurgicalCallback(TrainerCallback):
 
     def __init__(self, loss_fn: LossFunction | None = None) -> None:
         self.loss_fn = loss_fn
+        self.trainer: Callable[[], Trainer | None] = lambda: None  # a weak reference, once it trains
         self._history: History | None = None
 
     def on_train_begin(
@@ -119,8 +121,10 @@ class SurgicalCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Add the factors and scores to what is logged while training."""
+        if "loss" not in logs:  # of an evaluation, which there may be before there is an optimizer
+            return
         optimizer, rates = _surgical(kwargs["optimizer"])
-        if "loss" not in logs or rates.policy == Policy():
+        if rates.policy == Policy():
             return
         factors = rates.by_block(rates.used)
         scores = rates.by_block(rates.training_state(optimizer).scores)
@@ -194,10 +198,17 @@ class SurgicalCallback(TrainerCallback):
         policy, training = rates.policy, kwargs["train_dataloader"]
         size = args.per_device_train_batch_size if args.world_size > 1 else state.train_batch_size
         batches = _probe_batches(training, size, args.seed + at, count, args.process_index, args)
-        loss_fn = self.loss_fn or partial(_own_loss, policy)
+        loss_fn = self.loss_fn or _loss_of(self.trainer()) or partial(_own_loss, policy)
         return score_blocks(
             kwargs["model"], batches, policy.criterion, policy.granularity, count, loss_fn, blocks=rates.blocks
         )
+
+
+def _loss_of(trainer: Trainer | None) -> LossFunction | None:
+    """The loss that a Trainer makes of the model's outputs itself: by `compute_loss_func`, or with label smoothing."""
+    if trainer is None or (trainer.compute_loss_func is None and trainer.label_smoother is None):
+        return None
+    return lambda model, batch: trainer.compute_loss(model, dict(batch))  # type: ignore[return-value]  # of a copy
 
 
 def _own_loss(policy: Policy, model: nn.Module, batch: Any) -> Tensor:
