@@ -1,4 +1,4 @@
-"""The command line: `blocks | score | search | compare | advise | train | export | card | push | quickstart`."""
+"""The command line: `blocks | score | search | compare | advise | train | predict | export | card | push | ...`."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from typer.core import TyperCommand
 from ..errors import SurgicalError
 from .experiments import advise, compare, open_recipe, search
 from .options import AsJson, RecipeFile, Tiny, console, print_json
+from .predict import predict
 
 app = typer.Typer(
     help="Fully fine-tune only the blocks of a transformer that new data need.",
@@ -133,6 +134,9 @@ def train(
     share = report.tuned_parameters / report.all_parameters
     console.print(f"{report.tuned_parameters:,} of {report.all_parameters:,} parameters tuned ({share:.1%}).")
     console.print(f"Adapter: {report.adapter}")
+
+
+app.command(cls=Command)(predict)
 
 
 @app.command(cls=Command)

@@ -18,7 +18,6 @@ from huggingface_hub.errors import HFValidationError
 from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.modelcard import TASK_MAPPING
 
 from ..atomic_files import write_text
 from ..tuner.config import SurgicalPeftType
@@ -128,14 +127,16 @@ def adapter_info(config: Any, base: nn.Module, subfolder: str | None = None) -> 
         on_hub=on_hub,
         commit=commit,
         head=head_config_of(base, config) or config.head_config,
-        pipeline=_pipeline_of(base),
+        pipeline=pipeline_of(base),
         subfolder=subfolder,
         tied=tensors.tied(tensors.chosen(config.tuned_modules or {})),
     )
 
 
-def _pipeline_of(base: nn.Module) -> str | None:
+def pipeline_of(base: nn.Module) -> str | None:
     """The Hub's name for what models of that class do, as transformers' own cards say it."""
+    from transformers.modelcard import TASK_MAPPING  # slow to import
+
     tasks: dict[str, Any] = TASK_MAPPING
     return next((task for task, classes in tasks.items() if type(base).__name__ in classes.values()), None)
 

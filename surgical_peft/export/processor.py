@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoProcessor
 from transformers.utils.hub import cached_file
 
 # Without one of these, AutoTokenizer makes an empty tokenizer for some models.
@@ -19,6 +18,8 @@ def processor_of(*names: str | Path | None) -> Any | None:
         >>> processor_of("runs/label_map/adapter", "recipes/fashion_mnist/vit")
         ViTImageProcessorPil {...}
     """
+    from transformers import AutoProcessor  # slow to import
+
     for name in filter(None, names):
         try:
             if any(_has(str(name), file) for file in _FILES):

@@ -31,7 +31,7 @@ from .source_model import model_loader
 from .task import Examples, Task, TinyTask, load_or_raise, with_info
 from .tiny_data import label_feature, labels_of
 
-_MODES = {1: "L", 3: "RGB"}
+MODES = {1: "L", 3: "RGB"}
 IMAGE = ColumnType("images", lambda feature: isinstance(feature, Image))
 
 
@@ -82,7 +82,7 @@ def image_classification(recipe: Recipe, splits: Sequence[str]) -> Task:
             found_labels.rows[split],
             found_labels.labels[split],
             processor,
-            _MODES.get(getattr(config, "num_channels", 3), "RGB"),
+            MODES.get(getattr(config, "num_channels", 3), "RGB"),
             shape,
             corrupt,
             (zlib.crc32(split.encode()), recipe.shift_seed),
