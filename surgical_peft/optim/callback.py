@@ -27,6 +27,7 @@ from ..scoring.block_scores import BlockScores
 from ..scoring.score import score_blocks
 from .block_rates import BlockRates, find_rates
 from .history import History
+from .of_trainer import loss_of
 
 
 class SurgicalCallback(TrainerCallback):
@@ -198,17 +199,11 @@ class SurgicalCallback(TrainerCallback):
         policy, training = rates.policy, kwargs["train_dataloader"]
         size = args.per_device_train_batch_size if args.world_size > 1 else state.train_batch_size
         batches = _probe_batches(training, size, args.seed + at, count, args.process_index, args)
-        loss_fn = self.loss_fn or _loss_of(self.trainer()) or partial(_own_loss, policy)
+        trainer = self.trainer()
+        loss_fn = self.loss_fn or (trainer and loss_of(trainer)) or partial(_own_loss, policy)
         return score_blocks(
             kwargs["model"], batches, policy.criterion, policy.granularity, count, loss_fn, blocks=rates.blocks
         )
-
-
-def _loss_of(trainer: Trainer | None) -> LossFunction | None:
-    """The loss that a Trainer makes of the model's outputs itself: by `compute_loss_func`, or with label smoothing."""
-    if trainer is None or (trainer.compute_loss_func is None and trainer.label_smoother is None):
-        return None
-    return lambda model, batch: trainer.compute_loss(model, dict(batch))  # type: ignore[return-value]  # of a copy
 
 
 def _own_loss(policy: Policy, model: nn.Module, batch: Any) -> Tensor:
