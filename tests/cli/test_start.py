@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-HEAVY = "torch, transformers, peft, datasets, matplotlib, pandas".split(", ")
+HEAVY = ["torch", "transformers", "peft", "datasets", "matplotlib", "pandas"]
 
 # As pip installs the command: a script of that name.
 SCRIPT = f"""
@@ -20,7 +20,7 @@ if __name__ == "__main__":
     main()
 """
 
-# A criterion of the user's own, in a process that the command started: the public names are there, the method is known.
+# A criterion of the user's own, in a process that the command started: the public names are there, PEFT knows us.
 CRITERION = """
 from multiprocessing import get_context
 from peft import PeftConfig
