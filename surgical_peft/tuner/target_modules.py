@@ -199,12 +199,12 @@ def _chosen(
 
 def _parameters_of(module: nn.Module, parts: str, among: set[str] | None) -> set[str]:
     """Names of the biases, or of the parameters of normalization layers (known by class), in `module`."""
-    found: set[str] = set()
+    names: set[str] = set()
     for path, child in named_bare_modules(module):
         for name, _ in child.named_parameters(recurse=False):
             if name.endswith("bias") if parts == "all-bias" else "norm" in type(child).__name__.lower():
-                found.add(f"{path}.{name}" if path else name)
-    return found if among is None else found & among
+                names.add(f"{path}.{name}" if path else name)
+    return names if among is None else names & among
 
 
 def _outermost(
@@ -220,18 +220,18 @@ def _outermost(
         raise SurgicalError(
             f"exclude_modules={config.exclude_modules!r} match no module. Names: {_some_names(model, inside)}."
         )
-    found: list[str] = []
+    outermost: list[str] = []
     apart: dict[str, set[str] | None] = {}
     for path, module in named_bare_modules(model):
-        if not path or within(path, found + excluded) or not (verdicts[path] or within(path, apart)):
+        if not path or within(path, outermost + excluded) or not (verdicts[path] or within(path, apart)):
             continue
         if (inside is not None and not within(path, inside)) or not any(True for _ in module.parameters()):
             continue
         if not isinstance(module, _WITHOUT_FORWARD) and not any(within(other, [path]) for other in excluded):
-            found.append(path)
+            outermost.append(path)
             continue
         apart[path] = {name for name, _ in module.named_parameters(recurse=False)}
-    return {**{path: names for path, names in apart.items() if names}, **dict.fromkeys(found)}
+    return {**{path: names for path, names in apart.items() if names}, **dict.fromkeys(outermost)}
 
 
 def _still_to_save(model: nn.Module, config: SurgicalConfig, targets: list[str]) -> list[str]:

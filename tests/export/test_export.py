@@ -397,8 +397,7 @@ def test_a_delta_with_altered_bytes_is_refused_or_seen(tmp_path: Path) -> None:
     toy_adapter(TOYS["vit"], tmp_path)
     export(tmp_path / "adapter", tmp_path / "delta", "delta")
     file = tmp_path / "delta" / "delta.safetensors"
-    with safe_open(file, "pt") as opened:
-        metadata, arrays = opened.metadata(), {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    metadata, arrays = _written(file)
     entries = json.loads(metadata["tensors"])
     name = next(name for name, entry in entries.items() if entry["planes"] and entry["planes"][-1][0] == "zlib")
     for altered in (bytes(len(arrays[name])), b"x"):
@@ -408,14 +407,58 @@ def test_a_delta_with_altered_bytes_is_refused_or_seen(tmp_path: Path) -> None:
             export(tmp_path / "delta", tmp_path / "back", "adapter")
 
 
+def _written(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    with safe_open(path, "pt") as file:
+        return file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+def test_a_delta_with_one_bit_flipped_never_gives_other_weights(tmp_path: Path) -> None:
+    """Nine of ten such flips did, silently."""
+    base, _ = toy_adapter(TOYS["vit"], tmp_path)
+    export(tmp_path / "adapter", tmp_path / "delta", "delta")
+    file = tmp_path / "delta" / "delta.safetensors"
+    whole = file.read_bytes()
+    start = 8 + int.from_bytes(whole[:8], "little")  # of the tensors, behind the header
+    for at in np.random.default_rng(0).integers(8 * start, 8 * len(whole), 40):
+        damaged = bytearray(whole)
+        damaged[at // 8] ^= 1 << (at % 8)
+        file.write_bytes(damaged)
+        with pytest.raises(SurgicalError, match="corrupt"):
+            delta.read_delta(tmp_path / "delta", base)
+
+
+def test_entries_of_a_delta_that_are_missing_or_unknown_are_refused(tmp_path: Path) -> None:
+    base, _ = toy_adapter(TOYS["vit"], tmp_path)
+    export(tmp_path / "adapter", tmp_path / "delta", "delta")
+    metadata, arrays = _written(tmp_path / "delta" / "delta.safetensors")
+    entries = json.loads(metadata["tensors"])
+    first, *others = entries
+    unknown = {**entries, first: {**entries[first], "of": "x"}}
+    for altered in ({}, {name: entries[name] for name in others}, unknown):
+        changed = {**metadata, "tensors": json.dumps(altered)}
+        save_file(arrays, tmp_path / "delta" / "delta.safetensors", metadata=changed)
+        with pytest.raises(SurgicalError, match="corrupt"):
+            delta.read_delta(tmp_path / "delta", base)
+
+
+def test_a_delta_of_the_first_version_which_has_no_digest_loads(tmp_path: Path) -> None:
+    base, _ = toy_adapter(TOYS["vit"], tmp_path)
+    export(tmp_path / "adapter", tmp_path / "delta", "delta")
+    metadata, arrays = _written(tmp_path / "delta" / "delta.safetensors")
+    del metadata["digest"]
+    save_file(arrays, tmp_path / "delta" / "delta.safetensors", metadata=metadata)
+    adapter, _ = delta.read_delta(tmp_path / "delta", base)
+    saved = load_file(tmp_path / "adapter" / WEIGHTS)
+    assert all(torch.equal(saved[f"base_model.model.{name}"], tensor) for name, tensor in adapter.tensors.items())
+
+
 @pytest.mark.parametrize("shape", [[2**40], [2**62, 2**62], [-1], [-1, -1], ["x"]])
 def test_a_delta_of_another_shape_than_its_data_is_refused(tmp_path: Path, shape: list[Any]) -> None:
     """Also one that would take all memory there is."""
     toy_adapter(TOYS["vit"], tmp_path)
     export(tmp_path / "adapter", tmp_path / "delta", "delta")
     file = tmp_path / "delta" / "delta.safetensors"
-    with safe_open(file, "pt") as opened:
-        metadata, arrays = opened.metadata(), {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    metadata, arrays = _written(file)
     for of in ("weights", "difference", "nothing"):
         entries = json.loads(metadata["tensors"])
         entry = next(entry for entry in entries.values() if entry["of"] != "nothing")

@@ -51,7 +51,7 @@ def newly_initialized(model: nn.Module) -> set[str]:
         >>> newly_initialized(BertForSequenceClassification.from_pretrained("bert-base-uncased"))
         {'classifier.weight', 'classifier.bias'}
     """
-    found: set[str] = set()
+    new: set[str] = set()
     base, places = base_tensors(model), TensorMap.find(model).places
     for path, part in outermost_models(model).items():
         weights = [name for name, (place, *_) in places.items() if inside(name, path) and place.is_parameter]
@@ -64,10 +64,10 @@ def newly_initialized(model: nn.Module) -> set[str]:
             plain = type(tensor) is nn.Parameter and tensor.is_floating_point() and not tensor.is_meta
             ours = isinstance(module, FloatLinear) or WAS_PACKED in module.__dict__
             if name not in read and plain and not ours and not fixed.search(name.removeprefix(f"{path}.")):
-                found.add(name)
+                new.add(name)
     if is_fsdp_enabled():  # where the first process alone reads the weights
-        found = broadcast_from_first(found)
-    return found - fixed_by_architecture(model, found)[0] if found else found
+        new = broadcast_from_first(new)
+    return new - fixed_by_architecture(model, new)[0] if new else new
 
 
 def note_new_weights(

@@ -93,14 +93,14 @@ def read_adapter(folder: str | Path) -> SavedAdapter:
     record = config.tuned_modules or {}
     names = [*record, *(name for part in record.values() if part is not None for name in part)]
     if strange or not names or not all(isinstance(name, str) for name in names):
-        what = f"the key {strange[0]!r} without {PREFIX!r}" if strange else "no record of the tuned modules"
+        fault = f"the key {strange[0]!r} without {PREFIX!r}" if strange else "no record of the tuned modules"
         raise SurgicalError(
-            f"{str(folder)!r} has {what}: load it with PeftModel.from_pretrained(base, folder) and save it again."
+            f"{str(folder)!r} has {fault}: load it with PeftModel.from_pretrained(base, folder) and save it again."
         )
     return SavedAdapter(folder, config, {key.removeprefix(PREFIX): value for key, value in tensors.items()})
 
 
-def read_json(path: Path, what: str) -> dict[str, Any]:
+def read_json(path: Path, kind: str) -> dict[str, Any]:
     """The dictionary in a JSON file of an adapter or a delta.
 
     Raises:
@@ -109,7 +109,7 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
     if not path.is_file():
         inside = sorted(file.parent.name for file in path.parent.glob(f"*/{path.name}"))
         hint = f" Its folders {', '.join(inside)} do: give one of them." if inside else ""
-        raise SurgicalError(f"{str(path.parent)!r} is no {what}'s folder: it has no {path.name}.{hint}")
+        raise SurgicalError(f"{str(path.parent)!r} is no {kind}'s folder: it has no {path.name}.{hint}")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -220,14 +220,14 @@ def _name_of_base(config: SurgicalConfig, base: str | Path | None) -> str:
 def _class_of(config: SurgicalConfig, name: str) -> Any:
     """The class with which the base model was loaded: as PEFT recorded it, else by the task, else by the model."""
     mapping = config.auto_mapping if isinstance(config.auto_mapping, dict) else {}
-    found = _CLASS_FOR_TASK.get(str(config.task_type)) or mapping.get("base_model_class")
-    if found is None:
-        found = next(iter(_found(AutoConfig.from_pretrained, name).architectures or []), "AutoModel")
-    model_class = getattr(transformers, str(found), None)
+    class_name = _CLASS_FOR_TASK.get(str(config.task_type)) or mapping.get("base_model_class")
+    if class_name is None:
+        class_name = next(iter(_found(AutoConfig.from_pretrained, name).architectures or []), "AutoModel")
+    model_class = getattr(transformers, str(class_name), None)
     if not (isinstance(model_class, type) and issubclass(model_class, PreTrainedModel | _BaseAutoModelClass)):
         raise SurgicalError(
-            f"the base model is a {found}, which is no model class of transformers: load it yourself and export in "
-            "Python, with base_model=model."
+            f"the base model is a {class_name}, which is no model class of transformers: load it yourself and export "
+            "in Python, with base_model=model."
         )
     return model_class
 

@@ -22,11 +22,11 @@ def united(*targets: Targets) -> dict[str, Collection[str] | None]:
         >>> united({"0": ["bias"]}, {"0": ["weight"], "1": None})
         {'0': ['bias', 'weight'], '1': None}
     """
-    found: dict[str, Collection[str] | None] = {}
+    union: dict[str, Collection[str] | None] = {}
     for path, names in [item for group in targets for item in group.items()]:
-        before = found.get(path, ())
-        found[path] = None if names is None or before is None else sorted({*before, *names})
-    return found
+        before = union.get(path, ())
+        union[path] = None if names is None or before is None else sorted({*before, *names})
+    return union
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class TensorMap:
             >>> TensorMap.find(nn.Sequential(nn.BatchNorm1d(2))).chosen({"0": ["bias"]})
             {'0.bias': True, '0.running_mean': False, '0.running_var': False, '0.num_batches_tracked': False}
         """
-        found: dict[str, bool] = {}
+        choice: dict[str, bool] = {}
         for path, names in targets.items():
             asked = self.parameters(path) if names is None else [join(path, name) for name in names]
             homes = {path} if names is not None and not names else {name.rpartition(".")[0] for name in asked}
@@ -113,10 +113,10 @@ class TensorMap:
                     continue
                 if self.places[first][0].is_parameter:
                     if name in asked:
-                        found[first] = True
+                        choice[first] = True
                 elif names is None or name.rpartition(".")[0] in homes:
-                    found[first] = False
-        return found
+                    choice[first] = False
+        return choice
 
     def untied(
         self, targets: dict[str, set[str] | None], elsewhere: Collection[str] = ()
