@@ -25,7 +25,7 @@ from ...scoring.selection import Selection
 from ..compare.comparison import Comparison
 from ..compare.methods import MethodContext
 from ..recipe.recipe import Recipe
-from ..tasks import Examples, load_task
+from ..tasks import Examples, measured_split
 from ..training.provenance import machine, today, versions
 from ..training.runner import RecipeRunner
 from ..training.train import loader
@@ -110,10 +110,12 @@ def advise(recipe: Recipe, output: str | Path | None = None, *, console: Console
     check_replaceable(folder, _TEXT)
     source = None
     if recipe.source_data is not None:
-        source = load_task(comparison.source_recipe(0), ("test",)).splits["test"]
+        _, source = measured_split(comparison.source_recipe(0))
     runner = RecipeRunner(comparison.recipe)
+    console = console or Console()
+    runner.task.summary.show(console)
     trial = _Trial(comparison, runner, ValidationJudge(runner), _plan(comparison, runner))
-    with _progress(console or Console(), trial.cost) as advance:
+    with _progress(console, trial.cost) as advance:
         signature = _signature(runner, source)
         trial.train(advance)
     advice = trial.advice(recipe, signature, began)

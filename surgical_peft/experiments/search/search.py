@@ -112,6 +112,7 @@ def _search(
     recipe: Recipe, folder: Path, jobs: int, storage: str | None, name: str | None, console: Console
 ) -> SearchResult:
     objective = RecipeObjective(recipe)
+    objective.summary.show(console)
     kept: dict[str, Any] = {"storage": storage or f"sqlite:///{folder / 'study.db'}", "name": name or recipe.procedure}
     most = count_trainings(recipe.make_procedure(), objective.blocks, rates=objective.rates, seeds=objective.seeds)
     with (

@@ -43,6 +43,7 @@ class DataReport:
         examples: number of each split.
         shift: the keys by which the recipe changes the data on purpose.
         labels: names of the model's labels, if it is a classifier.
+        summary: what was understood of the data, in lines; reports of versions before do not have it.
     """
 
     on_hub: bool
@@ -51,6 +52,7 @@ class DataReport:
     examples: dict[str, int]
     shift: dict[str, Any]
     labels: list[str] | None
+    summary: list[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -122,8 +124,11 @@ class TrainingReport:
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, as `report.json` holds it."""
-        absent = {"pipeline": None, "has_processor": False}  # from reports of versions before
-        return {key: value for key, value in to_json(self).items() if key not in absent or value != absent[key]}
+        values = to_json(self)
+        for part, key in ((values, "pipeline"), (values, "has_processor"), (values["dataset"], "summary")):
+            if not part[key]:  # reports of versions before do not have it
+                del part[key]
+        return values
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> TrainingReport:

@@ -45,10 +45,12 @@ def score(recipe: Recipe, console: Console | None = None) -> BlockScores:
     task = load_task(recipe, ("train",))
     args = recipe.arguments()
     criterion = recipe.make_criterion() or CRITERION
-    model = task.load_model().to(args.device)
-    batches = loader(task, args)
-    with Stages(console) as stages, counted(budget_of(args, batches), "scoring blocks", stages) as spending:
-        return score_blocks(model, batches, criterion, num_batches=recipe.num_batches, budget=spending)
+    with Stages(console) as stages:
+        task.summary.show(stages.console)
+        model = task.load_model().to(args.device)
+        batches = loader(task, args)
+        with counted(budget_of(args, batches), "scoring blocks", stages) as spending:
+            return score_blocks(model, batches, criterion, num_batches=recipe.num_batches, budget=spending)
 
 
 def budget_of(args: TrainingArguments, batches: Iterable[Any]) -> float:
@@ -87,8 +89,8 @@ def train(recipe: Recipe, output: str | Path | None = None, console: Console | N
             is the standard error, and nowhere if transformers' progress bars are off.
 
     Returns:
-        The report: blocks, numbers of parameters, the metric on validation and test before and after, and all else
-        that `surgical-peft card` puts into a model card.
+        The report: blocks, numbers of parameters, the metric on validation and test (where there is such a split)
+        before and after, and all else that `surgical-peft card` puts into a model card.
 
     Raises:
         SurgicalError: what the recipe says does not fit, or the training ended in NaN; nothing is saved then.
@@ -101,6 +103,8 @@ def train(recipe: Recipe, output: str | Path | None = None, console: Console | N
         stages.begin(f"load {recipe.model} and {recipe.data}")
         task, beginning = load_task(recipe), start(recipe)
         processor = task.processor or processor_of(recipe.model)
+        stages.begin("load the model")
+        task.summary.show(stages.console)
         model = task.load_model().to(args.device)
         size = sum(parameter.numel() for parameter in model.parameters())
         config, scores = recipe.config(), None
@@ -115,7 +119,8 @@ def train(recipe: Recipe, output: str | Path | None = None, console: Console | N
 
         def measured(when: str) -> dict[str, float]:
             stages.begin(f"measure {task.metric} {when} training")
-            return {split: task.measure(wrapped, task.splits[split]) for split in ("validation", "test")}
+            measured = [split for split in ("validation", "test") if split in task.splits]
+            return {split: task.measure(wrapped, task.splits[split]) for split in measured}
 
         before = measured("before")
         callbacks = [SurgicalCallback(), *([TrainingStage(stages)] if args.disable_tqdm else [])]
