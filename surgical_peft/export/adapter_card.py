@@ -141,20 +141,18 @@ def pipeline_of(base: nn.Module) -> str | None:
     return next((task for task, classes in tasks.items() if type(base).__name__ in classes.values()), None)
 
 
-def write_exported_card(
-    adapter: SavedAdapter, base: nn.Module, format: str, folder: Path, has_processor: bool
-) -> None:
+def write_exported_card(adapter: SavedAdapter, base: nn.Module, format: str, folder: Path, in_pipeline: bool) -> None:
     """Write the card of an exported adapter: the adapter's own, if it has one, but for how to load it.
 
     Args:
         base: the base model.
         format: `peft` or `merged`.
         folder: where the export goes.
-        has_processor: whether the tokenizer or image processor lies there as well.
+        in_pipeline: as in `AdapterInfo`.
     """
     own = adapter.folder / "README.md"
     card = ModelCard.load(own) if own.is_file() else ModelCard("---\ntags: []\n---\n\n# Surgical fine-tuning\n")
-    info, data = replace(adapter_info(adapter.config, base), has_processor=has_processor), card.data
+    info, data = replace(adapter_info(adapter.config, base), in_pipeline=in_pipeline), card.data
     head, task = adapter.config.head_config or info.head, data.get("pipeline_tag") or info.pipeline
     info = replace(info, head=head, pipeline=task)
     tags = {TAG, *(data.get("tags") or [])}

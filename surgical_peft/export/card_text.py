@@ -25,7 +25,7 @@ class AdapterInfo:
         commit: which of its commits, if that is known.
         head: what the config says of its new head, as `SurgicalConfig.head_config`; None if the head is the base's.
         pipeline: the Hub's name for what the model does, if it is known.
-        has_processor: whether the tokenizer or image processor lies beside the card.
+        in_pipeline: whether `pipeline` takes the model, and the tokenizer or image processor beside the card.
         subfolder: where the adapter lies, if not beside the card.
         tied: for each tuned weight that stands in several modules, the names of all its places.
     """
@@ -43,7 +43,7 @@ class AdapterInfo:
     commit: str | None
     head: dict[str, Any] | None = None
     pipeline: str | None = None
-    has_processor: bool = False
+    in_pipeline: bool = False
     subfolder: str | None = None
     tied: Sequence[Sequence[str]] = ()
 
@@ -59,7 +59,7 @@ def describe(tuned: Sequence[AdapterInfo]) -> str:
 def describe_export(info: AdapterInfo, format: str) -> str:
     """The same part for what an adapter was exported to: `peft` or `merged`."""
     if format == "merged":
-        if is_pipeline(info.pipeline) and info.has_processor:
+        if is_pipeline(info.pipeline) and info.in_pipeline:
             lines = ["from transformers import pipeline", "", f'predict = pipeline("{info.pipeline}", model="{HERE}")']
         else:
             lines = [*_import_base(info), "", f'model = {info.base_class}.from_pretrained("{HERE}")']
@@ -141,7 +141,7 @@ def _with_us(tuned: AdapterInfo) -> str:
         _load_adapter(tuned),
     ]
     text = "**`pip install surgical-peft`, and `import surgical_peft` before loading:**\n\n" + _code(lines)
-    if tuned.has_processor and is_pipeline(tuned.pipeline):
+    if tuned.in_pipeline and is_pipeline(tuned.pipeline):
         reader = reader_of(tuned.pipeline)
         text += f"\n\nIn a pipeline; the {reader.replace('_', ' ')} lies beside the adapter:\n\n" + _code(
             [

@@ -32,7 +32,7 @@ from ..validation import check_choice
 from .adapter_card import write_exported_card
 from .delta import DELTA_CONFIG, read_delta, write_delta, write_restored
 from .low_rank import write_lora
-from .processor import processor_of
+from .processor import fits_pipeline, processor_of
 from .stock_peft import stock_config, whole_modules
 
 FORMATS = ("peft", "merged", "delta", "lora", "adapter")
@@ -131,7 +131,7 @@ def _add_what_goes_with_it(
     for picture in adapter.folder.glob("*.png"):
         shutil.copyfile(picture, folder / picture.name)
     if format in ("peft", "merged") and model is not None:
-        write_exported_card(adapter, model, format, folder, processor is not None)
+        write_exported_card(adapter, model, format, folder, fits_pipeline(model, processor))
     elif format == "adapter" and (adapter.folder / "README.md").is_file():
         shutil.copyfile(adapter.folder / "README.md", folder / "README.md")
 

@@ -29,6 +29,11 @@ def processor_of(*names: str | Path | None) -> Any | None:
     return None
 
 
+def fits_pipeline(model: Any, processor: Any) -> bool:
+    """True if transformers' `pipeline` can serve a model: it makes three channels of every image."""
+    return processor is not None and getattr(getattr(model, "config", None), "num_channels", 3) == 3
+
+
 def _has(name: str, file: str) -> bool:
     quiet = (f"_raise_exceptions_for_{what}" for what in ("gated_repo", "missing_entries", "connection_errors"))
     return cached_file(name, file, **dict.fromkeys(quiet, False)) is not None

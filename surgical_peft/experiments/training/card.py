@@ -151,7 +151,7 @@ def _adapter(report: TrainingReport) -> AdapterInfo:
         commit=base.commit,
         head=_head(base.new_labels, report.dataset.labels),
         pipeline=report.pipeline or _shipped_pipeline(report.task),
-        has_processor=report.has_processor,
+        in_pipeline=report.in_pipeline,
     )
 
 

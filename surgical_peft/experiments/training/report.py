@@ -94,7 +94,7 @@ class TrainingReport:
         scored: the blocks that were scored.
         plot: file with the plot of the scores.
         pipeline: the Hub's name for the task; reports of versions before do not have it.
-        has_processor: whether the adapter's folder has a tokenizer or image processor; versions before put none there.
+        in_pipeline: whether `pipeline` takes the adapter's folder and model; versions before did not say.
     """
 
     name: str
@@ -120,12 +120,12 @@ class TrainingReport:
     scored: list[str] | None
     plot: str | None
     pipeline: str | None = None
-    has_processor: bool = False
+    in_pipeline: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, as `report.json` holds it."""
         values = to_json(self)
-        for part, key in ((values, "pipeline"), (values, "has_processor"), (values["dataset"], "summary")):
+        for part, key in ((values, "pipeline"), (values, "in_pipeline"), (values["dataset"], "summary")):
             if not part[key]:  # reports of versions before do not have it
                 del part[key]
         return values

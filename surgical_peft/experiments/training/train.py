@@ -20,7 +20,7 @@ from ...atomic_files import check_replaceable, whole_folder, write_text
 from ...auto import CRITERION, choose_blocks, get_surgical_model
 from ...criteria.budget import GRADIENTS, half_of
 from ...errors import SurgicalError
-from ...export.processor import processor_of
+from ...export.processor import fits_pipeline, processor_of
 from ...optim.callback import SurgicalCallback
 from ...optim.optimizer import surgical_optimizer
 from ...policies.policy import Policy
@@ -140,7 +140,7 @@ def train(recipe: Recipe, output: str | Path | None = None, console: Console | N
     scored, plot = (None, None) if scores is None else (list(scores.values), "scores.png")
     sizes = tuned, size
     report = make_report(recipe, task, trainer, beginning, (before, after), sizes, folder, scored, plot)
-    report = replace(report, has_processor=processor is not None)
+    report = replace(report, in_pipeline=fits_pipeline(wrapped, processor))
     write_text(folder / REPORT, json.dumps(report.to_json(), indent=2) + "\n")
     write_card(folder)
     return report
