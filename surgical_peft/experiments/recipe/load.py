@@ -21,7 +21,6 @@ _TYPES = {f.name: get_type_hints(Recipe)[f.name] for f in fields(Recipe) if f.na
 _TRAINING = {f.name: get_type_hints(TrainingArguments)[f.name] for f in fields(TrainingArguments) if f.init}
 _REFUSED = {
     "resume_from_checkpoint": "a recipe is trained from its start; resume with Trainer in Python",
-    "eval_strategy": "a recipe is measured before and after training, not during it",
 }
 RENAMED: dict[str, str] = {}  # a key of an earlier version, and what it is called now
 _PLAIN: dict[Any, tuple[type, ...]] = {
@@ -135,6 +134,8 @@ def _check_search(recipe: Recipe) -> None:
         check_number("a recipe", "rates", rate, "learning rates such as 1e-3, each a finite number", above=0)
     for seed in recipe.seeds or ():
         check_count("a recipe", "seeds", seed, "each", at_least=0, at_most=2**32 - 1)
+    if recipe.early_stopping_patience is not None:
+        check_count("a recipe", "early_stopping_patience", recipe.early_stopping_patience, "epochs")
     for key in ("rates", "seeds"):
         if len(set(getattr(recipe, key) or ())) != len(getattr(recipe, key) or ()):
             raise SurgicalError(f"{key}: {getattr(recipe, key)} has an entry twice: name it once.")

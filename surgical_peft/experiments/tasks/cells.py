@@ -75,6 +75,12 @@ def label_faults(rows: Any, column: str) -> list[Fault]:
     return _faults({"empty cell{s}": pc.is_null(cells), "cell{s} without a label (-1)": pc.equal(cells, -1)})
 
 
+def number_faults(rows: Any, column: str) -> list[Fault]:
+    """Numbers that are missing or not finite."""
+    is_finite = pc.is_finite(pc.cast(cells_of(rows, column), pa.float64()))
+    return _faults({"empty cell{s}": pc.invert(pc.fill_null(is_finite, False))})
+
+
 def list_faults(rows: Any, column: str) -> list[Fault]:
     """Lists that are missing or empty, or have an empty entry."""
     cells = cells_of(rows, column).combine_chunks()

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
-from datasets import Value
+from datasets import LargeList, List, Value
 
 from ...errors import SurgicalError
 from ..recipe.recipe import Recipe
@@ -135,16 +135,19 @@ def _hold_out(
 ) -> tuple[dict[str, Any], str]:
     rows = opened["train"]
     codes = np.zeros(len(rows), dtype=int)
+    if column is not None and isinstance(rows.features[column], List | LargeList):
+        column = None
     if column is not None:
         encoded = pc.dictionary_encode(cells_of(rows, column).combine_chunks())
         codes = np.asarray(encoded.indices)
     mask = held_out(codes, recipe.shift_seed)
+    share = f"{100 * SHARE:.0f} %"
     if not mask.any():
         raise SurgicalError(
-            f"{recipe.data} has no validation split, and {len(rows)} training rows are too few to hold out "
-            f"{100 * SHARE:.0f} % of them{' with each class left' if column else ''}: add rows, or a validation split."
+            f"{recipe.data} has no validation split, and {len(rows)} training rows are too few to hold out {share} "
+            f"of them{' with each class left' if column else ''}: add rows, or a validation split."
         )
     train, validation = rows.select(np.flatnonzero(~mask)), rows.select(np.flatnonzero(mask))
-    line = f"no validation split: {100 * SHARE:.0f} % of train, seed {recipe.shift_seed}"
-    line += ", by class" * (column is not None)
+    line = f"no validation split: {share} of train, seed {recipe.shift_seed}"
+    line += ", by class" if column else ""
     return {**opened, "train": train, "validation": validation}, f"{line}; {unused}" if unused else line

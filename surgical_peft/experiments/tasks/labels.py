@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 from datasets import ClassLabel
 
 from ...errors import SurgicalError
-from ...validation import nearest
+from ...validation import check_number, nearest
 from ..recipe.recipe import Recipe
 from ..shifts import keep_share, read_label_map
 from ..shifts.classes import class_number
@@ -27,17 +27,20 @@ class LabeledRows:
 
     Attributes:
         rows: for each split the places of its rows.
-        labels: for each split the label of each of these rows, a number from 0.
+        labels: for each split the label of each of these rows: a number from 0; of other targets than one class
+            what the loss takes.
         count: how many labels the model has.
         names: the names of the labels of a new head, or None where the labels are not the classes of the data.
         summary: how classes became labels.
+        weights: of the labels in the loss, or None where all count alike.
     """
 
     rows: dict[str, list[int]]
-    labels: dict[str, list[int]]
+    labels: dict[str, list[Any]]
     count: int
     names: list[str] | None
     summary: DataSummary
+    weights: list[float] | None = None
 
 
 def label_rows(recipe: Recipe, data: OpenedData, config: Any) -> LabeledRows:
@@ -73,7 +76,14 @@ def label_rows(recipe: Recipe, data: OpenedData, config: Any) -> LabeledRows:
             f"{recipe.data}: all {len(rows['train'])} rows of the split train have the label {labels['train'][0]} "
             f"(column {column!r}): {_TWO}. The classes are {listed(classes)}."
         )
-    return LabeledRows(rows, labels, count, classes if recipe.label_map is None else None, summary)
+    names = classes if recipe.label_map is None else None
+    weights = None
+    if recipe.class_weights is not None and "train" in labels:
+        weights = _read_weights(recipe, labels["train"], count)
+        labeled = [(name, label) for name, label in zip(classes, label_map, strict=True) if label is not None]
+        pairs = [f"{name} {weights[label]:.3g}" for name, label in labeled]
+        summary += DataSummary((f"class weights: {listed(pairs)}",))
+    return LabeledRows(rows, labels, count, names, summary, weights)
 
 
 _TWO = "to choose between classes there must be two"
@@ -214,6 +224,21 @@ def class_numbers(feature: Any, cells: Any, classes: list[str], where: str) -> l
 
 def _is_text(kind: Any) -> bool:
     return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+
+
+def _read_weights(recipe: Recipe, labels: list[int], count: int) -> list[float]:
+    """The weight of each label in the loss; `balanced` as scikit-learn has it, so that every label counts as much."""
+    given = recipe.class_weights
+    if recipe.training.get("label_smoothing_factor"):
+        raise SurgicalError(f"class_weights={given}: label_smoothing_factor has a loss of its own: drop one of them.")
+    if given == "balanced":
+        sizes = np.bincount(labels, minlength=count)
+        return [float(len(labels) / ((sizes > 0).sum() * size)) if size else 0.0 for size in sizes]
+    if not isinstance(given, list) or len(given) != count:
+        raise SurgicalError(f"class_weights={given!r} is neither balanced nor a list of {count} weights, one a label.")
+    for weight in given:
+        check_number("a recipe", "class_weights", weight, at_least=0)
+    return [float(weight) for weight in given]
 
 
 def _read_shares(imbalance: dict[Any, Any], classes: list[str]) -> dict[int, float]:

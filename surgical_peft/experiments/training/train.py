@@ -14,7 +14,15 @@ import torch
 from rich.console import Console
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, default_data_collator, set_seed
+from transformers import (
+    EarlyStoppingCallback,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    default_data_collator,
+    set_seed,
+)
 
 from ...atomic_files import check_replaceable, whole_folder, write_text
 from ...auto import CRITERION, choose_blocks, get_surgical_model
@@ -124,7 +132,10 @@ def train(recipe: Recipe, output: str | Path | None = None, console: Console | N
 
         before = measured("before")
         callbacks = [SurgicalCallback(), *([TrainingStage(stages)] if args.disable_tqdm else [])]
-        trainer = fit(wrapped, args, task.splits["train"], policy, callbacks, task.collate)
+        if recipe.early_stopping_patience is not None:
+            callbacks.append(EarlyStoppingCallback(recipe.early_stopping_patience))
+        judged = task.splits["validation"] if args.eval_strategy != "no" else None
+        trainer = fit(wrapped, args, task.splits["train"], policy, callbacks, task.collate, judged)
         after = measured("after")
     _check_finite(wrapped, args, {f"{task.metric} on {split}": value for split, value in after.items()})
     with whole_folder(folder / "adapter", _ADAPTER) as temporary:
@@ -164,13 +175,18 @@ def fit(
     policy: Policy | None = None,
     callbacks: Sequence[TrainerCallback] = (),
     collate: Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]] = default_data_collator,
+    judged: Examples | None = None,
 ) -> Trainer:
-    """Train what has `requires_grad` with `Trainer`, each block at its rate; returns the trainer."""
+    """Train what has `requires_grad` with `Trainer`, each block at its rate; returns the trainer.
+
+    With an `eval_strategy` among the arguments, the loss on the examples `judged` is told as it says.
+    """
     set_seed(args.seed)
     trainer = Trainer(
         model=model,
         args=args,
         train_dataset=examples,
+        eval_dataset=judged,
         data_collator=collate,
         optimizer_cls_and_kwargs=surgical_optimizer(args, policy),  # type: ignore[arg-type]
         callbacks=list(callbacks),
