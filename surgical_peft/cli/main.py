@@ -1,4 +1,7 @@
-"""The command line: `blocks | score | search | compare | advise | train | predict | export | card | push | ...`."""
+"""The command line.
+
+`blocks | score | search | compare | advise | train | predict | export | card | push | quickstart`
+"""
 
 from __future__ import annotations
 
@@ -156,7 +159,7 @@ def export(
     rank: Annotated[int | None, typer.Option(help="Rank of the LoRA, for --format lora.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write an adapter in a form that others load."""
+    """Write an adapter in a form that others load; `--format lora` needs `--rank`, the others nothing more."""
     from ..export.export import export as export_adapter
 
     report = export_adapter(adapter, output, format, base_model=base, rank=rank)

@@ -23,7 +23,7 @@ class AdapterInfo:
         base_class: its class in transformers; None if it is not of transformers.
         on_hub: whether the base model is from the Hub.
         commit: which of its commits, if that is known.
-        head: what the config says of its new head, as `SurgicalConfig.head_config`; None if the head is the base's.
+        head: what the config says of its head, as `SurgicalConfig.head_config`; None if it is the base's.
         pipeline: the Hub's name for what the model does, if it is known.
         in_pipeline: whether `pipeline` takes the model, and the tokenizer or image processor beside the card.
         subfolder: where the adapter lies, if not beside the card.
@@ -191,18 +191,19 @@ def _load_base(tuned: AdapterInfo) -> list[str]:
         return []
     name = tuned.base if tuned.on_hub else "folder of the base model"
     arguments = [f'"{name}"', *([f'revision="{tuned.commit}"'] if tuned.commit else [])]
-    if tuned.head:
-        arguments += [f"num_labels={tuned.head['num_labels']}", "ignore_mismatched_sizes=True"]
+    if labels := (tuned.head or {}).get("num_labels"):
+        arguments += [f"num_labels={labels}", "ignore_mismatched_sizes=True"]
     return [f"base_model = {tuned.base_class}.from_pretrained({', '.join(arguments)})"]
 
 
 def _names_of_labels(tuned: AdapterInfo) -> list[str]:
-    """Lines that name the labels of a new head, which the adapter does by itself where it is loaded as one."""
+    """Lines that name the labels, which the adapter does by itself where it is loaded as one."""
     names = (tuned.head or {}).get("id2label")
     if not names or tuned.base_class is None:
         return []
+    ordered = sorted((int(label), name) for label, name in names.items())
     return [
-        f"base_model.config.id2label = {{{', '.join(f'{label}: {name!r}' for label, name in names.items())}}}",
+        f"base_model.config.id2label = {{{', '.join(f'{label}: {name!r}' for label, name in ordered)}}}",
         "base_model.config.label2id = {name: label for label, name in base_model.config.id2label.items()}",
     ]
 

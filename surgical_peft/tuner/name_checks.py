@@ -62,20 +62,20 @@ def check_head_config(value: dict[str, Any] | None) -> None:
     Raises:
         SurgicalError: another type, or names that are not those of the labels.
     """
-    value = {"num_labels": 1} if value is None else value
-    count, names = value.get("num_labels"), value.get("id2label")
-    labels = [str(label) for label in range(count)] if isinstance(count, int) and 0 < count < 10**6 else None
-    named = names is None or (isinstance(names, dict) and list(names) == labels and _all_strings(names.values()))
-    kinds = isinstance(value.get("problem_type", ""), str) and isinstance(value.get("pad_token_id", 0), int)
-    if not (labels and named and kinds):
+    if value is None:
+        return
+    names, kinds = value.get("id2label", {}), {"problem_type": str, "pad_token_id": int}
+    is_dict = isinstance(names, dict)
+    count = value.get("num_labels", len(names) if is_dict else 0)
+    is_count = isinstance(count, int) and 0 < count < 10**6
+    are_names = is_dict and all(isinstance(name, str) for name in names.values())
+    if names and is_count and are_names:
+        are_names = names.keys() == {str(label) for label in range(count)}
+    if not (is_count and are_names and all(isinstance(value.get(key, kind()), kind) for key, kind in kinds.items())):
         raise SurgicalError(
             f"head_config={value!r} is no head: num_labels is a number, id2label the names of '0', '1' and so on, "
             "problem_type a string, pad_token_id a number."
         )
-
-
-def _all_strings(values: Iterable[Any]) -> bool:
-    return all(isinstance(value, str) for value in values)
 
 
 def check_matching(expressions: dict[str, str], names: Iterable[str]) -> None:

@@ -131,6 +131,32 @@ def test_a_head_that_transformers_made_comes_back_with_its_names(tmp_path: Path)
         PeftModel.from_pretrained(load(tmp_path / "encoder", num_labels=2), tmp_path / "adapter")
 
 
+def test_names_that_the_checkpoint_lacks_come_along(tmp_path: Path) -> None:
+    """Of a trained head that only numbers its labels, where the data or the user name them."""
+    recipe = TOY_TASKS["text_classification"](tmp_path)
+    training = {"max_steps": 1, "per_device_train_batch_size": 4, "use_cpu": True}
+    train(replace(recipe, blocks=[-1], training=training), tmp_path / "run")
+    config = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())
+    assert config["head_config"] == {"id2label": {"0": "ham", "1": "spam"}}
+    base = AutoModelForSequenceClassification.from_pretrained(recipe.model)
+    assert base.config.id2label[0] == "LABEL_0"
+    assert PeftModel.from_pretrained(base, tmp_path / "run" / "adapter").config.id2label == {0: "ham", 1: "spam"}
+    text = (tmp_path / "run" / "adapter" / "README.md").read_text()
+    assert "Labels of the model: ham, spam" in text and "num_labels" not in text
+
+
+def test_more_than_ten_labels_keep_their_order(tmp_path: Path) -> None:
+    """The file sorts its keys as text: 0, 1, 10, 11, 2."""
+    names = {label: f"kind {label}" for label in range(12)}
+    TOYS["bert"].model().bert.save_pretrained(tmp_path / "encoder")  # type: ignore[union-attr,operator]
+    load = AutoModelForSequenceClassification.from_pretrained
+    model = load(tmp_path / "encoder", id2label=names, label2id={name: label for label, name in names.items()})
+    get_peft_model(model, SurgicalConfig(blocks=["head"])).save_pretrained(tmp_path / "adapter")
+    again = PeftModel.from_pretrained(load(tmp_path / "encoder", num_labels=12), tmp_path / "adapter")
+    assert list(again.config.id2label.items()) == list(names.items())
+    assert "10: 'kind 10', 11:" in (tmp_path / "adapter" / "README.md").read_text()
+
+
 def test_the_active_adapter_names_the_labels(tmp_path: Path) -> None:
     toy = TOYS["bert"]
     for letters in ("abc", "xyz"):

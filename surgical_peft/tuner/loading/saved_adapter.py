@@ -138,7 +138,7 @@ def load_base(config: SurgicalConfig, tensors: Mapping[str, Tensor], base: Base 
         "output_loading_info": True,
         "ignore_mismatched_sizes": True,
     }
-    head = {"num_labels": config.head_config["num_labels"]} if config.head_config else {}
+    head = {key: value for key, value in (config.head_config or {}).items() if key == "num_labels"}
     model, info = load(**loading, **head)
     if not head and (count := _labels_of_new_head(model, tensors)):  # of a version that did not note it
         model, info = load(**loading, num_labels=count)
