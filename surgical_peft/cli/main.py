@@ -1,4 +1,7 @@
-"""The command line: `blocks | score | search | compare | advise | train | export | card | push | quickstart`."""
+"""The command line.
+
+`blocks | score | search | compare | advise | train | predict | export | card | push | quickstart`
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,7 @@ from typer.core import TyperCommand
 from ..errors import SurgicalError
 from .experiments import advise, compare, open_recipe, search
 from .options import AsJson, RecipeFile, Tiny, console, print_json
+from .predict import predict
 
 app = typer.Typer(
     help="Fully fine-tune only the blocks of a transformer that new data need.",
@@ -135,6 +139,9 @@ def train(
     console.print(f"Adapter: {report.adapter}")
 
 
+app.command(cls=Command)(predict)
+
+
 @app.command(cls=Command)
 def export(
     adapter: Annotated[Path, typer.Argument(help="An adapter's folder, or that of a delta.")],
@@ -152,7 +159,7 @@ def export(
     rank: Annotated[int | None, typer.Option(help="Rank of the LoRA, for --format lora.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write an adapter in a form that others load."""
+    """Write an adapter in a form that others load; `--format lora` needs `--rank`, the others nothing more."""
     from ..export.export import export as export_adapter
 
     report = export_adapter(adapter, output, format, base_model=base, rank=rank)

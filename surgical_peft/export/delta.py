@@ -104,7 +104,9 @@ def read_delta(folder: Path, base_model: Base) -> tuple[SavedAdapter, LoadedBase
         dtypes = {name: _dtype(entry["dtype"]) for name, entry in entries.items()}
         if not dtypes:
             raise ValueError("it holds no tensor")
-    base = load_base(config, [torch.empty(0, dtype=dtype) for dtype in dtypes.values()], base_model)
+        shapes = {name: _shape_of(name, entry) for name, entry in entries.items()}
+    tuned = {name: torch.empty(shape, dtype=dtypes[name], device="meta") for name, shape in shapes.items()}
+    base = load_base(config, tuned, base_model)
     state = base.model.state_dict()
     with _reading(path, zlib.error, *_MALFORMED):
         tensors = {name: _restore(name, entry, arrays, state, dtypes[name]) for name, entry in entries.items()}
@@ -130,13 +132,18 @@ def _reading(path: Path, *corrupt: type[Exception]) -> Iterator[None]:
         raise SurgicalError(f"{str(path)!r} is missing or corrupt ({error}): copy or export it again.") from error
 
 
+def _shape_of(name: str, entry: dict[str, Any]) -> tuple[int, ...]:
+    shape = tuple(map(operator.index, entry["shape"]))
+    if min(shape, default=0) < 0 or math.prod(shape) >= 2**60:
+        raise ValueError(f"{name!r} has the shape {shape}")
+    return shape
+
+
 def _restore(
     name: str, entry: dict[str, Any], arrays: dict[str, np.ndarray], state: dict[str, Tensor], dtype: torch.dtype
 ) -> Tensor:
     """One tensor of the adapter, from its planes and the base model's bits."""
-    shape, width = tuple(map(operator.index, entry["shape"])), min(dtype.itemsize, 8)
-    if min(shape, default=0) < 0:
-        raise ValueError(f"{name!r} has the shape {shape}")
+    shape, width = _shape_of(name, entry), min(dtype.itemsize, 8)
     count = math.prod(shape) * dtype.itemsize // width
     if entry["of"] == "weights":
         bits = _unpack(arrays[name].tobytes(), entry["planes"], count, width)

@@ -69,7 +69,8 @@ def modules_to_tune(
     if config.blocks == "auto":
         raise SurgicalError(
             "blocks='auto' needs data to choose by: call get_surgical_model(model, config, dataloader), which scores "
-            "the blocks and then calls get_peft_model."
+            "the blocks and then calls get_peft_model. A Trainer will do in the place of the dataloader, also one of "
+            "TRL, made without peft_config: get_surgical_model(trainer.model, config, trainer)."
         )
     names: tuple[str, ...] = ()
     targets: dict[str, set[str] | None] = {}

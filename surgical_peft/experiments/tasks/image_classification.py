@@ -32,7 +32,7 @@ from .targets import load_with_loss, target_of
 from .task import Examples, Task, TinyTask, load_or_raise, with_info
 from .tiny_data import label_feature, labels_of
 
-_MODES = {1: "L", 3: "RGB"}
+MODES = {1: "L", 3: "RGB"}
 IMAGE = ColumnType("images", lambda feature: isinstance(feature, Image), image_faults)
 
 
@@ -83,7 +83,7 @@ def image_classification(recipe: Recipe, splits: Sequence[str]) -> Task:
             labeled.rows[split],
             labeled.labels[split],
             processor,
-            _MODES.get(getattr(config, "num_channels", 3), "RGB"),
+            MODES.get(getattr(config, "num_channels", 3), "RGB"),
             shape,
             corrupt,
             (zlib.crc32(split.encode()), recipe.shift_seed),
@@ -101,6 +101,7 @@ def image_classification(recipe: Recipe, splits: Sequence[str]) -> Task:
         ),
         splits=examples,
         collate=default_data_collator,
+        processor=processor,
         metric=recipe.metric or target.metrics[0],
         measure=measure,
         names_labels=labeled.count > 1,

@@ -25,7 +25,7 @@ def model_loader(
         auto: the Auto class of transformers that loads it.
         recipe: with `new_head`, the head gets fresh weights, by the recipe's seed.
         count: of labels of the new head.
-        names: of these labels.
+        names: of these labels, or of a head that only numbers as many (`LABEL_0`).
     """
 
     def load() -> nn.Module:
@@ -37,9 +37,17 @@ def model_loader(
                 f"{recipe.model} has no weights for {', '.join(sorted(loading['missing_keys']))}: it was not trained "
                 f"for {recipe.task}. Write new_head: true to make and train a new head, or take another model."
             )
+        if names and names_are_missing(model.config, names):
+            model.config.id2label = dict(enumerate(names))
+            model.config.label2id = {name: label for label, name in enumerate(names)}
         return model
 
     return load
+
+
+def names_are_missing(config: Any, names: list[str]) -> bool:
+    """True if a model has as many labels as there are `names`, and only numbers them."""
+    return config.id2label == {label: f"LABEL_{label}" for label in range(len(names))}
 
 
 def modules_to_save(recipe: Recipe, model: nn.Module) -> list[str] | None:

@@ -44,6 +44,7 @@ class Task:
         measure: that metric of a model on examples. It works in eval mode, on the model's device and in batches of a
             fixed size, and leaves the model in the mode that it had.
         names_labels: whether the labels that the model's config names are what it predicts; a card lists them.
+        processor: the tokenizer or image processor that made the examples; it is saved beside the adapter.
         summary: what was understood of the data.
     """
 
@@ -53,6 +54,7 @@ class Task:
     metric: str
     measure: Callable[[nn.Module, Examples], float]
     names_labels: bool = False
+    processor: Any = None
     summary: DataSummary = field(default_factory=DataSummary)
 
 

@@ -76,9 +76,10 @@ def tokenizing(recipe: Recipe) -> Tokenizing:
             f"max_length={recipe.max_length} does not fit {recipe.model}, which takes 1 to "
             f"{min(limits, default='any')}."
         )
-    return Tokenizing(
-        tokenizer, config, recipe.max_length or min(limits, default=None), _shift(recipe, tokenizer), recipe.shift_seed
-    )
+    longest = recipe.max_length or min(limits, default=None)
+    if longest is not None:
+        tokenizer.model_max_length = longest  # saved with it, so that whoever predicts cuts off there, too
+    return Tokenizing(tokenizer, config, longest, _shift(recipe, tokenizer), recipe.shift_seed)
 
 
 def _shift(recipe: Recipe, tokenizer: Any) -> TextShift | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from operator import length_hint
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from ...atomic_files import check_replaceable, whole_folder, write_text
 from ...auto import CRITERION, choose_blocks, get_surgical_model
 from ...criteria.budget import GRADIENTS, half_of
 from ...errors import SurgicalError
+from ...export.processor import fits_pipeline, processor_of
 from ...optim.callback import SurgicalCallback
 from ...optim.optimizer import surgical_optimizer
 from ...policies.policy import Policy
@@ -108,6 +110,7 @@ def train(recipe: Recipe, output: str | Path | None = None, console: Console | N
     with Stages(console) as stages:
         stages.begin(f"load {recipe.model} and {recipe.data}")
         task, beginning = load_task(recipe), start(recipe)
+        processor = task.processor or processor_of(recipe.model)
         stages.begin("load the model")
         task.summary.show(stages.console)
         model = task.load_model().to(args.device)
@@ -137,6 +140,8 @@ def train(recipe: Recipe, output: str | Path | None = None, console: Console | N
     _check_finite(wrapped, args, {f"{task.metric} on {split}": value for split, value in after.items()})
     with whole_folder(folder / "adapter", _ADAPTER) as temporary:
         wrapped.save_pretrained(temporary)
+        if processor is not None:
+            processor.save_pretrained(temporary)
         if (folder / "adapter").exists():  # what an earlier run said of its adapter goes with it
             for stale in ("report.json", "scores.json", "scores.png"):
                 (folder / stale).unlink(missing_ok=True)
@@ -146,6 +151,7 @@ def train(recipe: Recipe, output: str | Path | None = None, console: Console | N
     scored, plot = (None, None) if scores is None else (list(scores.values), "scores.png")
     sizes = tuned, size
     report = make_report(recipe, task, trainer, beginning, (before, after), sizes, folder, scored, plot)
+    report = replace(report, in_pipeline=fits_pipeline(wrapped, processor))
     write_text(folder / REPORT, json.dumps(report.to_json(), indent=2) + "\n")
     write_card(folder)
     return report

@@ -121,6 +121,8 @@ def match(model: nn.Module, config: SurgicalConfig, saved: Shapes, expected: Sha
         shape = {**extra, **expected}[name]
         if saved[key] != shape and shape != (0,):  # DeepSpeed leaves an empty tensor where it shards
             cure = "call resize_token_embeddings first" if name in extra else "load its own base model"
+            if name not in extra and saved[key][:1] == ((config.head_config or {}).get("num_labels"),):
+                cure += f" with num_labels={saved[key][0]}, ignore_mismatched_sizes=True, for its new head"
             raise SurgicalError(
                 f"{what} is for a model of another size: {key} has shape {saved[key]} there and {shape} in {whose}. "
                 f"Nothing of it was loaded: {cure}."

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -118,8 +119,11 @@ def read_json(path: Path, kind: str) -> dict[str, Any]:
     return values
 
 
-def load_base(config: SurgicalConfig, tensors: Iterable[Tensor], base: Base = None) -> LoadedBase:
-    """The base model, in the precision of the tuned `tensors`.
+def load_base(config: SurgicalConfig, tensors: Mapping[str, Tensor], base: Base = None) -> LoadedBase:
+    """The base model, in the precision of the tuned `tensors`, and with a head for as many labels.
+
+    Args:
+        tensors: of the adapter, by their names in the base model; on the meta device if they are not at hand.
 
     Raises:
         SurgicalError: nothing says which model it is, or it cannot be loaded.
@@ -127,17 +131,30 @@ def load_base(config: SurgicalConfig, tensors: Iterable[Tensor], base: Base = No
     if isinstance(base, nn.Module):
         return LoadedBase(base, frozenset())
     name = _name_of_base(config, base)
-    model_class = _class_of(config, name)
-    dtypes = {tensor.dtype for tensor in tensors if tensor.is_floating_point()}
-    model, info = _found(
-        model_class.from_pretrained,
-        name,
-        dtype=dtypes.pop() if len(dtypes) == 1 else "auto",
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,
-    )
+    load = partial(_found, _class_of(config, name).from_pretrained, name)
+    dtypes = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
+    loading = {
+        "dtype": dtypes.pop() if len(dtypes) == 1 else "auto",
+        "output_loading_info": True,
+        "ignore_mismatched_sizes": True,
+    }
+    head = {key: value for key, value in (config.head_config or {}).items() if key == "num_labels"}
+    model, info = load(**loading, **head)
+    if not head and (count := _labels_of_new_head(model, tensors)):  # of a version that did not note it
+        model, info = load(**loading, num_labels=count)
     mismatched = {key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]}
     return LoadedBase(model.eval(), frozenset(info["missing_keys"]) | mismatched)
+
+
+def _labels_of_new_head(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> int | None:
+    """The number of labels, if all `tensors` of another shape than in the model differ in this alone."""
+    state, labels = model.state_dict(), model.config.num_labels
+    other = [
+        (t.shape, state[name].shape) for name, t in tensors.items() if name in state and t.shape != state[name].shape
+    ]
+    counts = {there[:1] for there, here in other if here[:1] == (labels,) and here[1:] == there[1:]}
+    alike = len(counts) == 1 and all(there[:1] in counts and here[:1] == (labels,) for there, here in other)
+    return int(counts.pop()[0]) if alike else None
 
 
 def skeleton_of_base(config: SurgicalConfig, base: Base = None) -> nn.Module | None:
