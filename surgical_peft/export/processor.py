@@ -23,7 +23,7 @@ def processor_of(*names: str | Path | None) -> Any | None:
     for name in filter(None, names):
         try:
             if any(_has(str(name), file) for file in _FILES):
-                return AutoProcessor.from_pretrained(str(name))
+                return AutoProcessor.from_pretrained(str(name), trust_remote_code=False)
         except (OSError, ValueError, ImportError):  # not at hand, damaged, or of a package that is not installed
             continue
     return None

@@ -29,7 +29,7 @@ from .columns import ColumnType
 from .dataset import open_data
 from .source_model import model_loader
 from .targets import load_with_loss, target_of
-from .task import Examples, Task, TinyTask, load_or_raise, with_info
+from .task import Examples, Task, TinyTask, load_pretrained, with_info
 from .tiny_data import label_feature, labels_of
 
 MODES = {1: "L", 3: "RGB"}
@@ -69,8 +69,8 @@ def image_classification(recipe: Recipe, splits: Sequence[str]) -> Task:
     """
     target = target_of(recipe)
     measure = target.measure(recipe.metric)
-    config = load_or_raise(AutoConfig.from_pretrained, recipe.model, "model")
-    processor = load_or_raise(AutoImageProcessor.from_pretrained, recipe.model, "image processor of", backend="pil")
+    config = load_pretrained(AutoConfig.from_pretrained, recipe.model, "model")
+    processor = load_pretrained(AutoImageProcessor.from_pretrained, recipe.model, "image processor of", backend="pil")
     corrupt = corruption(recipe.corruption, recipe.severity) if recipe.corruption else None
     data = open_data(recipe, splits, {"image": IMAGE, "label": target.column}, target.classes)
     labeled = target.label_rows(recipe, data, config)

@@ -13,7 +13,7 @@ from transformers import AutoConfig, TrainingArguments
 from ...blocks.block_map import BlockMap
 from ...errors import SurgicalError
 from ..recipe.recipe import Recipe
-from .task import load_or_raise
+from .task import load_pretrained
 
 
 def model_loader(
@@ -31,7 +31,7 @@ def model_loader(
     def load() -> nn.Module:
         if recipe.new_head:
             return _with_new_head(auto, recipe, count, names)
-        model, loading = load_or_raise(auto.from_pretrained, recipe.model, "model", output_loading_info=True)
+        model, loading = load_pretrained(auto.from_pretrained, recipe.model, "model", output_loading_info=True)
         if loading["missing_keys"]:
             raise SurgicalError(
                 f"{recipe.model} has no weights for {', '.join(sorted(loading['missing_keys']))}: it was not trained "
@@ -60,13 +60,13 @@ def modules_to_save(recipe: Recipe, model: nn.Module) -> list[str] | None:
 
 def _with_new_head(auto: Any, recipe: Recipe, count: int | None, names: list[str] | None) -> nn.Module:
     labels = {"num_labels": count} | ({"id2label": dict(enumerate(names))} if names else {})
-    config = load_or_raise(AutoConfig.from_pretrained, recipe.model, "model", **labels)
+    config = load_pretrained(AutoConfig.from_pretrained, recipe.model, "model", **labels)
     with torch.random.fork_rng(devices=[]):  # what the caller draws does not depend on it
         # A stream of its own: the source model may have begun with the very head that this seed gives.
         seed = recipe.training.get("seed", TrainingArguments.seed)
         torch.manual_seed(random.Random(f"new head {seed}").getrandbits(63))
         model = auto.from_config(config)
-        source = load_or_raise(
+        source = load_pretrained(
             auto.from_pretrained, recipe.model, "model", config=config, ignore_mismatched_sizes=True
         )
     if source.base_model is source:

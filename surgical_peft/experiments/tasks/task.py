@@ -154,6 +154,14 @@ def load_or_raise(load: Callable[..., Any], name: str, kind: str, **kwargs: Any)
         raise SurgicalError(f"the {kind} {name!r} cannot be loaded: {missing}{_reason(error)}") from error
 
 
+def load_pretrained(load: Callable[..., Any], name: str, kind: str, **kwargs: Any) -> Any:
+    """`load_or_raise` for what transformers loads: code that lies beside a model is not run, nor asked about.
+
+    Asked at a prompt, which is what transformers does otherwise, a script answers yes.
+    """
+    return load_or_raise(load, name, kind, trust_remote_code=False, **kwargs)
+
+
 def _reason(error: BaseException) -> str:
     """The first line that says something: datasets only says that there was an error, and hangs the cause on it."""
     lines = [line.strip() for line in str(error).splitlines() if not line.startswith("An error occurred while gen")]

@@ -233,9 +233,9 @@ def _class_of(config: SurgicalConfig, name: str) -> Any:
 
 
 def _found(load: Callable[..., Any], name: str, **kwargs: Any) -> Any:
-    """`load(name)`, with one kind of error for all the ways in which transformers misses something."""
+    """`load(name)` without code of the model's own; one kind of error for all that transformers may miss."""
     try:
-        return load(name, **kwargs)
+        return load(name, trust_remote_code=False, **kwargs)
     except (OSError, ValueError, SafetensorError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise SurgicalError(
