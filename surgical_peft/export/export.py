@@ -11,6 +11,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from peft.utils.constants import CONFIG_NAME
@@ -18,7 +19,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..atomic_files import check_replaceable, whole_folder
-from ..errors import SurgicalError
+from ..errors import SurgicalError, first_of
 from ..tuner.loading.saved_adapter import (
     Base,
     LoadedBase,
@@ -98,6 +99,8 @@ def export(
             adapter = read_adapter(folder)
         else:
             adapter = read_adapter(source)
+        if format in ("merged", "lora"):  # the others hold what is there, to the bit
+            _check_finite(adapter)
         _check_apart(out, [adapter.config.base_model_name_or_path])
         if base is None and format in _WITH_BASE:
             base = load_base(adapter.config, adapter.tensors, base_model)
@@ -109,7 +112,10 @@ def export(
             shutil.copyfile(adapter.folder / SAFETENSORS_WEIGHTS_NAME, temporary / SAFETENSORS_WEIGHTS_NAME)
             if format == "peft":
                 model = model or skeleton_of_base(adapter.config, base_model)
-                stock_config(adapter.config, whole_modules(adapter, model)).save_pretrained(str(temporary))
+                modules = whole_modules(adapter, model)
+                if model is not None:
+                    check_fits(adapter, model.state_dict(), adapter.new_to(LoadedBase(model, frozenset())))
+                stock_config(adapter.config, modules).save_pretrained(str(temporary))
             else:
                 shutil.copyfile(adapter.folder / CONFIG_NAME, temporary / CONFIG_NAME)
             report = {}
@@ -168,6 +174,15 @@ _WITH_BASE: dict[str, Callable[[SavedAdapter, LoadedBase, int | None, Path], dic
     "delta": _delta,
     "lora": _lora,
 }
+
+
+def _check_finite(adapter: SavedAdapter) -> None:
+    wide = {key: value for key, value in adapter.tensors.items() if value.element_size() > 1}  # torch tests no float8
+    if broken := [key for key, value in wide.items() if not torch.isfinite(value).all()]:
+        raise SurgicalError(
+            f"{str(adapter.folder)!r} holds NaN or infinity in {first_of(broken)}: train it again at a lower rate, or "
+            "copy it again."
+        )
 
 
 def _check_apart(out: Path, read: Iterable[Base]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -405,6 +406,41 @@ def test_a_delta_with_altered_bytes_is_refused_or_seen(tmp_path: Path) -> None:
         save_file(changed, file, metadata=metadata)
         with pytest.raises(SurgicalError, match="corrupt"):
             export(tmp_path / "delta", tmp_path / "back", "adapter")
+
+
+DAMAGE: dict[str, Callable[[Tensor], Tensor]] = {
+    "NaN": lambda tensor: tensor.fill_(torch.nan),
+    "infinity": lambda tensor: tensor.fill_(torch.inf),
+    "int64": lambda tensor: tensor.to(torch.int64),
+    "bool": lambda tensor: tensor.to(torch.bool),
+    "complex": lambda tensor: tensor.to(torch.complex64),
+    "shape": lambda tensor: torch.cat([tensor, tensor]),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_weights_that_cannot_be_right_go_into_no_format(kind: str, tmp_path: Path) -> None:
+    """`merged` wrote NaN, and whole numbers and booleans became floats."""
+    base, _ = toy_adapter(TOYS["vit"], tmp_path)
+    weights = load_file(tmp_path / "adapter" / WEIGHTS)
+    first = next(key for key, value in weights.items() if value.dim() == 2)
+    save_file({**weights, first: DAMAGE[kind](weights[first])}, tmp_path / "adapter" / WEIGHTS)
+    whole = kind not in ("NaN", "infinity")  # a delta holds any numbers, to the bit
+    for name in ("merged", "lora", *(("peft", "delta") if whole else ())):
+        with pytest.raises(SurgicalError):
+            export(tmp_path / "adapter", tmp_path / name, name, base_model=base, rank=2 if name == "lora" else None)
+        assert not (tmp_path / name).exists()
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", WEIGHTS])
+def test_a_named_pipe_is_not_waited_for(name: str, tmp_path: Path) -> None:
+    base, _ = toy_adapter(TOYS["vit"], tmp_path)
+    (tmp_path / "adapter" / name).unlink()
+    os.mkfifo(tmp_path / "adapter" / name)
+    with pytest.raises(SurgicalError):
+        export(tmp_path / "adapter", tmp_path / "out", "peft", base_model=base)
+    with pytest.raises(ValueError, match=name.partition(".")[0]):
+        PeftModel.from_pretrained(base, str(tmp_path / "adapter"))
 
 
 def _written(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:

@@ -112,7 +112,7 @@ def read_json(path: Path, kind: str) -> dict[str, Any]:
         raise SurgicalError(f"{str(path.parent)!r} is no {kind}'s folder: it has no {path.name}.{hint}")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise SurgicalError(f"{str(path)!r} is not readable as JSON ({error}): copy or save it again.") from error
     if not isinstance(values, dict):
         raise SurgicalError(f"{str(path)!r} holds a {type(values).__name__}, not a dictionary: save it again.")
@@ -189,7 +189,8 @@ def check_fits(adapter: SavedAdapter, state: dict[str, Tensor], new: frozenset[s
                 f"the adapter tunes {name!r}, and the base model has no weight of that name: give the model that the "
                 f"adapter was made from ({adapter.config.base_model_name_or_path!r})."
             )
-        same = tuned.shape == state[name].shape and tuned.is_floating_point() == state[name].is_floating_point()
+        both_float = tuned.is_floating_point() and state[name].is_floating_point()
+        same = tuned.shape == state[name].shape and (both_float or tuned.dtype == state[name].dtype)
         if not same and name not in new:
             raise SurgicalError(
                 f"{name!r} is {_kind(tuned)} in the adapter and {_kind(state[name])} in the base model: give the one "
