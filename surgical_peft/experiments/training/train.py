@@ -108,8 +108,8 @@ def train(recipe: Recipe, output: str | Path | None = None, console: Console | N
     with Stages(console) as stages:
         stages.begin(f"load {recipe.model} and {recipe.data}")
         task, beginning = load_task(recipe), start(recipe)
-        stages.begin("load the model")
-        task.summary.show(stages.console)
+        for line in task.summary:
+            stages.say(line)
         model = task.load_model().to(args.device)
         size = sum(parameter.numel() for parameter in model.parameters())
         config, scores = recipe.config(), None
