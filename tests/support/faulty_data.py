@@ -199,6 +199,7 @@ CASES = {
     "no label column": Case(no_label, "none of its columns can be the label"),
     "an id as label": Case(ids, "100 different values in 100 rows", keys=NEW),
     "labels of -1": Case(unlabeled_test, r"split test: column label has cells without a label \(-1\) in all 10 rows"),
+    "and no test split": Case(unlabeled_test, "no test split", True, {"splits": {"test": None}}),
     "empty cells": Case(
         empty_cells,
         r"column text has 1 empty cell, row 20(.|\n)*3 empty cells, rows 12, 40, 47.*(.|\n)*drop_empty: true",

@@ -165,12 +165,13 @@ def _is_hidden(path: Path) -> bool:
     return any(part.startswith((".", "__")) for part in path.parts)
 
 
-def assign_splits(source: DataSource, given: Mapping[str, str]) -> dict[str, str | None]:
+def assign_splits(source: DataSource, given: Mapping[str, str | None]) -> dict[str, str | None]:
     """Which split of the data is which of a recipe's; None where there is none.
 
     Args:
         source: the data.
-        given: the recipe's `splits`. A split that is named there is not used under its own name as well.
+        given: the recipe's `splits`. A split that is named there is not used under its own name as well; None is for
+            no split.
 
     Raises:
         SurgicalError: a split that there is not, or one that is given twice.
@@ -185,12 +186,13 @@ def assign_splits(source: DataSource, given: Mapping[str, str]) -> dict[str, str
                 f"splits={dict(given)}: {role!r} is none of {', '.join(SPLITS)}: {nearest(str(role), SPLITS)}"
                 "Write what a split is to be before its name in the data, such as {validation: test}."
             )
-        if split not in source.splits:
+        if split is not None and split not in source.splits:
             raise SurgicalError(
                 f"splits={dict(given)}: {source.name} has no split {split!r}: {nearest(str(split), source.splits)}"
                 f"It has: {', '.join(source.splits)}."
             )
-    if len(set(given.values())) != len(given):
+    used = [split for split in given.values() if split is not None]
+    if len(set(used)) != len(used):
         raise SurgicalError(
             f"splits={dict(given)}: a split has two uses; what is chosen on a split cannot be measured on it: give "
             "each its own."

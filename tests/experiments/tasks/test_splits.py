@@ -114,6 +114,8 @@ def test_train_and_test_only(tmp_path: Path, images: Recipe) -> None:
     }
     named = load_task(replace(recipe, splits={"validation": "test"}))
     assert {split: len(each) for split, each in named.splits.items()} == {"train": 15, "validation": 15}
+    none = load_task(replace(recipe, splits={"test": None}))
+    assert {split: len(each) for split, each in none.splits.items()} == {"train": 12, "validation": 3}
     assert measured_split(recipe)[0] == "test"
     assert measured_split(replace(recipe, splits={"validation": "test"}))[0] == "validation"
 
