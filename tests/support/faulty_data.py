@@ -191,6 +191,9 @@ CASES = {
     "one that it does not know": Case(
         classes("car", "lorry", "ship"), "2 by name, not lorry;.*new_head: true", labels=("car", "ship", "truck")
     ),
+    "numbers, some of which the model has as names": Case(
+        classes("0", "1", "2"), "2 by name, not 0; its labels are 1, 2, 3", labels=("1", "2", "3")
+    ),
     "labels without a name in the model": Case(
         classes("no", "yes"), "labels matched by number: no = LABEL_0", True, labels=("LABEL_0", "LABEL_1")
     ),
