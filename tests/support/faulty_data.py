@@ -191,6 +191,9 @@ CASES = {
     "one that it does not know": Case(
         classes("car", "lorry", "ship"), "2 by name, not lorry;.*new_head: true", labels=("car", "ship", "truck")
     ),
+    "numbers, some of which the model has as names": Case(
+        classes("0", "1", "2"), "2 by name, not 0; its labels are 1, 2, 3", labels=("1", "2", "3")
+    ),
     "labels without a name in the model": Case(
         classes("no", "yes"), "labels matched by number: no = LABEL_0", True, labels=("LABEL_0", "LABEL_1")
     ),
@@ -199,6 +202,7 @@ CASES = {
     "no label column": Case(no_label, "none of its columns can be the label"),
     "an id as label": Case(ids, "100 different values in 100 rows", keys=NEW),
     "labels of -1": Case(unlabeled_test, r"split test: column label has cells without a label \(-1\) in all 10 rows"),
+    "and no test split": Case(unlabeled_test, "no test split", True, {"splits": {"test": None}}),
     "empty cells": Case(
         empty_cells,
         r"column text has 1 empty cell, row 20(.|\n)*3 empty cells, rows 12, 40, 47.*(.|\n)*drop_empty: true",

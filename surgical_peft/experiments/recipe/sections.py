@@ -26,7 +26,8 @@ class DataSection:
         data: a folder or file (relative to the recipe) or a Hub id; CSV, JSON, Parquet or images. Without a split
             `validation`, a fifth of `train` is held out; without `test`, nothing is measured on it.
         data_config: which configuration of a data set with several, e.g. `sst2` of `nyu-mll/glue`.
-        splits: the data's name for a split, where it has another, e.g. `{validation: dev}`.
+        splits: the data's name for a split, where it has another, e.g. `{validation: dev}`; null for none,
+            e.g. `{test: null}` where the test split has no labels.
         drop_empty: whether rows with empty cells, and with images that cannot be read, are left out.
         task: the kind of model and data, a name from `tasks` or `package.module:name`.
         columns: which column is what, e.g. `{text: body, label: y}`, where their names and types do not say it.
@@ -51,7 +52,7 @@ class DataSection:
     model: str
     data: str
     data_config: str | None = None
-    splits: dict[str, str] = field(default_factory=dict)
+    splits: dict[str, str | None] = field(default_factory=dict)
     drop_empty: bool = False
     task: str = "image_classification"
     columns: dict[str, Any] = field(default_factory=dict)

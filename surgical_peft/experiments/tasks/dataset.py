@@ -77,7 +77,7 @@ def open_data(
         _check_classes(recipe, opened["train"], columns[classes])
     named = [f"{role} = {column}" for role, column in columns.items() if role != column]
     lines = [*([f"columns: {', '.join(named)}"] if named else []), *lines]
-    lines += [f"split {role}: the data's {name}" for role, name in recipe.splits.items() if role in splits]
+    lines += [f"split {role}: the data's {name}" for role, name in recipe.splits.items() if name and role in splits]
     if is_held_out:
         opened, line = _hold_out(recipe, opened, columns[classes] if classes else None, unused_splits(source, names))
         lines.append(line)
@@ -102,7 +102,9 @@ def _check_cells(
         several = len(described) > 1
         lines = "".join(f"\n- {line}" for line in described) if several else f", {described[0]}"
         all_at_fault = next((split for split, _, fault in faults if len(fault.rows) == len(opened[split])), None)
-        cure = "name another split or column" if all_at_fault else "write drop_empty: true to go on without these rows"
+        cure = "write drop_empty: true to go on without these rows"
+        if all_at_fault:
+            cure = f"name another column, or another split or none, splits: {{{all_at_fault}: null}}"
         hint = " In CSV, NA, None and null are empty as well." if any("empty" in f.problem for *_, f in faults) else ""
         raise SurgicalError(
             f"{recipe.data}{lines}{chr(10) if several else '. '}Rows are counted from 0. Fill or mend these cells, or "

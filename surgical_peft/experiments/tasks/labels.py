@@ -113,14 +113,14 @@ def fit_labels(
     if recipe.new_head:
         count = max((label for label in label_map if label is not None), default=0) + 1
         by_map = recipe.label_map is not None
-        shown = _told(label_map, classes, None) if by_map else listed(classes)
+        shown = _in_words(label_map, classes, None) if by_map else listed(classes)
         summary = DataSummary((f"new head with {count} labels{' by label_map' * by_map}: {shown}",))
     else:
         count = config.num_labels
         if recipe.label_map is None and count >= 2:
             label_map, summary = _matched(recipe, classes, known)
         else:
-            summary = DataSummary((f"labels by label_map: {_told(label_map, classes, known)}",))
+            summary = DataSummary((f"labels by label_map: {_in_words(label_map, classes, known)}",))
     if count < 2:
         one = f"label_map={recipe.label_map} leaves" if recipe.new_head else f"the model {recipe.model} has"
         cure = "Give the classes different labels" if recipe.new_head else "Write new_head: true"
@@ -142,21 +142,21 @@ def _matched(recipe: Recipe, classes: list[str], known: list[str]) -> tuple[list
         labels = {same(name): label for label, name in enumerate(known)}
         matched: list[int | None] = [labels.get(same(name)) for name in classes]
         if None not in matched and len(set(matched)) == len(matched):
-            return matched, DataSummary((f"labels matched by name: {_told(matched, classes, known)}",))
+            return matched, DataSummary((f"labels matched by name: {_in_words(matched, classes, known)}",))
     unknown = [name for name, label in zip(classes, matched, strict=True) if label is None]
-    are_numbers = all(_is_number(name) for name in classes)
-    if len(unknown) < len(classes) and not are_numbers:
+    if len(unknown) < len(classes):
         raise SurgicalError(
             f"{recipe.data}: of {len(classes)} classes {recipe.model} knows {len(classes) - len(unknown)} by name, "
             f"not {listed(unknown)}; its labels are {listed(known)}. Write new_head: true for a head with the classes "
             "of the data, or a label_map with the label of each class."
         )
+    are_numbers = all(_is_number(name) for name in classes)
     numbers: list[int | None] = [int(name) for name in classes] if are_numbers else list(range(len(classes)))
     first = numbers[0] or 0
     shifted = are_numbers and first != 0 and numbers == list(range(first, first + len(known)))
     if shifted:
         numbers = list(range(len(classes)))
-    summary = DataSummary((f"labels matched by number: {_told(numbers, classes, known)}",))
+    summary = DataSummary((f"labels matched by number: {_in_words(numbers, classes, known)}",))
     if not all(_PLACEHOLDER.fullmatch(name) for name in known) and (shifted or not are_numbers):
         warning = (
             f"labels fit by number only: the data have {listed(classes)}, the model has {listed(known)}. If these are "
@@ -173,7 +173,7 @@ def _is_number(name: str) -> bool:
     return name.removeprefix("-").isdecimal()
 
 
-def _told(labels: list[int | None], classes: list[str], known: list[str] | None) -> str:
+def _in_words(labels: list[int | None], classes: list[str], known: list[str] | None) -> str:
     """The label of each class, by its name where that is known and another one than that of the class."""
     pairs = []
     for name, label in zip(classes, labels, strict=True):

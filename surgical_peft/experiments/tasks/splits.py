@@ -127,7 +127,8 @@ def _is_described(folder: Path) -> bool:
 
 def _check_files(folder: Path, files: Mapping[str, Sequence[Any]]) -> None:
     """Refuse a folder where `datasets` takes a file for two splits, or for none: it goes by their names alone."""
-    splits = {split: {Path(str(file)) for file in paths} for split, paths in files.items()}
+    folder = folder.resolve()
+    splits = {split: {Path(str(file)).resolve() for file in paths} for split, paths in files.items()}
     counts = Counter(file for paths in splits.values() for file in paths)
     twice = sorted(file for file, count in counts.items() if count > 1)
     if twice:
@@ -142,7 +143,7 @@ def _check_files(folder: Path, files: Mapping[str, Sequence[Any]]) -> None:
     left = sorted(
         path
         for path in folder.rglob("*")
-        if path.suffix in used and path not in counts and path.is_file() and not _is_hidden(path.relative_to(folder))
+        if path.suffix in used and path.resolve() not in counts and not _is_hidden(path.relative_to(folder))
     )
     if left and counts:
         raise SurgicalError(
@@ -164,12 +165,13 @@ def _is_hidden(path: Path) -> bool:
     return any(part.startswith((".", "__")) for part in path.parts)
 
 
-def assign_splits(source: DataSource, given: Mapping[str, str]) -> dict[str, str | None]:
+def assign_splits(source: DataSource, given: Mapping[str, str | None]) -> dict[str, str | None]:
     """Which split of the data is which of a recipe's; None where there is none.
 
     Args:
         source: the data.
-        given: the recipe's `splits`. A split that is named there is not used under its own name as well.
+        given: the recipe's `splits`. A split that is named there is not used under its own name as well; None is for
+            no split.
 
     Raises:
         SurgicalError: a split that there is not, or one that is given twice.
@@ -184,12 +186,13 @@ def assign_splits(source: DataSource, given: Mapping[str, str]) -> dict[str, str
                 f"splits={dict(given)}: {role!r} is none of {', '.join(SPLITS)}: {nearest(str(role), SPLITS)}"
                 "Write what a split is to be before its name in the data, such as {validation: test}."
             )
-        if split not in source.splits:
+        if split is not None and split not in source.splits:
             raise SurgicalError(
                 f"splits={dict(given)}: {source.name} has no split {split!r}: {nearest(str(split), source.splits)}"
                 f"It has: {', '.join(source.splits)}."
             )
-    if len(set(given.values())) != len(given):
+    used = [split for split in given.values() if split is not None]
+    if len(set(used)) != len(used):
         raise SurgicalError(
             f"splits={dict(given)}: a split has two uses; what is chosen on a split cannot be measured on it: give "
             "each its own."

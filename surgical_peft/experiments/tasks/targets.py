@@ -132,9 +132,9 @@ def _label_sets(recipe: Recipe, data: OpenedData, config: Any) -> LabeledRows:
         cells = cells_of(split_rows, column).combine_chunks()
         where = f"{recipe.data}, split {split}"
         numbers = class_numbers(split_rows.features[column].feature, pc.list_flatten(cells), classes, where)
-        told = np.zeros((len(split_rows), count))
-        told[np.asarray(pc.list_parent_indices(cells)), np.array(label_map, dtype=int)[numbers]] = 1
-        rows[split], labels[split] = list(range(len(split_rows))), told.tolist()
+        matrix = np.zeros((len(split_rows), count))
+        matrix[np.asarray(pc.list_parent_indices(cells)), np.array(label_map, dtype=int)[numbers]] = 1
+        rows[split], labels[split] = list(range(len(split_rows))), matrix.tolist()
     return LabeledRows(rows, labels, count, classes, summary)
 
 

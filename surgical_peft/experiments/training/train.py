@@ -111,8 +111,8 @@ def train(recipe: Recipe, output: str | Path | None = None, console: Console | N
         stages.begin(f"load {recipe.model} and {recipe.data}")
         task, beginning = load_task(recipe), start(recipe)
         processor = task.processor or processor_of(recipe.model)
-        stages.begin("load the model")
-        task.summary.show(stages.console)
+        for line in task.summary:
+            stages.say(line)
         model = task.load_model().to(args.device)
         size = sum(parameter.numel() for parameter in model.parameters())
         config, scores = recipe.config(), None
@@ -127,15 +127,15 @@ def train(recipe: Recipe, output: str | Path | None = None, console: Console | N
 
         def measured(when: str) -> dict[str, float]:
             stages.begin(f"measure {task.metric} {when} training")
-            measured = [split for split in ("validation", "test") if split in task.splits]
-            return {split: task.measure(wrapped, task.splits[split]) for split in measured}
+            names = [split for split in ("validation", "test") if split in task.splits]
+            return {split: task.measure(wrapped, task.splits[split]) for split in names}
 
         before = measured("before")
         callbacks = [SurgicalCallback(), *([TrainingStage(stages)] if args.disable_tqdm else [])]
         if recipe.early_stopping_patience is not None:
             callbacks.append(EarlyStoppingCallback(recipe.early_stopping_patience))
-        judged = task.splits["validation"] if args.eval_strategy != "no" else None
-        trainer = fit(wrapped, args, task.splits["train"], policy, callbacks, task.collate, judged)
+        eval_examples = task.splits["validation"] if args.eval_strategy != "no" else None
+        trainer = fit(wrapped, args, task.splits["train"], policy, callbacks, task.collate, eval_examples)
         after = measured("after")
     _check_finite(wrapped, args, {f"{task.metric} on {split}": value for split, value in after.items()})
     with whole_folder(folder / "adapter", _ADAPTER) as temporary:
@@ -175,18 +175,18 @@ def fit(
     policy: Policy | None = None,
     callbacks: Sequence[TrainerCallback] = (),
     collate: Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]] = default_data_collator,
-    judged: Examples | None = None,
+    eval_examples: Examples | None = None,
 ) -> Trainer:
     """Train what has `requires_grad` with `Trainer`, each block at its rate; returns the trainer.
 
-    With an `eval_strategy` among the arguments, the loss on the examples `judged` is told as it says.
+    With an `eval_strategy` among the arguments, the loss on `eval_examples` is measured during training.
     """
     set_seed(args.seed)
     trainer = Trainer(
         model=model,
         args=args,
         train_dataset=examples,
-        eval_dataset=judged,
+        eval_dataset=eval_examples,
         data_collator=collate,
         optimizer_cls_and_kwargs=surgical_optimizer(args, policy),  # type: ignore[arg-type]
         callbacks=list(callbacks),
