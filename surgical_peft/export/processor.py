@@ -23,8 +23,8 @@ def processor_of(*names: str | Path | None) -> Any | None:
     for name in filter(None, names):
         try:
             if any(_has(str(name), file) for file in _FILES):
-                return AutoProcessor.from_pretrained(str(name))
-        except (OSError, ValueError, ImportError):  # not at hand, damaged, or of a package that is not installed
+                return AutoProcessor.from_pretrained(str(name), trust_remote_code=False)
+        except (OSError, ValueError, ImportError):  # not at hand, damaged, or with code that is not ours to run
             continue
     return None
 
