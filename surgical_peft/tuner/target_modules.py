@@ -15,7 +15,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from ..blocks.block_map import BlockMap
 from ..blocks.given_layers import adapter_configs, as_paths
-from ..blocks.module_lists import within
+from ..blocks.module_lists import parents, within
 from ..blocks.unwrap import named_bare_modules
 from ..errors import SurgicalError
 from .config import Choice, SurgicalConfig
@@ -215,23 +215,30 @@ def _outermost(
     if isinstance(asked.target_modules, str) and asked.target_modules.lower() == "all-linear":
         _maybe_include_all_linear_layers(asked, model)
     verdicts = {path: check_target_module_exists(asked, path) for path, _ in named_bare_modules(model)}
-    excluded = [path for path, verdict in verdicts.items() if isinstance(verdict, _ExcludedModule)]
+    excluded = {path for path, verdict in verdicts.items() if isinstance(verdict, _ExcludedModule)}
     if config.exclude_modules and not excluded:
         raise SurgicalError(
             f"exclude_modules={config.exclude_modules!r} match no module. Names: {_some_names(model, inside)}."
         )
-    outermost: list[str] = []
+    outermost: dict[str, None] = {}
+    opened = {parent for path in excluded for parent in (path, *parents(path))}  # what holds an excluded module
+    homes = None if inside is None else set(inside)
     apart: dict[str, set[str] | None] = {}
     for path, module in named_bare_modules(model):
-        if not path or within(path, outermost + excluded) or not (verdicts[path] or within(path, apart)):
+        if (
+            not path
+            or within(path, outermost)
+            or within(path, excluded)
+            or not (verdicts[path] or within(path, apart))
+        ):
             continue
-        if (inside is not None and not within(path, inside)) or not any(True for _ in module.parameters()):
+        if (homes is not None and not within(path, homes)) or not any(True for _ in module.parameters()):
             continue
-        if not isinstance(module, _WITHOUT_FORWARD) and not any(within(other, [path]) for other in excluded):
-            outermost.append(path)
+        if not isinstance(module, _WITHOUT_FORWARD) and path not in opened:
+            outermost[path] = None
             continue
         apart[path] = {name for name, _ in module.named_parameters(recurse=False)}
-    return {**{path: names for path, names in apart.items() if names}, **dict.fromkeys(outermost)}
+    return {**{path: names for path, names in apart.items() if names}, **outermost}
 
 
 def _still_to_save(model: nn.Module, config: SurgicalConfig, targets: list[str]) -> list[str]:
@@ -273,11 +280,9 @@ def _rest_of_new_head(
 
 
 def _by_module(tensors: TensorMap, names: Collection[str]) -> dict[str, Collection[str] | None]:
-    found: dict[str, Collection[str] | None] = {}
-    for name in sorted(names):
-        path, _, attribute = name.rpartition(".")
-        found = united(found, {path: [attribute] if tensors.places[name][0].is_parameter else []})
-    return found
+    paths = [name.rpartition(".")[::2] for name in sorted(names)]
+    is_parameter = [tensors.places[name][0].is_parameter for name in sorted(names)]
+    return united(*({path: [name] if asked else []} for (path, name), asked in zip(paths, is_parameter, strict=True)))
 
 
 def _some_names(model: nn.Module, inside: list[str] | None) -> str:

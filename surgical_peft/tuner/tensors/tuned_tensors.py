@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor, nn
 
-from ...blocks.module_lists import inside, join
+from ...blocks.module_lists import inside, join, parents
 from ...blocks.unwrap import named_bare_modules
 from ...errors import SurgicalError
 
@@ -91,9 +92,18 @@ class TensorMap:
                     places[first[full]].append(place)
         return cls(places, first)
 
+    @cached_property
+    def _inside(self) -> dict[str, list[str]]:
+        """For each module the names of the tensors in it."""
+        names: dict[str, list[str]] = {"": list(self.first)}
+        for name in self.first:
+            for path in parents(name):
+                names.setdefault(path, []).append(name)
+        return names
+
     def parameters(self, path: str) -> list[str]:
         """The names, as they are, of all parameters in the module at `path`."""
-        return [n for n, first in self.first.items() if inside(n, path) and self.places[first][0].is_parameter]
+        return [name for name in self._inside.get(path, ()) if self.places[self.first[name]][0].is_parameter]
 
     def chosen(self, targets: Targets) -> dict[str, bool]:
         """The tensors that `targets` stand for by their first names, and whether each was asked for by its name.
@@ -106,11 +116,10 @@ class TensorMap:
         """
         choice: dict[str, bool] = {}
         for path, names in targets.items():
-            asked = self.parameters(path) if names is None else [join(path, name) for name in names]
+            asked = set(self.parameters(path) if names is None else [join(path, name) for name in names])
             homes = {path} if names is not None and not names else {name.rpartition(".")[0] for name in asked}
-            for name, first in self.first.items():
-                if not inside(name, path):
-                    continue
+            for name in self._inside.get(path, ()):
+                first = self.first[name]
                 if self.places[first][0].is_parameter:
                     if name in asked:
                         choice[first] = True
