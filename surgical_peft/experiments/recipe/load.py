@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from types import NoneType
@@ -57,8 +58,24 @@ def load_recipe(path: str | Path) -> Recipe:
         >>> load_recipe("recipes/noise.yaml").corruption
         'gaussian_noise'
     """
-    path = Path(path)
-    written = _read(path)
+    return recipe_of(_read(Path(path)), Path(path))
+
+
+def recipe_of(keys: Mapping[Any, Any], path: Path = Path("recipe")) -> Recipe:
+    """The recipe with these keys, such as the `recipe` of a report.
+
+    Args:
+        keys: as a file has them.
+        path: of the file; folders are looked up beside it, by default in the current one.
+
+    Raises:
+        SurgicalError: as `load_recipe`.
+
+    Example:
+        >>> recipe_of({"model": "vit", "data": "target-0", "learning_rate": 1e-3}).training
+        {'learning_rate': 0.001}
+    """
+    written = dict(keys)
     for key, value in written.items():
         _check_key(key, value, str(path))
     missing = {"model", "data"} - written.keys()
@@ -66,8 +83,8 @@ def load_recipe(path: str | Path) -> Recipe:
         raise SurgicalError(f"{path}: the key {' and '.join(sorted(missing))} is missing.")
     read = find_folders(path, written)
     training = {key: value for key, value in read.items() if key not in _TYPES}
-    keys = {key: value for key, value in read.items() if key in _TYPES}
-    recipe = Recipe(**keys, training=training, given={key: (written[key], read[key]) for key in written})
+    own = {key: value for key, value in read.items() if key in _TYPES}
+    recipe = Recipe(**own, training=training, given={key: (written[key], read[key]) for key in written})
     # What is wrong with blocks, policy or arguments is said now, not after the data are loaded.
     recipe.config()
     check_length(recipe.make_policy(), *planned_length(recipe.arguments()))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from .columns import ColumnType, empty_columns, find_columns, whole_numbers
 from .splits import SHARE, DataSource, assign_splits, held_out, unused_splits
 from .summary import DataSummary, listed
 
+Roles = Mapping[str, ColumnType]
 _ROW_EACH = 20  # so many classes may have a row each
 
 
@@ -38,7 +39,7 @@ class OpenedData:
 
 
 def open_data(
-    recipe: Recipe, splits: Sequence[str], roles: Mapping[str, ColumnType], classes: str | None = None
+    recipe: Recipe, splits: Sequence[str], roles: Roles | Callable[[Any], Roles], classes: str | None = None
 ) -> OpenedData:
     """Open the splits of a recipe's data; of a local folder only the files of these are read.
 
@@ -48,7 +49,7 @@ def open_data(
     Args:
         recipe: its keys for the data are looked at.
         splits: which ones.
-        roles: for each role the type of its column.
+        roles: for each role the type of its column; or a function that tells them by the features of the data.
         classes: the role of the column with classes; they are held out in proportion, and those of the training split
             count for the others, so it is opened in any case.
 
@@ -59,6 +60,7 @@ def open_data(
     source = DataSource.find(recipe.data, recipe.data_config)
     names = assign_splits(source, recipe.splits)
     is_held_out = names["validation"] is None and bool({"train", "validation"} & set(splits))
+    is_held_out &= recipe.folds is None or "validation" in splits  # folds of train need no other split
     asked = [split for split in splits if names[split] is not None or split == "train"]
     needed = [*asked, *(["train"] if "train" not in asked and (classes or is_held_out) else [])]
     if "train" in needed and names["train"] is None:
@@ -67,6 +69,8 @@ def open_data(
             f"splits: {{train: {source.splits[0]}}}."
         )
     opened = {split: whole_numbers(source.open(str(names[split]))) for split in needed}
+    if callable(roles):
+        roles = roles(opened[needed[0]].features)
     columns = find_columns(recipe, opened, roles, empty_columns(opened))
     opened, lines = _check_cells(recipe, opened, columns, roles)
     if classes:

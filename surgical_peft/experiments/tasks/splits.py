@@ -127,7 +127,8 @@ def _is_described(folder: Path) -> bool:
 
 def _check_files(folder: Path, files: Mapping[str, Sequence[Any]]) -> None:
     """Refuse a folder where `datasets` takes a file for two splits, or for none: it goes by their names alone."""
-    splits = {split: {Path(str(file)) for file in paths} for split, paths in files.items()}
+    folder = folder.resolve()
+    splits = {split: {Path(str(file)).resolve() for file in paths} for split, paths in files.items()}
     counts = Counter(file for paths in splits.values() for file in paths)
     twice = sorted(file for file, count in counts.items() if count > 1)
     if twice:
@@ -142,7 +143,7 @@ def _check_files(folder: Path, files: Mapping[str, Sequence[Any]]) -> None:
     left = sorted(
         path
         for path in folder.rglob("*")
-        if path.suffix in used and path not in counts and path.is_file() and not _is_hidden(path.relative_to(folder))
+        if path.suffix in used and path.resolve() not in counts and not _is_hidden(path.relative_to(folder))
     )
     if left and counts:
         raise SurgicalError(

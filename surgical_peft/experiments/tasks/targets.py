@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
-from datasets import Value
+from datasets import List, Value
 from torch import Tensor, nn
 
 from ...errors import SurgicalError
@@ -24,6 +24,7 @@ from .dataset import OpenedData
 from .evaluation import Batch, Measure, check_metric, read_class
 from .labels import LabeledRows, class_names, class_numbers, fit_labels, label_rows
 from .summary import DataSummary
+from .tiny_data import label_feature
 
 NUMBER = ColumnType(
     "numbers", lambda feature: isinstance(feature, Value) and feature.dtype.startswith(("int", "float")), number_faults
@@ -42,6 +43,8 @@ class Target:
         read: predictions and references of a batch, as `Measure` takes them.
         label_rows: the labels of a recipe's data.
         classes: the role of the column with classes, or None.
+        tiny: for `--tiny`: the type of the column `label`, given the names of the classes, and what stands there for
+            a class.
     """
 
     column: ColumnType
@@ -49,6 +52,7 @@ class Target:
     read: Callable[[nn.Module, Batch], tuple[list[Any], list[Any]]]
     label_rows: Callable[[Recipe, OpenedData, Any], LabeledRows]
     classes: str | None
+    tiny: tuple[Callable[[list[str]], Any], Callable[[int], Any]]
 
     def measure(self, metric: str | None, **kwargs: Any) -> Measure:
         """The metric of a recipe, or the default; `kwargs` are those of `Measure`.
@@ -172,7 +176,28 @@ def _read_numbers(model: nn.Module, batch: Batch) -> tuple[list[float], list[flo
 
 SINGLE = "single_label_classification"
 TARGETS = {
-    SINGLE: Target(LABEL, ("accuracy", "macro_f1", "matthews_correlation"), read_class, label_rows, "label"),
-    "multi_label_classification": Target(LABELS, ("micro_f1",), _read_label_sets, _label_sets, "label"),
-    "regression": Target(NUMBER, ("r2", "pearson", "neg_mean_squared_error"), _read_numbers, _numbers, None),
+    SINGLE: Target(
+        column=LABEL,
+        metrics=("accuracy", "macro_f1", "matthews_correlation"),
+        read=read_class,
+        label_rows=label_rows,
+        classes="label",
+        tiny=(label_feature, int),
+    ),
+    "multi_label_classification": Target(
+        column=LABELS,
+        metrics=("micro_f1",),
+        read=_read_label_sets,
+        label_rows=_label_sets,
+        classes="label",
+        tiny=(lambda classes: List(label_feature(classes)), lambda label: [label]),
+    ),
+    "regression": Target(
+        column=NUMBER,
+        metrics=("r2", "pearson", "neg_mean_squared_error"),
+        read=_read_numbers,
+        label_rows=_numbers,
+        classes=None,
+        tiny=(lambda classes: Value("float32"), float),
+    ),
 }

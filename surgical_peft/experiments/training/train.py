@@ -111,8 +111,8 @@ def train(recipe: Recipe, output: str | Path | None = None, console: Console | N
         stages.begin(f"load {recipe.model} and {recipe.data}")
         task, beginning = load_task(recipe), start(recipe)
         processor = task.processor or processor_of(recipe.model)
-        stages.begin("load the model")
-        task.summary.show(stages.console)
+        for line in task.summary:
+            stages.say(line)
         model = task.load_model().to(args.device)
         size = sum(parameter.numel() for parameter in model.parameters())
         config, scores = recipe.config(), None

@@ -183,6 +183,18 @@ def test_folders_that_would_be_read_otherwise_than_meant(
         load_task(replace(images, data=str(tmp_path)))
 
 
+def test_a_folder_is_the_same_by_another_path(tmp_path: Path, texts: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("train", "test"):
+        write_csv(tmp_path / "real" / f"{name}.csv")
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    (tmp_path / "files").mkdir()
+    for name in ("train", "test"):
+        (tmp_path / "files" / f"{name}.csv").symlink_to(tmp_path / "real" / f"{name}.csv")
+    monkeypatch.chdir(tmp_path)
+    for data in ("real", "./real", "link", str(tmp_path / "link"), "files"):
+        assert len(load_task(replace(texts, data=data)).splits["validation"]) == 8
+
+
 @pytest.mark.parametrize("count", [2, 4])
 def test_too_few_rows_to_hold_out(tmp_path: Path, texts: Recipe, count: int) -> None:
     rows = [
