@@ -89,7 +89,7 @@ def get_surgical_model(
         if dataloader is None or _is_data_set(dataloader):
             given = "" if dataloader is None else f", and a {type(dataloader).__name__} has examples, not batches"
             raise SurgicalError(
-                f"blocks='auto' needs labeled batches to choose by{given}: get_surgical_model(model, config, "
+                f"blocks='auto' needs data to choose by, in labeled batches{given}: get_surgical_model(model, config, "
                 "DataLoader(train, batch_size=8, shuffle=True, collate_fn=...)), or a Trainer in the place of the "
                 "DataLoader, also one of TRL: get_surgical_model(trainer.model, config, trainer)."
             )

@@ -63,4 +63,5 @@ def test_a_jsonl_of_chats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert left["answer"][0]["generated_text"][-1]["content"] == "five"
     before, after = re.findall(r"loss ([\d.]+) before, ([\d.]+) after", printed)[0]
     assert float(after) < 0.3 * float(before)
-    assert Path("runs/chats/adapter/tokenizer.json").is_file()
+    assert "after four ?: five" in printed
+    assert all(Path(f"runs/{run}/adapter/tokenizer.json").is_file() for run in ("chats", "trl"))

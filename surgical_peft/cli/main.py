@@ -159,7 +159,7 @@ def export(
     rank: Annotated[int | None, typer.Option(help="Rank of the LoRA, for --format lora.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write an adapter in a form that others load; `--format lora` needs `--rank`, the others nothing more."""
+    """Write an adapter in a form that others load."""
     from ..export.export import export as export_adapter
 
     report = export_adapter(adapter, output, format, base_model=base, rank=rank)

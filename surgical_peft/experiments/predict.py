@@ -47,7 +47,8 @@ def predict(folder: str | Path, inputs: Sequence[str], base_model: str | None = 
 
     Args:
         folder: what `surgical-peft train` wrote, or an adapter's folder.
-        inputs: paths of images; texts, or paths of text files, of which each line is one.
+        inputs: paths of images; texts, or paths of text files, of which each line is one. A language model with a chat
+            template is asked them as by a user, any other continues them.
         base_model: folder or Hub id; default is what the adapter names.
 
     Raises:
@@ -127,7 +128,13 @@ def _mark(model: Any, processor: Any, given: str) -> Prediction:
 
 
 def _write(model: Any, processor: Any, given: str) -> Prediction:
-    tokens = processor(given, return_tensors="pt", return_token_type_ids=False).to(model.device)
+    text = given
+    if processor.chat_template:
+        question = [{"role": "user", "content": given}]
+        text = processor.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
+    special = not processor.chat_template  # which has them itself
+    tokens = processor(text, return_tensors="pt", return_token_type_ids=False, add_special_tokens=special)
+    tokens = tokens.to(model.device)
     written = model.generate(**tokens, max_new_tokens=64, do_sample=False)[0]
     if not model.config.is_encoder_decoder:
         written = written[tokens["input_ids"].shape[1] :]

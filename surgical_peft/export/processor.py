@@ -24,7 +24,7 @@ def processor_of(*names: str | Path | None) -> Any | None:
         try:
             if any(_has(str(name), file) for file in _FILES):
                 return AutoProcessor.from_pretrained(str(name), trust_remote_code=False)
-        except (OSError, ValueError, ImportError):  # not at hand, damaged, or of a package that is not installed
+        except (OSError, ValueError, ImportError):  # not at hand, damaged, or with code that is not ours to run
             continue
     return None
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
@@ -58,7 +59,6 @@ class SurgicalCallback(TrainerCallback):
 
     def __init__(self, loss_fn: LossFunction | None = None) -> None:
         self.loss_fn = loss_fn
-        self.trainer: Callable[[], Trainer | None] = lambda: None  # a weak reference, once it trains
         self._history: History | None = None
 
     def on_train_begin(
@@ -69,6 +69,9 @@ class SurgicalCallback(TrainerCallback):
         Raises:
             SurgicalError: the training ends before the policy's last stage begins, or the policy scores on batches
                 that the training set or the model's loss does not allow.
+
+        Warns:
+            UserWarning: the policy scores by another loss than a subclass of Trainer may train by.
         """
         optimizer, rates = _surgical(kwargs["optimizer"])
         check_length(rates.policy, state.num_train_epochs, state.max_steps)
@@ -184,6 +187,13 @@ class SurgicalCallback(TrainerCallback):
                 f"{policy} scores on training batches and needs a training set that can be indexed, not a stream "
                 f"({type(data).__name__}): use a policy without a probe, such as auto_rgn(every='step')."
             )
+        trainer = _trainer_of(self)
+        if trainer and self.loss_fn is None and type(trainer).compute_loss is not Trainer.compute_loss:
+            warnings.warn(
+                f"{policy} scores by the model's own loss, and {type(trainer).__name__} trains by a compute_loss of "
+                "its own: if they differ, give SurgicalCallback(loss_fn=...), a function (model, batch) -> loss.",
+                stacklevel=2,
+            )
         if optimizer.param_groups[0]["surgical"]["probed"] is not None:  # else its first probe precedes the first step
             self._scores(rates, state.global_step, 1, args, state, kwargs)
 
@@ -199,11 +209,25 @@ class SurgicalCallback(TrainerCallback):
         policy, training = rates.policy, kwargs["train_dataloader"]
         size = args.per_device_train_batch_size if args.world_size > 1 else state.train_batch_size
         batches = _probe_batches(training, size, args.seed + at, count, args.process_index, args)
-        trainer = self.trainer()
+        trainer = _trainer_of(self)
         loss_fn = self.loss_fn or (trainer and loss_of(trainer)) or partial(_own_loss, policy)
         return score_blocks(
             kwargs["model"], batches, policy.criterion, policy.granularity, count, loss_fn, blocks=rates.blocks
         )
+
+
+_trainers: WeakKeyDictionary[SurgicalCallback, ref[Trainer]] = WeakKeyDictionary()  # not in them: they are pickled
+
+
+def note_trainer(trainer: Trainer) -> None:
+    """Note whose callbacks ours are: they score by its loss."""
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, SurgicalCallback):
+            _trainers[callback] = ref(trainer)
+
+
+def _trainer_of(callback: SurgicalCallback) -> Trainer | None:
+    return _trainers[callback]() if callback in _trainers else None
 
 
 def _own_loss(policy: Policy, model: nn.Module, batch: Any) -> Tensor:

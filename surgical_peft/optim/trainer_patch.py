@@ -7,14 +7,13 @@ told its trainer here, by whose loss it scores.
 from __future__ import annotations
 
 import functools
-import weakref
 from collections.abc import Callable
 from typing import Any
 
 from transformers import Trainer
 
 from .block_rates import find_rates
-from .callback import SurgicalCallback
+from .callback import note_trainer
 
 # Within one `train()`, Trainer begins the loop again when the memory does not do for its batches.
 _TRAININGS = ("train", "_inner_training_loop")
@@ -43,9 +42,7 @@ def _wrap(cls: type[Trainer]) -> None:
 def _bounded(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def train(self: Trainer, *args: Any, **kwargs: Any) -> Any:
-        for callback in self.callback_handler.callbacks:
-            if isinstance(callback, SurgicalCallback):
-                callback.trainer = weakref.ref(self)
+        note_trainer(self)
         optimizer, rates = find_rates(self.optimizer)
         if rates is not None and not rates.active:
             rates.restart(optimizer)

@@ -81,9 +81,8 @@ class PeftHooks(BaseTuner):
         today = None if saved is None else names_today(model, saved)
         own = None if today is None else recorded(model, peft_config, today)
         new = newly_initialized(model)
-        to_save = heads_of(
-            peft_config, [path for path, _ in named_bare_modules(model)]
-        )  # before tuned ones are dropped
+        paths = [path for path, _ in named_bare_modules(model)]
+        to_save = heads_of(peft_config, paths)  # before those that are tuned anyway are dropped
         targets = modules_to_tune(model, peft_config)
         moving = not peft_config.frozen_eval or (self._for_others_to_train and not self._empty)
         every = with_modules_besides(model, peft_config, targets, new, moving, own)

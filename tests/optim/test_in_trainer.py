@@ -132,6 +132,17 @@ def test_a_probe_goes_by_the_loss_that_trains(tmp_path: Path) -> None:
     trainer_of(tmp_path / "smooth", policy, label_smoothing_factor=0.1).train()
 
 
+def test_a_loss_that_a_probe_cannot_know_of_is_told(tmp_path: Path) -> None:
+    class Weighted(Trainer):
+        def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+            return super().compute_loss(*args, **kwargs)
+
+    trainer = trainer_of(tmp_path, policies.auto_rgn(every=3))
+    trainer.__class__ = Weighted
+    with pytest.warns(UserWarning, match="loss_fn"):
+        trainer.train()
+
+
 @each_policy
 @pytest.mark.parametrize("kind", ["regression", "multi_label_classification"])
 def test_other_kinds_of_labels(kind: str, policy: Policy | None, tmp_path: Path) -> None:
