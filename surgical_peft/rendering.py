@@ -1,4 +1,4 @@
-"""Figures that are written whole, rows of Markdown, and the progress bar."""
+"""Figures that are written whole, rows of Markdown, times for people, and the progress bar."""
 
 from __future__ import annotations
 
@@ -52,19 +52,34 @@ def markdown_row(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def progress_bar(console: Console, *more: str) -> Progress:
-    """A bar with how many of how many and the time since it began.
+def progress_bar(console: Console) -> Progress:
+    """A bar with the time since it began and the time that is left, in 80 columns; it goes away at its end.
 
     Args:
-        console: where it is shown.
-        more: further columns, texts with `{task...}` of rich.
+        console: where it is shown. Its tasks have the fields `count`, `clock` and `note`, which are texts.
 
     Example:
-        >>> with progress_bar(Console()) as bar:
-        ...     task = bar.add_task("train", total=3)
-        ...     bar.advance(task)
+        >>> with progress_bar(Console(stderr=True)) as bar:
+        ...     task = bar.add_task("train", total=3, count="0 of 3", clock="", note="")
+        ...     bar.update(task, completed=1, count="1 of 3")
     """
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, Progress, TextColumn
 
-    columns = (TextColumn("{task.description:20}"), BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, *map(TextColumn, more), console=console)
+    texts = ("{task.description}", "{task.fields[count]}", "{task.fields[clock]}", "{task.fields[note]}")
+    words, *others = (TextColumn(text, markup=False) for text in texts)
+    return Progress(words, BarColumn(10), *others, console=console, transient=True)
+
+
+def clock(seconds: float) -> str:
+    """A time for people: `42 s`, `1:30 min` or `1:02:03 h`.
+
+    Example:
+        >>> clock(90)
+        '1:30 min'
+    """
+    whole = round(seconds)
+    if whole < 60:
+        return f"{seconds:.1f} s" if seconds < 9.95 else f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02} h" if hours else f"{minutes}:{rest:02} min"

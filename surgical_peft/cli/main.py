@@ -6,9 +6,10 @@ import contextlib
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+import typer.core
 from rich.console import Console
 from rich.table import Table
 
@@ -20,7 +21,27 @@ from ..validation import resolve
 from .experiments import advise, compare, open_recipe, search
 from .options import AsJson, RecipeFile, Tiny, console, print_json
 
+_KEPT = {  # of a command that was interrupted
+    "search": "Finished trainings are kept in the study: the same command goes on.",
+    "compare": "Finished trainings are kept in the folder of the results: the same command goes on.",
+}
+
+
+class _Commands(typer.core.TyperGroup):
+    """All commands; Ctrl-C ends each with one line and exit code 130."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as stop:
+            kept = str(stop) or _KEPT.get(ctx.invoked_subcommand, "Nothing is kept.")
+            errors = Console(stderr=True, soft_wrap=True)
+            errors.print(f"interrupted. {kept}", markup=False, highlight=False)
+            raise typer.Exit(130) from None
+
+
 app = typer.Typer(
+    cls=_Commands,
     help="Fully fine-tune only the blocks of a transformer that new data need.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,

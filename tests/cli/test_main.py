@@ -144,3 +144,16 @@ def test_help_names_every_command(monkeypatch: pytest.MonkeyPatch, capsys: pytes
         assert name in text
         assert f"surgical-peft {name}" in page, name
         assert name in (cli.__doc__ or ""), name
+
+
+@pytest.mark.parametrize(("command", "kept"), [("train", "step 7"), ("compare", "Finished"), ("advise", "Nothing")])
+def test_an_interrupt_is_one_line_and_exit_code_130(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str, kept: str
+) -> None:
+    def pressed(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt(*(["Kept: step 7."] if command == "train" else []))
+
+    monkeypatch.setattr("surgical_peft.experiments.recipe.load_recipe", pressed)
+    assert run(monkeypatch, command, "recipe.yaml") == 130
+    printed = capsys.readouterr()
+    assert kept in printed.err and len(printed.err.splitlines()) == 1 and printed.out == ""

@@ -8,8 +8,7 @@ import math
 import random
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,7 +19,8 @@ from rich.console import Console
 from ...atomic_files import check_replaceable, whole_folder
 from ...auto import CRITERION
 from ...errors import SurgicalError
-from ...rendering import progress_bar
+from ...rendering import clock
+from ...scoring.progress import Stages
 from ...scoring.selection import Selection
 from ..compare.comparison import Comparison
 from ..compare.methods import MethodContext
@@ -58,6 +58,14 @@ class CostEstimate:
     full_trainings: float
     seconds_each: float
     seconds: float
+
+    def lines(self) -> list[str]:
+        """The estimate in words."""
+        return [
+            f"{self.trainings} short trainings, at most with the steps of {self.full_trainings:.1f} full fine-tunings "
+            f"of about {clock(self.seconds_each)}.",
+            f"All: at most about {clock(self.seconds)}; starting and measuring come on top.",
+        ]
 
 
 def plan(recipe: Recipe) -> CostEstimate:
@@ -109,13 +117,19 @@ def advise(recipe: Recipe, output: str | Path | None = None, *, console: Console
     folder = Path(str(output or recipe.arguments().output_dir)) / "advice"
     check_replaceable(folder, _TEXT)
     source = None
-    if recipe.source_data is not None:
-        source = load_task(comparison.source_recipe(0), ("test",)).splits["test"]
-    runner = RecipeRunner(comparison.recipe)
-    trial = _Trial(comparison, runner, ValidationJudge(runner), _plan(comparison, runner))
-    with _progress(console or Console(), trial.cost) as advance:
+    with Stages(console or Console()) as stages:
+        stages.begin("load model and data")
+        if recipe.source_data is not None:
+            source = load_task(comparison.source_recipe(0), ("test",)).splits["test"]
+        runner = RecipeRunner(comparison.recipe)
+        judge = ValidationJudge(runner)
+        stages.begin("time a few steps")
+        trial = _Trial(comparison, runner, judge, _plan(comparison, runner))
+        for line in trial.cost.lines():
+            stages.say(line)
+        stages.begin("signature of the shift")
         signature = _signature(runner, source)
-        trial.train(advance)
+        trial.train(stages)
     advice = trial.advice(recipe, signature, began)
     with whole_folder(folder, _TEXT) as temporary:
         (temporary / "advice.json").write_text(json.dumps(advice.to_json(), indent=2) + "\n", encoding="utf-8")
@@ -132,9 +146,10 @@ class _Trial:
     ) -> None:
         self.comparison, self.runner, self.judge, self.cost = comparison, runner, judge, cost
 
-    def train(self, advance: Callable[[], None]) -> None:
-        """Train the candidates, the better ones longer; `advance` is called after each training."""
+    def train(self, stages: Stages) -> None:
+        """Choose the blocks of the candidates and train them, the better ones longer."""
         comparison, runner, judge = self.comparison, self.runner, self.judge
+        stages.begin("choose blocks")
         self.candidates, self.unfit = _candidates(comparison, runner)
         _measure_untrained(self.candidates["nothing"], runner, judge)
         self.trained = [
@@ -146,7 +161,10 @@ class _Trial:
         def rates(candidate: Candidate) -> Sequence[float]:
             return comparison.grid(candidate.method.title)
 
-        halve(self.trained, rates, runner, comparison.recipe, judge, done=advance)
+        stages.begin("short trainings", self.cost.trainings, is_bound=True)
+        halve(self.trained, rates, runner, comparison.recipe, judge, done=stages.advance)
+        seconds = sum(probe.seconds for candidate in self.trained for probe in candidate.probes)
+        stages.say(f"{sum(len(c.probes) for c in self.trained)} short trainings took {clock(seconds)}")
 
     def advice(self, recipe: Recipe, signature: Signature, began: float) -> Advice:
         """The advice that follows from the trainings.
@@ -273,15 +291,3 @@ def _measure_untrained(candidate: Candidate, runner: RecipeRunner, judge: Valida
     began = time.perf_counter()
     groups = judge.read(runner.model)
     candidate.probes.append(ShortTraining(None, 0.0, judge.metric(groups), groups, time.perf_counter() - began))
-
-
-@contextmanager
-def _progress(console: Console, cost: CostEstimate) -> Iterator[Any]:
-    console.print(
-        f"{cost.trainings} short trainings, at most with the steps of {cost.full_trainings:.1f} full fine-tunings of "
-        f"{cost.seconds_each:.1f} s; starting and measuring come on top."
-    )
-    with progress_bar(console) as bar:
-        task = bar.add_task("train", total=cost.trainings)
-        yield lambda: bar.advance(task)
-        bar.update(task, completed=cost.trainings)  # also where two candidates are one

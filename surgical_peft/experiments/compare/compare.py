@@ -15,6 +15,7 @@ from rich.console import Console
 
 from ...atomic_files import check_replaceable, whole_folder
 from ...errors import SurgicalError
+from ...scoring.progress import Stages
 from ...scoring.selection import Selection
 from ..recipe.recipe import Recipe
 from ..training.workers import shared_threads
@@ -109,10 +110,13 @@ def compare(
     job_runner = _job_runner(recipe, output, jobs)
     comparison, findings = job_runner.comparison, job_runner.findings
     check_replaceable(findings.folder / "comparison", _TABLE)
-    check(comparison, job_runner.data)
+    console = console or Console()
+    with Stages(console) as stages:
+        stages.begin("load models and data, and check that all fits")
+        check(comparison, job_runner.data)
     if jobs > 1:
         job_runner.data.forget()
-    with shared_threads(jobs), JobPool(job_runner, jobs, console or Console()) as pool:
+    with shared_threads(jobs), JobPool(job_runner, jobs, console) as pool:
         choosing = [title for title, method in comparison.methods.items() if method.choose]
         pool.do("choose blocks", [choice_of(job) for title in choosing for job in comparison.trainings(title)])
         pool.do("time steps", [comparison.costs])

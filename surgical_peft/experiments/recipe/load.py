@@ -20,7 +20,7 @@ from .recipe import Recipe
 _TYPES = {f.name: get_type_hints(Recipe)[f.name] for f in fields(Recipe) if f.name not in ("training", "given")}
 _TRAINING = {f.name: get_type_hints(TrainingArguments)[f.name] for f in fields(TrainingArguments) if f.init}
 _REFUSED = {
-    "resume_from_checkpoint": "a recipe is trained from its start; resume with Trainer in Python",
+    "resume_from_checkpoint": "a training that was interrupted goes on by itself when it is run again",
     "eval_strategy": "a recipe is measured before and after training, not during it",
 }
 RENAMED: dict[str, str] = {}  # a key of an earlier version, and what it is called now

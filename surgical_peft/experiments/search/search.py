@@ -5,12 +5,10 @@ from __future__ import annotations
 import inspect
 import math
 import os
-import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +17,10 @@ from rich.console import Console
 
 from ... import procedures
 from ...atomic_files import check_replaceable, whole_folder
-from ...blocks.block_map import kind_of
+from ...blocks.block_map import blocks_in_words, kind_of
 from ...errors import SurgicalError
-from ...rendering import markdown_row, progress_bar
+from ...rendering import markdown_row
+from ...scoring.progress import Stages
 from ...search.result import SearchResult, SearchTrial, candidate_of, state_of
 from ...search.run import count_trainings, optuna_classes, run_search
 from ...validation import resolve
@@ -105,19 +104,19 @@ def search(
     check_replaceable(folder / "search", _RESULT)
     _quieten_optuna()
     with shared_threads(jobs):
-        return _search(_with_scores(recipe), folder, jobs, storage, name, console or Console())
+        return _search(_with_scores(recipe, console), folder, jobs, storage, name, console or Console())
 
 
 def _search(
     recipe: Recipe, folder: Path, jobs: int, storage: str | None, name: str | None, console: Console
 ) -> SearchResult:
+    stages = Stages(console)
+    stages.begin("load model and data")
     objective = RecipeObjective(recipe)
     kept: dict[str, Any] = {"storage": storage or f"sqlite:///{folder / 'study.db'}", "name": name or recipe.procedure}
     most = count_trainings(recipe.make_procedure(), objective.blocks, rates=objective.rates, seeds=objective.seeds)
-    with (
-        _Progress(console, most, len(objective.rates) * len(objective.seeds), jobs) as progress,
-        _helpers(jobs - 1, recipe, kept, torch.get_num_threads()),
-    ):
+    with stages, _helpers(jobs - 1, recipe, kept, torch.get_num_threads()):
+        progress = _Progress(stages, most, len(objective.rates) * len(objective.seeds))
         result = _run(recipe, objective, kept, progress)
     with whole_folder(folder / "search", _RESULT) as temporary:
         result.save(temporary / _RESULT)
@@ -141,7 +140,6 @@ def _run(recipe: Recipe, objective: RecipeObjective, kept: dict[str, Any], progr
 
 def _work(recipe: Recipe, kept: dict[str, Any], threads: int) -> None:
     """What another process does: the same search, silently."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches it too, but the one who started it ends it
     start_worker(threads, _quieten_optuna)
     try:
         _run(recipe, RecipeObjective(recipe), kept)
@@ -173,7 +171,7 @@ def _quieten_optuna() -> None:
     logging.set_verbosity(logging.WARNING)  # else a line for each study and trial, between those of the bar
 
 
-def _with_scores(recipe: Recipe) -> Recipe:
+def _with_scores(recipe: Recipe, console: Console | None = None) -> Recipe:
     """The recipe with the scores that its procedure asks for, by the recipe's criterion."""
     wanted = inspect.signature(resolve(recipe.procedure, procedures)).parameters
     if "scores" not in wanted or "scores" in recipe.procedure_options:
@@ -183,41 +181,35 @@ def _with_scores(recipe: Recipe) -> Recipe:
             f"{recipe.procedure} scores whole layers, and divide={recipe.divide} searches parts of them: leave one of "
             "the two out, or give procedure_options the scores of the parts."
         )
-    scores = {block: float(f"{value:.6g}") for block, value in score(recipe).values.items()}
+    scores = {block: float(f"{value:.6g}") for block, value in score(recipe, console).values.items()}
     return replace(recipe, procedure_options={**recipe.procedure_options, "scores": scores})
 
 
 class _Progress:
-    """A bar with the best candidate so far and the time left; called with the finished trials."""
+    """The stage of a search, with the best candidate so far; called with the finished trials."""
 
-    def __init__(self, console: Console, most: int | None, trainings_each: int, jobs: int) -> None:
-        self._bar = progress_bar(console, "{task.fields[left]}")
-        self._task = self._bar.add_task("search", total=most, left="")
-        self._most, self._each, self._jobs = most, trainings_each, jobs
-
-    def __enter__(self) -> _Progress:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
+    def __init__(self, stages: Stages, most: int | None, trainings_each: int) -> None:
+        self._stages, self._most, self._each = stages, most, trainings_each
+        self._is_begun = False
 
     def __call__(self, finished: Sequence[SearchTrial]) -> None:
+        if not self._is_begun:
+            self._is_begun = True
+            if finished:
+                self._stages.say(f"goes on: {len(finished)} trainings are done")
+            self._stages.begin("search, trainings", self._most, done=len(finished), is_bound=True)
         trials: dict[tuple[str, ...], list[SearchTrial]] = {}
         for trial in finished:
             trials.setdefault(trial.blocks, []).append(trial)
         whole = [candidate_of(done) for done in trials.values() if len(done) == self._each]
         best = max((one for one in whole if math.isfinite(one.metric)), key=lambda one: one.metric, default=None)
-        text = "search" if best is None else f"best so far {best.metric:.4g}: {_short(best.blocks)}"
-        left = ""
-        if finished and self._most:
-            seconds = sum(trial.seconds for trial in finished) / len(finished) / self._jobs
-            left = f"at most about {timedelta(seconds=round(seconds * max(0, self._most - len(finished))))} left"
-        self._bar.update(self._task, completed=len(finished), description=text, left=left)
+        self._stages.reach(len(finished))
+        if best is not None:
+            self._stages.note(f"best {best.metric:.4g}: {_short(best.blocks)}")
 
 
 def _short(blocks: tuple[str, ...]) -> str:
-    return ", ".join(blocks) if len(blocks) < 5 else f"{blocks[0]}, {blocks[1]}, ... ({len(blocks)} blocks)"
+    return blocks_in_words(blocks) if len(blocks) < 3 else f"{blocks[0]}, {blocks[1]}, ... ({len(blocks)} blocks)"
 
 
 def search_markdown(result: SearchResult, metric: str) -> str:
