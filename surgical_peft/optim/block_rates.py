@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from typing import Any, NoReturn
@@ -91,6 +92,16 @@ class BlockRates:
         weakref.finalize(optimizer, self.release).atexit = False  # nothing here may hold the optimizer
         _living.add(self)
         self.restart(optimizer)
+        self._tell_if_idle(optimizer)
+
+    def _tell_if_idle(self, optimizer: Optimizer) -> None:
+        """Warn of a policy that leaves all rates as they are."""
+        reason = self.policy.without_effect(self.training_state(optimizer))
+        if self.policy != Policy() and self.policy.is_constant:
+            factors = {group["base_multiplier"] for group in optimizer.param_groups}
+            reason = "every factor is 1" if factors == {1.0} else None
+        if reason:
+            warnings.warn(f"the policy {text_of(self.policy)} has no effect on what is tuned: {reason}.", stacklevel=4)
 
     def training_state(self, optimizer: Optimizer) -> TrainingState:
         """The training as the policy sees it."""

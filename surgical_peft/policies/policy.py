@@ -170,6 +170,10 @@ class Policy:
         """Constant factors by block, more than 0; blocks left out have 1. Asked once, when the optimizer is made."""
         return {}
 
+    def without_effect(self, training: TrainingState) -> str | None:
+        """Why it leaves the learning rates of these units as they are; None where it does not. Told once."""
+        return None
+
     def plan(self, training: TrainingState) -> dict[str, float] | None:
         """Factors for the coming step by unit, 0 upwards; None = as they were.
 

@@ -9,7 +9,7 @@ import random
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,8 @@ from ..tasks import Examples, load_task
 from ..training.provenance import machine, today, versions
 from ..training.runner import RecipeRunner
 from ..training.train import loader
-from .advice import Advice, CostReport, Recommendation, ScoreReport
+from .advice import Advice, ConstantReport, CostReport, Recommendation, ScoreReport
+from .cost import CostEstimate, estimate
 from .report import markdown, plot, sentences
 from .rows import lines_of, row_of, signature_report, twin_of
 from .shift_signature import EXAMPLES, FEWEST, Batches, Signature, signature
@@ -37,35 +38,8 @@ from .successive_halving import ROUNDS, Candidate, ShortTraining, ValidationJudg
 
 CANDIDATES = ("nothing", "full", "layer_decay", "head", "first", "middle", "last", "auto")
 _MOST_RATES = 3
-_CHOOSING = 0.5  # of a full fine-tuning, for `auto`
 _TEXT = "advice.md"  # by which earlier advice is known
 _BATCH = 64  # of the signature
-
-
-@dataclass(frozen=True)
-class CostEstimate:
-    """The cost of advice.
-
-    Attributes:
-        trainings: short ones, at most.
-        full_trainings: how many full fine-tunings have as many steps, at most, choosing blocks included. Blocks near
-            the output train faster.
-        seconds_each: of one full fine-tuning; estimated from a few steps.
-        seconds: of all steps, at most about; starting and measuring come on top, the more so the shorter they are.
-    """
-
-    trainings: int
-    full_trainings: float
-    seconds_each: float
-    seconds: float
-
-    def lines(self) -> list[str]:
-        """The estimate in words."""
-        return [
-            f"{self.trainings} short trainings, at most with the steps of {self.full_trainings:.1f} full fine-tunings "
-            f"of about {clock(self.seconds_each)}.",
-            f"All: at most about {clock(self.seconds)}; starting and measuring come on top.",
-        ]
 
 
 def plan(recipe: Recipe) -> CostEstimate:
@@ -81,7 +55,7 @@ def plan(recipe: Recipe) -> CostEstimate:
     comparison = _comparison(recipe)
     runner = RecipeRunner(comparison.recipe)
     ValidationJudge(runner)  # says so if there is too little to judge by
-    return _plan(comparison, runner)
+    return estimate(comparison, runner)
 
 
 def advise(recipe: Recipe, output: str | Path | None = None, *, console: Console | None = None) -> Advice:
@@ -124,7 +98,7 @@ def advise(recipe: Recipe, output: str | Path | None = None, *, console: Console
         runner = RecipeRunner(comparison.recipe)
         judge = ValidationJudge(runner)
         stages.begin("time a few steps")
-        trial = _Trial(comparison, runner, judge, _plan(comparison, runner))
+        trial = _Trial(comparison, runner, judge, estimate(comparison, runner))
         for line in trial.cost.lines():
             stages.say(line)
         stages.begin("signature of the shift")
@@ -177,6 +151,8 @@ class _Trial:
         if not recipe.new_head:  # which nobody has trained
             finalists.insert(0, candidates["nothing"])
         chosen, tied = decide(finalists, judge)
+        constant = judge.constant(candidates["nothing"].best)
+        has_learned = constant is None or any(_beats(each.best, constant[1], judge) for each in finalists)
         if math.isnan(chosen.best.metric):
             rates = self.comparison.rates
             raise SurgicalError(f"no training gave a number for {runner.task.metric}: lower the rates, {rates}.")
@@ -191,8 +167,8 @@ class _Trial:
             metric=runner.task.metric,
             validation_examples=len(runner.examples["validation"]),
             share=ROUNDS[-1].share,
-            surgery=chosen.method.choose is not None,
-            recommended=self._recommendation(chosen, recipe),
+            surgery=has_learned and chosen.method.choose is not None,
+            recommended=self._recommendation(chosen, recipe) if has_learned else None,
             tied=[candidate.name for candidate in tied],
             all_tied=len(tied) == len(finalists),
             unfit=self.unfit,
@@ -206,8 +182,13 @@ class _Trial:
                 seconds_each=self.cost.seconds_each,
                 seconds=round(seconds, 1),
             ),
+            constant=constant and ConstantReport(self._name_of(constant[0]), constant[1].metric),
         )
         return replace(advice, sentences=sentences(advice))
+
+    def _name_of(self, label: int) -> str:
+        config: Any = self.runner.model.config
+        return repr((config.id2label or {}).get(label, label))
 
     def _recommendation(self, chosen: Candidate, recipe: Recipe) -> Recommendation:
         return Recommendation(
@@ -218,6 +199,11 @@ class _Trial:
             all_parameters=sum(weight.numel() for weight in self.runner.model.parameters()),
             lines=lines_of(chosen, recipe),
         )
+
+
+def _beats(probe: ShortTraining, constant: ShortTraining, judge: ValidationJudge) -> bool:
+    """Whether it is better than a constant answer by more than one standard error."""
+    return probe.metric - constant.metric > judge.standard_error(probe, constant)
 
 
 def _comparison(recipe: Recipe) -> Comparison:
@@ -233,17 +219,6 @@ def _comparison(recipe: Recipe) -> Comparison:
     if recipe.source_data is not None:
         comparison.source_recipe(0)  # that it does not fit is said now
     return comparison
-
-
-def _plan(comparison: Comparison, runner: RecipeRunner) -> CostEstimate:
-    full = comparison.methods["full fine-tuning"]
-    seconds = runner.seconds(lambda model: full.wrap(model, Selection(()), comparison.recipe))
-    count, share = 0, _CHOOSING
-    for stage in ROUNDS:
-        methods = min(stage.methods or math.inf, len(CANDIDATES) - 1)
-        trainings = methods * min(stage.rates or math.inf, len(comparison.rates))
-        count, share = count + int(trainings), share + trainings * stage.share
-    return CostEstimate(count, share, seconds, share * seconds)
 
 
 def _signature(runner: RecipeRunner, source: Examples | None) -> Signature:

@@ -25,6 +25,7 @@ from surgical_peft.experiments.advise import advise as advising
 from surgical_peft.experiments.advise import successive_halving as halving
 from surgical_peft.experiments.advise.advice import Advice, Difference
 from surgical_peft.experiments.advise.advise import CANDIDATES, advise, plan
+from surgical_peft.experiments.advise.cost import CHOOSING, estimate
 from surgical_peft.experiments.advise.report import markdown, recipe_lines, sentences, table
 from surgical_peft.experiments.advise.rows import lines_of, twin_of
 from surgical_peft.experiments.advise.successive_halving import (
@@ -51,11 +52,12 @@ def accuracy(predictions: list[int], references: list[int]) -> float:
     return statistics.fmean(int(a == b) for a, b in zip(predictions, references, strict=True))
 
 
-def bench_of(count: int, measure: Any) -> Any:
+def bench_of(count: int, measure: Any, names_labels: bool = True) -> Any:
     def part(split: str, places: Any = range(count)) -> Any:
         return list(places)
 
-    return SimpleNamespace(task=SimpleNamespace(measure=measure), examples={"validation": range(count)}, part=part)
+    task = SimpleNamespace(measure=measure, names_labels=names_labels)
+    return SimpleNamespace(task=task, examples={"validation": range(count)}, part=part)
 
 
 def judge_of(count: int) -> ValidationJudge:
@@ -204,13 +206,12 @@ def test_no_more_is_trained_than_was_planned() -> None:
     runner: Any = PlayedBench()
     halve(candidates, lambda _: [1e-3, 3e-3, 1e-2], runner, Recipe(model="", data=""), judge)
     runner.seconds = lambda wrap: 2.0
-    what: Any = SimpleNamespace(
-        methods={"full fine-tuning": make_method("full")}, recipe=None, rates=[1e-3, 3e-3, 1e-2]
-    )
-    found = advising._plan(what, runner)
+    methods = {made.title: made for made in map(make_method, CANDIDATES)}
+    what: Any = SimpleNamespace(methods=methods, recipe=None, rates=[1e-3, 3e-3, 1e-2])
+    found = estimate(what, runner)
     assert found.trainings == len(runner.asked) == 24
     trained = sum(steps for _, _, steps in runner.asked) / 80
-    assert found.full_trainings == pytest.approx(trained + advising._CHOOSING)
+    assert found.full_trainings == pytest.approx(trained + CHOOSING)
     assert found.seconds == pytest.approx(2 * found.full_trainings)
 
 
@@ -290,7 +291,7 @@ def test_surgery_is_recommended_only_where_it_is_as_good(recommended: str, tied:
 @pytest.mark.parametrize(
     ("kind", "said"),
     [
-        ("input", "features move from the first block on, most in 0"),
+        ("input", "features move from the first block on, most in block 0"),
         ("features", "features move from block 0 on"),
         ("output", "the output moved"),
         ("nothing", "nothing moved"),
@@ -405,6 +406,40 @@ def test_two_that_tune_the_same_are_trained_once() -> None:
     full, decay = candidate("full", 9), candidate("layer_decay", 9)
     every = {each.name: each for each in (full, decay, head, auto)}
     assert [twin_of(each, every) for each in every.values()] == [None, None, None, "head"]
+
+
+# Whether anything has learned
+
+
+def read_as(predictions: list[int], references: list[int]) -> ShortTraining:
+    groups = tuple(([one], [other]) for one, other in zip(predictions, references, strict=True))
+    return ShortTraining(1e-3, 1.0, accuracy(predictions, references), groups, 0.0)
+
+
+def test_the_constant_answer_is_the_best_of_all_classes() -> None:
+    references = [0] * 15 + [1] * 10
+    found = judge_of(25).constant(read_as([1] * 25, references))
+    assert found is not None and found[0] == 0 and found[1].metric == pytest.approx(15 / 25)
+
+
+def test_what_has_no_classes_has_no_constant_answer() -> None:
+    bare = ValidationJudge(bench_of(25, Measure(accuracy, lambda model, batch: ([], [])), names_labels=False))
+    own = ValidationJudge(bench_of(25, lambda model, examples: 0.5))
+    assert bare.constant(probe([1] * 25)) is None and own.constant(probe([1] * 25)) is None
+
+
+def test_where_nothing_has_learned_nothing_is_recommended(tmp_path: Path) -> None:
+    """Each way answered one class for all, and the smallest of them was recommended: "Tune head"."""
+    write_data(tmp_path / "data", count=24)
+    path = write_recipe(tmp_path, rates=[1e-9, 1e-8], max_steps=2)
+    advice = advise(load_recipe(path), console=QUIET)
+    assert advice.recommended is None and not recipe_lines(advice)
+    assert advice.constant is not None and advice.constant.metric == pytest.approx(1 / 3)
+    said = " ".join(advice.sentences)
+    assert "Nothing has learned yet" in said and "1e-09, 1e-08" in said and "max_steps: 2" in said
+    assert Advice.from_json(advice.to_json()) == advice
+    shown = str(table(advice))
+    assert "recommended" not in shown and advice.constant.answer in shown and "Nothing" in markdown(advice)
 
 
 # Rates

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import os
 import signal
@@ -18,13 +17,13 @@ from typing import Any
 
 import optuna
 import pytest
-from rich.console import Console
 
 from surgical_peft import BlockMap, SurgicalError, procedures
 from surgical_peft.experiments.recipe import load_recipe
 from surgical_peft.experiments.search import search as recipe_search
 from surgical_peft.experiments.search.objective import RecipeObjective
 from surgical_peft.experiments.search.search import plan, search
+from surgical_peft.scoring.progress import Stages
 from surgical_peft.search.result import SearchResult, SearchTrial
 from surgical_peft.search.run import count_trainings
 from tests.support.cli import QUIET, run
@@ -188,10 +187,7 @@ def test_how_many_trainings_the_users_own_procedure_does_is_not_known(tmp_path: 
     assert count_trainings(same_forever, MAP) is None
     with pytest.raises(SurgicalError, match="more than 100 trainings"):
         count_trainings(procedures.random_subsets(num_blocks=2, num_trials=60), MAP, rates=[1, 2], max_trials=100)
-    text = io.StringIO()
-    with recipe_search._Progress(Console(file=text, force_terminal=True, width=120), None, 1, 1) as bar:
-        bar([SearchTrial(("0",), 0.5, seconds=30.0)])
-    assert "best so far 0.5: 0" in text.getvalue() and "left" not in text.getvalue()
+    assert "left" not in shown([SearchTrial(("0",), 0.5, seconds=30.0)], most=None, trainings_each=1)
 
 
 def test_a_plan_trains_next_to_nothing_and_keeps_nothing(tmp_path: Path) -> None:
@@ -201,20 +197,25 @@ def test_a_plan_trains_next_to_nothing_and_keeps_nothing(tmp_path: Path) -> None
     assert not (tmp_path / "run").exists()
 
 
-def test_the_bar_shows_the_best_whole_candidate_and_the_time_left() -> None:
-    text = io.StringIO()
-    bar = recipe_search._Progress(Console(file=text, force_terminal=True, width=120), most=8, trainings_each=2, jobs=2)
+def shown(finished: Sequence[SearchTrial], **how: Any) -> str:
+    """The stage of a search that has finished these, one of them when it began, after ten seconds."""
+    with Stages(QUIET) as stages:
+        progress = recipe_search._Progress(stages, **how)
+        progress(finished[:1])
+        progress(finished)
+        assert stages._stage is not None
+        stages._stage.began -= 10.0
+        return str(stages._stage)
 
+
+def test_the_best_whole_candidate_and_the_time_left_are_shown() -> None:
     def trial(block: str, metric: float, seed: int) -> SearchTrial:
         return SearchTrial((block,), metric, seconds=30.0, seed=seed)
 
-    told: Sequence[SearchTrial] = [trial("0", 0.5, 0), trial("0", 0.7, 1), trial("1", 0.9, 0)]
-    with bar:
-        bar(told)
-    shown = text.getvalue()
-    assert "best so far 0.6: 0" in shown  # block 1 has had one of its two trainings
-    assert "3/8" in shown
-    assert "at most about 0:01:15 left" in shown  # five of half a minute, by two
+    text = shown([trial("0", 0.5, 0), trial("0", 0.7, 1), trial("1", 0.9, 0)], most=8, trainings_each=2)
+    assert "best 0.6: block 0" in text  # block 1 has had one of its two trainings
+    assert "3 of 8" in text
+    assert "at most about 25 s left" in text  # two in ten seconds, five are left
 
 
 def test_dry_run_and_json_on_the_command_line(
