@@ -5,49 +5,21 @@ Importing the package registers the method with PEFT, and has `Trainer.train` en
 
 from __future__ import annotations
 
-from . import criteria, policies, procedures
-from .auto import get_surgical_model
-from .blocks.block_map import BlockMap
-from .errors import SurgicalError
-from .export.adapter_card import keep_cards
-from .export.export import export_to_peft
-from .optim.callback import SurgicalCallback
-from .optim.optimizer import SurgicalOptimizerFactory, create_surgical_optimizer, surgical_optimizer
-from .optim.trainer_patch import patch_trainer
-from .scoring.block_scores import BlockScores
-from .scoring.score import score_blocks
-from .scoring.selection import Selection, above, top_fraction, top_k, within_budget
-from .search.run import run_search
-from .tuner.config import SurgicalConfig
-from .tuner.model import SurgicalModel
-from .tuner.register import register
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "BlockMap",
-    "BlockScores",
-    "Selection",
-    "SurgicalCallback",
-    "SurgicalConfig",
-    "SurgicalError",
-    "SurgicalModel",
-    "SurgicalOptimizerFactory",
-    "above",
-    "create_surgical_optimizer",
-    "criteria",
-    "export_to_peft",
-    "get_surgical_model",
-    "policies",
-    "procedures",
-    "run_search",
-    "score_blocks",
-    "surgical_optimizer",
-    "top_fraction",
-    "top_k",
-    "within_budget",
-]
+# `surgical-peft --help` answers without torch, transformers and PEFT, which take seconds to import: where that command
+# started the process, the public names come with the first that is used (`cli.main.Command` is the one that does so).
+_OF_COMMAND = Path(getattr(sys.modules["__main__"], "__file__", None) or "").stem == "surgical-peft"
 
-register()
-keep_cards()
-patch_trainer()
+if TYPE_CHECKING or not _OF_COMMAND:
+    from .api import *  # noqa: F403
+    from .api import __all__ as __all__
+else:
+
+    def __getattr__(name: str) -> Any:
+        return getattr(import_module(f"{__name__}.api"), name)

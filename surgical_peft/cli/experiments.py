@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from ..tuner.config import SurgicalConfig
 from .options import AsJson, DryRun, RecipeFile, Tiny, console, in_words, print_json
 
 if TYPE_CHECKING:
@@ -58,6 +57,7 @@ def search(
     """Find the blocks to tune by trying them; the same command again resumes."""
     from ..experiments.search.search import plan
     from ..experiments.search.search import search as search_recipe
+    from ..tuner.config import SurgicalConfig
 
     loaded, output = open_recipe(recipe, tiny, output)
     if procedure and procedure != loaded.procedure:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from dataclasses import asdict, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,12 +13,9 @@ import typer
 import typer.core
 from rich.console import Console
 from rich.table import Table
+from typer.core import TyperCommand
 
-from .. import criteria
-from ..blocks.block_map import BlockMap
 from ..errors import SurgicalError
-from ..quiet import quieten
-from ..validation import resolve
 from .experiments import advise, compare, open_recipe, search
 from .options import AsJson, RecipeFile, Tiny, console, print_json
 
@@ -51,6 +49,18 @@ app = typer.Typer(
 RunFolder = Annotated[Path, typer.Argument(help="The folder that `surgical-peft train` wrote.")]
 
 
+class Command(TyperCommand):
+    """A command that needs the library: it is imported when the command runs, not for `--help`."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Import and register, then do what the command does."""
+        from ..quiet import quieten
+
+        import_module("surgical_peft.api")  # registers the method with PEFT
+        quieten()
+        return super().invoke(ctx)
+
+
 @app.callback()
 def options(debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False) -> None:
     """Fully fine-tune only the blocks of a transformer that new data need."""
@@ -62,8 +72,11 @@ def blocks(
     as_json: AsJson = False,
 ) -> None:
     """List the blocks of a model: names, modules, parameters and their share."""
+    from ..blocks.block_map import BlockMap
+    from ..quiet import quieten
     from .architectures import model_of_config
 
+    quieten()
     network = model_of_config(model)
     block_map = BlockMap.find(network)
     sizes = {name: sum(p.numel() for p in group) for name, group in block_map.parameters(network).items()}
@@ -80,7 +93,7 @@ def blocks(
     console.print(table)
 
 
-@app.command()
+@app.command(cls=Command)
 def score(
     recipe: RecipeFile,
     criterion: Annotated[
@@ -90,8 +103,10 @@ def score(
     as_json: AsJson = False,
 ) -> None:
     """Score the blocks of a recipe's model on its training data."""
+    from .. import criteria
     from ..experiments.recipe import load_recipe
     from ..experiments.training.train import score as score_recipe
+    from ..validation import resolve
 
     if plot and plot.suffix not in (".png", ".pdf", ".svg"):
         raise SurgicalError(f"--plot {str(plot)!r}: the name must end in .png, .pdf or .svg.")
@@ -108,12 +123,12 @@ def score(
         console.print(scores.table())
 
 
-app.command()(search)
-app.command()(compare)
-app.command()(advise)
+app.command(cls=Command)(search)
+app.command(cls=Command)(compare)
+app.command(cls=Command)(advise)
 
 
-@app.command()
+@app.command(cls=Command)
 def train(
     recipe: RecipeFile,
     output: Annotated[Path | None, typer.Option(help="Folder for the results; default is the recipe's.")] = None,
@@ -141,7 +156,7 @@ def train(
     console.print(f"Adapter: {report.adapter}")
 
 
-@app.command()
+@app.command(cls=Command)
 def export(
     adapter: Annotated[Path, typer.Argument(help="An adapter's folder, or that of a delta.")],
     output: Annotated[Path, typer.Argument(help="A new or empty folder, or one of an earlier export.")],
@@ -181,7 +196,7 @@ def export(
     console.print(f"{output}: {report['bytes']:,} bytes of weights.")
 
 
-@app.command()
+@app.command(cls=Command)
 def card(run: RunFolder, as_json: AsJson = False) -> None:
     """Write the model card of a training, from its report.json; `train` has done so, this does it again."""
     from ..experiments.training.card import write_card
@@ -193,7 +208,7 @@ def card(run: RunFolder, as_json: AsJson = False) -> None:
         console.print(f"Card: {path}", soft_wrap=True)
 
 
-@app.command()
+@app.command(cls=Command)
 def push(
     run: RunFolder,
     repository: Annotated[str, typer.Argument(help="user/name on the Hub; there must be none of that name yet.")],
@@ -216,7 +231,7 @@ def push(
         console.print(f"{pushed.repository} ({access}): {pushed.commit}", soft_wrap=True)
 
 
-@app.command()
+@app.command(cls=Command)
 def quickstart(
     output: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("quickstart"),
     epochs: Annotated[float | None, typer.Option(min=0.1, help="Epochs of each training; default is 2.5.")] = None,
@@ -233,7 +248,6 @@ def quickstart(
 
 def main() -> None:
     """Run the command line; an error of ours is one line and exit code 2, unless `--debug` asks for the traceback."""
-    quieten()
     sys.path.append(str(Path.cwd()))  # for a criterion or policy given as package.module:name
     debug = "--debug" in sys.argv
     try:
