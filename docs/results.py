@@ -5,7 +5,7 @@
 
 A table stands between `<!-- table: SOURCE -->` and `<!-- end -->`. SOURCE is a Markdown file below benchmarks/,
 followed by the numbers of the paragraphs to take from it (default: all but headings); or one of the tables that are
-put together from several files, see `COMBINED`. Standard library only.
+put together from several files or made from the code, see `COMBINED`.
 """
 
 from __future__ import annotations
@@ -77,7 +77,14 @@ def best_by_blocks(shift: str) -> dict[tuple[str, ...], tuple[float, float]]:
     return {blocks: (statistics.fmean(each), statistics.stdev(each)) for blocks, each in best.items()}
 
 
-COMBINED = {"headline": headline, "sweeps": sweeps}
+def recipe_keys() -> str:
+    """The keys of a recipe, a table for each section."""
+    from surgical_peft.experiments.recipe.keys import keys_markdown
+
+    return keys_markdown()
+
+
+COMBINED = {"headline": headline, "sweeps": sweeps, "recipe_keys": recipe_keys}
 
 
 def table(source: str) -> str:

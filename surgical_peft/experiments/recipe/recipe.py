@@ -11,7 +11,7 @@ from transformers import TrainingArguments
 from ...errors import SurgicalError
 from .sections import CompareSection, DataSection, PolicySection, SearchSection, SelectionSection, names_of
 
-_NOT_KEYS = ("training", "given")
+NOT_KEYS = ("training", "given")
 _NO_SETTINGS = {  # of a training: where its results go, and what is searched for
     *("output_dir", "blocks", "criterion", "criterion_options", "num_blocks", "num_batches", "tiny"),
     *("procedure", "procedure_options", "rates", "seeds", *names_of(CompareSection)),
@@ -47,7 +47,7 @@ class Recipe(CompareSection, SearchSection, PolicySection, SelectionSection, Dat
 
     def keys(self) -> dict[str, Any]:
         """The recipe as a file has it: folders as they are written there, and all else as it is now."""
-        defaults = {entry.name: default_of(entry) for entry in fields(self) if entry.name not in _NOT_KEYS}
+        defaults = {entry.name: default_of(entry) for entry in fields(self) if entry.name not in NOT_KEYS}
         changed = [name for name, default in defaults.items() if getattr(self, name) != default]
         keys: dict[str, Any] = {}
         for key in dict.fromkeys([*self.given, *changed, *self.training]):

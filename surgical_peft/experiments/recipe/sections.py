@@ -24,15 +24,17 @@ class DataSection:
     Attributes:
         model: a folder (relative to the recipe) or a Hub id.
         data: a folder (relative to the recipe) or a Hub id; with the splits train, validation and test.
-        task: the kind of model and data, a name from `tasks`.
+        task: the kind of model and data, a name from `tasks` or `package.module:name`.
         columns: which column is what, e.g. `{text: body, label: y}`, where their names and types do not say it.
         metric: what to measure, larger is better: one that ships in `metrics`, a folder (relative to the recipe) with
-            a script for `evaluate`, or, with a network, one of the Hub.
+            a script for `evaluate`, or, with a network, one of the Hub; default is the task's.
         max_length: of a text, in tokens; default is what the model takes.
         new_head: whether the head is made anew, with as many labels as the data have classes; it is then trained and
             saved whatever blocks are chosen.
-        corruption, severity: corrupt every image, e.g. `gaussian_noise` at 1 to 5 (as in ImageNet-C).
-        character_noise, casing: percent of the characters that are mistyped, or in the other case.
+        corruption: corrupt every image, e.g. by `gaussian_noise` (as in ImageNet-C).
+        severity: of the corruption, 1 to 5.
+        character_noise: percent of the characters of a text that are mistyped.
+        casing: percent of the characters of a text that are in the other case.
         label_map: new label for each old one, e.g. `[1, 0]`, null to leave a class out; or a mapping from classes to
             labels, which leaves the others out, e.g. `{coat: 0, shirt: 0, boot: 1}`.
         imbalance: share of some classes that is left in the training split, e.g. `{coat: 0.1}`.
@@ -50,7 +52,7 @@ class DataSection:
     severity: int = 5
     character_noise: float | None = None
     casing: float | None = None
-    label_map: Any = None
+    label_map: list[int | None] | dict[str | int, int | None] | None = None
     imbalance: dict[str, Any] = field(default_factory=dict)
     shift_seed: int = 0
 
@@ -60,15 +62,20 @@ class SelectionSection:
     """Blocks, and how to choose them; for `surgical-peft score` and `train`.
 
     Attributes:
-        blocks, target_modules, exclude_modules, modules_to_save, criterion, num_blocks, frozen_eval: see
-            [`SurgicalConfig`][surgical_peft.SurgicalConfig].
+        blocks: the blocks to tune, by index, slice or name, e.g. `[0, "-2:", head]`; `auto` chooses them by scores.
+        target_modules: tune only these modules inside the blocks, e.g. `[attention]`; alone, as in PEFT.
+        exclude_modules: modules to leave out, matched as `target_modules`.
+        modules_to_save: modules to train and save as well; default is a new head, if there is one.
+        criterion: what scores the blocks, a name from `criteria` or `package.module:name`; default is `probe`.
+        num_blocks: with `auto`, how many blocks to take; default: short trainings decide.
+        frozen_eval: whether the frozen blocks run in eval mode, without dropout.
         criterion_options: arguments for the criterion, e.g. `{seed: 3}` for `random`.
         num_batches: how many batches to score on; default is what the criterion asks for.
     """
 
-    blocks: Any = "auto"
-    target_modules: Any = None
-    exclude_modules: Any = None
+    blocks: str | int | list[str | int] | None = "auto"
+    target_modules: str | list[str] | dict[str, Any] | None = None
+    exclude_modules: str | list[str] | None = None
     modules_to_save: list[str] | None = None
     criterion: str | None = None
     criterion_options: dict[str, Any] = field(default_factory=dict)
@@ -112,7 +119,8 @@ class PolicySection:
     """Learning rates and masks in training.
 
     Attributes:
-        policy, policy_options: a name from `policies` and the arguments for it.
+        policy: a name from `policies` or `package.module:name`; default is one learning rate for all blocks.
+        policy_options: arguments for the policy, e.g. `{decay: 0.8}` for `layer_decay`.
     """
 
     policy: str | None = None
@@ -134,14 +142,15 @@ class SearchSection:
     """For `surgical-peft search`; `rates` and `seeds` also for `compare`, `rates` also for `advise`.
 
     Attributes:
-        procedure, procedure_options: a name from `procedures` and the arguments for it.
+        procedure: what to try next, a name from `procedures` or `package.module:name`.
+        procedure_options: arguments for the procedure, e.g. `{num_blocks: 3}` for `greedy_forward`.
         divide: search among these parts of each layer instead of whole layers, e.g. `[attention, mlp]`.
         rates: learning rates; every candidate is tried at each, instead of at `learning_rate`.
         seeds: every candidate is trained with each, instead of with `seed`, and the mean counts.
         folds: instead of `seeds`: the mean over so many parts of the training split, each in turn left out of training
             and measured on; the split `validation` is not used.
-        pruner, pruner_options: a class of `optuna.pruners`, such as `MedianPruner`, and the arguments for it; stops
-            trainings that look hopeless, see `run_search`.
+        pruner: a class of `optuna.pruners`, such as `MedianPruner`; stops trainings that look hopeless.
+        pruner_options: arguments for the pruner.
     """
 
     procedure: str = "sweep"
@@ -198,7 +207,7 @@ class CompareSection:
     sources: list[str] | None = None
     draws: list[str] | None = None
     test_data: list[str] | None = None
-    source_data: Any = None
+    source_data: str | dict[str, Any] | None = None
 
 
 def names_of(*sections: type) -> Sequence[str]:
