@@ -134,18 +134,31 @@ def count_trainings(
         >>> count_trainings("greedy_forward", BlockMap.find(model), rates=[1e-3, 3e-3])
         42
     """
+    times = (len(rates) or 1) * (len(seeds) or 1)
+    candidates = planned_candidates(procedure, blocks, times=times, max_trials=max_trials)
+    return None if candidates is None else len(candidates) * times
+
+
+def planned_candidates(
+    procedure: Procedure | Callable[..., Any] | str, blocks: BlockMap, *, times: int = 1, max_trials: int = 10_000
+) -> list[tuple[str, ...]] | None:
+    """The candidates that `run_search` would train, at most, each `times` times; see `count_trainings`.
+
+    Example:
+        >>> planned_candidates("sweep", BlockMap.find(model))[0]
+        ('0',)
+    """
     procedure = as_procedure(procedure)
     if procedure.name not in procedures.__all__:
         return None
     title = _title(procedure)
     proposals, answer = procedure(blocks), None
     metrics: dict[tuple[str, ...], float] = {}
-    times = (len(rates) or 1) * (len(seeds) or 1)
     while True:
         try:
             proposal = proposals.send(answer)
         except StopIteration:
-            return len(metrics) * times
+            return list(metrics)
         single, candidates = _candidates(proposal, blocks, title)
         for candidate in candidates:
             metrics.setdefault(candidate, float(len(metrics)))

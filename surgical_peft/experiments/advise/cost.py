@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import time
 from dataclasses import dataclass
 
 from ...rendering import clock
 from ...scoring.selection import Selection
 from ..compare.comparison import FULL, Comparison
+from ..training.cost import memory_in_words, time_in_words
 from ..training.runner import RecipeRunner
 from .successive_halving import ROUNDS
 
@@ -23,30 +25,38 @@ class CostEstimate:
         full_trainings: how many full fine-tunings have as many steps, at most, choosing blocks included. Blocks near
             the output train faster.
         seconds_each: of one full fine-tuning; estimated from a few steps.
-        seconds: of all steps, at most about; starting and measuring come on top, the more so the shorter they are.
+        seconds: of all, at most about, choosing, starting and measuring included.
+        memory: bytes that it takes at most.
     """
 
     trainings: int
     full_trainings: float
     seconds_each: float
     seconds: float
+    memory: int
 
     def lines(self) -> list[str]:
         """The estimate in words."""
         return [
             f"{self.trainings} short trainings, at most with the steps of {self.full_trainings:.1f} full fine-tunings "
             f"of about {clock(self.seconds_each)}.",
-            f"All: at most about {clock(self.seconds)}; starting and measuring come on top.",
+            time_in_words(self.seconds, 1, is_bound=True),
+            memory_in_words(self.memory, 1),
         ]
 
 
 def estimate(comparison: Comparison, runner: RecipeRunner) -> CostEstimate:
     """The cost of the short trainings of a comparison's methods; trains a few steps."""
-    full = comparison.methods[FULL]
-    seconds = runner.seconds(lambda model: full.wrap(model, Selection(()), comparison.recipe))
+    full, validation, measure = comparison.methods[FULL], runner.part("validation"), runner.task.measure
+    base, step, memory = runner.timed(lambda model: full.wrap(model, Selection(()), comparison.recipe))
+    measure(runner.model, validation)  # what is made once is made now
+    began = time.perf_counter()
+    measure(runner.model, validation)
+    measuring = time.perf_counter() - began
     count, share = 0, CHOOSING
     for stage in ROUNDS:
         methods = min(stage.methods or math.inf, len(comparison.methods) - 1)
         trainings = methods * min(stage.rates or math.inf, len(comparison.rates))
         count, share = count + int(trainings), share + trainings * stage.share
-    return CostEstimate(count, share, seconds, share * seconds)
+    seconds = base + runner.steps() * step
+    return CostEstimate(count, share, seconds, share * runner.steps() * step + count * (base + measuring), memory)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import math
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,12 +18,14 @@ from ... import procedures
 from ...atomic_files import check_replaceable, whole_folder
 from ...blocks.block_map import blocks_in_words, kind_of
 from ...errors import SurgicalError
-from ...rendering import markdown_row
+from ...rendering import clock, markdown_row
 from ...scoring.progress import Stages
 from ...search.result import SearchResult, SearchTrial, candidate_of, state_of
-from ...search.run import count_trainings, optuna_classes, run_search
+from ...search.run import count_trainings, optuna_classes, planned_candidates, run_search
 from ...validation import resolve
+from ..questions import noise
 from ..recipe.recipe import Recipe
+from ..training.cost import Timing, depth_of, memory_in_words, shared, time_in_words, timed_at_once
 from ..training.provenance import machine, today, versions
 from ..training.train import score
 from ..training.workers import SPAWN, shared_threads, start_worker
@@ -41,14 +42,29 @@ class CostEstimate:
     Attributes:
         procedure: in words.
         trainings: at most so many, see `count_trainings`; None if that is not known.
-        seconds_each: of one training of all layers; few take longer. Estimated from a few steps.
-        seconds: of the whole search with its jobs, at most about; None if that is not known.
+        seconds_each: of one training of all layers; few take longer. Estimated from a few steps, taken in as many
+            processes at once as will share the search.
+        seconds: of the whole search with its jobs, about, if it takes that many trainings; None if that is not known.
+        memory: bytes that a process takes at most.
+        jobs: processes.
     """
 
     procedure: str
     trainings: int | None
     seconds_each: float
     seconds: float | None
+    memory: int
+    jobs: int
+
+    def lines(self) -> list[str]:
+        """The estimate in words."""
+        most = "how many trainings is not known" if self.trainings is None else f"at most {self.trainings} trainings"
+        lines = [
+            f"{self.procedure}: {most}.",
+            f"One training of all layers: about {clock(self.seconds_each)}; of later ones less.",
+        ]
+        lines += [time_in_words(self.seconds, self.jobs, is_bound=True)] if self.seconds is not None else []
+        return [*lines, memory_in_words(self.memory, self.jobs)]
 
 
 def plan(recipe: Recipe, jobs: int = 1) -> CostEstimate:
@@ -61,14 +77,21 @@ def plan(recipe: Recipe, jobs: int = 1) -> CostEstimate:
         >>> plan(load_recipe("recipes/sweep_noise.yaml"), jobs=2).trainings
         90
     """
-    with shared_threads(jobs):
-        recipe = _with_scores(recipe)
-        objective = RecipeObjective(recipe)
-        procedure = recipe.make_procedure()
-        trainings = count_trainings(procedure, objective.blocks, rates=objective.rates, seeds=objective.seeds)
-        seconds = objective.seconds()
-    at_once = min(jobs, os.cpu_count() or 1)
-    return CostEstimate(repr(procedure), trainings, seconds, trainings and math.ceil(trainings / at_once) * seconds)
+    recipe = _with_scores(recipe)
+    objective = RecipeObjective(recipe)
+    procedure, blocks = recipe.make_procedure(), objective.blocks
+    times = len(objective.rates) * len(objective.seeds)
+    candidates = planned_candidates(procedure, blocks, times=times)
+    timing = timed_at_once(jobs, *((objective.timing,) if jobs == 1 else (_timing, recipe)))
+    if candidates is None:
+        return CostEstimate(repr(procedure), None, timing.whole, None, timing.memory, jobs)
+    each = [timing.seconds(depth_of(candidate, blocks.names, blocks.layers)) for candidate in candidates]
+    seconds = timing.start + shared(times * sum(each), jobs, longest=max(each, default=0.0))
+    return CostEstimate(repr(procedure), times * len(candidates), timing.whole, seconds, timing.memory, jobs)
+
+
+def _timing(recipe: Recipe) -> Timing:
+    return RecipeObjective(recipe).timing()
 
 
 def search(
@@ -237,3 +260,11 @@ def search_markdown(result: SearchResult, metric: str) -> str:
         f"`{result.procedure}`: {result.trainings} trainings; {means}. {today()}, {packages}; {machine()}.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def noise_of(result: SearchResult) -> list[str]:
+    """How sure the best accuracy is, in words; nothing where something else was measured."""
+    notes = result.trials[0].notes.get("validation", {}) if result.trials else {}
+    if notes.get("metric") != "accuracy" or not math.isfinite(result.metric):
+        return []
+    return [noise(result.metric, notes["examples"], "validation")]
