@@ -54,9 +54,9 @@ def search(
     as_json: AsJson = False,
 ) -> None:
     """Find the blocks to tune by trying them; the same command again resumes."""
-    from ..experiments.questions import QUESTIONS
     from ..experiments.search.search import noise_of, plan
     from ..experiments.search.search import search as search_recipe
+    from ..experiments.training.questions import QUESTIONS
     from ..tuner.config import SurgicalConfig
 
     loaded, output = open_recipe(recipe, tiny, output)
@@ -114,7 +114,7 @@ def compare(
     from ..experiments.compare.compare import compare as compare_recipe
     from ..experiments.compare.compare import plan
     from ..experiments.compare.tables import table
-    from ..experiments.questions import QUESTIONS
+    from ..experiments.training.questions import QUESTIONS
 
     loaded, output = open_recipe(recipe, tiny, output)
     if dry_run:
@@ -141,7 +141,7 @@ def advise(
     from ..experiments.advise.advise import advise as advise_on
     from ..experiments.advise.advise import plan
     from ..experiments.advise.report import not_tried, recipe_lines, table
-    from ..experiments.questions import QUESTIONS
+    from ..experiments.training.questions import QUESTIONS
 
     loaded, output = open_recipe(recipe, tiny, output)
     if dry_run:

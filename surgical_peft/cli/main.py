@@ -118,8 +118,8 @@ def score(
 ) -> None:
     """Score the blocks of a recipe's model on its training data."""
     from .. import criteria
-    from ..experiments.questions import QUESTIONS
     from ..experiments.recipe import load_recipe
+    from ..experiments.training.questions import QUESTIONS
     from ..experiments.training.train import score as score_recipe
     from ..validation import resolve
 

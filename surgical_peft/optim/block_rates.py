@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from typing import Any, NoReturn
@@ -15,7 +14,7 @@ from torch.optim import Optimizer
 from ..blocks.block_map import BlockMap
 from ..errors import SurgicalError
 from ..masks import Masks
-from ..policies.policy import Policy, StepLoss, TrainingState, Unit
+from ..policies.policy import Policy, StepLoss, TrainingState, Unit, warn_if_idle
 from ..scoring.distributed import under_deepspeed
 from ..validation import check_number, is_number
 from .epochs import Epochs
@@ -92,16 +91,8 @@ class BlockRates:
         weakref.finalize(optimizer, self.release).atexit = False  # nothing here may hold the optimizer
         _living.add(self)
         self.restart(optimizer)
-        self._tell_if_idle(optimizer)
-
-    def _tell_if_idle(self, optimizer: Optimizer) -> None:
-        """Warn of a policy that leaves all rates as they are."""
-        reason = self.policy.without_effect(self.training_state(optimizer))
-        if self.policy != Policy() and self.policy.is_constant:
-            factors = {group["base_multiplier"] for group in optimizer.param_groups}
-            reason = "every factor is 1" if factors == {1.0} else None
-        if reason:
-            warnings.warn(f"the policy {text_of(self.policy)} has no effect on what is tuned: {reason}.", stacklevel=4)
+        constant = [group["base_multiplier"] for group in optimizer.param_groups]
+        warn_if_idle(policy, self.training_state(optimizer), constant)
 
     def training_state(self, optimizer: Optimizer) -> TrainingState:
         """The training as the policy sees it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -196,6 +197,15 @@ class Policy:
     def loss(self, training: TrainingState) -> StepLoss | None:
         """`(outputs, labels, num_items_in_batch=None) -> loss` for the coming step; None = the model's own."""
         return None
+
+
+def warn_if_idle(policy: Policy, training: TrainingState, constant: Iterable[float]) -> None:
+    """Warn of a policy that leaves all learning rates as they are; `constant` are the constant factors."""
+    reason = policy.without_effect(training)
+    if policy != Policy() and policy.is_constant and set(constant) == {1.0}:
+        reason = "every factor is 1"
+    if reason:
+        warnings.warn(f"the policy {policy} has no effect on what is tuned: {reason}.", stacklevel=5)
 
 
 def check_enough(owner: str, num_blocks: int, candidates: Sequence[str]) -> None:

@@ -25,7 +25,7 @@ from ...scoring.selection import Selection
 from ..compare.comparison import Comparison
 from ..compare.methods import MethodContext
 from ..recipe.recipe import Recipe
-from ..tasks import Examples, load_task
+from ..tasks import Examples, measured_split
 from ..training.provenance import machine, today, versions
 from ..training.runner import RecipeRunner
 from ..training.train import loader
@@ -94,8 +94,10 @@ def advise(recipe: Recipe, output: str | Path | None = None, *, console: Console
     with Stages(console or Console()) as stages:
         stages.begin("load model and data")
         if recipe.source_data is not None:
-            source = load_task(comparison.source_recipe(0), ("test",)).splits["test"]
+            _, source = measured_split(comparison.source_recipe(0))
         runner = RecipeRunner(comparison.recipe)
+        stages.end()
+        runner.task.summary.show(stages.console)
         judge = ValidationJudge(runner)
         stages.begin("time a few steps")
         trial = _Trial(comparison, runner, judge, estimate(comparison, runner))

@@ -82,9 +82,11 @@ def compare(
     comparison, findings = job_runner.comparison, job_runner.findings
     check_replaceable(findings.folder / "comparison", _TABLE)
     check(comparison, job_runner.data)
+    console = console or Console()
+    job_runner.data.runner(comparison.firsts[0]).task.summary.show(console)
     if jobs > 1:
         job_runner.data.forget()
-    with shared_threads(jobs), JobPool(job_runner, jobs, console or Console()) as pool:
+    with shared_threads(jobs), JobPool(job_runner, jobs, console) as pool:
         choosing = [title for title, method in comparison.methods.items() if method.choose]
         pool.do("choose blocks", [choice_of(job) for title in choosing for job in comparison.trainings(title)])
         pool.do("time steps", [comparison.costs])

@@ -16,10 +16,11 @@ from ...atomic_files import digest_of
 from ...errors import SurgicalError
 from ...validation import nearest
 from ..recipe.recipe import Recipe
-from ..tasks import load_task
+from ..tasks import load_task, measured_split
 from .methods import Method, make_method
 
 FULL = "full fine-tuning"  # all others are compared with it
+_OPENING = ("data_config", "splits", "drop_empty")  # how data are opened
 SHIFTS = ("corruption", "severity", "character_noise", "casing", "label_map", "shift_seed", "columns")
 
 
@@ -114,6 +115,12 @@ class Comparison:
         """The name of what is measured."""
         return load_task(self.recipe_of(0, self.seeds[0]), ("validation",)).metric
 
+    @cached_property
+    def split(self) -> str:
+        """The split that results are told on: `test` or, where some data have none, `validation`."""
+        names = {measured_split(recipe)[0] for recipe in self.test_recipes(0, self.seeds[0])}
+        return "test" if names == {"test"} else "validation"
+
     def arguments(self, method: Method, **changed: Any) -> TrainingArguments:
         """The training arguments of a method, and those that are changed for one of its trainings."""
         return self.recipe.arguments(disable_tqdm=True, **{**method.training, **changed})
@@ -133,7 +140,7 @@ class Comparison:
         """The recipe with a source model and its own data, unshifted."""
         given = self.recipe.source_data
         keys = {"data": given} if isinstance(given, str) else given
-        known = ("data", *SHIFTS)
+        known = ("data", *_OPENING, *SHIFTS)
         if not isinstance(keys, dict) or "data" not in keys or not set(keys) <= set(known):
             wrong = next((nearest(str(key), known) for key in keys if key not in known), "") if keys else ""
             raise SurgicalError(
@@ -141,7 +148,7 @@ class Comparison:
                 f"{', '.join(known)}."
             )
         plain = Recipe(model="", data="")
-        unshifted = {key: getattr(plain, key) for key in SHIFTS if key != "columns"}
+        unshifted = {key: getattr(plain, key) for key in (*_OPENING, *SHIFTS) if key != "columns"}
         return replace(self.recipe, model=self.sources[source], imbalance={}, **{**unshifted, **keys})
 
     def asked(self, job: Job, blocks: Sequence[str] | None = None) -> dict[str, Any]:
@@ -162,6 +169,7 @@ class Comparison:
         if job.kind in ("test", "source") and self.recipe.source_data is not None:
             source_recipe = self.source_recipe(job.source)
             shift = {key: getattr(source_recipe, key) for key in SHIFTS}
+            shift |= {key: value for key in _OPENING if (value := getattr(source_recipe, key))}
             asked["source_data"] = {**shift, "data": self._identities[source_recipe.data]}
         if job.kind == "source":
             return asked

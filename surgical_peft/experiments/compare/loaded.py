@@ -7,7 +7,7 @@ from typing import Any
 from torch.utils.data import ConcatDataset
 
 from ..recipe.recipe import Recipe
-from ..tasks import load_task
+from ..tasks import measured_split
 from ..training.runner import RecipeRunner, Remembered
 from .comparison import Comparison, Job
 
@@ -49,6 +49,6 @@ class LoadedData:
     def _examples(self, kind: str, recipes: list[Recipe]) -> ConcatDataset[Any]:
         key = [(recipe.model, recipe.data) for recipe in recipes]
         if kind not in self._measured or self._measured[kind][0] != key:
-            parts = [Remembered(load_task(recipe, ("test",)).splits["test"]) for recipe in recipes]
+            parts = [Remembered(measured_split(recipe)[1]) for recipe in recipes]
             self._measured[kind] = key, ConcatDataset(parts)
         return self._measured[kind][1]

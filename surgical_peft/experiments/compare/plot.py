@@ -33,7 +33,7 @@ def plot(report: ComparisonReport, path: str | Path) -> None:
         _draw_differences(right, rows, scale)
         left.set_yticks(range(len(rows)), [row.method for row in rows])
         left.set_ylim(-0.6, len(rows) - 0.4)
-        left.set_xlabel(f"test {report.metric}{', %' * is_share}")
+        left.set_xlabel(f"{report.split} {report.metric}{', %' * is_share}")
         right.set_xlabel(f"to full fine-tuning{f',{unit}' if unit else ''}")
         left.set_title(f"{trainings_of(report)}; line: mean", fontsize=9)
         right.set_title("paired, 95 % interval; filled: clear of zero", fontsize=9)

@@ -112,6 +112,7 @@ class ComparisonReport:
         methods: a row each.
         interval: in words, what the intervals cover.
         sentences: what won, and whether that is more than noise.
+        split: that results are told on, `test` or, where the data have none, `validation`.
     """
 
     date: str
@@ -126,6 +127,7 @@ class ComparisonReport:
     methods: list[MethodRow]
     interval: str = ""
     sentences: Sequence[str] = ()
+    split: str = "test"
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for `report.json`."""

@@ -96,6 +96,7 @@ def report_of(comparison: Comparison, rows: Sequence[MethodRow], jobs: int, seco
         sources=[Path(source).name for source in comparison.sources],
         seeds=list(comparison.seeds),
         compared=compared,
+        split=comparison.split,
         methods=[replace(row, to_full=_to_full(row, full, len(comparison.seeds), compared)) for row in rows],
     )
     return replace(report, interval=interval_in_words(report), sentences=sentences(report))

@@ -16,7 +16,7 @@ def table(report: ComparisonReport) -> TextTable:
     shown = [number for number, name in enumerate(header) if number < 4 or name == "step"]
     best = max(row.mean for row in report.methods if not row.has_diverged)
     return TextTable(
-        f"Test {report.metric}, {trainings_of(report)}",
+        f"{report.split.capitalize()} {report.metric}, {trainings_of(report)}",
         [header[number].replace(", %", ",\u00a0%") for number in shown],
         [[row[number] for number in shown] for row in rows],
         _legend(report),
@@ -59,12 +59,11 @@ def markdown(report: ComparisonReport) -> str:
     marks = "".join(f" {note}" for note in _marks(report))
     lines += [
         "",
-        f"Test {report.metric}: mean ± standard deviation of {trainings_of(report)}. To full: the paired "
-        f"difference to full fine-tuning. {interval_in_words(report)} Each rate has the best mean on validation data "
-        f"of its grid, extended where that was at the edge.{marks} Tuned: parameters. Step: its time, as a part of "
-        "full fine-tuning's: all take turns in one process, and the median over the rounds counts. Memory: the most "
-        "that is alive at once in a step. "
-        "Choosing: of the blocks, once for each training."
+        f"{report.split.capitalize()} {report.metric}: mean ± standard deviation of {trainings_of(report)}. To full: "
+        f"the paired difference to full fine-tuning. {interval_in_words(report)} Each rate has the best mean on "
+        f"validation data of its grid, extended where that was at the edge.{marks} Tuned: parameters. Step: its "
+        "time, as a part of full fine-tuning's: all take turns in one process, and the median over the rounds counts. "
+        "Memory: the most that is alive at once in a step. Choosing: of the blocks, once for each training."
         + (" Forgets: what is lost on the source model's own data." if _tells_forgetting(report) else ""),
         "",
         f"{report.date}, {versions}; {report.machine}.",
@@ -80,7 +79,12 @@ def sentences(report: ComparisonReport) -> list[str]:
     is claimed.
     """
     lost = [row.method for row in report.methods if row.has_diverged]
-    return [*_verdict(report), *([f"At every rate diverged: {', '.join(lost)}."] if lost else [])]
+    notes = [f"At every rate diverged: {', '.join(lost)}."] if lost else []
+    if report.split != "test":
+        notes.append(
+            "There is no test split: the rates were chosen on the same examples, so all numbers are a little too good."
+        )
+    return [*_verdict(report), *notes]
 
 
 def _verdict(report: ComparisonReport) -> list[str]:
@@ -88,7 +92,7 @@ def _verdict(report: ComparisonReport) -> list[str]:
     ranked = sorted(rows, key=lambda row: -row.mean)
     best = ranked[0]
     is_share, unit = scale_of(report)
-    first = f"{best.method} is best: {_number(report, best.mean)}{' %' * is_share} test "
+    first = f"{best.method} is best: {_number(report, best.mean)}{' %' * is_share} {report.split} "
     first += f"{report.metric}, mean of {trainings_of(report)}"
     if len(ranked) == 1:
         return [f"{first}.", "There is nothing to compare it with."]

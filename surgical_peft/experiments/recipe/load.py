@@ -33,6 +33,7 @@ _PLAIN: dict[Any, tuple[type, ...]] = {
     float | None: (float, int, NoneType),
     str | None: (str, NoneType),
     dict[str, Any]: (dict,),
+    dict[str, str]: (dict,),
 }
 _LISTS = {
     "rates": "[1e-3, 3e-3]",

@@ -23,7 +23,11 @@ class DataSection:
 
     Attributes:
         model: a folder (relative to the recipe) or a Hub id.
-        data: a folder (relative to the recipe) or a Hub id; with the splits train, validation and test.
+        data: a folder or file (relative to the recipe) or a Hub id; CSV, JSON, Parquet or images. Without a split
+            `validation`, a fifth of `train` is held out; without `test`, nothing is measured on it.
+        data_config: which configuration of a data set with several, e.g. `sst2` of `nyu-mll/glue`.
+        splits: the data's name for a split, where it has another, e.g. `{validation: dev}`.
+        drop_empty: whether rows with empty cells, and with images that cannot be read, are left out.
         task: the kind of model and data, a name from `tasks` or `package.module:name`.
         columns: which column is what, e.g. `{text: body, label: y}`, where their names and types do not say it.
         metric: what to measure, larger is better: one that ships in `metrics`, a folder (relative to the recipe) with
@@ -38,11 +42,14 @@ class DataSection:
         label_map: new label for each old one, e.g. `[1, 0]`, null to leave a class out; or a mapping from classes to
             labels, which leaves the others out, e.g. `{coat: 0, shirt: 0, boot: 1}`.
         imbalance: share of some classes that is left in the training split, e.g. `{coat: 0.1}`.
-        shift_seed: seed of all random shifts.
+        shift_seed: seed of all random shifts, and of the rows that are held out.
     """
 
     model: str
     data: str
+    data_config: str | None = None
+    splits: dict[str, str] = field(default_factory=dict)
+    drop_empty: bool = False
     task: str = "image_classification"
     columns: dict[str, Any] = field(default_factory=dict)
     metric: str | None = None

@@ -41,6 +41,7 @@ class RecipeObjective:
         blocks: the map of the model, with `divide` in the recipe one of parts of its layers.
         rates, seeds: what to search over: the recipe's own where it has no list; for `run_search`.
         metric: its name.
+        summary: what was understood of the data.
         settings: what a training is, in plain data; a study holds trainings of one kind.
 
     Raises:
@@ -62,7 +63,8 @@ class RecipeObjective:
         self.rates = tuple(recipe.rates or [args.learning_rate])
         self.seeds = tuple(range(recipe.folds) if recipe.folds else recipe.seeds or [args.seed])
         self.metric = self._runner.task.metric
-        data = identity(recipe.data)
+        self.summary = self._runner.task.summary
+        data = identity(recipe.data, recipe.data_config)
         self.settings = {
             **recipe.settings(),
             "model": f"{Path(recipe.model).name} {fingerprint(self._runner.model.state_dict().values())}",

@@ -20,13 +20,14 @@ from ...blocks.block_map import blocks_in_words, kind_of
 from ...errors import SurgicalError
 from ...rendering import clock, markdown_row
 from ...scoring.progress import Stages
+from ...search.proposals import count_trainings, planned_candidates
 from ...search.result import SearchResult, SearchTrial, candidate_of, state_of
-from ...search.run import count_trainings, optuna_classes, planned_candidates, run_search
+from ...search.run import optuna_classes, run_search
 from ...validation import resolve
-from ..questions import noise
 from ..recipe.recipe import Recipe
 from ..training.cost import Timing, depth_of, memory_in_words, shared, time_in_words, timed_at_once
 from ..training.provenance import machine, today, versions
+from ..training.questions import noise
 from ..training.train import score
 from ..training.workers import SPAWN, shared_threads, start_worker
 from .objective import RecipeObjective
@@ -136,6 +137,8 @@ def _search(
     stages = Stages(console)
     stages.begin("load model and data")
     objective = RecipeObjective(recipe)
+    stages.end()
+    objective.summary.show(console)
     kept: dict[str, Any] = {"storage": storage or f"sqlite:///{folder / 'study.db'}", "name": name or recipe.procedure}
     most = count_trainings(recipe.make_procedure(), objective.blocks, rates=objective.rates, seeds=objective.seeds)
     with stages, _helpers(jobs - 1, recipe, kept, torch.get_num_threads()):

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from ...validation import resolve
 from ..recipe.recipe import Recipe
 from .causal_lm import causal_lm
 from .image_classification import image_classification
 from .seq2seq import seq2seq
+from .summary import DataSummary
 from .task import SPLITS as SPLITS
 from .task import Examples as Examples
 from .task import Task as Task
@@ -42,7 +44,21 @@ def load_task(recipe: Recipe, splits: Sequence[str] = SPLITS) -> Task:
     info = info_of(task)
     if info.keys is not None:
         check_keys(recipe, info.keys)
-    return task(recipe, tuple(splits))
+    loaded = task(recipe, tuple(splits))
+    sizes = ", ".join(f"{len(examples):,} {split}" for split, examples in loaded.splits.items())
+    return replace(loaded, summary=DataSummary((f"examples: {sizes or 'none'}",)) + loaded.summary)
+
+
+def measured_split(recipe: Recipe) -> tuple[str, Examples]:
+    """The split that results are told on, with its name: `test` or, where the data have none, `validation`.
+
+    Raises:
+        SurgicalError: as `load_task`.
+    """
+    for split in ("test", "validation"):
+        if split in (splits := load_task(recipe, (split,)).splits):
+            break
+    return split, splits[split]
 
 
 def task_of(recipe: Recipe) -> Callable[..., Task]:

@@ -11,11 +11,12 @@ from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq
 
 from ..metrics import load_metric
 from ..recipe.recipe import Recipe
-from .columns import TEXT, find_columns, open_splits
+from .columns import TEXT
+from .dataset import open_data
 from .evaluation import Measure, check_metric, read_tokens
 from .source_model import model_loader
 from .task import Task, TinyTask, with_info
-from .text_examples import Texts, Tokenizing, plain, refuse_empty, tokenizing
+from .text_examples import Texts, Tokenizing, plain, tokenizing
 from .tiny_data import TEXT_CONFIG, WORDS, save_tokenizer, text_feature
 
 BATCH_SIZE = 8  # of measuring; the logits of a batch have as many columns as the vocabulary has words
@@ -41,19 +42,20 @@ def causal_lm(recipe: Recipe, splits: Sequence[str]) -> Task:
     metric = recipe.metric or "accuracy"
     check_metric(metric, "accuracy", "log_likelihood")
     how = tokenizing(recipe)
-    data = open_splits(recipe.data, splits)
-    column = find_columns(recipe, data, {"text": TEXT})["text"]
-    refuse_empty(data, column, recipe.data)
+    data = open_data(recipe, splits, {"text": TEXT})
     collate = plain(DataCollatorForSeq2Seq(how.tokenizer))  # unlike that for language models it pads labels as such
     return Task(
         load_model=model_loader(AutoModelForCausalLM, recipe),
         splits={
-            split: Texts(rows, list(range(len(rows))), partial(_read, how, column), partial(how.rng, split))
-            for split, rows in data.items()
+            split: Texts(
+                rows, list(range(len(rows))), partial(_read, how, data.columns["text"]), partial(how.rng, split)
+            )
+            for split, rows in data.splits.items()
         },
         collate=collate,
         metric=metric,
         measure=Measure(load_metric(metric), partial(read_tokens, metric, 1), collate, BATCH_SIZE),
+        summary=data.summary,
     )
 
 

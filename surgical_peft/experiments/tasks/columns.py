@@ -1,60 +1,18 @@
-"""The rows of a data set: its splits, each opened by itself, and its columns, found by type or named in the recipe."""
+"""The columns of a data set: found by type, or named in the recipe."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from datasets import ClassLabel, LargeList, List, Value, load_dataset, load_dataset_builder
+import pyarrow.compute as pc
+from datasets import ClassLabel, LargeList, List, Value
 
 from ...errors import SurgicalError
 from ...validation import nearest
 from ..recipe.recipe import Recipe
-from .task import load_or_raise
-
-
-def open_splits(name: str, splits: Sequence[str]) -> dict[str, Any]:
-    """The asked-for splits of a local folder or a Hub data set.
-
-    Of a local folder only the files of these splits are opened. A Hub data set is fetched whole.
-
-    Raises:
-        SurgicalError: no such data, a split that is missing or empty.
-    """
-    if (Path(name) / "dataset_dict.json").exists() or (Path(name) / "dataset_info.json").exists():
-        raise SurgicalError(
-            f"{name} was written by save_to_disk: write each split with to_parquet instead, into one folder, as "
-            "train.parquet, validation.parquet and test.parquet."
-        )
-    if Path(name).is_file():
-        raise SurgicalError(
-            f"{name} is one file: give a folder with a file for each split, such as train.csv and validation.csv."
-        )
-    builder = load_or_raise(load_dataset_builder, name, "data set")
-    files = {str(split): paths for split, paths in (builder.config.data_files or {}).items()}
-    known = list(files or builder.info.splits or splits)
-    missing = [split for split in splits if split not in known]
-    if missing:
-        raise SurgicalError(
-            f"{name} has the splits {', '.join(known)}; it needs {', '.join(splits)}. A file of a folder is the "
-            "split that its name says, e.g. validation.parquet."
-        )
-    options: dict[str, Any] = {}
-    if builder.name == "imagefolder" and not any(
-        "metadata." in str(file) for paths in files.values() for file in paths
-    ):
-        options["drop_labels"] = False  # else the folders of a split with one class are not taken for classes
-    opened = {}
-    for split in splits:
-        only = {"data_files": {split: files[split]}, "features": builder.info.features} if Path(name).exists() else {}
-        opened[split] = load_or_raise(
-            load_dataset, name, f"split {split} of the data set", split=split, **only, **options
-        )
-        if not len(opened[split]):
-            raise SurgicalError(f"{name}: the split {split} is empty.")
-    return opened
+from .cells import Fault, cells_of, empty_cells, label_faults, list_faults, text_faults
 
 
 @dataclass(frozen=True)
@@ -64,10 +22,12 @@ class ColumnType:
     Attributes:
         description: of what it holds, in the plural.
         fits: whether a feature of `datasets` is of it.
+        faults: the cells of such a column that cannot be used, given the rows of a split and the column.
     """
 
     description: str
     fits: Callable[[Any], bool]
+    faults: Callable[[Any, str], list[Fault]] = empty_cells
 
 
 def _is_text(feature: Any) -> bool:
@@ -78,8 +38,8 @@ def _is_label(feature: Any) -> bool:
     return isinstance(feature, ClassLabel) or (isinstance(feature, Value) and (_is_text(feature) or _is_int(feature)))
 
 
-TEXT = ColumnType("texts", _is_text)
-LABEL = ColumnType("classes: names, whole numbers or a ClassLabel", _is_label)
+TEXT = ColumnType("texts", _is_text, text_faults)
+LABEL = ColumnType("classes: names, whole numbers or a ClassLabel", _is_label, label_faults)
 
 
 def list_of(kind: ColumnType) -> ColumnType:
@@ -87,16 +47,42 @@ def list_of(kind: ColumnType) -> ColumnType:
     return ColumnType(
         f"lists of {kind.description}",
         lambda feature: isinstance(feature, List | LargeList) and kind.fits(feature.feature),
+        list_faults,
     )
 
 
-def find_columns(recipe: Recipe, data: dict[str, Any], roles: dict[str, ColumnType]) -> dict[str, str]:
+def whole_numbers(rows: Any) -> Any:
+    """The rows with columns of whole numbers as such: with empty cells among them, CSV has them as fractions."""
+    for name, feature in rows.features.items():
+        if isinstance(feature, Value) and feature.dtype == "float64":
+            cells = cells_of(rows, name)
+            numbers = cells.drop_null()
+            if cells.null_count and len(numbers) and pc.all(pc.equal(numbers, pc.round(numbers))).as_py():
+                rows = rows.cast_column(name, Value("int64"))
+    return rows
+
+
+def empty_columns(data: Mapping[str, Any]) -> set[str]:
+    """The columns with nothing in them, in some split: their type says nothing."""
+    return {
+        name
+        for rows in data.values()
+        for name, feature in rows.features.items()
+        if isinstance(feature, Value) and feature.dtype in ("float64", "null", "string", "large_string")
+        if cells_of(rows, name).null_count == len(rows)
+    }
+
+
+def find_columns(
+    recipe: Recipe, data: Mapping[str, Any], roles: Mapping[str, ColumnType], empty: Collection[str] = ()
+) -> dict[str, str]:
     """The column of each role: the one that the recipe names, else the one of that name, else the only one that fits.
 
     Args:
         recipe: its `columns` are looked at.
         data: the splits; all of them must have the columns.
         roles: for each role the type of its column.
+        empty: columns with nothing in them, which may be any role, and are taken where no other fits.
 
     Raises:
         SurgicalError: a role or column that does not exist, no column that fits, or more than one.
@@ -108,12 +94,15 @@ def find_columns(recipe: Recipe, data: dict[str, Any], roles: dict[str, ColumnTy
                 f"{', '.join(roles)}."
             )
     features = next(iter(data.values())).features
-    namesakes = {role: role for role, kind in roles.items() if role in features and kind.fits(features[role])}
+    fit = {
+        role: [name for name in features if name in empty or kind.fits(features[name])] for role, kind in roles.items()
+    }
+    namesakes = {role: role for role in roles if role in fit[role]}
     columns = {**namesakes, **{role: str(column) for role, column in recipe.columns.items()}}
     for role, kind in roles.items():
         if role not in columns:
-            fitting = [name for name in features if kind.fits(features[name]) and name not in columns.values()]
-            columns[role] = _only(role, kind, fitting, recipe, features)
+            free = [name for name in fit[role] if name not in columns.values()]
+            columns[role] = _only(role, kind, [name for name in free if name not in empty] or free, recipe, features)
     for split, rows in data.items():
         for role, column in columns.items():
             if column not in rows.features:
@@ -121,7 +110,7 @@ def find_columns(recipe: Recipe, data: dict[str, Any], roles: dict[str, ColumnTy
                     f"{recipe.data}: the split {split} has no column {column!r} for the {role}: "
                     f"{nearest(column, rows.features)}It has: {_shown(rows.features)}."
                 )
-            if not roles[role].fits(rows.features[column]):
+            if column not in empty and not roles[role].fits(rows.features[column]):
                 raise SurgicalError(
                     f"{recipe.data}: the column {column!r} cannot be the {role} of {recipe.task}: it is "
                     f"{_type(rows.features[column])}, and it takes {roles[role].description}. The split {split} has: "

@@ -24,7 +24,9 @@ from transformers import (
 from ...errors import SurgicalError
 from ..recipe.recipe import Recipe
 from ..shifts import corruption
-from .columns import LABEL, ColumnType, find_columns, open_splits
+from .cells import image_faults
+from .columns import LABEL, ColumnType
+from .dataset import open_data
 from .evaluation import classification
 from .labels import label_rows
 from .source_model import model_loader
@@ -32,7 +34,7 @@ from .task import Examples, Task, TinyTask, load_or_raise, with_info
 from .tiny_data import label_feature, labels_of
 
 _MODES = {1: "L", 3: "RGB"}
-IMAGE = ColumnType("images", lambda feature: isinstance(feature, Image))
+IMAGE = ColumnType("images", lambda feature: isinstance(feature, Image), image_faults)
 
 
 def _row(place: int, rng: np.random.Generator, classes: list[str]) -> dict[str, Any]:
@@ -70,17 +72,16 @@ def image_classification(recipe: Recipe, splits: Sequence[str]) -> Task:
     config = load_or_raise(AutoConfig.from_pretrained, recipe.model, "model")
     processor = load_or_raise(AutoImageProcessor.from_pretrained, recipe.model, "image processor of", backend="pil")
     corrupt = corruption(recipe.corruption, recipe.severity) if recipe.corruption else None
-    data = open_splits(recipe.data, splits)
-    columns = find_columns(recipe, data, {"image": IMAGE, "label": LABEL})
-    found_labels = label_rows(recipe, data, columns["label"], config)
+    data = open_data(recipe, splits, {"image": IMAGE, "label": LABEL}, classes="label")
+    labeled = label_rows(recipe, data, config)
     examples: dict[str, Examples] = {}
     shape = None
-    for split, rows in data.items():
+    for split, rows in data.splits.items():
         images = _Images(
-            rows.select_columns(columns["image"]),
-            columns["image"],
-            found_labels.rows[split],
-            found_labels.labels[split],
+            rows.select_columns(data.columns["image"]),
+            data.columns["image"],
+            labeled.rows[split],
+            labeled.labels[split],
             processor,
             _MODES.get(getattr(config, "num_channels", 3), "RGB"),
             shape,
@@ -93,12 +94,13 @@ def image_classification(recipe: Recipe, splits: Sequence[str]) -> Task:
             _check_shape(config, shape, recipe)
         examples[split] = replace(images, shape=shape)
     return Task(
-        load_model=model_loader(AutoModelForImageClassification, recipe, found_labels.count, found_labels.names),
+        load_model=model_loader(AutoModelForImageClassification, recipe, labeled.count, labeled.names),
         splits=examples,
         collate=default_data_collator,
         metric=recipe.metric or "accuracy",
         measure=measure,
         names_labels=True,
+        summary=data.summary + labeled.summary,
     )
 
 

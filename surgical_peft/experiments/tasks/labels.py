@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
-from datasets import ClassLabel, Value
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import ClassLabel
 
 from ...errors import SurgicalError
 from ...validation import nearest
 from ..recipe.recipe import Recipe
 from ..shifts import keep_share, read_label_map
 from ..shifts.classes import class_number
-from .columns import open_splits
+from .cells import cells_of
+from .dataset import OpenedData
+from .summary import DataSummary, listed
 
 
 @dataclass(frozen=True)
@@ -24,41 +30,35 @@ class LabeledRows:
         labels: for each split the label of each of these rows, a number from 0.
         count: how many labels the model has.
         names: the names of the labels of a new head, or None where the labels are not the classes of the data.
+        summary: how classes became labels.
     """
 
     rows: dict[str, list[int]]
     labels: dict[str, list[int]]
     count: int
     names: list[str] | None
+    summary: DataSummary
 
 
-def label_rows(recipe: Recipe, data: dict[str, Any], column: str, config: Any) -> LabeledRows:
+def label_rows(recipe: Recipe, data: OpenedData, config: Any) -> LabeledRows:
     """The labels of each split, after the recipe's `label_map` and `imbalance`.
-
-    Without a `label_map`, classes are matched with the model's labels by name where it knows all the names, else by
-    number: classes as a `ClassLabel` has them, other names in alphabetical order.
 
     Args:
         recipe: says how classes become labels.
-        data: the splits.
-        column: where the labels are: classes, names or numbers.
+        data: with a column for the role `label`: classes, names or numbers.
         config: of the model, which knows its labels.
 
     Raises:
-        SurgicalError: a column or class that the training split lacks, a row without label, a label that the model
-            has not, a split left without rows, or only one class to train on.
+        SurgicalError: as `fit_labels`; a class that the training split lacks, a split left without rows, or only one
+            class to train on.
     """
-    train = data["train"] if "train" in data else open_splits(recipe.data, ["train"])["train"]
-    if column not in train.features:
-        raise SurgicalError(
-            f"{recipe.data}: the split train has no column {column!r} for the label, as {next(iter(data))} has: "
-            f"{nearest(column, train.features)}It has: {', '.join(train.features)}."
-        )
-    classes = class_names(train.features[column], list(train[column]), f"{recipe.data}, split train")
-    label_map, count = fit_labels(recipe, column, classes, config)
+    column, train = data.columns["label"], data.train
+    classes = class_names(train.features[column], cells_of(train, column), f"{recipe.data}, column {column!r}")
+    label_map, count, summary = fit_labels(recipe, column, classes, config)
     rows, labels = {}, {}
-    for split, split_rows in data.items():
-        numbers = _classes_of(split_rows, column, classes, f"{recipe.data}, split {split}")
+    for split, split_rows in data.splits.items():
+        where = f"{recipe.data}, split {split}"
+        numbers = class_numbers(split_rows.features[column], cells_of(split_rows, column), classes, where)
         places = [index for index, number in enumerate(numbers) if label_map[number] is not None]
         if split == "train" and recipe.imbalance:
             shares = _read_shares(recipe.imbalance, classes)
@@ -71,19 +71,26 @@ def label_rows(recipe: Recipe, data: dict[str, Any], column: str, config: Any) -
     if "train" in labels and len(set(labels["train"])) < 2:
         raise SurgicalError(
             f"{recipe.data}: all {len(rows['train'])} rows of the split train have the label {labels['train'][0]} "
-            f"(column {column!r}): {_TWO}. The classes are {', '.join(classes)}."
+            f"(column {column!r}): {_TWO}. The classes are {listed(classes)}."
         )
-    return LabeledRows(rows, labels, count, classes if recipe.label_map is None else None)
+    return LabeledRows(rows, labels, count, classes if recipe.label_map is None else None, summary)
 
 
 _TWO = "to choose between classes there must be two"
 
 
-def fit_labels(recipe: Recipe, column: str, classes: list[str], config: Any) -> tuple[list[int | None], int]:
-    """The label of each class of a column, None for those left out, and how many labels the model has.
+def fit_labels(
+    recipe: Recipe, column: str, classes: list[str], config: Any
+) -> tuple[list[int | None], int, DataSummary]:
+    """The label of each class of a column, None for those left out; how many labels the model has; and what was done.
+
+    Classes are matched with the model's labels by name where both have names, whatever their case; else by number:
+    numbers as they are or, where they begin with another one than 0, in their order; names in alphabetical order, or
+    as a `ClassLabel` has them.
 
     Raises:
-        SurgicalError: one class or label only, or a label that the model has not.
+        SurgicalError: one class or label only, a label that the model has not, or classes of which the model knows
+            some by name and some not.
     """
     if len(classes) < 2:
         only = f"one class only, {classes[0]!r}" if classes else "no class"
@@ -92,62 +99,131 @@ def fit_labels(recipe: Recipe, column: str, classes: list[str], config: Any) -> 
             "name the column that has the classes."
         )
     label_map = read_label_map(recipe.label_map, classes)
+    known = [str(config.id2label.get(label, label)) for label in range(config.num_labels)]
     if recipe.new_head:
         count = max((label for label in label_map if label is not None), default=0) + 1
+        summary = _told(f"new head, {count} labels", classes, label_map, None)
     else:
         count = config.num_labels
-        known = {name: label for label, name in config.id2label.items()}
-        if recipe.label_map is None and all(name in known for name in classes):
-            label_map = [known[name] for name in classes]
+        if recipe.label_map is None and count >= 2:
+            label_map, summary = _matched(recipe, classes, known)
+        else:
+            summary = _told("labels by label_map", classes, label_map, known)
     if count < 2:
         one = f"label_map={recipe.label_map} leaves" if recipe.new_head else f"the model {recipe.model} has"
         cure = "Give the classes different labels" if recipe.new_head else "Write new_head: true"
-        raise SurgicalError(f"{one} one label only: {_TWO}. {cure}; they are {', '.join(classes)}.")
-    if any(label is not None and label >= count for label in label_map):
+        raise SurgicalError(f"{one} one label only: {_TWO}. {cure}; they are {listed(classes)}.")
+    if any(label is not None and not 0 <= label < count for label in label_map):
         given, cure = f"{len(classes)} classes", "Write a label_map"
         if recipe.label_map is not None:
             given, cure = f"label_map={recipe.label_map}", f"Map to the labels from 0 to {count - 1}"
         raise SurgicalError(
-            f"{given} does not fit: the labels of {recipe.model} are 0 to {count - 1}, the classes of {recipe.data} "
-            f"are {', '.join(classes)}. {cure}, or new_head: true for a head of its own."
+            f"{given} does not fit: the labels of {recipe.model} are 0 to {count - 1} ({listed(known)}), the classes "
+            f"of {recipe.data} are {listed(classes)}. {cure}, or new_head: true for a head of its own."
         )
-    return label_map, count
+    return label_map, count, summary
 
 
-def class_names(feature: Any, values: list[Any], where: str) -> list[str]:
-    """The names of the classes in a column, in the order of their numbers."""
+def _matched(recipe: Recipe, classes: list[str], known: list[str]) -> tuple[list[int | None], DataSummary]:
+    """The label of each class by its name, or by its number where classes or labels are not named."""
+    for same in (str, str.casefold):
+        labels = {same(name): label for label, name in enumerate(known)}
+        matched: list[int | None] = [labels.get(same(name)) for name in classes]
+        if None not in matched and len(set(matched)) == len(matched):
+            return matched, _told("labels matched by name", classes, matched, known)
+    unknown = [name for name, label in zip(classes, matched, strict=True) if label is None]
+    are_numbers = all(_is_number(name) for name in classes)
+    if len(unknown) < len(classes) and not are_numbers:
+        raise SurgicalError(
+            f"{recipe.data}: of {len(classes)} classes {recipe.model} knows {len(classes) - len(unknown)} by name, "
+            f"not {listed(unknown)}; its labels are {listed(known)}. Write new_head: true for a head with the classes "
+            "of the data, or a label_map with the label of each class."
+        )
+    numbers: list[int | None] = [int(name) for name in classes] if are_numbers else list(range(len(classes)))
+    first = numbers[0] or 0
+    shifted = are_numbers and first != 0 and numbers == list(range(first, first + len(known)))
+    if shifted:
+        numbers = list(range(len(classes)))
+    summary = _told("labels matched by number", classes, numbers, known)
+    if not all(_PLACEHOLDER.fullmatch(name) for name in known) and (shifted or not are_numbers):
+        warning = (
+            f"labels fit by number only: the data have {listed(classes)}, the model has {listed(known)}. If these are "
+            "not the same, write new_head: true or a label_map"
+        )
+        summary = DataSummary(summary.lines, (warning,))
+    return numbers, summary
+
+
+_PLACEHOLDER = re.compile(r"LABEL_\d+")  # what transformers calls labels without a name
+
+
+def _is_number(name: str) -> bool:
+    return name.removeprefix("-").isdecimal()
+
+
+def _told(how: str, classes: list[str], labels: list[int | None], known: list[str] | None) -> DataSummary:
+    """A line that says which label each class has; names of labels that are no news are left out."""
+    pairs = []
+    for name, label in zip(classes, labels, strict=True):
+        if label is None:
+            continue
+        named = known[label] if known is not None and 0 <= label < len(known) else str(label)
+        pairs.append(name if named == name else f"{name} = {named}")
+    return DataSummary((f"{how}: {listed(pairs)}",))
+
+
+def class_names(feature: Any, cells: Any, where: str) -> list[str]:
+    """The names of the classes in a column, in the order of their numbers.
+
+    Args:
+        feature: the type of the column.
+        cells: the column as Arrow has it.
+        where: for an error.
+
+    Raises:
+        SurgicalError: almost every row has a class of its own, so that the column is no label.
+    """
     if isinstance(feature, ClassLabel):
         return list(feature.names)
-    known = {value for value in values if value is not None}
-    if isinstance(feature, Value) and feature.dtype in ("string", "large_string"):
-        return sorted(known)
-    if min(known, default=0) < 0:
-        raise SurgicalError(f"{where}: the label {min(known)} is below 0: numbers of classes begin at 0.")
-    return [str(number) for number in range(int(max(known, default=-1)) + 1)]
+    values = pc.unique(cells).drop_null()
+    if len(values) > max(_ALL_DIFFERENT, len(cells) * 2 // 3):
+        raise SurgicalError(
+            f"{where}: {len(values):,} different values in {len(cells):,} rows are no classes, such as "
+            f"{listed(values[:3].to_pylist())}: name the column that has them in the recipe, columns: {{label: ...}}."
+        )
+    if _is_text(values.type):
+        return sorted(values.to_pylist())
+    return [str(number) for number in sorted(int(value) for value in values.to_pylist())]
 
 
-def class_numbers(feature: Any, values: list[Any], classes: list[str], where: str) -> list[int]:
-    """The class of each value of a column, as a number in `classes`."""
+_ALL_DIFFERENT = 20  # classes may have a row each
+
+
+def class_numbers(feature: Any, cells: Any, classes: list[str], where: str) -> list[int]:
+    """The class of each cell of a column, as a number in `classes`.
+
+    Raises:
+        SurgicalError: there is a class that is none of them.
+    """
     if isinstance(feature, ClassLabel):
-        numbers: dict[Any, int | None] = {
-            number: classes.index(name) if name in classes else None for number, name in enumerate(feature.names)
-        }
-    elif isinstance(feature, Value) and feature.dtype in ("string", "large_string"):
-        numbers = {name: number for number, name in enumerate(classes)}
+        names = pc.take(pa.array(feature.names), cells)
+    elif _is_text(cells.type):
+        names = cells
     else:
-        numbers = {number: number for number in range(len(classes))}
-    for row, value in enumerate(values):
-        if numbers.get(value) is None:
-            name = feature.names[value] if isinstance(feature, ClassLabel) and value in numbers else value
-            raise SurgicalError(
-                f"{where}: row {row} has the label {name!r}, which is no class of the split train: "
-                f"{nearest(str(name), classes)}There are: {', '.join(classes)}."
-            )
-    return [numbers[value] for value in values]  # type: ignore[misc]
+        names = pc.cast(pc.cast(cells, pa.int64()), pa.string())
+    numbers = pc.index_in(names, value_set=pa.array(classes, names.type))
+    if numbers.null_count:
+        missing = np.flatnonzero(np.asarray(pc.is_null(numbers)))
+        name = names[int(missing[0])].as_py()
+        raise SurgicalError(
+            f"{where}: {listed(missing.tolist())} of the rows have a class, such as {name!r}, which no row of the "
+            f"split train has: {nearest(str(name), classes)}There are: {listed(classes)}."
+        )
+    return np.asarray(numbers).tolist()
 
 
-def _classes_of(data: Any, column: str, classes: list[str], where: str) -> list[int]:
-    return class_numbers(data.features[column], list(data[column]), classes, where)
+def _is_text(kind: Any) -> bool:
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
 
 
 def _read_shares(imbalance: dict[Any, Any], classes: list[str]) -> dict[int, float]:

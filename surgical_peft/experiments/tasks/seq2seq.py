@@ -13,11 +13,12 @@ from transformers import AutoModelForSeq2SeqLM, DataCollatorForSeq2Seq
 from ...scoring.batches import IGNORED
 from ..metrics import load_metric
 from ..recipe.recipe import Recipe
-from .columns import TEXT, find_columns, open_splits
+from .columns import TEXT
+from .dataset import open_data
 from .evaluation import Batch, Measure, check_metric, read_tokens
 from .source_model import model_loader
 from .task import Task, TinyTask, with_info
-from .text_examples import Texts, Tokenizing, plain, refuse_empty, tokenizing
+from .text_examples import Texts, Tokenizing, plain, tokenizing
 from .tiny_data import TEXT_CONFIG, save_tokenizer, text_feature, words
 
 BATCH_SIZE = 8  # of measuring
@@ -51,21 +52,19 @@ def seq2seq(recipe: Recipe, splits: Sequence[str]) -> Task:
     metric = recipe.metric or "accuracy"
     check_metric(metric, *_BY_TOKEN, "exact_match")
     how = tokenizing(recipe)
-    data = open_splits(recipe.data, splits)
-    columns = find_columns(recipe, data, {"text": TEXT, "target": TEXT})
-    for column in columns.values():
-        refuse_empty(data, column, recipe.data)
+    data = open_data(recipe, splits, {"text": TEXT, "target": TEXT})
     collate = plain(DataCollatorForSeq2Seq(how.tokenizer))
     read = partial(read_tokens, metric, 0) if metric in _BY_TOKEN else partial(_read_written, how.tokenizer)
     return Task(
         load_model=model_loader(AutoModelForSeq2SeqLM, recipe),
         splits={
-            split: Texts(rows, list(range(len(rows))), partial(_read, how, columns), partial(how.rng, split))
-            for split, rows in data.items()
+            split: Texts(rows, list(range(len(rows))), partial(_read, how, data.columns), partial(how.rng, split))
+            for split, rows in data.splits.items()
         },
         collate=collate,
         metric=metric,
         measure=Measure(load_metric(metric), read, collate, BATCH_SIZE),
+        summary=data.summary,
     )
 
 

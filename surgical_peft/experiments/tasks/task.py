@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ...errors import SurgicalError, reason_of
 from ..recipe.recipe import Recipe
+from .summary import DataSummary
 
 SPLITS = ("train", "validation", "test")
 
@@ -36,13 +37,14 @@ class Task:
 
     Attributes:
         load_model: gives the source model, freshly loaded.
-        splits: the splits that were asked for; examples as the model takes them, with `labels`. The same index gives
-            the same example every time.
+        splits: the splits that were asked for, without `test` where the data have none; examples as the model takes
+            them, with `labels`. The same index gives the same example every time.
         collate: makes a batch of examples.
         metric: the name of what `measure` gives; larger is better.
         measure: that metric of a model on examples. It works in eval mode, on the model's device and in batches of a
             fixed size, and leaves the model in the mode that it had.
         names_labels: whether the labels that the model's config names are what it predicts; a card lists them.
+        summary: what was understood of the data.
     """
 
     load_model: Callable[[], nn.Module]
@@ -51,6 +53,7 @@ class Task:
     metric: str
     measure: Callable[[nn.Module, Examples], float]
     names_labels: bool = False
+    summary: DataSummary = field(default_factory=DataSummary)
 
 
 DATA_KEYS = ("corruption", "label_map", "imbalance", "new_head", "character_noise", "casing", "max_length")
@@ -152,4 +155,6 @@ def _reason(error: BaseException) -> str:
     message = list(filter(None, lines))
     if not message:
         return _reason(error.__cause__) if error.__cause__ is not None else reason_of(error)
+    if message[0].startswith("Config name"):
+        return f"{' '.join(message[:2])}: write data_config into the recipe"
     return " ".join(message) if message[0].endswith(":") else message[0]  # a list follows a colon

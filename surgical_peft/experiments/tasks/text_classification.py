@@ -11,12 +11,13 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding
 
 from ..recipe.recipe import Recipe
-from .columns import LABEL, TEXT, find_columns, open_splits
+from .columns import LABEL, TEXT
+from .dataset import open_data
 from .evaluation import classification
 from .labels import label_rows
 from .source_model import model_loader
 from .task import Task, TinyTask, with_info
-from .text_examples import Texts, Tokenizing, plain, refuse_empty, tokenizing
+from .text_examples import Texts, Tokenizing, plain, tokenizing
 from .tiny_data import TEXT_CONFIG, label_feature, labels_of, save_tokenizer, text_feature, words
 
 BATCH_SIZE = 64  # of measuring
@@ -50,10 +51,8 @@ def text_classification(recipe: Recipe, splits: Sequence[str]) -> Task:
     how = tokenizing(recipe)
     collate = plain(DataCollatorWithPadding(how.tokenizer))
     measure = classification(recipe.metric or "accuracy", collate=collate, batch_size=BATCH_SIZE)
-    data = open_splits(recipe.data, splits)
-    columns = find_columns(recipe, data, {"text": TEXT, "label": LABEL})
-    refuse_empty(data, columns["text"], recipe.data)
-    labeled = label_rows(recipe, data, columns["label"], how.config)
+    data = open_data(recipe, splits, {"text": TEXT, "label": LABEL}, classes="label")
+    labeled = label_rows(recipe, data, how.config)
     return Task(
         load_model=partial(
             _load,
@@ -64,15 +63,16 @@ def text_classification(recipe: Recipe, splits: Sequence[str]) -> Task:
             split: Texts(
                 rows,
                 labeled.rows[split],
-                partial(_read, how, columns["text"], labeled.labels[split]),
+                partial(_read, how, data.columns["text"], labeled.labels[split]),
                 partial(how.rng, split),
             )
-            for split, rows in data.items()
+            for split, rows in data.splits.items()
         },
         collate=collate,
         metric=recipe.metric or "accuracy",
         measure=measure,
         names_labels=True,
+        summary=data.summary + labeled.summary,
     )
 
 

@@ -131,27 +131,6 @@ class Texts(Dataset[dict[str, Any]]):
         return self.read(self.data[row], index, self.rng(row))
 
 
-def refuse_empty(data: dict[str, Any], column: str, name: str) -> None:
-    """Refuse rows without text.
-
-    Raises:
-        SurgicalError: there are some; names the first and says how many.
-    """
-    for split, rows in data.items():
-        empty = [index for index, text in enumerate(rows[column]) if not _has_text(text)]
-        if empty:
-            raise SurgicalError(
-                f"{name}, split {split}: {len(empty)} of {len(rows)} rows have no text in the column {column!r}, the "
-                f"first is row {empty[0]}: drop them first."
-            )
-
-
-def _has_text(text: Any) -> bool:
-    if isinstance(text, list):  # of words
-        return bool(text) and all(_has_text(word) for word in text)
-    return text is not None and bool(text.strip())
-
-
 def plain(collator: Callable[[Any], Any]) -> Callable[[list[dict[str, Any]]], dict[str, Tensor]]:
     """A collator of transformers that gives a plain dictionary."""
     return partial(_plain, collator)

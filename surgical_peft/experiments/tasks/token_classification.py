@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
+import pyarrow.compute as pc
 from datasets import List
 from numpy.random import Generator
 from torch import nn
@@ -15,12 +17,14 @@ from ...errors import SurgicalError
 from ...scoring.batches import IGNORED
 from ..metrics import load_metric
 from ..recipe.recipe import Recipe
-from .columns import LABEL, TEXT, find_columns, list_of, open_splits
+from .cells import cells_of
+from .columns import LABEL, TEXT, list_of
+from .dataset import open_data
 from .evaluation import Batch, Measure, check_metric
 from .labels import class_names, class_numbers, fit_labels
 from .source_model import model_loader
 from .task import Task, TinyTask, with_info
-from .text_examples import Texts, Tokenizing, plain, refuse_empty, tokenizing
+from .text_examples import Texts, Tokenizing, plain, tokenizing
 from .tiny_data import TEXT_CONFIG, label_feature, save_tokenizer, text_feature, words
 
 BATCH_SIZE = 64  # of measuring
@@ -66,20 +70,18 @@ def token_classification(recipe: Recipe, splits: Sequence[str]) -> Task:
         raise SurgicalError(
             f"{recipe.model}: its tokenizer does not say which word a token is of: it must be a fast one."
         )
-    data = open_splits(recipe.data, splits)
-    columns = find_columns(recipe, data, {"tokens": list_of(TEXT), "tags": list_of(LABEL)})
-    refuse_empty(data, columns["tokens"], recipe.data)
-    train = data["train"] if "train" in data else open_splits(recipe.data, ["train"])["train"]
-    feature = train.features[columns["tags"]].feature
-    classes = class_names(feature, [tag for tags in train[columns["tags"]] for tag in tags], recipe.data)
-    label_map, count = fit_labels(recipe, columns["tags"], classes, how.config)
+    data = open_data(recipe, splits, {"tokens": list_of(TEXT), "tags": list_of(LABEL)}, classes="tags")
+    columns, column = data.columns, data.columns["tags"]
+    tags_of_train = pc.list_flatten(cells_of(data.train, column))
+    classes = class_names(data.train.features[column].feature, tags_of_train, f"{recipe.data}, column {column!r}")
+    label_map, count, summary = fit_labels(recipe, column, classes, how.config)
     if None in label_map:
         raise SurgicalError(
             f"label_map={recipe.label_map}: a tag cannot be left out. There are: {', '.join(classes)}."
         )
     tags = {
         split: _tags(rows, columns, classes, label_map, f"{recipe.data}, split {split}")
-        for split, rows in data.items()
+        for split, rows in data.splits.items()
     }
     names = classes if recipe.label_map is None else None
     shown = names if recipe.new_head and names else [how.config.id2label.get(i, str(i)) for i in range(count)]
@@ -94,23 +96,29 @@ def token_classification(recipe: Recipe, splits: Sequence[str]) -> Task:
                 partial(_read, how, columns["tokens"], tags[split]),
                 partial(how.rng, split),
             )
-            for split, rows in data.items()
+            for split, rows in data.splits.items()
         },
         collate=collate,
         metric=metric,
         measure=Measure(load_metric(metric), read, collate, BATCH_SIZE),
         names_labels=True,
+        summary=data.summary + summary,
     )
 
 
 def _tags(data: Any, columns: dict[str, str], classes: list[str], label_map: list[Any], where: str) -> list[list[int]]:
-    feature = data.features[columns["tags"]].feature
-    labels = []
-    for row, (tokens, tags) in enumerate(zip(data[columns["tokens"]], data[columns["tags"]], strict=True)):
-        if len(tokens) != len(tags):
-            raise SurgicalError(f"{where}: row {row} has {len(tokens)} words and {len(tags)} tags.")
-        labels.append([label_map[tag] for tag in class_numbers(feature, tags, classes, f"{where}, row {row}")])
-    return labels
+    tokens, tags = (cells_of(data, columns[role]) for role in ("tokens", "tags"))
+    words, sizes = (np.asarray(pc.list_value_length(cells)) for cells in (tokens, tags))
+    if len(different := np.flatnonzero(words != sizes)):
+        row = different[0]
+        raise SurgicalError(
+            f"{where}: {len(different):,} rows have another number of words than of tags; row {row} has {words[row]} "
+            f"words and {sizes[row]} tags."
+        )
+    numbers = class_numbers(data.features[columns["tags"]].feature, pc.list_flatten(tags), classes, where)
+    labels = [label_map[number] for number in numbers]
+    ends = np.cumsum(sizes)
+    return [labels[end - size : end] for end, size in zip(ends, sizes, strict=True)]
 
 
 def _read(

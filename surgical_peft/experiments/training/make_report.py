@@ -33,7 +33,7 @@ class Start:
 
 def start(recipe: Recipe) -> Start:
     """To be called before the training: a data set of the Hub needs the network, which may be gone after it."""
-    return Start(time.monotonic(), identity(recipe.data))
+    return Start(time.monotonic(), identity(recipe.data, recipe.data_config))
 
 
 def make_report(
@@ -104,6 +104,7 @@ def _dataset(recipe: Recipe, task: Task, model: PreTrainedModel, beginning: Star
         examples={split: len(examples) for split, examples in task.splits.items()},
         shift=_shift(recipe),
         labels=list((model.config.id2label or {}).values()) if task.names_labels else None,
+        summary=list(task.summary),
     )
 
 

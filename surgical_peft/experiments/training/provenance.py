@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 import platform
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -37,14 +38,18 @@ def today() -> str:
     return datetime.datetime.now(datetime.timezone.utc).date().isoformat()
 
 
-def identity(data: str) -> dict[str, Any]:
+def identity(data: str, config: str | None = None) -> dict[str, Any]:
     """The commit of a data set on the Hub, or a digest of the files of a local one, as `DataReport` has them.
+
+    Args:
+        data: path or Hub id.
+        config: name of a configuration, where the data set has several.
 
     Raises:
         SurgicalError: it is neither here nor to be had from the Hub.
     """
     path = Path(data)
     if not path.exists():
-        builder = load_or_raise(load_dataset_builder, data, "data set")
+        builder = load_or_raise(partial(load_dataset_builder, name=config), data, "data set")
         return {"on_hub": True, "commit": builder.hash, "fingerprint": None}
     return {"on_hub": False, "commit": None, "fingerprint": digest_of(path)}

@@ -43,6 +43,7 @@ class DataReport:
         examples: number of each split.
         shift: the keys by which the recipe changes the data on purpose.
         labels: names of the model's labels, if it is a classifier.
+        summary: what was understood of the data, in lines; reports of versions before do not have it.
     """
 
     on_hub: bool
@@ -51,6 +52,7 @@ class DataReport:
     examples: dict[str, int]
     shift: dict[str, Any]
     labels: list[str] | None
+    summary: list[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,10 @@ class TrainingReport:
     def to_json(self) -> dict[str, Any]:
         """Plain data, as `report.json` holds it."""
         values = to_json(self)
-        return values if self.pipeline else {key: value for key, value in values.items() if key != "pipeline"}
+        for part, key in ((values, "pipeline"), (values["dataset"], "summary")):  # later ones of those before
+            if part[key] is None:
+                del part[key]
+        return values
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> TrainingReport:

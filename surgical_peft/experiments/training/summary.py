@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from ...blocks.block_map import blocks_in_words
 from ...rendering import TextTable, clock
-from ..questions import QUESTIONS, noise
+from .questions import QUESTIONS, noise
 from .report import TrainingReport
 
 

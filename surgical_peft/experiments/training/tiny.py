@@ -80,6 +80,8 @@ def make_tiny(recipe: Recipe, output: str | Path | None = None) -> Recipe:
         recipe,
         model=str(model_folder.resolve()),
         data=str(data_folder.resolve()),
+        data_config=None,
+        splits={},
         max_length=None if recipe.max_length is None else min(limits),
         sources=None,
         draws=None,

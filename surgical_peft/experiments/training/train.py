@@ -45,13 +45,17 @@ def score(recipe: Recipe, console: Console | None = None) -> BlockScores:
 
     It costs at most half of the planned training; `console` is where to tell of it, as for `train`.
     """
-    task = load_task(recipe, ("train",))
     args = recipe.arguments()
     criterion = recipe.make_criterion() or CRITERION
-    model = task.load_model().to(args.device)
-    batches = loader(task, args)
-    with Stages(console) as stages, counted(budget_of(args, batches), "scoring blocks", stages) as spending:
-        return score_blocks(model, batches, criterion, num_batches=recipe.num_batches, budget=spending)
+    with Stages(console) as stages:
+        stages.begin(f"load {recipe.model} and {recipe.data}")
+        task = load_task(recipe, ("train",))
+        stages.end()
+        task.summary.show(stages.console)
+        model = task.load_model().to(args.device)
+        batches = loader(task, args)
+        with counted(budget_of(args, batches), "scoring blocks", stages) as spending:
+            return score_blocks(model, batches, criterion, num_batches=recipe.num_batches, budget=spending)
 
 
 def budget_of(args: TrainingArguments, batches: Iterable[Any]) -> float:
@@ -91,8 +95,8 @@ def train(recipe: Recipe, output: str | Path | None = None, console: Console | N
             is the standard error, and nowhere if transformers' progress bars are off.
 
     Returns:
-        The report: blocks, numbers of parameters, the metric on validation and test before and after, and all else
-        that `surgical-peft card` puts into a model card.
+        The report: blocks, numbers of parameters, the metric on validation and test (where there is such a split)
+        before and after, and all else that `surgical-peft card` puts into a model card.
 
     Raises:
         SurgicalError: what the recipe says does not fit, or the training ended in NaN; nothing is saved then.
@@ -105,6 +109,9 @@ def train(recipe: Recipe, output: str | Path | None = None, console: Console | N
     with Stages(console) as stages:
         stages.begin(f"load {recipe.model} and {recipe.data}")
         task, beginning = load_task(recipe), start(recipe)
+        stages.end()
+        task.summary.show(stages.console)
+        stages.begin("load the model")
         unfinished = Unfinished(folder, {"recipe": recipe.keys(), "data": beginning.data})
         _tell_of(unfinished, stages)
         stopper = StopAtStep(unfinished, stages.say)
@@ -116,8 +123,10 @@ def train(recipe: Recipe, output: str | Path | None = None, console: Console | N
             tuned = sum(parameter.numel() for parameter in wrapped.parameters() if parameter.requires_grad)
 
             def measured(when: str) -> dict[str, float]:
-                values = {}
+                values: dict[str, float] = {}
                 for split in ("validation", "test"):
+                    if split not in task.splits:
+                        continue
                     examples = task.splits[split]
                     stages.begin(f"measure {task.metric} {when} training, {split} examples", len(examples))
                     values[split] = task.measure(wrapped, Counted(examples, stages))

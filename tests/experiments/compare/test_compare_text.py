@@ -144,8 +144,8 @@ def emptied(data: Any) -> Any:
 @pytest.mark.parametrize(
     ("split", "change", "message"),
     [
-        ("train", emptied, "train.*2 of 16.*'text'.*row 3"),
-        ("test", emptied, "test.*2 of 40.*'text'.*row 3"),
+        ("train", emptied, "train.*text has 2 empty cells, rows 3, 5 of 16"),
+        ("test", emptied, "test.*text has 2 empty cells, rows 3, 5 of 40"),
         ("train", lambda data: data.filter(lambda row: row["label"] == 1), "8 rows.*train.*label 1"),
         ("test", lambda data: data.rename_column("label", "lable"), "train.*'lable'.*'label'"),
     ],

@@ -24,8 +24,8 @@ from surgical_peft.experiments.search import search as recipe_search
 from surgical_peft.experiments.search.objective import RecipeObjective
 from surgical_peft.experiments.search.search import plan, search
 from surgical_peft.scoring.progress import Stages
+from surgical_peft.search.proposals import count_trainings
 from surgical_peft.search.result import SearchResult, SearchTrial
-from surgical_peft.search.run import count_trainings
 from tests.support.cli import QUIET, run
 from tests.support.played import BLOCKS as MAP
 from tests.support.tiny import write_data, write_recipe

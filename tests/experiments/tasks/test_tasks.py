@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import io
-import re
 import zlib
 from dataclasses import replace
 from pathlib import Path
@@ -19,8 +18,8 @@ from surgical_peft.cli.architectures import model_of_config
 from surgical_peft.experiments.recipe import Recipe, load_recipe
 from surgical_peft.experiments.shifts import gaussian_noise
 from surgical_peft.experiments.tasks import Task, load_task
-from surgical_peft.experiments.tasks.columns import open_splits
 from surgical_peft.experiments.tasks.image_classification import convert
+from surgical_peft.experiments.tasks.splits import DataSource
 from surgical_peft.experiments.tasks.task import load_or_raise
 from tests.support.toy_tasks import TOY_TASKS
 
@@ -149,14 +148,8 @@ def test_what_does_not_fit_is_named(change: dict[str, Any], message: str) -> Non
         load_task(replace(RECIPE, **change))
 
 
-def test_data_without_a_validation_split(tmp_path: Path) -> None:
-    data = load_dataset(RECIPE.data)["train"].select(range(8))
-    data.to_parquet(tmp_path / "train.parquet")
-    with pytest.raises(SurgicalError, match=r"train;.*train, validation, test"):
-        load_task(replace(RECIPE, data=str(tmp_path)))
-    with pytest.raises(SurgicalError, match=r"one file.*folder"):
-        load_task(replace(RECIPE, data=str(tmp_path / "train.parquet")))
-    data.save_to_disk(tmp_path / "saved")
+def test_data_of_save_to_disk_are_refused(tmp_path: Path) -> None:
+    Dataset.from_dict({"text": ["a"]}).save_to_disk(tmp_path / "saved")
     with pytest.raises(SurgicalError, match=r"save_to_disk.*to_parquet"):
         load_task(replace(RECIPE, data=str(tmp_path / "saved")))
 
@@ -181,7 +174,7 @@ def test_data_that_cannot_be_read_say_why(tmp_path: Path, name: str, text: str, 
     (tmp_path / name).write_text(text)
     said = rf"^the split train of the data set '{tmp_path}' cannot be loaded: {reason}"
     with pytest.raises(SurgicalError, match=said if name != "train.parquet" else reason):
-        open_splits(str(tmp_path), ["train"])
+        DataSource.find(str(tmp_path)).open("train")
 
 
 def double(recipe: Recipe, splits: tuple[str, ...]) -> Task:
@@ -326,12 +319,16 @@ def test_an_image_that_cannot_be_read_is_named(tmp_path: Path, toy_images: Recip
     data = save_images(tmp_path, Image.fromarray(noise), ".png")
     file = data / "train" / "b" / "0.png"
     file.write_bytes(broken(file.read_bytes()))
-    images = load_task(replace(toy_images, data=str(data)), ("train",)).splits["train"]
-    with pytest.raises(SurgicalError) as stop:
-        images[1]
-    said = rf"^{data}, split train: the image of row 1 \({file}\) cannot be read: .*{reason}.*\. Put a whole file"
-    assert re.search(said, str(stop.value)), stop.value
+    recipe = replace(toy_images, data=str(data))
+    with pytest.raises(SurgicalError, match=rf"^{data}, split train: .*row 1 of 2: {file} \(.*{reason}") as stop:
+        load_task(recipe, ("train",))
     assert " at 0x" not in str(stop.value)
+    save_images(tmp_path / "more", Image.fromarray(noise), ".png")
+    for name in "ab":  # what is left has both classes
+        (tmp_path / "more" / "train" / name / "0.png").rename(data / "train" / name / "1.png")
+    task = load_task(replace(recipe, drop_empty=True), ("train", "validation"))
+    assert len(task.splits["train"]) == 3
+    assert any("drop_empty" in line and "row 2 of 4" in line for line in task.summary)
 
 
 def test_an_image_without_a_file_that_cannot_be_converted_is_named(tmp_path: Path, toy_images: Recipe) -> None:
@@ -341,9 +338,8 @@ def test_an_image_without_a_file_that_cannot_be_converted_is_named(tmp_path: Pat
     data[2]["image"] = {"bytes": content.getvalue(), "path": None}
     features = load_dataset(toy_images.data)["train"].features
     Dataset.from_list(data, features=features).to_parquet(tmp_path / "train.parquet")
-    images = load_task(replace(toy_images, data=str(tmp_path)), ("train",)).splits["train"]
     with pytest.raises(SurgicalError, match=f"^{tmp_path}.*train.*row 2.*floating point"):
-        images[2]
+        load_task(replace(toy_images, data=str(tmp_path)), ("train",))
 
 
 def test_classes_of_image_folders_are_those_of_training(tmp_path: Path, toy_images: Recipe) -> None:
@@ -354,7 +350,7 @@ def test_classes_of_image_folders_are_those_of_training(tmp_path: Path, toy_imag
     assert [int(validation[0]["labels"])] == [1]  # c, by the classes of training
     (data / "validation" / "d").mkdir()
     Image.fromarray(COLOUR).save(data / "validation" / "d" / "0.png")
-    with pytest.raises(SurgicalError, match=r"validation.*row 1 .*'d'.*b, c"):
+    with pytest.raises(SurgicalError, match=r"validation: 1 of the rows.*'d'.*b, c"):
         load_task(recipe, ("train", "validation"))
 
 
@@ -407,16 +403,16 @@ def test_a_new_head_is_not_the_one_that_the_source_model_began_with(toy_images: 
 def test_rows_without_image_or_label(tmp_path: Path, toy_images: Recipe) -> None:
     data = load_dataset(toy_images.data)["train"].to_list()
     for change, message in (
-        ({"label": None}, "split train: row 2 has the label None, which is no class"),
-        ({"label": -1}, "row 2 has the label -1, which is no class"),
-        ({"image": None}, "split train: row 2 has no image"),
+        ({"label": None}, "train.*label has 1 empty cell, row 2"),
+        ({"label": -1}, r"label has 1 cell without a label \(-1\), row 2"),
+        ({"image": None}, "image has 1 empty cell, row 2"),
     ):
         rows = [{**row, **(change if place == 2 else {})} for place, row in enumerate(data)]
         features = load_dataset(toy_images.data)["train"].features
         folder = tmp_path / str(change)
         Dataset.from_list(rows, features=features).to_parquet(folder / "train.parquet")
         with pytest.raises(SurgicalError, match=message):
-            load_task(replace(toy_images, data=str(folder)), ("train",)).splits["train"][2]
+            load_task(replace(toy_images, data=str(folder)), ("train",))
 
 
 def test_a_models_blocks_need_its_config_only() -> None:

@@ -94,10 +94,10 @@ def test_labels_that_are_numbers(tmp_path: Path, toys: dict[str, Recipe]) -> Non
     examples = load_task(recipe, ("train",)).splits["train"]
     assert [examples[index]["labels"] for index in range(2)] == [1, 0]  # columns found by their types
     below = folder_of(tmp_path / "b", [{"body": "win", "y": 1}, {"body": "now", "y": -1}])
-    with pytest.raises(SurgicalError, match="label -1 "):
+    with pytest.raises(SurgicalError, match=r"-1, 1.*new_head: true"):
         load_task(replace(recipe, data=below), ("train",))
     beyond = folder_of(tmp_path / "c", [{"body": "win", "y": 7}, {"body": "now", "y": 0}])
-    with pytest.raises(SurgicalError, match=r"8 classes.*0 to 1"):
+    with pytest.raises(SurgicalError, match=r"0 to 1.* 0, 7.*new_head: true"):
         load_task(replace(recipe, data=beyond), ("train",))
 
 
@@ -140,7 +140,7 @@ def test_labels_of_a_type_that_does_not_fit(tmp_path: Path, toys: dict[str, Reci
 @pytest.mark.parametrize("text", ["", "  \n", None])
 def test_rows_without_text_are_refused(tmp_path: Path, toys: dict[str, Recipe], text: str | None) -> None:
     data = folder_of(tmp_path, [*MAILS, {"text": text, "label": "ham"}])
-    with pytest.raises(SurgicalError, match=r"train.*1 of 4.*'text'.*row 3"):
+    with pytest.raises(SurgicalError, match=r"train.*text has 1 empty cell, row 3 of 4"):
         load_task(replace(toys["text_classification"], data=data), ("train",))
 
 
@@ -199,11 +199,8 @@ def test_a_label_map_beyond_the_labels_of_the_model(tmp_path: Path, toys: dict[s
 
 def test_one_label_only(tmp_path: Path, toys: dict[str, Recipe]) -> None:
     recipe = replace(toys["text_classification"], data=folder_of(tmp_path / "data", MAILS))
-    for label_map in (None, {"ham": 0, "spam": 0}):  # by number the classes are the model's own
-        kept = [row for row in MAILS if label_map or row["label"] == "ham"]
-        data = folder_of(tmp_path / str(label_map), [{**row, "label": 1} if not label_map else row for row in kept])
-        with pytest.raises(SurgicalError, match=r"train.*label [01] \(column 'label'\)"):
-            load_task(replace(recipe, data=data, label_map=label_map), ("train",))
+    with pytest.raises(SurgicalError, match=r"train.*label 0 \(column 'label'\)"):
+        load_task(replace(recipe, label_map={"ham": 0, "spam": 0}), ("train",))
     with pytest.raises(SurgicalError, match=r"'spam': 0\}.*one label"):
         load_task(replace(recipe, label_map={"ham": 0, "spam": 0}, new_head=True), ("train",))
     model = tmp_path / "model"

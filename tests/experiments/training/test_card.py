@@ -209,7 +209,7 @@ def test_nothing_else_is_guessed(report: dict[str, Any]) -> None:
     parts = {
         "base_model": {},
         "rates": {"policy_options"},
-        "dataset": {"commit"},
+        "dataset": {"commit", "summary"},
         "versions": {},
         "selection": {"cost"},
     }

@@ -1,0 +1,132 @@
+"""The data of a recipe: splits opened and held out, columns found, cells checked, all told in a summary."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc
+
+from ...errors import SurgicalError
+from ..recipe.recipe import Recipe
+from .cells import Fault, cells_of
+from .columns import ColumnType, empty_columns, find_columns, whole_numbers
+from .splits import SHARE, DataSource, assign_splits, held_out, unused_splits
+from .summary import DataSummary
+
+
+@dataclass(frozen=True)
+class OpenedData:
+    """Rows and columns of a recipe's data.
+
+    Attributes:
+        splits: the splits that were asked for and that there are.
+        columns: the column of each role.
+        train: the training split, also where it was not asked for; None where nothing needs it.
+        summary: what was understood.
+    """
+
+    splits: dict[str, Any]
+    columns: dict[str, str]
+    train: Any
+    summary: DataSummary
+
+
+def open_data(
+    recipe: Recipe, splits: Sequence[str], roles: Mapping[str, ColumnType], classes: str | None = None
+) -> OpenedData:
+    """Open the splits of a recipe's data; of a local folder only the files of these are read.
+
+    Where there is no validation split, a share of the training split is held out, the same one every time. A test
+    split that is missing is left out.
+
+    Args:
+        recipe: its keys for the data are looked at.
+        splits: which ones.
+        roles: for each role the type of its column.
+        classes: the role of the column with classes; they are held out in proportion, and those of the training split
+            count for the others, so it is opened in any case.
+
+    Raises:
+        SurgicalError: data or a split that cannot be opened; no column that fits; cells that are empty or cannot be
+            read, all of them; too few rows to hold some out.
+    """
+    source = DataSource.find(recipe.data, recipe.data_config)
+    names = assign_splits(source, recipe.splits)
+    is_held_out = names["validation"] is None and bool({"train", "validation"} & set(splits))
+    asked = [split for split in splits if names[split] is not None or split == "train"]
+    needed = [*asked, *(["train"] if "train" not in asked and (classes or is_held_out) else [])]
+    if "train" in needed and names["train"] is None:
+        raise SurgicalError(
+            f"{source.name} has the splits {', '.join(source.splits)}, and none is called train: say which one is, "
+            f"splits: {{train: {source.splits[0]}}}."
+        )
+    opened = {split: whole_numbers(source.open(str(names[split]))) for split in needed}
+    columns = find_columns(recipe, opened, roles, empty_columns(opened))
+    opened, lines = _check_cells(recipe, opened, columns, roles)
+    named = [f"{role} = {column}" for role, column in columns.items() if role != column]
+    lines = [*([f"columns: {', '.join(named)}"] if named else []), *lines]
+    lines += [f"split {role}: the data's {name}" for role, name in recipe.splits.items() if role in splits]
+    if is_held_out:
+        opened, line = _hold_out(recipe, opened, columns[classes] if classes else None, unused_splits(source, names))
+        lines.append(line)
+    if "test" in splits and names["test"] is None:
+        lines.append("no test split: nothing is measured on one")
+    kept = {split: opened[split] for split in splits if split in opened}
+    return OpenedData(kept, columns, opened.get("train"), DataSummary(tuple(lines)))
+
+
+def _check_cells(
+    recipe: Recipe, opened: dict[str, Any], columns: Mapping[str, str], roles: Mapping[str, ColumnType]
+) -> tuple[dict[str, Any], list[str]]:
+    """The rows without those that cannot be used, and a line for each fault; an error unless `drop_empty` is given."""
+    faults: list[tuple[str, str, Fault]] = [
+        (split, column, fault)
+        for split, rows in opened.items()
+        for role, column in columns.items()
+        for fault in roles[role].faults(rows, column)
+    ]
+    described = [f"split {split}: {fault.describe(column, len(opened[split]))}" for split, column, fault in faults]
+    if faults and not recipe.drop_empty:
+        several = len(described) > 1
+        lines = "".join(f"\n- {line}" for line in described) if several else f", {described[0]}"
+        all_at_fault = next((split for split, _, fault in faults if len(fault.rows) == len(opened[split])), None)
+        cure = "name another split or column" if all_at_fault else "write drop_empty: true to go on without these rows"
+        hint = " In CSV, NA, None and null are empty as well." if any("empty" in f.problem for *_, f in faults) else ""
+        raise SurgicalError(
+            f"{recipe.data}{lines}{chr(10) if several else '. '}Rows are counted from 0. Fill or mend these cells, or "
+            f"{cure}.{hint}"
+        )
+    kept = dict(opened)
+    for split, rows in opened.items():
+        lost = [fault.rows for name, _, fault in faults if name == split]
+        if lost:
+            left = np.setdiff1d(np.arange(len(rows)), np.concatenate(lost))
+            if not len(left):
+                raise SurgicalError(
+                    f"{recipe.data}: drop_empty leaves no row of the split {split}: {'; '.join(described)}."
+                )
+            kept[split] = rows.select(left)
+    return kept, [f"left out by drop_empty: {line}" for line in described]
+
+
+def _hold_out(
+    recipe: Recipe, opened: dict[str, Any], column: str | None, unused: str | None
+) -> tuple[dict[str, Any], str]:
+    rows = opened["train"]
+    codes = np.zeros(len(rows), dtype=int)
+    if column is not None:
+        encoded = pc.dictionary_encode(cells_of(rows, column).combine_chunks())
+        codes = np.asarray(encoded.indices)
+    mask = held_out(codes, recipe.shift_seed)
+    if not mask.any():
+        raise SurgicalError(
+            f"{recipe.data} has no validation split, and {len(rows)} training rows are too few to hold out "
+            f"{100 * SHARE:.0f} % of them{' with each class left' if column else ''}: add rows, or a validation split."
+        )
+    train, validation = rows.select(np.flatnonzero(~mask)), rows.select(np.flatnonzero(mask))
+    line = f"no validation split: {100 * SHARE:.0f} % of train, seed {recipe.shift_seed}"
+    line += f" ({len(train):,} rows to train on, {len(validation):,} held out{', by class' if column else ''})"
+    return {**opened, "train": train, "validation": validation}, f"{line}; {unused}" if unused else line
