@@ -110,13 +110,25 @@ def compare(
     tiny: Tiny = False,
     as_json: AsJson = False,
 ) -> None:
-    """Compare a recipe's methods, each at its best rate, with full fine-tuning; the same command again resumes."""
+    """Compare a recipe's methods, each at its best rate, with full fine-tuning; the same command again resumes.
+
+    Without methods in the recipe: nothing, full, head, first, middle, last, lora and auto, those that fit the model.
+    Others: auto_rgn, auto_rgn_paper, blocks, bvg_ls, layer_decay, lp_ft, modules_to_save, norms, policy, random_k,
+    searched, top_k, or your own, package.module:name.
+    """
     from ..experiments.compare.compare import compare as compare_recipe
     from ..experiments.compare.compare import plan
+    from ..experiments.compare.default_methods import with_default_methods
     from ..experiments.compare.tables import table
     from ..experiments.training.questions import QUESTIONS
 
     loaded, output = open_recipe(recipe, tiny, output)
+    if not loaded.methods:
+        loaded, left_out = with_default_methods(loaded)
+        notes = Console(stderr=True, quiet=as_json)
+        notes.print(f"No methods in the recipe, so: {json.dumps(loaded.methods)}.", markup=False, highlight=False)
+        for why in left_out.values():
+            notes.print(f"Left out: {why}", markup=False, highlight=False)
     if dry_run:
         costs = plan(loaded, output, jobs)
         _print_cost(costs, as_json)

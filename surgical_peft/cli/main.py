@@ -1,4 +1,7 @@
-"""The command line: `blocks | score | search | compare | advise | train | export | card | push | quickstart`."""
+"""The command line.
+
+`start | recipe | blocks | score | search | compare | advise | train | export | card | push | quickstart`
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,7 @@ from typer.core import TyperCommand, TyperGroup
 from ..errors import SurgicalError
 from .experiments import advise, compare, open_recipe, search
 from .options import AsJson, RecipeFile, Tiny, console, print_json, print_lines
+from .recipes import recipe, start
 
 _RANK = 16  # of a LoRA made of an adapter
 _KEPT = {  # of a command that was interrupted
@@ -139,6 +143,8 @@ def score(
     print_lines([QUESTIONS["score"]])
 
 
+app.command(cls=Command)(start)
+app.command(cls=Command)(recipe)
 app.command(cls=Command)(search)
 app.command(cls=Command)(compare)
 app.command(cls=Command)(advise)

@@ -52,7 +52,7 @@ def plan(recipe: Recipe) -> CostEstimate:
         >>> plan(load_recipe("recipes/fashion_mnist_noise.yaml")).trainings
         24
     """
-    comparison = _comparison(recipe)
+    comparison = comparison_of(recipe)
     runner = RecipeRunner(comparison.recipe)
     ValidationJudge(runner)  # says so if there is too little to judge by
     return estimate(comparison, runner)
@@ -87,7 +87,7 @@ def advise(recipe: Recipe, output: str | Path | None = None, *, console: Console
         {'blocks': ['head'], 'learning_rate': 0.01}
     """
     began = time.perf_counter()
-    comparison = _comparison(recipe)
+    comparison = comparison_of(recipe)
     folder = Path(str(output or recipe.arguments().output_dir)) / "advice"
     check_replaceable(folder, _TEXT)
     source = None
@@ -208,7 +208,7 @@ def _beats(probe: ShortTraining, constant: ShortTraining, judge: ValidationJudge
     return probe.metric - constant.metric > judge.standard_error(probe, constant)
 
 
-def _comparison(recipe: Recipe) -> Comparison:
+def comparison_of(recipe: Recipe) -> Comparison:
     """The candidates, on the recipe's own model, data and seed."""
     rates = sorted(map(float, recipe.rates or ()))
     if not rates:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-import time
 from dataclasses import dataclass
 
 from ...rendering import clock
-from ...scoring.selection import Selection
-from ..compare.comparison import FULL, Comparison
-from ..training.cost import memory_in_words, time_in_words
+from ..compare.comparison import Comparison
+from ..compare.cost import time_trainings
+from ..training.cost import Timing, memory_in_words, time_in_words
 from ..training.runner import RecipeRunner
 from .successive_halving import ROUNDS
 
@@ -45,18 +44,14 @@ class CostEstimate:
         ]
 
 
-def estimate(comparison: Comparison, runner: RecipeRunner) -> CostEstimate:
-    """The cost of the short trainings of a comparison's methods; trains a few steps."""
-    full, validation, measure = comparison.methods[FULL], runner.part("validation"), runner.task.measure
-    base, step, memory = runner.timed(lambda model: full.wrap(model, Selection(()), comparison.recipe))
-    measure(runner.model, validation)  # what is made once is made now
-    began = time.perf_counter()
-    measure(runner.model, validation)
-    measuring = time.perf_counter() - began
+def estimate(comparison: Comparison, runner: RecipeRunner, timing: Timing | None = None) -> CostEstimate:
+    """The cost of the short trainings of a comparison's methods; trains a few steps, unless a `timing` is given."""
+    timing = timing or time_trainings(comparison.recipe, runner)
     count, share = 0, CHOOSING
     for stage in ROUNDS:
         methods = min(stage.methods or math.inf, len(comparison.methods) - 1)
         trainings = methods * min(stage.rates or math.inf, len(comparison.rates))
         count, share = count + int(trainings), share + trainings * stage.share
-    seconds = base + runner.steps() * step
-    return CostEstimate(count, share, seconds, share * runner.steps() * step + count * (base + measuring), memory)
+    steps = runner.steps() * timing.step
+    each = timing.whole - steps  # starting and measuring
+    return CostEstimate(count, share, timing.whole, share * steps + count * each, timing.memory)

@@ -63,7 +63,9 @@ def estimate(job_runner: JobRunner, jobs: int) -> CostEstimate:
     comparison, findings = job_runner.comparison, job_runner.findings
     first = comparison.firsts[0]
     runner = job_runner.data.runner(first)
-    timing = timed_at_once(jobs, *((_time, comparison.recipe, runner) if jobs == 1 else (_time, comparison.recipe)))
+    timing = timed_at_once(
+        jobs, *((time_trainings, comparison.recipe, runner) if jobs == 1 else (time_trainings, comparison.recipe))
+    )
     trainings = done = more = 0
     seconds = choosing = 0.0
     with tempfile.TemporaryDirectory() as folder:
@@ -95,7 +97,7 @@ def _depth(comparison: Comparison, title: str, context: MethodContext) -> float:
     return depth_of(known.blocks, blocks.names, blocks.layers) if known else 0.0
 
 
-def _time(recipe: Recipe, runner: RecipeRunner | None = None) -> Timing:
+def time_trainings(recipe: Recipe, runner: RecipeRunner | None = None) -> Timing:
     """Time full fine-tuning and the last layer alone."""
     began, comparison = time.perf_counter(), Comparison(recipe)
     runner = runner or RecipeRunner(comparison.recipe_of(0, comparison.seeds[0]))

@@ -454,13 +454,13 @@ def test_where_nothing_has_learned_nothing_is_recommended(tmp_path: Path) -> Non
     ],
 )
 def test_rates_are_the_recipes_or_around_its_rate(keys: dict[str, Any], rates: list[float], tmp_path: Path) -> None:
-    what = advising._comparison(load_recipe(write_recipe(tmp_path, **keys)))
+    what = advising.comparison_of(load_recipe(write_recipe(tmp_path, **keys)))
     assert what.rates == pytest.approx(rates)
 
 
 def test_other_draws_and_methods_are_not_read(tmp_path: Path) -> None:
     path = write_recipe(tmp_path, methods=["full"], seeds=[3, 4], draws=["data", "data"], seed=7)
-    what = advising._comparison(load_recipe(path))
+    what = advising.comparison_of(load_recipe(path))
     assert what.seeds == [7] and what.recipe.draws is None
     assert [each.title for each in map(make_method, CANDIDATES)] == list(what.methods)
 
