@@ -1,4 +1,4 @@
-"""Figures that are written whole, tables for the terminal and in Markdown, times for people, the progress bar."""
+"""Figures that are written whole, tables for the terminal and in Markdown, times for people."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from .errors import SurgicalError
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from rich.console import Console, ConsoleOptions
-    from rich.progress import Progress
     from rich.text import Text
 
 NO_FIGURES = "drawing needs matplotlib, which is not installed: pip install 'surgical-peft[experiments]'."
@@ -148,24 +147,6 @@ def _longest_word(text: str) -> int:
 
 def _wrapped(cell: str, width: int) -> list[str]:
     return textwrap.wrap(cell, width, break_long_words=False, break_on_hyphens=False) or [""]
-
-
-def progress_bar(console: Console) -> Progress:
-    """A bar with the time since it began and the time that is left, in 80 columns; it goes away at its end.
-
-    Args:
-        console: where it is shown. Its tasks have the fields `count`, `clock` and `note`, which are texts.
-
-    Example:
-        >>> with progress_bar(Console(stderr=True)) as bar:
-        ...     task = bar.add_task("train", total=3, count="0 of 3", clock="", note="")
-        ...     bar.update(task, completed=1, count="1 of 3")
-    """
-    from rich.progress import BarColumn, Progress, TextColumn
-
-    texts = ("{task.description}", "{task.fields[count]}", "{task.fields[clock]}", "{task.fields[note]}")
-    words, *others = (TextColumn(text, markup=False) for text in texts)
-    return Progress(words, BarColumn(10), *others, console=console, transient=True)
 
 
 def clock(seconds: float) -> str:

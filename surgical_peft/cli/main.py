@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import sys
 from dataclasses import asdict, replace
 from importlib import import_module
@@ -21,6 +22,10 @@ from ..errors import SurgicalError
 from .experiments import advise, compare, open_recipe, search
 from .options import AsJson, RecipeFile, Tiny, console, print_json, print_lines
 from .recipes import recipe, start
+
+for _library in ("torchao", "bitsandbytes", "torch.utils._pytree", "DeepSpeed"):
+    # What they say when they are imported is not about the command; one of them sets its own level then.
+    logging.getLogger(_library).addFilter(lambda record: record.levelno >= logging.ERROR)
 
 _RANK = 16  # of a LoRA made of an adapter
 _KEPT = {  # of a command that was interrupted

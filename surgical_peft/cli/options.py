@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import textwrap
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
@@ -51,6 +52,7 @@ def print_json(data: Any) -> None:
 
 
 def print_lines(lines: Iterable[str]) -> None:
-    """Print lines of words as they are, each wrapped by the terminal."""
+    """Print lines of words, wrapped between words; a no-break space holds two together."""
     for line in lines:
-        console.print(line, markup=False, highlight=False)
+        wrapped = textwrap.fill(line, console.width, break_long_words=False, break_on_hyphens=False)
+        console.print(wrapped, markup=False, highlight=False, soft_wrap=True)

@@ -14,14 +14,15 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.utils import logging
 
 from ..criteria.budget import Budget, check_steps
-from ..rendering import clock, progress_bar
+from ..rendering import clock
 from .distributed import is_first
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.progress import Progress
+    from rich.live import Live
 
 EVERY = 10.0  # seconds to the next line of a stage in a log; later a fifth of what it has taken so far
+_BAR = 10  # characters
 AT_MOST = 300.0  # seconds between two lines
 
 
@@ -59,15 +60,36 @@ class _Stage:
         return f"{min(1.0, self.done / self.total):.0%}"
 
     @property
-    def clock(self) -> str:
-        text = clock(self.seconds)
-        if self.total and self.done > self.before:
-            left = self.seconds / (self.done - self.before) * max(0.0, self.total - self.done)
-            text += f", {'at most ' * self.is_bound}about {clock(left)} left"
-        return text
+    def left(self) -> str:
+        if not self.total or self.done <= self.before:
+            return ""
+        left = self.seconds / (self.done - self.before) * max(0.0, self.total - self.done)
+        return f"{'at most ' * self.is_bound}about {clock(left)} left"
 
     def __str__(self) -> str:
-        return f"{self.words}: {', '.join(filter(None, (self.count, self.note, self.clock)))}"
+        return f"{self.words}: {_joined(self.count, self.note, clock(self.seconds), self.left)}"
+
+    def line(self, width: int) -> str:
+        """The stage in one line of a terminal: what there is no room for is left out, the least important first."""
+        bar = "" if not self.total else _bar(self.done / self.total)
+        gone = clock(self.seconds)
+        tried = [
+            f"{self.words} {bar} {_joined(self.count, self.note, gone, self.left)}",
+            f"{self.words} {bar} {_joined(self.count, self.note, self.left or gone)}",
+            f"{self.words}: {_joined(self.count, self.note, self.left or gone)}",
+            f"{self.words}: {_joined(self.count, self.left or gone)}",
+            f"{bar} {_joined(self.count, self.left or gone)}",
+        ]
+        return next((line for line in tried if len(line) <= width), gone)
+
+
+def _joined(*texts: str) -> str:
+    return ", ".join(filter(None, texts))
+
+
+def _bar(share: float) -> str:
+    full = min(_BAR, int(_BAR * share))
+    return "█" * full + "░" * (_BAR - full)
 
 
 class Stages:
@@ -91,7 +113,7 @@ class Stages:
         is_told = (console or logging.is_progress_bar_enabled()) and is_first()
         self.console = (console or Console(stderr=True)) if is_told else Console(stderr=True, quiet=True)
         self._stage: _Stage | None = None
-        self._bar: Progress | None = None
+        self._bar: Live | None = None
 
     def __enter__(self) -> Stages:
         return self
@@ -116,10 +138,14 @@ class Stages:
             self._print(words)
             threading.Thread(target=self._log, args=(self._stage,), daemon=True).start()
             return
-        self._bar = progress_bar(self.console)
-        self._bar.add_task(words, total=total, completed=int(done), count=self._stage.count, clock="", note="")
+        from rich.live import Live
+        from rich.text import Text
+
+        def drawn(stage: _Stage = self._stage) -> Text:
+            return Text(stage.line(self.console.width), no_wrap=True)
+
+        self._bar = Live(get_renderable=drawn, console=self.console, transient=True, refresh_per_second=10)
         self._bar.start()
-        threading.Thread(target=self._draw, args=(self._stage, self._bar), daemon=True).start()
 
     def advance(self, amount: float = 1) -> None:
         """Advance the stage by `amount`."""
@@ -158,11 +184,6 @@ class Stages:
         while not stage.over.wait(wait):
             self._print(str(stage))
             wait = min(max(EVERY, stage.seconds / 5), AT_MOST)
-
-    def _draw(self, stage: _Stage, bar: Progress) -> None:
-        task = bar.task_ids[0]
-        while not stage.over.wait(0.1):
-            bar.update(task, completed=stage.done, count=stage.count, clock=stage.clock, note=stage.note)
 
 
 class Counted:

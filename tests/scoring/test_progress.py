@@ -63,8 +63,18 @@ def test_a_bar_fits_80_columns_and_shows_the_time_left(total: float) -> None:
         stages.advance(total / 2)
         text = wait_for(out, " left")
     plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
-    assert LONG in plain and " left" in plain and "…" not in plain
+    assert LONG in plain and "…" not in plain
     assert max(map(len, re.split(r"[\r\n]+", plain))) <= 80
+
+
+@pytest.mark.parametrize("note", ["", "loss 0.5"])
+def test_a_line_leaves_out_what_has_no_room_and_cuts_nothing(note: str) -> None:
+    stage = progress._Stage(LONG, 3000, is_bound=True, done=1000, note=note)
+    stage.began -= 4000.0
+    for width in (120, 80, 60, 40):
+        line = stage.line(width)
+        assert len(line) <= width and (("1000 of 3000" in line and "left" in line) or width < 60)
+        assert "█" in line or width < 120
 
 
 def test_examples_are_counted_as_they_are_read() -> None:

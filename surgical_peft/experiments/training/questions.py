@@ -29,13 +29,8 @@ def standard_error(share: float, count: int) -> float:
 
 
 def noise(share: float, count: int, split: str) -> str:
-    """How sure a share is that was measured once, in words.
-
-    Example:
-        >>> noise(0.9, 100, "test")
-        '90.0 % on 100 test examples is sure to ± 3.0 points: other examples would give others.'
-    """
-    error = 100 * standard_error(share, count)
-    return f"{share:.1%}".replace("%", " %") + (
-        f" on {count} {split} examples is sure to ± {error:.1f} points: other examples would give others."
+    """How sure a share is that was measured once, in words."""
+    return (
+        f"{100 * share:.1f} % is measured on {count:,} {split} examples: on others of their kind it may be "
+        f"±\u00a0{100 * standard_error(share, count):.1f}\u00a0points (one standard error)."
     )

@@ -48,7 +48,7 @@ def score(recipe: Recipe, console: Console | None = None) -> BlockScores:
     args = recipe.arguments()
     criterion = recipe.make_criterion() or CRITERION
     with Stages(console) as stages:
-        stages.begin(f"load {recipe.model} and {recipe.data}")
+        stages.begin("load the data")
         task = load_task(recipe, ("train",))
         stages.end()
         task.summary.show(stages.console)
@@ -107,7 +107,7 @@ def train(recipe: Recipe, output: str | Path | None = None, console: Console | N
     policy = recipe.make_policy()
     check_replaceable(folder / "adapter", _ADAPTER)
     with Stages(console) as stages:
-        stages.begin(f"load {recipe.model} and {recipe.data}")
+        stages.begin("load the data")
         task, beginning = load_task(recipe), start(recipe)
         stages.end()
         task.summary.show(stages.console)
@@ -128,7 +128,7 @@ def train(recipe: Recipe, output: str | Path | None = None, console: Console | N
                     if split not in task.splits:
                         continue
                     examples = task.splits[split]
-                    stages.begin(f"measure {task.metric} {when} training, {split} examples", len(examples))
+                    stages.begin(f"measure {task.metric} {when} training, {split}", len(examples))
                     values[split] = task.measure(wrapped, Counted(examples, stages))
                 return values
 
