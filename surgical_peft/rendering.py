@@ -90,7 +90,7 @@ class TextTable:
         widths = self._widths(range(len(self.header)), width)
         if is_split := sum(widths) + 2 * (len(widths) - 1) > width and len(widths) > 2:
             widths = [2, *self._widths(range(1, len(self.header)), width - 4)]
-        head = textwrap.wrap(self.title, width)
+        head = textwrap.wrap(self.title, width, break_on_hyphens=False)
         names = self.header if not is_split else ["", *self.header[1:]]
         body = [(line, "bold") for line in self._row(names, widths, at_end=True)]
         body.append(("─" * min(width, sum(widths) + 2 * (len(widths) - 1)), ""))
@@ -98,7 +98,8 @@ class TextTable:
             style = "bold" * (number in self.bold)
             body += [(row[0], style)] * is_split
             body += [(line, style) for line in self._row(["", *row[1:]] if is_split else row, widths)]
-        notes = [line for note in self.notes for line in textwrap.wrap(note, width, subsequent_indent="  ")]
+        how = {"width": width, "subsequent_indent": "  ", "break_on_hyphens": False}
+        notes = [line for note in self.notes for line in textwrap.wrap(note, **how)]  # type: ignore[arg-type]
         return [*((line, "italic") for line in head), *body, *((line, "") for line in notes)]
 
     def _widths(self, columns: Sequence[int], room: int) -> list[int]:

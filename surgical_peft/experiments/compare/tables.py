@@ -56,12 +56,13 @@ def markdown(report: ComparisonReport) -> str:
     lines = [" ".join(report.sentences), "", markdown_row(header), markdown_row(ruler)]
     lines += map(markdown_row, rows)
     versions = ", ".join(f"{name} {number}" for name, number in report.versions.items())
-    marks = "".join(f" {note}" for note in _marks(report))
+    starred = " (* still there)" if any(row.at_edge for row in report.methods) else ""
+    added = " (+ a rate added so)" if any(row.is_rate_added for row in report.methods) else ""
     lines += [
         "",
         f"{report.split.capitalize()} {report.metric}: mean ± standard deviation of {trainings_of(report)}. To full: "
         f"the paired difference to full fine-tuning. {interval_in_words(report)} Each rate has the best mean on "
-        f"validation data of its grid, extended where that was at the edge.{marks} Tuned: parameters. Step: its "
+        f"validation data of its grid, extended where that was at the edge{added}{starred}. Tuned: parameters. Step: its "
         "time, as a part of full fine-tuning's: all take turns in one process, and the median over the rounds counts. "
         "Memory: the most that is alive at once in a step. Choosing: of the blocks, once for each training."
         + (" Forgets: what is lost on the source model's own data." if _tells_forgetting(report) else ""),

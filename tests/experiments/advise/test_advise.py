@@ -331,6 +331,7 @@ def test_it_leaves_advice_table_and_picture(advised: tuple[Path, Advice]) -> Non
     shown = io.StringIO()
     Console(file=shown, width=80).print(table(advice))
     assert all(row.title in shown.getvalue() for row in advice.methods) and "…" not in shown.getvalue()
+    assert max(map(len, shown.getvalue().splitlines())) <= 80 and "standard error" in shown.getvalue()
     assert markdown(advice).count("\n| ") == 2 + 8 + 2 + 5  # the candidates, and the blocks of the model
 
 
