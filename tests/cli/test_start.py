@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-HEAVY = "torch, transformers, peft, datasets, matplotlib, pandas".split(", ")
+HEAVY = ["torch", "transformers", "peft", "datasets", "matplotlib", "pandas"]
 
 # As pip installs the command: a script of that name.
 SCRIPT = f"""

@@ -62,9 +62,9 @@ def markdown(report: ComparisonReport) -> str:
         "",
         f"{report.split.capitalize()} {report.metric}: mean ± standard deviation of {trainings_of(report)}. To full: "
         f"the paired difference to full fine-tuning. {interval_in_words(report)} Each rate has the best mean on "
-        f"validation data of its grid, extended where that was at the edge{added}{starred}. Tuned: parameters. Step: its "
-        "time, as a part of full fine-tuning's: all take turns in one process, and the median over the rounds counts. "
-        "Memory: the most that is alive at once in a step. Choosing: of the blocks, once for each training."
+        f"validation data of its grid, extended where that was at the edge{added}{starred}. Tuned: parameters. Step: "
+        "its time, as a part of full fine-tuning's: all take turns in one process, and the median over the rounds "
+        "counts. Memory: the most that is alive at once in a step. Choosing: of the blocks, once for each training."
         + (" Forgets: what is lost on the source model's own data." if _tells_forgetting(report) else ""),
         "",
         f"{report.date}, {versions}; {report.machine}.",

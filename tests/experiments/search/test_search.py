@@ -23,6 +23,7 @@ from surgical_peft.experiments.recipe import load_recipe
 from surgical_peft.experiments.search import search as recipe_search
 from surgical_peft.experiments.search.objective import RecipeObjective
 from surgical_peft.experiments.search.search import plan, search
+from surgical_peft.experiments.training.cost import Timing
 from surgical_peft.scoring.progress import Stages
 from surgical_peft.search.proposals import count_trainings
 from surgical_peft.search.result import SearchResult, SearchTrial
@@ -190,10 +191,14 @@ def test_how_many_trainings_the_users_own_procedure_does_is_not_known(tmp_path: 
     assert "left" not in shown([SearchTrial(("0",), 0.5, seconds=30.0)], most=None, trainings_each=1)
 
 
-def test_a_plan_trains_next_to_nothing_and_keeps_nothing(tmp_path: Path) -> None:
+def test_a_plan_trains_next_to_nothing_and_keeps_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    timing = Timing(whole=10.0, last=4.0, step=0.1, measure=1.0, start=2.0, memory=10**9)
+    monkeypatch.setattr(recipe_search, "timed_at_once", lambda jobs, *_: timing)
     found = plan(load_recipe(write_recipe(tmp_path, rates=[1e-2, 1e-3], seeds=[0, 1, 2])), jobs=2)
-    assert found.trainings == 6 * 4
-    assert found.seconds == pytest.approx(found.seconds_each * 24 / min(2, os.cpu_count() or 1))
+    assert found.trainings == 6 * 4 and found.seconds_each == 10.0
+    # block 0 and all blocks cost a whole training, block 1 and the head that of the last layer
+    assert found.seconds == pytest.approx(2.0 + 6 * (10 + 4 + 4 + 10) / min(2, os.cpu_count() or 1))
+    assert "2 jobs" in found.lines()[2] and "2.0 GB" in found.lines()[3]
     assert not (tmp_path / "run").exists()
 
 
@@ -225,7 +230,7 @@ def test_dry_run_and_json_on_the_command_line(
     capsys.readouterr()
     assert run(monkeypatch, "search", path, "--procedure", "prefix", "--dry-run") == 0
     said = capsys.readouterr().out
-    assert "prefix(): at most 3 trainings." in said and "With 1 job: at most about" in said
+    assert "prefix(): at most 3 trainings." in said and "With 1 job: at most about" in said and "Memory" in said
     assert run(monkeypatch, "search", path, "--json", "--output", str(tmp_path / "there")) == 0
     assert json.loads(capsys.readouterr().out)["cost"]["trainings"] == 4
     assert (tmp_path / "there" / "search" / "table.md").exists()
