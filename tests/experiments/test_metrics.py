@@ -13,7 +13,7 @@ from pathlib import Path
 import evaluate
 import numpy as np
 import pytest
-from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef, mean_squared_error, r2_score
 
 from surgical_peft import SurgicalError
 from surgical_peft.experiments import metrics
@@ -24,6 +24,12 @@ CLASSES = {
     "accuracy": accuracy_score,
     "macro_f1": lambda right, predicted: f1_score(right, predicted, average="macro", zero_division=0),
     "matthews_correlation": matthews_corrcoef,
+}
+
+NUMBERS = {
+    "r2": r2_score,
+    "neg_mean_squared_error": lambda right, predicted: -mean_squared_error(right, predicted),
+    "pearson": lambda right, predicted: np.corrcoef(right, predicted)[0, 1],
 }
 
 
@@ -37,6 +43,32 @@ def test_metrics_of_classes_are_those_of_scikit_learn(name: str, size: int) -> N
         predicted = np.where(rng.random(size) < 0.5, right, rng.integers(0, 5, size))
         expected = CLASSES[name](right, predicted)
         assert metric(predicted.tolist(), right.tolist()) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("size", [2, 5, 50])
+def test_metrics_of_numbers_are_those_of_scikit_learn_and_numpy(size: int) -> None:
+    for seed in range(5):
+        rng = np.random.default_rng(seed)
+        right = rng.normal(3, 2, size)
+        predicted = right + rng.normal(0, 1, size)
+        for name, reference in NUMBERS.items():
+            value = load_metric(name)(predicted.tolist(), right.tolist())
+            assert value == pytest.approx(reference(right, predicted), abs=1e-9)
+
+
+def test_metrics_of_constant_numbers() -> None:
+    assert load_metric("pearson")([1.0, 1.0], [0.0, 2.0]) == 0
+    assert load_metric("r2")([1.0, 1.0], [0.0, 2.0]) == 0
+    assert load_metric("r2")([1.0, 2.0], [1.0, 1.0]) == 0
+
+
+def test_f1_of_label_sets_is_that_of_scikit_learn() -> None:
+    for seed in range(5):
+        rng = np.random.default_rng(seed)
+        right, predicted = rng.integers(0, 2, (2, 20, 4))
+        expected = f1_score(right, predicted, average="micro", zero_division=0)
+        assert load_metric("micro_f1")(predicted.tolist(), right.tolist()) == pytest.approx(expected)
+    assert load_metric("micro_f1")([[0, 0]], [[0, 0]]) == 0
 
 
 def spans(tags: tuple[str, ...]) -> set[tuple[int, int, str]]:
@@ -91,7 +123,7 @@ def test_the_scripts_come_with_the_wheel(tmp_path: Path) -> None:
 
 
 def test_every_metric_that_ships_is_tested_here() -> None:
-    assert {*CLASSES, "span_f1", "exact_match", "log_likelihood"} == set(SHIPPED)
+    assert {*CLASSES, *NUMBERS, "micro_f1", "span_f1", "exact_match", "log_likelihood"} == set(SHIPPED)
 
 
 @pytest.mark.parametrize("name", SHIPPED)

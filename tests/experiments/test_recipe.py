@@ -10,7 +10,7 @@ from transformers import AutoConfig
 
 from surgical_peft import SurgicalError, criteria, policies
 from surgical_peft.experiments.compare.methods import make_method
-from surgical_peft.experiments.recipe import Recipe, load, load_recipe
+from surgical_peft.experiments.recipe import Recipe, load, load_recipe, recipe_of
 from surgical_peft.experiments.tasks.task import load_or_raise
 
 MINIMAL = "model: m\ndata: d\nblocks: [0]\n"
@@ -20,6 +20,14 @@ def write(folder: Path, text: str) -> Path:
     path = folder / "recipe.yaml"
     path.write_text(text, encoding="utf-8")
     return path
+
+
+def test_a_recipe_is_made_of_the_keys_that_it_gives(tmp_path: Path) -> None:
+    """As a report holds them; `Recipe(**keys)` knows no training arguments."""
+    recipe = load_recipe(write(tmp_path, MINIMAL + "learning_rate: 1e-3\nsplits: {validation: test}\n"))
+    assert recipe_of(recipe.keys()) == recipe
+    with pytest.raises(SurgicalError, match="learning_rat'"):
+        recipe_of({**recipe.keys(), "learning_rat": 1e-3})
 
 
 def test_own_keys_and_training_arguments_share_one_flat_file(tmp_path: Path) -> None:

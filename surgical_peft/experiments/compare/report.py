@@ -130,8 +130,8 @@ class ComparisonReport:
     split: str = "test"
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data for `report.json`."""
-        return asdict(self)
+        """Plain data for `report.json`; as in versions before, where results are told on test data."""
+        return {key: value for key, value in asdict(self).items() if (key, value) != ("split", "test")}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> ComparisonReport:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from .load import load_recipe
+from .keys import RecipeKey, recipe_keys
+from .load import load_recipe, recipe_of
 from .recipe import Recipe
 
-__all__ = ["Recipe", "load_recipe"]
+__all__ = ["Recipe", "RecipeKey", "load_recipe", "recipe_keys", "recipe_of"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from types import NoneType
@@ -21,7 +22,6 @@ _TYPES = {f.name: get_type_hints(Recipe)[f.name] for f in fields(Recipe) if f.na
 _TRAINING = {f.name: get_type_hints(TrainingArguments)[f.name] for f in fields(TrainingArguments) if f.init}
 _REFUSED = {
     "resume_from_checkpoint": "a training that was interrupted goes on by itself when it is run again",
-    "eval_strategy": "a recipe is measured before and after training, not during it",
 }
 RENAMED: dict[str, str] = {}  # a key of an earlier version, and what it is called now
 _PLAIN: dict[Any, tuple[type, ...]] = {
@@ -33,7 +33,7 @@ _PLAIN: dict[Any, tuple[type, ...]] = {
     float | None: (float, int, NoneType),
     str | None: (str, NoneType),
     dict[str, Any]: (dict,),
-    dict[str, str]: (dict,),
+    dict[str, str | None]: (dict,),
 }
 _LISTS = {
     "rates": "[1e-3, 3e-3]",
@@ -58,8 +58,24 @@ def load_recipe(path: str | Path) -> Recipe:
         >>> load_recipe("recipes/noise.yaml").corruption
         'gaussian_noise'
     """
-    path = Path(path)
-    written = _read(path)
+    return recipe_of(_read(Path(path)), Path(path))
+
+
+def recipe_of(keys: Mapping[Any, Any], path: Path = Path("recipe")) -> Recipe:
+    """The recipe with these keys, such as the `recipe` of a report.
+
+    Args:
+        keys: as a file has them.
+        path: of the file; folders are looked up beside it, by default in the current one.
+
+    Raises:
+        SurgicalError: as `load_recipe`.
+
+    Example:
+        >>> recipe_of({"model": "vit", "data": "target-0", "learning_rate": 1e-3}).training
+        {'learning_rate': 0.001}
+    """
+    written = dict(keys)
     for key, value in written.items():
         _check_key(key, value, str(path))
     missing = {"model", "data"} - written.keys()
@@ -67,8 +83,8 @@ def load_recipe(path: str | Path) -> Recipe:
         raise SurgicalError(f"{path}: the key {' and '.join(sorted(missing))} is missing.")
     read = find_folders(path, written)
     training = {key: value for key, value in read.items() if key not in _TYPES}
-    keys = {key: value for key, value in read.items() if key in _TYPES}
-    recipe = Recipe(**keys, training=training, given={key: (written[key], read[key]) for key in written})
+    own = {key: value for key, value in read.items() if key in _TYPES}
+    recipe = Recipe(**own, training=training, given={key: (written[key], read[key]) for key in written})
     # What is wrong with blocks, policy or arguments is said now, not after the data are loaded.
     recipe.config()
     check_length(recipe.make_policy(), *planned_length(recipe.arguments()))
@@ -135,6 +151,8 @@ def _check_search(recipe: Recipe) -> None:
         check_number("a recipe", "rates", rate, "learning rates such as 1e-3, each a finite number", above=0)
     for seed in recipe.seeds or ():
         check_count("a recipe", "seeds", seed, "each", at_least=0, at_most=2**32 - 1)
+    if recipe.early_stopping_patience is not None:
+        check_count("a recipe", "early_stopping_patience", recipe.early_stopping_patience, "epochs")
     for key in ("rates", "seeds"):
         if len(set(getattr(recipe, key) or ())) != len(getattr(recipe, key) or ()):
             raise SurgicalError(f"{key}: {getattr(recipe, key)} has an entry twice: name it once.")

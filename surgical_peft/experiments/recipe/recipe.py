@@ -66,6 +66,11 @@ class Recipe(CompareSection, SearchSection, PolicySection, SelectionSection, Dat
         """
         quiet: dict[str, Any] = {"save_strategy": "no", "logging_strategy": "no", "report_to": "none"}
         quiet["dataloader_pin_memory"] = torch.accelerator.is_available()  # else torch warns on every loader
+        if self.early_stopping_patience is not None:
+            quiet |= {"eval_strategy": "epoch", "save_strategy": "epoch", "load_best_model_at_end": True}
+            quiet |= {"metric_for_best_model": "loss", "save_total_limit": 1}
+        if {**quiet, **self.training, **overrides}.get("eval_strategy", "no") != "no":
+            quiet["label_names"] = ["labels"]  # Trainer does not see them through an adapter
         try:
             return TrainingArguments(**{"output_dir": "runs", **quiet, **self.training, **overrides})
         except (ValueError, TypeError) as error:

@@ -26,7 +26,8 @@ class DataSection:
         data: a folder or file (relative to the recipe) or a Hub id; CSV, JSON, Parquet or images. Without a split
             `validation`, a fifth of `train` is held out; without `test`, nothing is measured on it.
         data_config: which configuration of a data set with several, e.g. `sst2` of `nyu-mll/glue`.
-        splits: the data's name for a split, where it has another, e.g. `{validation: dev}`.
+        splits: the data's name for a split, where it has another, e.g. `{validation: dev}`; null for none,
+            e.g. `{test: null}` where the test split has no labels.
         drop_empty: whether rows with empty cells, and with images that cannot be read, are left out.
         task: the kind of model and data, a name from `tasks` or `package.module:name`.
         columns: which column is what, e.g. `{text: body, label: y}`, where their names and types do not say it.
@@ -35,6 +36,9 @@ class DataSection:
         max_length: of a text, in tokens; default is what the model takes.
         new_head: whether the head is made anew, with as many labels as the data have classes; it is then trained and
             saved whatever blocks are chosen.
+        problem_type: what a classification task predicts: `single_label_classification` (default),
+            `multi_label_classification` of lists of classes, or `regression` of numbers.
+        class_weights: `balanced` or a list of weights of the labels in the loss; default is 1 for all.
         corruption: corrupt every image, e.g. by `gaussian_noise` (as in ImageNet-C).
         severity: of the corruption, 1 to 5.
         character_noise: percent of the characters of a text that are mistyped.
@@ -48,13 +52,15 @@ class DataSection:
     model: str
     data: str
     data_config: str | None = None
-    splits: dict[str, str] = field(default_factory=dict)
+    splits: dict[str, str | None] = field(default_factory=dict)
     drop_empty: bool = False
     task: str = "image_classification"
     columns: dict[str, Any] = field(default_factory=dict)
     metric: str | None = None
     max_length: int | None = None
     new_head: bool = False
+    problem_type: str | None = None
+    class_weights: str | list[float] | None = None
     corruption: str | None = None
     severity: int = 5
     character_noise: float | None = None
@@ -128,10 +134,13 @@ class PolicySection:
     Attributes:
         policy: a name from `policies` or `package.module:name`; default is one learning rate for all blocks.
         policy_options: arguments for the policy, e.g. `{decay: 0.8}` for `layer_decay`.
+        early_stopping_patience: after so many epochs without a lower validation loss `train` stops, and keeps the best
+            epoch; `search`, `compare` and `advise` train to the end. Default is not to stop.
     """
 
     policy: str | None = None
     policy_options: dict[str, Any] = field(default_factory=dict)
+    early_stopping_patience: int | None = None
 
     def make_policy(self) -> Policy | None:
         """The policy, or None.

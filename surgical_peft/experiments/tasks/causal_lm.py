@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from numpy.random import Generator
 from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq
 
+from ...errors import SurgicalError
 from ..metrics import load_metric
 from ..recipe.recipe import Recipe
-from .columns import TEXT
+from .chat import form_of, read_chat, read_prompt, rows_without_answer
 from .dataset import open_data
 from .evaluation import Measure, check_metric, read_tokens
 from .source_model import model_loader
+from .summary import DataSummary, listed
 from .task import Task, TinyTask, with_info
 from .text_examples import Texts, Tokenizing, plain, tokenizing
 from .tiny_data import TEXT_CONFIG, WORDS, save_tokenizer, text_feature
@@ -34,31 +37,45 @@ def _row(place: int, rng: Generator, classes: list[str]) -> dict[str, Any]:
     tiny=TinyTask(AutoModelForCausalLM, {"text": text_feature}, _row, save_tokenizer, config=TEXT_CONFIG),
 )
 def causal_lm(recipe: Recipe, splits: Sequence[str]) -> Task:
-    """Texts, and a model that `AutoModelForCausalLM` loads; each text is one example and all of it is learned.
+    """Texts, chats or prompts with completions, and a model that `AutoModelForCausalLM` loads; each is one example.
 
-    Column: `text`. Metrics: `accuracy` (default), the share of tokens that are predicted rightly from all before them;
+    Columns: `text`, all of which is learned; or `messages`, a list of `{role, content}` for the tokenizer's chat
+    template; or `prompt` and `completion`. Of chats and prompts only the answers are learned and
+    measured. Metrics: `accuracy` (default), the share of tokens that are predicted rightly from all before them;
     `log_likelihood`, minus the mean loss of a token.
     """
     metric = recipe.metric or "accuracy"
     check_metric(metric, "accuracy", "log_likelihood")
     how = tokenizing(recipe)
-    data = open_data(recipe, splits, {"text": TEXT})
+    data = open_data(recipe, splits, partial(form_of, recipe.columns))
     collate = plain(DataCollatorForSeq2Seq(how.tokenizer))  # unlike that for language models it pads labels as such
+    examples, lines = {}, []
+    for split, rows in data.splits.items():
+        texts = Texts(rows, list(range(len(rows))), partial(_read, how, data.columns), partial(how.rng, split))
+        examples[split] = texts
+        if "text" not in data.columns and (unanswered := rows_without_answer(texts)):
+            lines.append(
+                f"split {split}: {len(unanswered):,} of {len(rows):,} rows have no answer within {how.max_length} "
+                f"tokens, row {listed(unanswered)}"
+            )
+            kept = sorted(set(texts.rows) - set(unanswered))
+            if not recipe.drop_empty or not kept:
+                raise SurgicalError(f"{recipe.data}, {lines[-1]}: raise max_length, or write drop_empty: true.")
+            examples[split] = replace(texts, rows=kept)
     return Task(
         load_model=model_loader(AutoModelForCausalLM, recipe),
-        splits={
-            split: Texts(
-                rows, list(range(len(rows))), partial(_read, how, data.columns["text"]), partial(how.rng, split)
-            )
-            for split, rows in data.splits.items()
-        },
+        splits=dict(examples),
         collate=collate,
         metric=metric,
         measure=Measure(load_metric(metric), partial(read_tokens, metric, 1), collate, BATCH_SIZE),
-        summary=data.summary,
+        summary=data.summary + DataSummary(tuple(f"left out by drop_empty: {line}" for line in lines)),
     )
 
 
-def _read(how: Tokenizing, column: str, row: dict[str, Any], index: int, rng: Generator) -> dict[str, Any]:
-    tokens = how.tokens(how.shifted(row[column], rng))
+def _read(how: Tokenizing, columns: dict[str, str], row: dict[str, Any], index: int, rng: Generator) -> dict[str, Any]:
+    if "messages" in columns:
+        return read_chat(how, row[columns["messages"]], rng)
+    if "prompt" in columns:
+        return read_prompt(how, row[columns["prompt"]], row[columns["completion"]], rng)
+    tokens = how.tokens(how.shifted(row[columns["text"]], rng))
     return {**tokens, "labels": list(tokens["input_ids"])}

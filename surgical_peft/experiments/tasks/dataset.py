@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
+from datasets import LargeList, List, Value
 
 from ...errors import SurgicalError
 from ..recipe.recipe import Recipe
 from .cells import Fault, cells_of
 from .columns import ColumnType, empty_columns, find_columns, whole_numbers
 from .splits import SHARE, DataSource, assign_splits, held_out, unused_splits
-from .summary import DataSummary
+from .summary import DataSummary, listed
+
+Roles = Mapping[str, ColumnType]
+_ROW_EACH = 20  # so many classes may have a row each
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,7 @@ class OpenedData:
 
 
 def open_data(
-    recipe: Recipe, splits: Sequence[str], roles: Mapping[str, ColumnType], classes: str | None = None
+    recipe: Recipe, splits: Sequence[str], roles: Roles | Callable[[Any], Roles], classes: str | None = None
 ) -> OpenedData:
     """Open the splits of a recipe's data; of a local folder only the files of these are read.
 
@@ -45,7 +49,7 @@ def open_data(
     Args:
         recipe: its keys for the data are looked at.
         splits: which ones.
-        roles: for each role the type of its column.
+        roles: for each role the type of its column; or a function that tells them by the features of the data.
         classes: the role of the column with classes; they are held out in proportion, and those of the training split
             count for the others, so it is opened in any case.
 
@@ -56,6 +60,7 @@ def open_data(
     source = DataSource.find(recipe.data, recipe.data_config)
     names = assign_splits(source, recipe.splits)
     is_held_out = names["validation"] is None and bool({"train", "validation"} & set(splits))
+    is_held_out &= recipe.folds is None or "validation" in splits  # folds of train need no other split
     asked = [split for split in splits if names[split] is not None or split == "train"]
     needed = [*asked, *(["train"] if "train" not in asked and (classes or is_held_out) else [])]
     if "train" in needed and names["train"] is None:
@@ -64,11 +69,15 @@ def open_data(
             f"splits: {{train: {source.splits[0]}}}."
         )
     opened = {split: whole_numbers(source.open(str(names[split]))) for split in needed}
+    if callable(roles):
+        roles = roles(opened[needed[0]].features)
     columns = find_columns(recipe, opened, roles, empty_columns(opened))
     opened, lines = _check_cells(recipe, opened, columns, roles)
+    if classes:
+        _check_classes(recipe, opened["train"], columns[classes])
     named = [f"{role} = {column}" for role, column in columns.items() if role != column]
     lines = [*([f"columns: {', '.join(named)}"] if named else []), *lines]
-    lines += [f"split {role}: the data's {name}" for role, name in recipe.splits.items() if role in splits]
+    lines += [f"split {role}: the data's {name}" for role, name in recipe.splits.items() if name and role in splits]
     if is_held_out:
         opened, line = _hold_out(recipe, opened, columns[classes] if classes else None, unused_splits(source, names))
         lines.append(line)
@@ -93,7 +102,9 @@ def _check_cells(
         several = len(described) > 1
         lines = "".join(f"\n- {line}" for line in described) if several else f", {described[0]}"
         all_at_fault = next((split for split, _, fault in faults if len(fault.rows) == len(opened[split])), None)
-        cure = "name another split or column" if all_at_fault else "write drop_empty: true to go on without these rows"
+        cure = "write drop_empty: true to go on without these rows"
+        if all_at_fault:
+            cure = f"name another column, or another split or none, splits: {{{all_at_fault}: null}}"
         hint = " In CSV, NA, None and null are empty as well." if any("empty" in f.problem for *_, f in faults) else ""
         raise SurgicalError(
             f"{recipe.data}{lines}{chr(10) if several else '. '}Rows are counted from 0. Fill or mend these cells, or "
@@ -112,21 +123,37 @@ def _check_cells(
     return kept, [f"left out by drop_empty: {line}" for line in described]
 
 
+def _check_classes(recipe: Recipe, rows: Any, column: str) -> None:
+    """Refuse a column where almost every row has a class of its own, such as an id."""
+    cells = cells_of(rows, column)
+    if isinstance(rows.features[column], Value) and len(rows) > _ROW_EACH:
+        values = pc.unique(cells)
+        if len(values) > max(_ROW_EACH, len(rows) * 2 // 3):
+            raise SurgicalError(
+                f"{recipe.data}: the column {column!r} has {len(values):,} different values in {len(rows):,} rows, "
+                f"such as {listed(values[:3].to_pylist())}: these are no classes. Name the column that has them, "
+                "columns: {label: ...}."
+            )
+
+
 def _hold_out(
     recipe: Recipe, opened: dict[str, Any], column: str | None, unused: str | None
 ) -> tuple[dict[str, Any], str]:
     rows = opened["train"]
     codes = np.zeros(len(rows), dtype=int)
+    if column is not None and isinstance(rows.features[column], List | LargeList):
+        column = None
     if column is not None:
         encoded = pc.dictionary_encode(cells_of(rows, column).combine_chunks())
         codes = np.asarray(encoded.indices)
     mask = held_out(codes, recipe.shift_seed)
+    share = f"{100 * SHARE:.0f} %"
     if not mask.any():
         raise SurgicalError(
-            f"{recipe.data} has no validation split, and {len(rows)} training rows are too few to hold out "
-            f"{100 * SHARE:.0f} % of them{' with each class left' if column else ''}: add rows, or a validation split."
+            f"{recipe.data} has no validation split, and {len(rows)} training rows are too few to hold out {share} "
+            f"of them{' with each class left' if column else ''}: add rows, or a validation split."
         )
     train, validation = rows.select(np.flatnonzero(~mask)), rows.select(np.flatnonzero(mask))
-    line = f"no validation split: {100 * SHARE:.0f} % of train, seed {recipe.shift_seed}"
-    line += f" ({len(train):,} rows to train on, {len(validation):,} held out{', by class' if column else ''})"
+    line = f"no validation split: {share} of train, seed {recipe.shift_seed}"
+    line += ", by class" if column else ""
     return {**opened, "train": train, "validation": validation}, f"{line}; {unused}" if unused else line

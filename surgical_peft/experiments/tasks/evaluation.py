@@ -61,7 +61,7 @@ class Measure:
 def classification(metric: str = "accuracy", **kwargs: Any) -> Measure:
     """A metric of the class with the largest logit; `kwargs` are those of `Measure`."""
     check_metric(metric, "accuracy", "macro_f1", "matthews_correlation")
-    return Measure(load_metric(metric), _read_class, **kwargs)
+    return Measure(load_metric(metric), read_class, **kwargs)
 
 
 def check_metric(metric: str, *fitting: str) -> None:
@@ -74,7 +74,7 @@ def check_metric(metric: str, *fitting: str) -> None:
         raise SurgicalError(f"metric {metric!r} is not for this task, which has: {', '.join(fitting)}.")
 
 
-def _read_class(model: nn.Module, batch: Batch) -> tuple[list[int], list[int]]:
+def read_class(model: nn.Module, batch: Batch) -> tuple[list[int], list[int]]:
     """The class with the largest logit, and the right one, of each example."""
     labels = batch.pop("labels")
     return model(**batch).logits.argmax(-1).tolist(), labels.tolist()

@@ -25,11 +25,10 @@ from ...errors import SurgicalError
 from ..recipe.recipe import Recipe
 from ..shifts import corruption
 from .cells import image_faults
-from .columns import LABEL, ColumnType
+from .columns import ColumnType
 from .dataset import open_data
-from .evaluation import classification
-from .labels import label_rows
 from .source_model import model_loader
+from .targets import load_with_loss, target_of
 from .task import Examples, Task, TinyTask, load_or_raise, with_info
 from .tiny_data import label_feature, labels_of
 
@@ -52,7 +51,7 @@ def _save_processor(config: Any, folder: Path) -> None:
 
 
 @with_info(
-    keys=["corruption", "label_map", "imbalance", "new_head"],
+    keys=["corruption", "label_map", "imbalance", "new_head", "problem_type", "class_weights"],
     pipeline="image-classification",
     tiny=TinyTask(
         AutoModelForImageClassification,
@@ -65,15 +64,16 @@ def _save_processor(config: Any, folder: Path) -> None:
 def image_classification(recipe: Recipe, splits: Sequence[str]) -> Task:
     """Images with class labels, and a model that `AutoModelForImageClassification` loads.
 
-    Columns: `image` and `label`. Metrics: `accuracy` (default), `macro_f1`, `matthews_correlation`. Images of any mode
-    are converted to as many channels as the model takes.
+    Columns: `image` and `label`. Metrics: `accuracy` (default), `macro_f1`, `matthews_correlation`; with
+    `problem_type` those of its target. Images of any mode are converted to as many channels as the model takes.
     """
-    measure = classification(recipe.metric or "accuracy")
+    target = target_of(recipe)
+    measure = target.measure(recipe.metric)
     config = load_or_raise(AutoConfig.from_pretrained, recipe.model, "model")
     processor = load_or_raise(AutoImageProcessor.from_pretrained, recipe.model, "image processor of", backend="pil")
     corrupt = corruption(recipe.corruption, recipe.severity) if recipe.corruption else None
-    data = open_data(recipe, splits, {"image": IMAGE, "label": LABEL}, classes="label")
-    labeled = label_rows(recipe, data, config)
+    data = open_data(recipe, splits, {"image": IMAGE, "label": target.column}, target.classes)
+    labeled = target.label_rows(recipe, data, config)
     examples: dict[str, Examples] = {}
     shape = None
     for split, rows in data.splits.items():
@@ -94,12 +94,16 @@ def image_classification(recipe: Recipe, splits: Sequence[str]) -> Task:
             _check_shape(config, shape, recipe)
         examples[split] = replace(images, shape=shape)
     return Task(
-        load_model=model_loader(AutoModelForImageClassification, recipe, labeled.count, labeled.names),
+        load_model=load_with_loss(
+            model_loader(AutoModelForImageClassification, recipe, labeled.count, labeled.names),
+            recipe,
+            labeled.weights,
+        ),
         splits=examples,
         collate=default_data_collator,
-        metric=recipe.metric or "accuracy",
+        metric=recipe.metric or target.metrics[0],
         measure=measure,
-        names_labels=True,
+        names_labels=labeled.count > 1,
         summary=data.summary + labeled.summary,
     )
 
@@ -126,7 +130,7 @@ class _Images(Dataset[dict[str, torch.Tensor]]):
     data: Any
     column: str
     rows: list[int]
-    labels: list[int]
+    labels: list[Any]
     processor: Any
     mode: str
     shape: tuple[int, ...] | None

@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 from datasets import ClassLabel
 
 from ...errors import SurgicalError
-from ...validation import nearest
+from ...validation import check_number, nearest
 from ..recipe.recipe import Recipe
 from ..shifts import keep_share, read_label_map
 from ..shifts.classes import class_number
@@ -27,17 +27,20 @@ class LabeledRows:
 
     Attributes:
         rows: for each split the places of its rows.
-        labels: for each split the label of each of these rows, a number from 0.
+        labels: for each split the label of each of these rows: a number from 0; of other targets than one class
+            what the loss takes.
         count: how many labels the model has.
         names: the names of the labels of a new head, or None where the labels are not the classes of the data.
         summary: how classes became labels.
+        weights: of the labels in the loss, or None where all count alike.
     """
 
     rows: dict[str, list[int]]
-    labels: dict[str, list[int]]
+    labels: dict[str, list[Any]]
     count: int
     names: list[str] | None
     summary: DataSummary
+    weights: list[float] | None = None
 
 
 def label_rows(recipe: Recipe, data: OpenedData, config: Any) -> LabeledRows:
@@ -53,7 +56,7 @@ def label_rows(recipe: Recipe, data: OpenedData, config: Any) -> LabeledRows:
             class to train on.
     """
     column, train = data.columns["label"], data.train
-    classes = class_names(train.features[column], cells_of(train, column), f"{recipe.data}, column {column!r}")
+    classes = class_names(train.features[column], cells_of(train, column))
     label_map, count, summary = fit_labels(recipe, column, classes, config)
     rows, labels = {}, {}
     for split, split_rows in data.splits.items():
@@ -73,7 +76,14 @@ def label_rows(recipe: Recipe, data: OpenedData, config: Any) -> LabeledRows:
             f"{recipe.data}: all {len(rows['train'])} rows of the split train have the label {labels['train'][0]} "
             f"(column {column!r}): {_TWO}. The classes are {listed(classes)}."
         )
-    return LabeledRows(rows, labels, count, classes if recipe.label_map is None else None, summary)
+    names = classes if recipe.label_map is None else None
+    weights = None
+    if recipe.class_weights is not None and "train" in labels:
+        weights = _read_weights(recipe, labels["train"], count)
+        labeled = [(name, label) for name, label in zip(classes, label_map, strict=True) if label is not None]
+        pairs = [f"{name} {weights[label]:.3g}" for name, label in labeled]
+        summary += DataSummary((f"class weights: {listed(pairs)}",))
+    return LabeledRows(rows, labels, count, names, summary, weights)
 
 
 _TWO = "to choose between classes there must be two"
@@ -102,23 +112,25 @@ def fit_labels(
     known = [str(config.id2label.get(label, label)) for label in range(config.num_labels)]
     if recipe.new_head:
         count = max((label for label in label_map if label is not None), default=0) + 1
-        summary = _told(f"new head, {count} labels", classes, label_map, None)
+        by_map = recipe.label_map is not None
+        shown = _told(label_map, classes, None) if by_map else listed(classes)
+        summary = DataSummary((f"new head with {count} labels{' by label_map' * by_map}: {shown}",))
     else:
         count = config.num_labels
         if recipe.label_map is None and count >= 2:
             label_map, summary = _matched(recipe, classes, known)
         else:
-            summary = _told("labels by label_map", classes, label_map, known)
+            summary = DataSummary((f"labels by label_map: {_told(label_map, classes, known)}",))
     if count < 2:
         one = f"label_map={recipe.label_map} leaves" if recipe.new_head else f"the model {recipe.model} has"
         cure = "Give the classes different labels" if recipe.new_head else "Write new_head: true"
         raise SurgicalError(f"{one} one label only: {_TWO}. {cure}; they are {listed(classes)}.")
     if any(label is not None and not 0 <= label < count for label in label_map):
-        given, cure = f"{len(classes)} classes", "Write a label_map"
+        given, cure = f"{len(classes)} classes do", "Write a label_map"
         if recipe.label_map is not None:
-            given, cure = f"label_map={recipe.label_map}", f"Map to the labels from 0 to {count - 1}"
+            given, cure = f"label_map={recipe.label_map} does", f"Map to the labels from 0 to {count - 1}"
         raise SurgicalError(
-            f"{given} does not fit: the labels of {recipe.model} are 0 to {count - 1} ({listed(known)}), the classes "
+            f"{given} not fit: the labels of {recipe.model} are 0 to {count - 1} ({listed(known)}), the classes "
             f"of {recipe.data} are {listed(classes)}. {cure}, or new_head: true for a head of its own."
         )
     return label_map, count, summary
@@ -130,7 +142,7 @@ def _matched(recipe: Recipe, classes: list[str], known: list[str]) -> tuple[list
         labels = {same(name): label for label, name in enumerate(known)}
         matched: list[int | None] = [labels.get(same(name)) for name in classes]
         if None not in matched and len(set(matched)) == len(matched):
-            return matched, _told("labels matched by name", classes, matched, known)
+            return matched, DataSummary((f"labels matched by name: {_told(matched, classes, known)}",))
     unknown = [name for name, label in zip(classes, matched, strict=True) if label is None]
     are_numbers = all(_is_number(name) for name in classes)
     if len(unknown) < len(classes) and not are_numbers:
@@ -144,7 +156,7 @@ def _matched(recipe: Recipe, classes: list[str], known: list[str]) -> tuple[list
     shifted = are_numbers and first != 0 and numbers == list(range(first, first + len(known)))
     if shifted:
         numbers = list(range(len(classes)))
-    summary = _told("labels matched by number", classes, numbers, known)
+    summary = DataSummary((f"labels matched by number: {_told(numbers, classes, known)}",))
     if not all(_PLACEHOLDER.fullmatch(name) for name in known) and (shifted or not are_numbers):
         warning = (
             f"labels fit by number only: the data have {listed(classes)}, the model has {listed(known)}. If these are "
@@ -161,42 +173,30 @@ def _is_number(name: str) -> bool:
     return name.removeprefix("-").isdecimal()
 
 
-def _told(how: str, classes: list[str], labels: list[int | None], known: list[str] | None) -> DataSummary:
-    """A line that says which label each class has; names of labels that are no news are left out."""
+def _told(labels: list[int | None], classes: list[str], known: list[str] | None) -> str:
+    """The label of each class, by its name where that is known and another one than that of the class."""
     pairs = []
     for name, label in zip(classes, labels, strict=True):
         if label is None:
             continue
         named = known[label] if known is not None and 0 <= label < len(known) else str(label)
         pairs.append(name if named == name else f"{name} = {named}")
-    return DataSummary((f"{how}: {listed(pairs)}",))
+    return listed(pairs)
 
 
-def class_names(feature: Any, cells: Any, where: str) -> list[str]:
+def class_names(feature: Any, cells: Any) -> list[str]:
     """The names of the classes in a column, in the order of their numbers.
 
     Args:
         feature: the type of the column.
         cells: the column as Arrow has it.
-        where: for an error.
-
-    Raises:
-        SurgicalError: almost every row has a class of its own, so that the column is no label.
     """
     if isinstance(feature, ClassLabel):
         return list(feature.names)
     values = pc.unique(cells).drop_null()
-    if len(values) > max(_ALL_DIFFERENT, len(cells) * 2 // 3):
-        raise SurgicalError(
-            f"{where}: {len(values):,} different values in {len(cells):,} rows are no classes, such as "
-            f"{listed(values[:3].to_pylist())}: name the column that has them in the recipe, columns: {{label: ...}}."
-        )
     if _is_text(values.type):
         return sorted(values.to_pylist())
     return [str(number) for number in sorted(int(value) for value in values.to_pylist())]
-
-
-_ALL_DIFFERENT = 20  # classes may have a row each
 
 
 def class_numbers(feature: Any, cells: Any, classes: list[str], where: str) -> list[int]:
@@ -224,6 +224,21 @@ def class_numbers(feature: Any, cells: Any, classes: list[str], where: str) -> l
 
 def _is_text(kind: Any) -> bool:
     return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+
+
+def _read_weights(recipe: Recipe, labels: list[int], count: int) -> list[float]:
+    """The weight of each label in the loss; `balanced` as scikit-learn has it, so that every label counts as much."""
+    given = recipe.class_weights
+    if recipe.training.get("label_smoothing_factor"):
+        raise SurgicalError(f"class_weights={given}: label_smoothing_factor has a loss of its own: drop one of them.")
+    if given == "balanced":
+        sizes = np.bincount(labels, minlength=count)
+        return [float(len(labels) / ((sizes > 0).sum() * size)) if size else 0.0 for size in sizes]
+    if not isinstance(given, list) or len(given) != count:
+        raise SurgicalError(f"class_weights={given!r} is neither balanced nor a list of {count} weights, one a label.")
+    for weight in given:
+        check_number("a recipe", "class_weights", weight, at_least=0)
+    return [float(weight) for weight in given]
 
 
 def _read_shares(imbalance: dict[Any, Any], classes: list[str]) -> dict[int, float]:

@@ -127,13 +127,14 @@ def _is_described(folder: Path) -> bool:
 
 def _check_files(folder: Path, files: Mapping[str, Sequence[Any]]) -> None:
     """Refuse a folder where `datasets` takes a file for two splits, or for none: it goes by their names alone."""
-    splits = {split: {Path(str(file)) for file in paths} for split, paths in files.items()}
+    folder = folder.resolve()
+    splits = {split: {Path(str(file)).resolve() for file in paths} for split, paths in files.items()}
     counts = Counter(file for paths in splits.values() for file in paths)
     twice = sorted(file for file, count in counts.items() if count > 1)
     if twice:
         both = " and ".join(split for split, paths in splits.items() if twice[0] in paths)
         raise SurgicalError(
-            f"{folder}: {len(twice):,} files are both in {both}, such as {_shown(twice[0], folder)}: a folder or file "
+            f"{folder}: {_files(len(twice))} both in {both}, such as {_shown(twice[0], folder)}: a folder or file "
             "is in the split that its name says, wherever it lies. Move it out of the other folder, or rename it."
         )
     used = {file.suffix for file in counts}
@@ -142,14 +143,18 @@ def _check_files(folder: Path, files: Mapping[str, Sequence[Any]]) -> None:
     left = sorted(
         path
         for path in folder.rglob("*")
-        if path.suffix in used and path not in counts and path.is_file() and not _is_hidden(path.relative_to(folder))
+        if path.suffix in used and path.resolve() not in counts and not _is_hidden(path.relative_to(folder))
     )
     if left and counts:
         raise SurgicalError(
-            f"{folder}: {len(left):,} files are in no split, such as {_shown(left[0], folder)}; "
+            f"{folder}: {_files(len(left))} in no split, such as {_shown(left[0], folder)}; "
             + "; ".join(f"{split} has {_shown(min(paths), folder)}" for split, paths in splits.items() if paths)
             + ". Name files or folders after their splits, or none of them, and keep one format in a folder."
         )
+
+
+def _files(count: int) -> str:
+    return "1 file is" if count == 1 else f"{count:,} files are"
 
 
 def _shown(file: Path, folder: Path) -> str:
@@ -160,12 +165,13 @@ def _is_hidden(path: Path) -> bool:
     return any(part.startswith((".", "__")) for part in path.parts)
 
 
-def assign_splits(source: DataSource, given: Mapping[str, str]) -> dict[str, str | None]:
+def assign_splits(source: DataSource, given: Mapping[str, str | None]) -> dict[str, str | None]:
     """Which split of the data is which of a recipe's; None where there is none.
 
     Args:
         source: the data.
-        given: the recipe's `splits`. A split that is named there is not used under its own name as well.
+        given: the recipe's `splits`. A split that is named there is not used under its own name as well; None is for
+            no split.
 
     Raises:
         SurgicalError: a split that there is not, or one that is given twice.
@@ -180,12 +186,13 @@ def assign_splits(source: DataSource, given: Mapping[str, str]) -> dict[str, str
                 f"splits={dict(given)}: {role!r} is none of {', '.join(SPLITS)}: {nearest(str(role), SPLITS)}"
                 "Write what a split is to be before its name in the data, such as {validation: test}."
             )
-        if split not in source.splits:
+        if split is not None and split not in source.splits:
             raise SurgicalError(
                 f"splits={dict(given)}: {source.name} has no split {split!r}: {nearest(str(split), source.splits)}"
                 f"It has: {', '.join(source.splits)}."
             )
-    if len(set(given.values())) != len(given):
+    used = [split for split in given.values() if split is not None]
+    if len(set(used)) != len(used):
         raise SurgicalError(
             f"splits={dict(given)}: a split has two uses; what is chosen on a split cannot be measured on it: give "
             "each its own."

@@ -56,7 +56,10 @@ class Task:
     summary: DataSummary = field(default_factory=DataSummary)
 
 
-DATA_KEYS = ("corruption", "label_map", "imbalance", "new_head", "character_noise", "casing", "max_length")
+DATA_KEYS = (
+    *("corruption", "label_map", "imbalance", "new_head", "problem_type", "class_weights"),
+    *("character_noise", "casing", "max_length"),
+)
 F = TypeVar("F", bound=Callable[..., Task])
 
 

@@ -11,11 +11,10 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding
 
 from ..recipe.recipe import Recipe
-from .columns import LABEL, TEXT
+from .columns import TEXT
 from .dataset import open_data
-from .evaluation import classification
-from .labels import label_rows
 from .source_model import model_loader
+from .targets import load_with_loss, target_of
 from .task import Task, TinyTask, with_info
 from .text_examples import Texts, Tokenizing, plain, tokenizing
 from .tiny_data import TEXT_CONFIG, label_feature, labels_of, save_tokenizer, text_feature, words
@@ -32,7 +31,10 @@ def _row(place: int, rng: Generator, classes: list[str]) -> dict[str, Any]:
 
 
 @with_info(
-    keys=["label_map", "imbalance", "new_head", "character_noise", "casing", "max_length"],
+    keys=[
+        *("label_map", "imbalance", "new_head", "problem_type", "class_weights"),
+        *("character_noise", "casing", "max_length"),
+    ],
     pipeline="text-classification",
     tiny=TinyTask(
         AutoModelForSequenceClassification,
@@ -46,17 +48,23 @@ def _row(place: int, rng: Generator, classes: list[str]) -> dict[str, Any]:
 def text_classification(recipe: Recipe, splits: Sequence[str]) -> Task:
     """Texts with class labels, and a model that `AutoModelForSequenceClassification` loads.
 
-    Columns: `text` and `label`. Metrics: `accuracy` (default), `macro_f1`, `matthews_correlation`.
+    Columns: `text` and `label`. Metrics: `accuracy` (default), `macro_f1`, `matthews_correlation`; with
+    `problem_type` those of its target.
     """
+    target = target_of(recipe)
     how = tokenizing(recipe)
     collate = plain(DataCollatorWithPadding(how.tokenizer))
-    measure = classification(recipe.metric or "accuracy", collate=collate, batch_size=BATCH_SIZE)
-    data = open_data(recipe, splits, {"text": TEXT, "label": LABEL}, classes="label")
-    labeled = label_rows(recipe, data, how.config)
+    measure = target.measure(recipe.metric, collate=collate, batch_size=BATCH_SIZE)
+    data = open_data(recipe, splits, {"text": TEXT, "label": target.column}, target.classes)
+    labeled = target.label_rows(recipe, data, how.config)
     return Task(
         load_model=partial(
             _load,
-            model_loader(AutoModelForSequenceClassification, recipe, labeled.count, labeled.names),
+            load_with_loss(
+                model_loader(AutoModelForSequenceClassification, recipe, labeled.count, labeled.names),
+                recipe,
+                labeled.weights,
+            ),
             how.tokenizer.pad_token_id,
         ),
         splits={
@@ -69,9 +77,9 @@ def text_classification(recipe: Recipe, splits: Sequence[str]) -> Task:
             for split, rows in data.splits.items()
         },
         collate=collate,
-        metric=recipe.metric or "accuracy",
+        metric=recipe.metric or target.metrics[0],
         measure=measure,
-        names_labels=True,
+        names_labels=labeled.count > 1,
         summary=data.summary + labeled.summary,
     )
 
@@ -85,6 +93,6 @@ def _load(load: Any, pad_token_id: int) -> nn.Module:
 
 
 def _read(
-    how: Tokenizing, column: str, labels: list[int], row: dict[str, Any], index: int, rng: Generator
+    how: Tokenizing, column: str, labels: list[Any], row: dict[str, Any], index: int, rng: Generator
 ) -> dict[str, Any]:
     return {**how.tokens(how.shifted(row[column], rng)), "labels": labels[index]}

@@ -104,6 +104,7 @@ class RecipeRunner:
         if watch:
             callbacks.append(watch(wrapped))
         changed |= {"disable_tqdm": True, "save_strategy": "no", "push_to_hub": False}
+        changed |= {"eval_strategy": "no", "load_best_model_at_end": False}
         with (
             tempfile.TemporaryDirectory() as unused,  # the trainings of all workers have one output folder
             PeakMemory() as peak,

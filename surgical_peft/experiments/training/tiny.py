@@ -6,7 +6,7 @@ All else is the recipe's own: task, blocks, policy, and the code that reads, tra
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from ...policies.stages import Stages
 from ...validation import nearest
 from .. import tasks
 from ..recipe.recipe import Recipe
+from ..tasks.targets import target_of
 from ..tasks.task import SPLITS, TinyTask
 
 STEPS = 2
@@ -106,7 +107,9 @@ def _config(recipe: Recipe, kind: TinyTask, classes: list[str]) -> Any:
         )
     known = {*CONFIG_MAPPING[model_type]().to_dict(), *CONFIG_MAPPING[model_type].attribute_map}
     fixed = dict(kind.config)
-    if classes:
+    if target_of(recipe).classes is None:
+        fixed["num_labels"] = 1
+    elif classes:
         fixed["id2label"] = dict(enumerate(_labels(recipe, classes)))
     for key in given:
         if key in fixed:
@@ -144,10 +147,16 @@ def _write_model(folder: Path, kind: TinyTask, config: Any, recipe: Recipe) -> N
 
 
 def _write_data(folder: Path, kind: TinyTask, recipe: Recipe, classes: list[str]) -> None:
-    features = Features({str(recipe.columns.get(role, role)): make(classes) for role, make in kind.features.items()})
+    types = dict(kind.features)
+    in_label: Callable[[Any], Any] | None = None
+    if recipe.problem_type is not None:
+        types["label"], in_label = target_of(recipe).tiny
+    features = Features({str(recipe.columns.get(role, role)): make(classes) for role, make in types.items()})
     sizes = [BATCHES * recipe.arguments().train_batch_size, MEASURED, MEASURED]
     for number, (split, size) in enumerate(zip(SPLITS, sizes, strict=True)):
         rng = np.random.default_rng(number)
         rows = [kind.row(index, rng, classes) for index in range(size)]
+        if in_label is not None:
+            rows = [{**row, "label": in_label(row["label"])} for row in rows]
         named = [{str(recipe.columns.get(role, role)): value for role, value in row.items()} for row in rows]
         Dataset.from_list(named, features=features).to_parquet(folder / f"{split}.parquet")

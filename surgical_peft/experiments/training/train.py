@@ -15,7 +15,15 @@ import torch
 from rich.console import Console
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, default_data_collator, set_seed
+from transformers import (
+    EarlyStoppingCallback,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    default_data_collator,
+    set_seed,
+)
 from transformers.trainer_utils import SaveStrategy
 
 from ...atomic_files import check_replaceable, whole_folder, write_text
@@ -135,10 +143,24 @@ def train(recipe: Recipe, output: str | Path | None = None, console: Console | N
             if "before" not in unfinished.known:
                 unfinished.keep(before=measured("before"))
             before = unfinished.known["before"]
-            callbacks = [SurgicalCallback(), *([TrainingStage(stages)] if args.disable_tqdm else []), stopper]
+            callbacks: list[TrainerCallback] = [
+                SurgicalCallback(),
+                *([TrainingStage(stages)] if args.disable_tqdm else []),
+                stopper,
+            ]
+            if recipe.early_stopping_patience is not None:
+                callbacks.append(EarlyStoppingCallback(recipe.early_stopping_patience))
+            judged = task.splits["validation"] if args.eval_strategy != "no" else None
             with stopper.listening():
                 trainer = fit(
-                    wrapped, args, task.splits["train"], policy, callbacks, task.collate, unfinished.checkpoint
+                    wrapped,
+                    args,
+                    task.splits["train"],
+                    policy,
+                    callbacks,
+                    task.collate,
+                    judged,
+                    unfinished.checkpoint,
                 )
             after = measured("after")
         except KeyboardInterrupt:
@@ -216,17 +238,20 @@ def fit(
     policy: Policy | None = None,
     callbacks: Sequence[TrainerCallback] = (),
     collate: Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]] = default_data_collator,
+    judged: Examples | None = None,
     checkpoint: Path | None = None,
 ) -> Trainer:
     """Train what has `requires_grad` with `Trainer`, each block at its rate; returns the trainer.
 
-    It goes on from a `checkpoint`, if there is one.
+    With an `eval_strategy` among the arguments, the loss on the examples `judged` is told as it says. It goes on from
+    a `checkpoint`, if there is one.
     """
     set_seed(args.seed)
     trainer = Trainer(
         model=model,
         args=args,
         train_dataset=examples,
+        eval_dataset=judged,
         data_collator=collate,
         optimizer_cls_and_kwargs=surgical_optimizer(args, policy),  # type: ignore[arg-type]
         callbacks=list(callbacks),

@@ -593,13 +593,16 @@ def broken() -> Method:
     return Method("broken", wrap=lambda model, selection, recipe: get_peft_model(model, config))
 
 
-@pytest.mark.parametrize("missing", ["validation", "test"])
-def test_a_split_that_is_missing(missing: str, tmp_path: Path) -> None:
-    write_data(tmp_path / "data", tuple({"train", "validation", "test"} - {missing}))
-    recipe = load_recipe(write_recipe(tmp_path, methods=["full", "head"]))
-    with pytest.raises(SurgicalError, match=missing):
-        compare(recipe, console=QUIET)
-    assert not (tmp_path / "run" / "runs").exists()
+@pytest.mark.parametrize(("missing", "told_on"), [("validation", "test"), ("test", "validation")])
+def test_a_split_that_is_missing(missing: str, told_on: str, tmp_path: Path) -> None:
+    """A share of train is held out for validation, which is also told where there is no test split."""
+    write_data(tmp_path / "data", tuple({"train", "validation", "test"} - {missing}), count=15)
+    job_runner = JobRunner(Comparison(load_recipe(write_recipe(tmp_path, methods=["full", "head"]))), tmp_path / "run")
+    check(job_runner.comparison, job_runner.data)
+    examples = job_runner.data.runner(job_runner.comparison.firsts[0]).examples
+    assert len(examples["train"]) + len(examples["validation"]) == (15 if missing == "validation" else 30)
+    assert job_runner.comparison.split == told_on
+    assert len(job_runner.data.test_examples(0, job_runner.comparison.seeds[0])) == 15
 
 
 def spoil(folder: Path, split: str, row: int, image: Any) -> None:

@@ -124,10 +124,11 @@ def test_more_folds_than_examples(folds: int, tmp_path: Path) -> None:
         objective_of(tmp_path, folds=folds)
 
 
-def test_no_validation_examples(tmp_path: Path) -> None:
+def test_without_a_validation_split_some_of_train_are_held_out(tmp_path: Path) -> None:
     write_data(tmp_path / "data", ("train",))
-    with pytest.raises(SurgicalError, match="validation"):
-        objective_of(tmp_path)
+    objective = objective_of(tmp_path)
+    assert len(objective._validation(0)) + len(objective._runner.examples["train"]) == 48
+    assert any("20 % of train" in line for line in objective.summary)
 
 
 def test_a_new_head_is_trained_with_every_candidate(tmp_path: Path) -> None:

@@ -114,6 +114,8 @@ def test_train_and_test_only(tmp_path: Path, images: Recipe) -> None:
     }
     named = load_task(replace(recipe, splits={"validation": "test"}))
     assert {split: len(each) for split, each in named.splits.items()} == {"train": 15, "validation": 15}
+    none = load_task(replace(recipe, splits={"test": None}))
+    assert {split: len(each) for split, each in none.splits.items()} == {"train": 12, "validation": 3}
     assert measured_split(recipe)[0] == "test"
     assert measured_split(replace(recipe, splits={"validation": "test"}))[0] == "validation"
 
@@ -169,7 +171,7 @@ def script(folder: Path) -> None:
         (nested, "20 files are both in train and test, such as train/test/a/0.png"),
         (class_called_test, "both in .*, such as train/test_tube/0.png"),
         (class_called_train, "10 files are in no split, such as car/0.png"),
-        (stray_file, "1 files are in no split, such as more.csv"),
+        (stray_file, "1 file is in no split, such as more.csv"),
         (two_formats, "in no split"),
         (script, r"\.py, a loading script"),
     ],
@@ -181,6 +183,18 @@ def test_folders_that_would_be_read_otherwise_than_meant(
     make(tmp_path)
     with pytest.raises(SurgicalError, match=message):
         load_task(replace(images, data=str(tmp_path)))
+
+
+def test_a_folder_is_the_same_by_another_path(tmp_path: Path, texts: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("train", "test"):
+        write_csv(tmp_path / "real" / f"{name}.csv")
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    (tmp_path / "files").mkdir()
+    for name in ("train", "test"):
+        (tmp_path / "files" / f"{name}.csv").symlink_to(tmp_path / "real" / f"{name}.csv")
+    monkeypatch.chdir(tmp_path)
+    for data in ("real", "./real", "link", str(tmp_path / "link"), "files"):
+        assert len(load_task(replace(texts, data=data)).splits["validation"]) == 8
 
 
 @pytest.mark.parametrize("count", [2, 4])

@@ -50,6 +50,16 @@ def rows(recipe: Recipe, split: str = "train") -> Any:
     return load_dataset("parquet", data_files=f"{recipe.data}/{split}.parquet", split="train")
 
 
+@pytest.mark.parametrize("task", ["image_classification", "text_classification"])
+@pytest.mark.parametrize("new_head", [False, True])
+@pytest.mark.parametrize("problem_type", ["regression", "multi_label_classification"])
+def test_the_target_is_that_of_the_recipe(tmp_path: Path, task: str, new_head: bool, problem_type: str) -> None:
+    loaded = load_task(make_tiny(recipe_for(task, problem_type=problem_type, new_head=new_head), tmp_path))
+    batch = loaded.collate([loaded.splits["train"][index] for index in range(4)])
+    assert batch["labels"].is_floating_point()
+    assert loaded.load_model()(**batch).loss.isfinite()
+
+
 @pytest.mark.parametrize("task", MODELS)
 def test_model_and_data_are_what_the_recipe_asks_for(tmp_path: Path, task: str) -> None:
     recipe = recipe_for(task)
