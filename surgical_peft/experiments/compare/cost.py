@@ -70,16 +70,16 @@ def estimate(job_runner: JobRunner, jobs: int) -> CostEstimate:
     seconds = choosing = 0.0
     with tempfile.TemporaryDirectory() as folder:
         context = context_of(comparison, first, runner, Path(folder))
-        for title in comparison.methods:
-            each = timing.seconds(_depth(comparison, title, context)) if comparison.methods[title].is_trained else 0.0
-            each = max(each, timing.measure)
-            grid: list[float | None] = [*comparison.grid(title)] or [None]
+        for title, method in comparison.methods.items():
+            grid, each = comparison.grid(title), timing.measure
+            if method.is_trained:
+                each = max(each, timing.seconds(_depth(comparison, title, context)))
             begun = [job for rate in grid for job in comparison.trainings(title, rate)]
             left = [job for job in begun if not findings.is_done(job)]
             trainings, done = trainings + len(begun), done + len(begun) - len(left)
             more += MOST * len(comparison.trainings(title)) * (len(grid) > 1)
             seconds += len(left) * each
-            if comparison.methods[title].choose and comparison.methods[title].preview(context) is None:
+            if method.choose and method.preview(context) is None:
                 choosing += len(comparison.trainings(title)) * _CHOOSING * timing.whole
     tests = len(comparison.methods) * len(comparison.trainings(FULL)) * timing.measure
     timed = 0.0

@@ -131,7 +131,11 @@ class ComparisonReport:
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for `report.json`; as in versions before, where results are told on test data."""
-        return {key: value for key, value in asdict(self).items() if (key, value) != ("split", "test")}
+        values = {key: value for key, value in asdict(self).items() if (key, value) != ("split", "test")}
+        rows = [
+            {key: value for key, value in row.items() if (key, value) != ("grid", [])} for row in values["methods"]
+        ]
+        return {**values, "methods": rows}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> ComparisonReport:

@@ -22,10 +22,11 @@ from rich.console import Console
 from surgical_peft import SurgicalConfig, SurgicalError
 from surgical_peft.cli.main import main
 from surgical_peft.experiments.advise import advise as advising
+from surgical_peft.experiments.advise import cost
 from surgical_peft.experiments.advise import successive_halving as halving
 from surgical_peft.experiments.advise.advice import Advice, Difference
 from surgical_peft.experiments.advise.advise import CANDIDATES, advise, plan
-from surgical_peft.experiments.advise.cost import CHOOSING, estimate
+from surgical_peft.experiments.advise.cost import CHOOSING, CostEstimate, estimate
 from surgical_peft.experiments.advise.report import markdown, recipe_lines, sentences, table
 from surgical_peft.experiments.advise.rows import lines_of, twin_of
 from surgical_peft.experiments.advise.successive_halving import (
@@ -39,12 +40,14 @@ from surgical_peft.experiments.advise.successive_halving import (
 from surgical_peft.experiments.compare.methods import make_method
 from surgical_peft.experiments.recipe import Recipe, load_recipe
 from surgical_peft.experiments.tasks.evaluation import Measure
+from surgical_peft.experiments.training.cost import Timing
 from surgical_peft.experiments.training.runner import RecipeRunner
 from surgical_peft.experiments.training.tiny import make_tiny
 from surgical_peft.scoring.selection import Selection
 from tests.support.tiny import write_data, write_recipe
 
 QUIET = Console(file=io.StringIO())
+TIMING = Timing(whole=10.0, last=4.0, step=0.1, measure=1.0, start=2.0, memory=10**9)
 SHORT = (Round(1 / 2), Round(1, methods=2, rates=1))
 
 
@@ -205,10 +208,9 @@ def test_no_more_is_trained_than_was_planned() -> None:
     candidates = [candidate(name, 1) for name in CANDIDATES if name != "nothing"]
     runner: Any = PlayedBench()
     halve(candidates, lambda _: [1e-3, 3e-3, 1e-2], runner, Recipe(model="", data=""), judge)
-    runner.seconds = lambda wrap: 2.0
     methods = {made.title: made for made in map(make_method, CANDIDATES)}
     what: Any = SimpleNamespace(methods=methods, recipe=None, rates=[1e-3, 3e-3, 1e-2])
-    found = estimate(what, runner)
+    found = estimate(what, runner, replace(TIMING, whole=2.0, step=2.0 / 80))  # 80 steps, and nothing else
     assert found.trainings == len(runner.asked) == 24
     trained = sum(steps for _, _, steps in runner.asked) / 80
     assert found.full_trainings == pytest.approx(trained + CHOOSING)
@@ -474,7 +476,7 @@ def test_other_draws_and_methods_are_not_read(tmp_path: Path) -> None:
 
 def played_advice(recipe: Recipe, metrics: float, monkeypatch: pytest.MonkeyPatch) -> Advice:
     """The advice on a recipe where no step is taken and every model measures the same."""
-    monkeypatch.setattr(RecipeRunner, "seconds", lambda self, wrap: 1.0)
+    monkeypatch.setattr(advising, "estimate", lambda *_: CostEstimate(8, 1.0, 1.0, 1.0, 1))
     monkeypatch.setattr(RecipeRunner, "train", lambda self, wrap, **_: (wrap(copy.deepcopy(self.model)), 0))
     monkeypatch.setattr(ValidationJudge, "read", lambda self, model: ())
     monkeypatch.setattr(ValidationJudge, "metric", lambda self, groups: metrics)
@@ -524,7 +526,9 @@ def test_a_dry_run_trains_a_few_steps_and_writes_nothing(
     path = write_recipe(tmp_path)
     monkeypatch.setattr(advising, "halve", lambda *_, **__: pytest.fail("it trained"))
     assert run(monkeypatch, str(path), "--dry-run", "--json") == 0
-    assert json.loads(capsys.readouterr().out).keys() == {"trainings", "full_trainings", "seconds_each", "seconds"}
+    assert json.loads(capsys.readouterr().out).keys() == {
+        *("trainings", "full_trainings", "seconds_each", "seconds", "memory")
+    }
     assert not (tmp_path / "run").exists()
 
 
@@ -601,9 +605,9 @@ def test_bad_input_is_told_before_any_training(
 
 
 def test_the_plan_is_of_the_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(RecipeRunner, "seconds", lambda self, wrap: 1.5)
+    monkeypatch.setattr(cost, "time_trainings", lambda recipe, runner: replace(TIMING, whole=1.5, step=0.125))
     found = plan(load_recipe(write_recipe(tmp_path, rates=[1e-3, 1e-2])))
-    assert found.seconds == pytest.approx(1.5 * found.full_trainings) and found.trainings > 7
+    assert found.seconds == pytest.approx(1.5 * found.full_trainings) and found.trainings > 7  # 12 steps, and no more
 
 
 def test_steps_of_a_training(tmp_path: Path) -> None:
