@@ -231,7 +231,7 @@ def together(context: ScoringContext, *, ranking: tuple[str, ...]) -> dict[str, 
             cost = context.cost(*names)
             if cost > budget.left:
                 break
-            budget.stage(f"the best {at + 1} trained together", cost)
+            budget.stage(f"the best {at + 1} trained together" if at else "the best one trained, to compare", cost)
             gain = sum(gains.get(block, 0.0) for block in names)  # gains add up
             left[name] = ShortRun(names, PACE * start / gain, passes=1).train(context, 1) if gain else start
             if how_many(list(left.values())) <= at:

@@ -19,3 +19,8 @@ def quieten() -> None:
 
         datasets.disable_progress_bars()
     warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.formatwarning = _as_line  # type: ignore[assignment]
+
+
+def _as_line(message: Warning | str, *_: object) -> str:
+    return f"warning: {message}\n"

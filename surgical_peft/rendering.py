@@ -1,9 +1,11 @@
-"""Figures that are written whole, rows of Markdown, and the progress bar."""
+"""Figures that are written whole, tables for the terminal and in Markdown, times for people."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import textwrap
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,8 +15,8 @@ from .errors import SurgicalError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-    from rich.console import Console
-    from rich.progress import Progress
+    from rich.console import Console, ConsoleOptions
+    from rich.text import Text
 
 NO_FIGURES = "drawing needs matplotlib, which is not installed: pip install 'surgical-peft[experiments]'."
 
@@ -52,19 +54,112 @@ def markdown_row(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def progress_bar(console: Console, *more: str) -> Progress:
-    """A bar with how many of how many and the time since it began.
+@dataclass(frozen=True)
+class TextTable:
+    """A table for the terminal that cuts no word: where there is little room, words take more lines.
 
-    Args:
-        console: where it is shown.
-        more: further columns, texts with `{task...}` of rich.
+    Where it is too wide, names of columns and cells of words are wrapped; where that is not enough, the first cell of
+    each row gets a line of its own. A no-break space holds words together.
+
+    Attributes:
+        title: above it.
+        header: a name for each column.
+        rows: of cells.
+        notes: under it, what its marks and columns mean.
+        left: columns of words, which stand at the left; the others are numbers, and stay whole.
+        bold: rows that stand out.
 
     Example:
-        >>> with progress_bar(Console()) as bar:
-        ...     task = bar.add_task("train", total=3)
-        ...     bar.advance(task)
+        >>> print(TextTable("Blocks", ["block", "score"], [["embeddings", "0.31"], ["block 0", "0.05"]]))
+        Blocks
+        block       score
+        ─────────────────
+        embeddings   0.31
+        block 0      0.05
     """
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    columns = (TextColumn("{task.description:20}"), BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, *map(TextColumn, more), console=console)
+    title: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    notes: Sequence[str] = ()
+    left: Collection[int] = (0,)
+    bold: Collection[int] = ()
+
+    def lines(self, width: int) -> list[tuple[str, str]]:
+        """The lines for a terminal of so many columns, each with its style."""
+        widths = self._widths(range(len(self.header)), width)
+        if is_split := sum(widths) + 2 * (len(widths) - 1) > width and len(widths) > 2:
+            widths = [2, *self._widths(range(1, len(self.header)), width - 4)]
+        head = textwrap.wrap(self.title, width, break_on_hyphens=False)
+        names = self.header if not is_split else ["", *self.header[1:]]
+        body = [(line, "bold") for line in self._row(names, widths, at_end=True)]
+        body.append(("─" * min(width, sum(widths) + 2 * (len(widths) - 1)), ""))
+        for number, row in enumerate(self.rows):
+            style = "bold" * (number in self.bold)
+            body += [(row[0], style)] * is_split
+            body += [(line, style) for line in self._row(["", *row[1:]] if is_split else row, widths)]
+        how = {"width": width, "subsequent_indent": "  ", "break_on_hyphens": False}
+        notes = [line for note in self.notes for line in textwrap.wrap(note, **how)]  # type: ignore[arg-type]
+        return [*((line, "italic") for line in head), *body, *((line, "") for line in notes)]
+
+    def _widths(self, columns: Sequence[int], room: int) -> list[int]:
+        """Of each of the columns; those of words get what the numbers leave, and no less than their longest word."""
+        cells = {column: [row[column] for row in self.rows] for column in columns}
+        gaps = 2 * (len(columns) - 1)
+        for names in ({c: len(self.header[c]) for c in columns}, {c: _longest_word(self.header[c]) for c in columns}):
+            widths = {column: max([names[column], *map(len, cells[column])]) for column in columns}
+            if sum(widths.values()) + gaps <= room:
+                break
+        for column in sorted((column for column in columns if column in self.left), key=lambda c: -widths[c]):
+            least = max([names[column], *map(_longest_word, cells[column])])
+            excess = sum(widths.values()) + gaps - room
+            widths[column] -= max(0, min(excess, widths[column] - least))
+        return list(widths.values())
+
+    def _row(self, cells: Sequence[str], widths: Sequence[int], at_end: bool = False) -> list[str]:
+        """The lines of one row; with `at_end` its cells end in the same line."""
+        parts = [_wrapped(cell, width) for cell, width in zip(cells, widths, strict=True)]
+        height = max(map(len, parts))
+        for part in parts:
+            empty = [""] * (height - len(part))
+            part[:] = [*empty, *part] if at_end else [*part, *empty]
+        lines = []
+        for line in zip(*parts, strict=True):
+            texts = [
+                text.ljust(width) if column in self.left else text.rjust(width)
+                for column, (text, width) in enumerate(zip(line, widths, strict=True))
+            ]
+            lines.append("  ".join(texts).rstrip())
+        return lines
+
+    def __str__(self) -> str:
+        return "\n".join(line for line, _ in self.lines(10_000))
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Text]:
+        from rich.text import Text
+
+        for line, style in self.lines(options.max_width):
+            yield Text(line, style, overflow="fold")
+
+
+def _longest_word(text: str) -> int:
+    return max(map(len, text.split(" ")))
+
+
+def _wrapped(cell: str, width: int) -> list[str]:
+    return textwrap.wrap(cell, width, break_long_words=False, break_on_hyphens=False) or [""]
+
+
+def clock(seconds: float) -> str:
+    """A time for people: `42 s`, `1:30 min` or `1:02:03 h`.
+
+    Example:
+        >>> clock(90)
+        '1:30 min'
+    """
+    whole = round(seconds)
+    if whole < 60:
+        return f"{seconds:.1f} s" if seconds < 9.95 else f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02} h" if hours else f"{minutes}:{rest:02} min"

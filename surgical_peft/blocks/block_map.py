@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import chain
+from itertools import chain, groupby
 
 from torch import nn
 
@@ -267,3 +267,27 @@ def kind_of(block: str) -> str:
     """
     last = block.partition(PART)[0].rpartition(".")[2]
     return last if last in ("embeddings", "final_norm", "head") else "layer"
+
+
+def blocks_in_words(names: Iterable[str]) -> str:
+    """Block names for people, so that `0` is not read as a zero.
+
+    Example:
+        >>> blocks_in_words(["embeddings", "0", "2", "3", "4", "head"])
+        'embeddings, blocks 0 and 2 to 4, head'
+    """
+    texts: list[str] = []
+    for is_number, group in groupby(names, str.isdigit):
+        runs: list[list[str]] = []
+        for name in group:
+            if is_number and runs and int(name) == int(runs[-1][-1]) + 1:
+                runs[-1].append(name)
+            else:
+                runs.append([name])
+        if is_number:
+            *others, last = [text for run in runs for text in (run if len(run) < 3 else [f"{run[0]} to {run[-1]}"])]
+            several = len(runs) > 1 or len(runs[0]) > 1
+            texts.append(f"block{'s' * several} {', '.join(others) + ' and ' * bool(others)}{last}")
+        else:
+            texts += [run[0] for run in runs]
+    return ", ".join(texts)

@@ -6,16 +6,15 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
-from .options import AsJson, DryRun, RecipeFile, Tiny, console, in_words, print_json
+from .options import AsJson, DryRun, RecipeFile, Tiny, console, print_json, print_lines
 
 if TYPE_CHECKING:
     from ..experiments.recipe.recipe import Recipe
-    from ..experiments.search.search import CostEstimate as SearchCost
 
 
 def open_recipe(path: Path, tiny: bool, output: Path | None) -> tuple[Recipe, Path | None]:
@@ -55,15 +54,16 @@ def search(
     as_json: AsJson = False,
 ) -> None:
     """Find the blocks to tune by trying them; the same command again resumes."""
-    from ..experiments.search.search import plan
+    from ..experiments.search.search import noise_of, plan
     from ..experiments.search.search import search as search_recipe
+    from ..experiments.training.questions import QUESTIONS
     from ..tuner.config import SurgicalConfig
 
     loaded, output = open_recipe(recipe, tiny, output)
     if procedure and procedure != loaded.procedure:
         loaded = replace(loaded, procedure=procedure, procedure_options={})
     if dry_run:
-        _print_search_cost(plan(loaded, jobs), jobs, as_json)
+        _print_cost(plan(loaded, jobs), as_json)
         return
     name = name or f"{recipe.stem} {loaded.procedure}"
     result = search_recipe(loaded, output, jobs=jobs, storage=storage, name=name, console=_progress_console(as_json))
@@ -71,6 +71,7 @@ def search(
         print_json(result.to_json())
         return
     console.print(result.table())
+    print_lines([*noise_of(result), QUESTIONS["search"]])
     console.print(f"Result: {_results_folder(loaded, output) / 'search'}")
     config = SurgicalConfig.from_selection(result.best)
     keys = {"target_modules": config.target_modules} if config.target_modules else {"blocks": config.blocks}
@@ -79,15 +80,11 @@ def search(
     _print_recipe_lines([f"{key}: {json.dumps(value)}" for key, value in keys.items()])
 
 
-def _print_search_cost(cost: SearchCost, jobs: int, as_json: bool) -> None:
+def _print_cost(cost: Any, as_json: bool) -> None:
     if as_json:
         print_json(asdict(cost))
-        return
-    most = "how many trainings is not known" if cost.trainings is None else f"at most {cost.trainings} trainings"
-    console.print(f"{cost.procedure}: {most}.")
-    console.print(f"One training of all layers, and few take longer: about {in_words(cost.seconds_each)}.")
-    if cost.seconds is not None:
-        console.print(f"With {jobs} job{'s' * (jobs > 1)}: at most about {in_words(cost.seconds)}.")
+    else:
+        print_lines(cost.lines())
 
 
 def _progress_console(as_json: bool) -> Console:
@@ -113,29 +110,35 @@ def compare(
     tiny: Tiny = False,
     as_json: AsJson = False,
 ) -> None:
-    """Compare a recipe's methods, each at its best rate, with full fine-tuning; the same command again resumes."""
+    """Compare a recipe's methods, each at its best rate, with full fine-tuning; the same command again resumes.
+
+    Without methods in the recipe: nothing, full, head, first, middle, last, lora and auto, those that fit the model.
+    Others: auto_rgn, auto_rgn_paper, blocks, bvg_ls, layer_decay, lp_ft, modules_to_save, norms, policy, random_k,
+    searched, top_k, or your own, package.module:name.
+    """
     from ..experiments.compare.compare import compare as compare_recipe
     from ..experiments.compare.compare import plan
+    from ..experiments.compare.default_methods import with_default_methods
     from ..experiments.compare.tables import table
+    from ..experiments.training.questions import QUESTIONS
 
     loaded, output = open_recipe(recipe, tiny, output)
+    if not loaded.methods:
+        loaded, left_out = with_default_methods(loaded)
+        notes = Console(stderr=True, quiet=as_json)
+        notes.print(f"No methods in the recipe, so: {json.dumps(loaded.methods)}.", markup=False, highlight=False)
+        for why in left_out.values():
+            notes.print(f"Left out: {why}", markup=False, highlight=False)
     if dry_run:
         costs = plan(loaded, output, jobs)
-        if as_json:
-            print_json(asdict(costs))
-            return
-        console.print(f"{costs.trainings} trainings, of which {costs.done} are done.")
-        console.print(f"At most {costs.more} more, where the best rate is at the edge of its grid.")
-        console.print(f"One full fine-tuning: about {in_words(costs.seconds_each)}.")
-        console.print(f"With {jobs} job{'s' * (jobs > 1)}: about {in_words(costs.seconds)}, choosing blocks apart.")
+        _print_cost(costs, as_json)
         return
     report = compare_recipe(loaded, output, jobs=jobs, console=_progress_console(as_json))
     if as_json:
         print_json(report.to_json())
         return
     console.print(table(report))
-    for sentence in report.sentences:
-        console.print(sentence, highlight=False)
+    print_lines([*report.sentences, QUESTIONS["compare"]])
     console.print(f"Result: {_results_folder(loaded, output) / 'comparison'}", soft_wrap=True)
 
 
@@ -150,26 +153,19 @@ def advise(
     from ..experiments.advise.advise import advise as advise_on
     from ..experiments.advise.advise import plan
     from ..experiments.advise.report import not_tried, recipe_lines, table
+    from ..experiments.training.questions import QUESTIONS
 
     loaded, output = open_recipe(recipe, tiny, output)
     if dry_run:
         costs = plan(loaded)
-        if as_json:
-            print_json(asdict(costs))
-            return
-        console.print(f"{costs.trainings} short trainings.")
-        console.print(f"One full fine-tuning: about {in_words(costs.seconds_each)}.")
-        console.print(f"All: at most as {costs.full_trainings:.1f} of them, about {in_words(costs.seconds)}.")
+        _print_cost(costs, as_json)
         return
     advice = advise_on(loaded, output, console=_progress_console(as_json))
     if as_json:
         print_json(advice.to_json())
         return
     console.print(table(advice))
-    for line in not_tried(advice):
-        console.print(line, markup=False, highlight=False)
-    for sentence in advice.sentences:
-        console.print(sentence, highlight=False)
+    print_lines([*not_tried(advice), *advice.sentences, QUESTIONS["advise"]])
     if lines := recipe_lines(advice):
         _print_recipe_lines(lines)
     console.print(f"Result: {_results_folder(loaded, output) / 'advice'}", soft_wrap=True)

@@ -1,28 +1,55 @@
 """The command line.
 
-`blocks | score | search | compare | advise | train | predict | export | card | push | quickstart`
+`start | recipe | blocks | score | search | compare | advise | train | predict | export | card | push | quickstart`
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import sys
 from dataclasses import asdict, replace
 from importlib import import_module
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 
 from ..errors import SurgicalError
 from .experiments import advise, compare, open_recipe, search
-from .options import AsJson, RecipeFile, Tiny, console, print_json
+from .options import AsJson, RecipeFile, Tiny, console, print_json, print_lines
 from .predict import predict
+from .recipes import recipe, start
+
+for _library in ("torchao", "bitsandbytes", "torch.utils._pytree", "DeepSpeed"):
+    # What they say when they are imported is not about the command; one of them sets its own level then.
+    logging.getLogger(_library).addFilter(lambda record: record.levelno >= logging.ERROR)
+
+_RANK = 16  # of a LoRA made of an adapter
+_KEPT = {  # of a command that was interrupted
+    "search": "Finished trainings are kept in the study: the same command goes on.",
+    "compare": "Finished trainings are kept in the folder of the results: the same command goes on.",
+}
+
+
+class _Commands(TyperGroup):
+    """All commands; Ctrl-C ends each with one line and exit code 130."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as stop:
+            kept = str(stop) or _KEPT.get(ctx.invoked_subcommand, "Nothing is kept.")
+            errors = Console(stderr=True, soft_wrap=True)
+            errors.print(f"interrupted. {kept}", markup=False, highlight=False)
+            raise typer.Exit(130) from None
+
 
 app = typer.Typer(
+    cls=_Commands,
     help="Fully fine-tune only the blocks of a transformer that new data need.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -44,8 +71,19 @@ class Command(TyperCommand):
         return super().invoke(ctx)
 
 
+def _print_version(value: bool) -> None:
+    if value:
+        console.print(f"surgical-peft {version('surgical-peft')}", highlight=False)
+        raise typer.Exit
+
+
 @app.callback()
-def options(debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False) -> None:
+def options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
     """Fully fine-tune only the blocks of a transformer that new data need."""
 
 
@@ -55,8 +93,9 @@ def blocks(
     as_json: AsJson = False,
 ) -> None:
     """List the blocks of a model: names, modules, parameters and their share."""
-    from ..blocks.block_map import BlockMap
+    from ..blocks.block_map import BlockMap, blocks_in_words
     from ..quiet import quieten
+    from ..rendering import TextTable
     from .architectures import model_of_config
 
     quieten()
@@ -65,15 +104,17 @@ def blocks(
     sizes = {name: sum(p.numel() for p in group) for name, group in block_map.parameters(network).items()}
     total = sum(sizes.values())
     if as_json:
-        rows = [(name, block_map.modules[name], size, size / total) for name, size in sizes.items()]
-        print_json([dict(zip(("block", "modules", "parameters", "share"), row, strict=True)) for row in rows])
+        keys = ("block", "modules", "parameters", "share")
+        values = [(name, block_map.modules[name], size, size / total) for name, size in sizes.items()]
+        print_json([dict(zip(keys, row, strict=True)) for row in values])
         return
-    table = Table(title=f"{block_map.model_name}: {len(sizes)} blocks, {total:,} parameters")
-    for name, justify in (("block", "left"), ("modules", "left"), ("parameters", "right"), ("share", "right")):
-        table.add_column(name, justify=justify)  # type: ignore[arg-type]
-    for name, size in sizes.items():
-        table.add_row(name, "\n".join(block_map.modules[name]), f"{size:,}", f"{size / total:.1%}")
-    console.print(table)
+    rows = [
+        [blocks_in_words([name]), f"{size:,}", f"{size / total:.1%}", ", ".join(block_map.modules[name])]
+        for name, size in sizes.items()
+    ]
+    title = f"{block_map.model_name}: {len(sizes)} blocks, {total:,} parameters"
+    note = 'In recipes and SurgicalConfig: blocks: [0, -1, "0:3", head], by number, slice or name.'
+    console.print(TextTable(title, ["block", "parameters", "share", "modules"], rows, [note], left=(0, 3)))
 
 
 @app.command(cls=Command)
@@ -88,6 +129,7 @@ def score(
     """Score the blocks of a recipe's model on its training data."""
     from .. import criteria
     from ..experiments.recipe import load_recipe
+    from ..experiments.training.questions import QUESTIONS
     from ..experiments.training.train import score as score_recipe
     from ..validation import resolve
 
@@ -102,10 +144,13 @@ def score(
         scores.plot(plot)
     if as_json:
         print_json(scores.to_json())
-    else:
-        console.print(scores.table())
+        return
+    console.print(scores.table())
+    print_lines([QUESTIONS["score"]])
 
 
+app.command(cls=Command)(start)
+app.command(cls=Command)(recipe)
 app.command(cls=Command)(search)
 app.command(cls=Command)(compare)
 app.command(cls=Command)(advise)
@@ -118,7 +163,8 @@ def train(
     tiny: Tiny = False,
     as_json: AsJson = False,
 ) -> None:
-    """Choose the blocks, tune them, measure, and save the adapter."""
+    """Choose the blocks, tune them, measure, and save the adapter; the same command goes on after Ctrl-C."""
+    from ..experiments.training.summary import last_lines, table
     from ..experiments.training.train import train as train_recipe
 
     with contextlib.redirect_stdout(sys.stderr):  # what Trainer prints must not come between the JSON
@@ -126,17 +172,8 @@ def train(
     if as_json:
         print_json(report.to_json())
         return
-    table = Table(title=f"Tuned: {', '.join(report.blocks or report.target_modules)}")
-    for name in (report.metric, "before", "after"):
-        table.add_column(name, justify="left" if name == report.metric else "right")
-    for split, before in report.before.items():
-        values = before, report.after[split]
-        shares = all(0 <= value <= 1 for value in values)  # not a log-likelihood, say
-        table.add_row(split, *(f"{value:.1%}" if shares else f"{value:.4g}" for value in values))
-    console.print(table)
-    share = report.tuned_parameters / report.all_parameters
-    console.print(f"{report.tuned_parameters:,} of {report.all_parameters:,} parameters tuned ({share:.1%}).")
-    console.print(f"Adapter: {report.adapter}")
+    console.print(table(report))
+    print_lines(last_lines(report))
 
 
 app.command(cls=Command)(predict)
@@ -156,23 +193,26 @@ def export(
     base: Annotated[
         str | None, typer.Option(help="The base model, a folder or a Hub id; default is what the adapter names.")
     ] = None,
-    rank: Annotated[int | None, typer.Option(help="Rank of the LoRA, for --format lora.")] = None,
+    rank: Annotated[int | None, typer.Option(help=f"Rank of the LoRA, for --format lora; default is {_RANK}.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write an adapter in a form that others load."""
-    from ..export.export import export as export_adapter
+    """Write an adapter in a form that others load; only --format lora takes an argument, --rank, and it has a default.
 
+    Formats: peft, merged, delta, lora, adapter.
+    """
+    from ..export.export import export as export_adapter
+    from ..rendering import TextTable
+
+    if rank is None and format == "lora":
+        rank = _RANK
     report = export_adapter(adapter, output, format, base_model=base, rank=rank)
     if as_json:
         print_json(report)
         return
     if format == "lora":
-        table = Table(title=f"Rank {rank}: what is lost, of what tuning changed in Linear weights (Frobenius norm)")
-        table.add_column("module")
-        table.add_column("lost", justify="right")
-        for name, error in {**report["error"], "all": report["total_error"]}.items():
-            table.add_row(name, f"{error:.2%}")
-        console.print(table)
+        rows = [[name, f"{error:.2%}"] for name, error in {**report["error"], "all": report["total_error"]}.items()]
+        note = "Lost: of what tuning changed in weights of Linear layers, by the Frobenius norm; lower is better."
+        console.print(TextTable(f"LoRA of rank {rank}", ["module", "lost"], rows, [note]))
         console.print(f"{report['lora_modules']} modules as LoRA; kept whole: {len(report['whole_modules'])}.")
     if format == "delta":
         console.print(

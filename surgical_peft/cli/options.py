@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+import textwrap
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, redirect_stdout
-from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any, TextIO
 
@@ -46,16 +46,13 @@ RecipeFile = Annotated[Path, typer.Argument(help="A recipe: a flat YAML file, se
 
 
 def print_json(data: Any) -> None:
-    """Print plain data, or JSON that is ready, to the standard output of a command with `--json`."""
+    """Print plain data, or JSON that is ready, to the standard output; with `--json` nothing else is there."""
     text = data if isinstance(data, str) else json.dumps(data, indent=2)
-    print(text, file=_kept[-1])
+    print(text, file=_kept[-1] if _kept else sys.stdout)
 
 
-def in_words(seconds: float) -> str:
-    """A time for people: `42.0 s`, or `1:02:03`.
-
-    Example:
-        >>> in_words(90)
-        '0:01:30'
-    """
-    return f"{seconds:.1f} s" if seconds < 60 else str(timedelta(seconds=round(seconds)))
+def print_lines(lines: Iterable[str]) -> None:
+    """Print lines of words, wrapped between words; a no-break space holds two together."""
+    for line in lines:
+        wrapped = textwrap.fill(line, console.width, break_long_words=False, break_on_hyphens=False)
+        console.print(wrapped, markup=False, highlight=False, soft_wrap=True)

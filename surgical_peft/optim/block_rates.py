@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from ..blocks.block_map import BlockMap
 from ..errors import SurgicalError
 from ..masks import Masks
-from ..policies.policy import Policy, StepLoss, TrainingState, Unit
+from ..policies.policy import Policy, StepLoss, TrainingState, Unit, warn_if_idle
 from ..scoring.distributed import under_deepspeed
 from ..validation import check_number, is_number
 from .epochs import Epochs
@@ -91,6 +91,8 @@ class BlockRates:
         weakref.finalize(optimizer, self.release).atexit = False  # nothing here may hold the optimizer
         _living.add(self)
         self.restart(optimizer)
+        constant = [group["base_multiplier"] for group in optimizer.param_groups]
+        warn_if_idle(policy, self.training_state(optimizer), constant)
 
     def training_state(self, optimizer: Optimizer) -> TrainingState:
         """The training as the policy sees it."""

@@ -69,6 +69,15 @@ class AutoRGN(Policy):
     def reset_at_probe(self) -> bool:
         return self.state == "reset"
 
+    def without_effect(self, training: TrainingState) -> str | None:
+        inside = [unit.name for unit in training.units if unit.block not in training.blocks.heads]
+        if len(inside) > 1:
+            return None
+        return (
+            f"it scales {self.granularity}s against each other, heads apart, and here is "
+            f"{f'one, {inside[0]}' if inside else 'none'}: every factor is 1"
+        )
+
     def step_multipliers(self, training: TrainingState) -> dict[str, float] | None:
         if self.probe_batches:
             return None

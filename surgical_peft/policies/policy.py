@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -170,6 +171,10 @@ class Policy:
         """Constant factors by block, more than 0; blocks left out have 1. Asked once, when the optimizer is made."""
         return {}
 
+    def without_effect(self, training: TrainingState) -> str | None:
+        """Why it leaves the learning rates of these units as they are; None where it does not. Told once."""
+        return None
+
     def plan(self, training: TrainingState) -> dict[str, float] | None:
         """Factors for the coming step by unit, 0 upwards; None = as they were.
 
@@ -192,6 +197,15 @@ class Policy:
     def loss(self, training: TrainingState) -> StepLoss | None:
         """`(outputs, labels, num_items_in_batch=None) -> loss` for the coming step; None = the model's own."""
         return None
+
+
+def warn_if_idle(policy: Policy, training: TrainingState, constant: Iterable[float]) -> None:
+    """Warn of a policy that leaves all learning rates as they are; `constant` are the constant factors."""
+    reason = policy.without_effect(training)
+    if policy != Policy() and policy.is_constant and set(constant) == {1.0}:
+        reason = "every factor is 1"
+    if reason:
+        warnings.warn(f"the policy {policy} has no effect on what is tuned: {reason}.", stacklevel=5)
 
 
 def check_enough(owner: str, num_blocks: int, candidates: Sequence[str]) -> None:

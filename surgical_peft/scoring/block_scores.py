@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from .. import criteria
 from ..atomic_files import write_text
-from ..blocks.block_map import kind_of
+from ..blocks.block_map import blocks_in_words, kind_of
+from ..criteria.criterion import GIVEN_UP, GUESSED, range_of
 from ..errors import SurgicalError
+from ..rendering import TextTable
 from ..validation import check_choice
 
-if TYPE_CHECKING:
-    from rich.table import Table
+_MARKS = {GIVEN_UP: "~", GUESSED: "?"}
+_LEGEND = {
+    GIVEN_UP: "given up after a shorter training than that of the best, and capped at their lowest score",
+    GUESSED: "never trained: guessed from gradients",
+}
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,7 @@ class BlockScores:
             does not define a score of them.
         criterion, granularity, num_batches, model_name: the settings of the scoring.
         layer_paths: those of the `BlockMap`: which modules are the layers, where they were not found but named.
+        basis: of units whose score is no measurement of their own: `"given up"` early, or `"guessed"`.
 
     Example:
         >>> scores.values["embeddings"]
@@ -46,6 +51,7 @@ class BlockScores:
     num_batches: int
     model_name: str
     layer_paths: tuple[str, ...] = ()
+    basis: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         wrong = ", ".join(f"{name} ({value})" for name, value in self.values.items() if not math.isfinite(value))
@@ -64,30 +70,35 @@ class BlockScores:
         others = {name: value for name, value in self.values.items() if kind_of(self.blocks[name]) != "head"}
         return {**dict.fromkeys(self.values, 1.0), **normalize(others, how)}
 
-    def table(self) -> Table:
-        """A table of unit, parameters, score and a bar."""
-        from rich.table import Table
+    def table(self) -> TextTable:
+        """A table of unit, parameters, score and a bar, which prints anywhere and fits the terminal."""
+        low, high = min(0.0, *self.values.values()), max(self.values.values())
+        length = 20 / ((high - low) or 1.0)
+        rows = [
+            [
+                blocks_in_words([name]) if self.granularity == "block" else name,
+                f"{self.sizes[name]:,}",
+                f"{value:.4g}{_MARKS.get(self.basis.get(name, ''), ' ')}",
+                "█" * round((value - low) * length),
+            ]
+            for name, value in self.values.items()
+        ]
+        title = f"{self.criterion} of {self.model_name}, mean of {self.num_batches} batches"
+        return TextTable(title, [self.granularity, "parameters", "score", ""], rows, self._notes(), left=(0, 3))
 
-        table = Table(
-            title=f"{self.criterion} of {self.model_name}, mean of {self.num_batches} batches",
-            caption=f"without a score: {', '.join(self.unscored)}" if self.unscored else None,
-        )
-        table.add_column(self.granularity)
-        table.add_column("parameters", justify="right")
-        table.add_column("score", justify="right")
-        table.add_column("", min_width=20)
-        top = max(self.values.values())
-        for name, value in self.values.items():
-            bar = "█" * round(20 * value / top) if top > 0 else ""
-            table.add_row(name, f"{self.sizes[name]:,}", f"{value:.4g}", bar)
-        return table
+    def _notes(self) -> list[str]:
+        """What the scores mean."""
+        notes = [f"Score: higher = tune it first; {_range_of(self.criterion)}."]
+        marked = set(self.basis.values())
+        notes += [f"{mark} {_LEGEND[basis]}" for basis, mark in _MARKS.items() if basis in marked]
+        if max(self.values.values()) < 0:
+            notes.append("All scores are below zero: no block looks worth tuning, the highest is the least bad.")
+        if self.unscored:
+            notes.append(f"Without a score: {', '.join(self.unscored)}.")
+        return notes
 
     def __str__(self) -> str:
-        from rich.console import Console
-
-        text = io.StringIO()  # wide enough for any name; a notebook would otherwise get the table beside the string
-        Console(file=text, width=1000, color_system=None, force_jupyter=False).print(self.table())
-        return text.getvalue().rstrip()
+        return str(self.table())
 
     def to_json(self) -> str:
         """The scores as JSON; [`from_json`][surgical_peft.BlockScores.from_json] gives them back equal."""
@@ -138,3 +149,8 @@ def normalize(values: dict[str, float], how: str) -> dict[str, float]:
     if high == low:
         return dict.fromkeys(values, 1.0)
     return {name: (value - low) / (high - low) for name, value in values.items()}
+
+
+def _range_of(criterion: str) -> str:
+    known = getattr(criteria, criterion) if criterion in criteria.__all__ else None
+    return (known and range_of(known)) or "its unit is the criterion's own"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..blocks.block_map import blocks_in_words
 from ..errors import SurgicalError
 from ..validation import check_count, check_number
 from .block_scores import BlockScores, normalize
@@ -26,7 +28,7 @@ class Selection:
 
 
 def top_k(scores: BlockScores, k: int) -> Selection:
-    """The `k` highest-scoring blocks; of equals the earlier block wins.
+    """The `k` highest-scoring blocks; of equals the earlier block wins. Warns of those that score below zero.
 
     Raises:
         SurgicalError: `k` is not between 1 and the number of blocks, or the scores are not of blocks.
@@ -36,7 +38,14 @@ def top_k(scores: BlockScores, k: int) -> Selection:
         ('embeddings', 'head')
     """
     check_count("top_k", "k", k, "of the scored blocks", at_most=len(scores.values))
-    return _selection(scores, _ranked(scores)[:k], rule="top_k", k=k)
+    chosen = _ranked(scores)[:k]
+    if below := [name for name in chosen if scores.values[name] < 0]:
+        warnings.warn(
+            f"top_k takes {blocks_in_words(below)} with a {scores.criterion} score below zero: the least bad, which "
+            "may be worth nothing. Take fewer blocks, or score on more batches.",
+            stacklevel=2,
+        )
+    return _selection(scores, chosen, rule="top_k", k=k)
 
 
 def top_fraction(scores: BlockScores, fraction: float) -> Selection:

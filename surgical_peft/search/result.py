@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..atomic_files import write_text
+from ..blocks.block_map import blocks_in_words
 from ..errors import SurgicalError
+from ..rendering import TextTable, clock
 from ..scoring.selection import Selection
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 
 @dataclass(frozen=True)
@@ -138,40 +136,38 @@ class SearchResult:
         """The time of all trainings together, whichever worker ran them: the cost in time."""
         return sum(trial.seconds for trial in self.trials)
 
-    def table(self) -> Table:
+    def table(self) -> TextTable:
         """A table of the candidates in the order of the proposals; the chosen one is marked."""
-        from rich.table import Table
-
         has_rates = any(trial.rate is not None for trial in self.trials)
-        table = Table(title=f"{self.procedure}: {self.trainings} trainings in {self.seconds:.1f} s")
-        table.add_column("")
-        table.add_column("blocks")
-        table.add_column("metric", justify="right")
-        if has_rates:
-            table.add_column("rate", justify="right")
-        table.add_column("seconds", justify="right")
-        table.add_column("state")
-        for candidate in self.candidates:
+        has_faults = any(trial.state != "complete" for trial in self.trials)
+        seeds = len({trial.seed for trial in self.trials})
+        rows, chosen = [], []
+        for number, candidate in enumerate(self.candidates):
             trials = [trial for trial in self.trials if trial.blocks == candidate.blocks]
             spread = "" if candidate.deviation is None else f" ± {candidate.deviation:.2g}"
-            row = ["*" if candidate.blocks == self.best.blocks else "", self._label(candidate.blocks)]
+            is_chosen = candidate.blocks == self.best.blocks
+            chosen += [number] * is_chosen
+            row = [self._label(candidate.blocks) + " *" * is_chosen]
             row.append("-" if math.isnan(candidate.metric) else f"{candidate.metric:.4g}{spread}")
-            if has_rates:
-                row.append(f"{candidate.rate:g}")
-            row.append(f"{sum(trial.seconds for trial in trials):.1f}")
-            row.append(state_of(trials))
-            table.add_row(*row)
-        return table
+            row += ["-" if candidate.rate is None else f"{candidate.rate:g}"] * has_rates
+            row.append(clock(sum(trial.seconds for trial in trials)))
+            row += [state_of(trials)] * has_faults
+            rows.append(row)
+        header = ["blocks", "metric", *["rate"] * has_rates, "time", *["state"] * has_faults]
+        notes = ["* chosen. Metric: of the objective, higher is better; time: of all trainings of a row."]
+        if seeds > 1:
+            notes[0] += f" ± the standard deviation of {seeds} seeds."
+        if has_rates:
+            notes.append("Rate: the best of those that were tried.")
+        title = f"{self.procedure}: {self.trainings} trainings in {clock(self.seconds)}"
+        left = (0, len(header) - 1) if has_faults else (0,)
+        return TextTable(title, header, rows, notes, left=left, bold=chosen)
 
     def _label(self, blocks: tuple[str, ...]) -> str:
-        return "all" if blocks == self.blocks else ", ".join(blocks)
+        return "all blocks" if blocks == self.blocks else blocks_in_words(blocks)
 
     def __str__(self) -> str:
-        from rich.console import Console
-
-        text = io.StringIO()  # as that of BlockScores
-        Console(file=text, width=1000, color_system=None, force_jupyter=False).print(self.table())
-        return text.getvalue().rstrip()
+        return str(self.table())
 
     def to_json(self) -> str:
         """The result as JSON, with the profile and the cost besides; `from_json` gives it back.

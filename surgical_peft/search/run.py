@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import logging
 import math
-import re
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from .. import procedures
 from ..blocks.block_map import BlockMap
 from ..errors import SurgicalError
 from ..procedures.procedure import Procedure, as_procedure
 from ..scoring.selection import Selection
 from .attempt import attempt
+from .proposals import candidates_in, endless, title_of
 from .result import Candidate, SearchResult, SearchTrial, candidate_of
 
 if TYPE_CHECKING:
@@ -85,7 +84,7 @@ def run_search(
         raise SurgicalError("what is searched is not known: give blocks=BlockMap.find(model), or objective.blocks.")
     study_class, task_class = optuna_classes()
     procedure = as_procedure(procedure)
-    title = _title(procedure)
+    title = title_of(procedure)
     searched: dict[str, Any] = {"procedure": title, "blocks": list(blocks.names)}
     searched |= {"rates": list(rates), "seeds": list(seeds)}
     searched |= {"pruner": pruner and type(pruner).__name__, "training": getattr(objective, "settings", None)}
@@ -102,10 +101,10 @@ def run_search(
                 proposal = proposals.send(answer)
             except StopIteration as end:
                 return _result(trials, end.value, blocks, title)
-            single, candidates = _candidates(proposal, blocks, title)
+            single, candidates = candidates_in(proposal, blocks, title)
             proposed += len(candidates) * len(settings)
             if proposed > max_trials:
-                raise _endless(title, max_trials)
+                raise endless(title, max_trials)
             new = [candidate for candidate in candidates if candidate not in trials]
             tasks = {candidate: [task_class(candidate, *pair) for pair in settings] for candidate in new}
             wanted = [task for group in tasks.values() for task in group]
@@ -113,59 +112,6 @@ def run_search(
             trials |= {candidate: [done[task] for task in group] for candidate, group in tasks.items()}
             metrics = [candidate_of(trials[candidate]).metric for candidate in candidates]
             answer = metrics[0] if single else metrics
-
-
-def count_trainings(
-    procedure: Procedure | Callable[..., Any] | str,
-    blocks: BlockMap,
-    *,
-    rates: Sequence[float] = (),
-    seeds: Sequence[int] = (),
-    max_trials: int = 10_000,
-) -> int | None:
-    """How many trainings `run_search` would do, at most: if each candidate were better than all before it.
-
-    Nothing is trained. Searches such as `greedy_forward` end sooner once nothing gains any more. How many a procedure
-    of the user's own would do is not known: it may go by the metrics in any way.
-
-    Raises:
-        SurgicalError: as `run_search` for the procedure's proposals.
-
-    Example:
-        >>> count_trainings("greedy_forward", BlockMap.find(model), rates=[1e-3, 3e-3])
-        42
-    """
-    procedure = as_procedure(procedure)
-    if procedure.name not in procedures.__all__:
-        return None
-    title = _title(procedure)
-    proposals, answer = procedure(blocks), None
-    metrics: dict[tuple[str, ...], float] = {}
-    times = (len(rates) or 1) * (len(seeds) or 1)
-    while True:
-        try:
-            proposal = proposals.send(answer)
-        except StopIteration:
-            return len(metrics) * times
-        single, candidates = _candidates(proposal, blocks, title)
-        for candidate in candidates:
-            metrics.setdefault(candidate, float(len(metrics)))
-        if len(metrics) * times > max_trials:
-            raise _endless(title, max_trials)
-        answers = [metrics[candidate] for candidate in candidates]
-        answer = answers[0] if single else answers
-
-
-def _endless(title: str, max_trials: int) -> SurgicalError:
-    return SurgicalError(
-        f"procedure {title} asked for more than {max_trials} trainings and was stopped: raise max_trials if it is "
-        "meant to, else see that it ends. Finished trials are kept."
-    )
-
-
-def _title(procedure: Procedure) -> str:
-    """A procedure as its study knows it: its text without addresses in memory, which differ from run to run."""
-    return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(procedure))
 
 
 def _train(
@@ -198,21 +144,6 @@ def _train(
             return finished
         time.sleep(wait)
         wait = min(1.5 * wait, _LONGEST_WAIT)
-
-
-def _candidates(proposal: Any, blocks: BlockMap, title: str) -> tuple[bool, list[tuple[str, ...]]]:
-    """True if a procedure proposed one candidate alone; and its candidates, in the order of the map."""
-    if isinstance(proposal, str) or not isinstance(proposal, Sequence):
-        raise SurgicalError(
-            f"procedure {title} proposed {proposal!r}: yield a tuple of block names, or a list of such tuples."
-        )
-    single = bool(proposal) and all(isinstance(part, str | int) for part in proposal)
-    if not proposal:
-        raise SurgicalError(f"procedure {title} proposed {proposal!r}, nothing: let it end instead.")
-    try:
-        return single, [blocks.parse(part) for part in ([proposal] if single else proposal)]
-    except SurgicalError as error:
-        raise SurgicalError(f"procedure {title} proposed {proposal!r}: {error}") from error
 
 
 def _result(

@@ -13,6 +13,7 @@ from transformers import AutoModelForImageClassification
 
 from surgical_peft import SurgicalConfig, SurgicalError
 from surgical_peft.cli import main as cli
+from surgical_peft.cli.options import print_json
 from tests.support.cli import run
 
 ROOT = Path(__file__).parents[2]
@@ -144,3 +145,31 @@ def test_help_names_every_command(monkeypatch: pytest.MonkeyPatch, capsys: pytes
         assert name in text
         assert f"surgical-peft {name}" in page, name
         assert name in (cli.__doc__ or ""), name
+
+
+@pytest.mark.parametrize(("command", "kept"), [("train", "step 7"), ("compare", "Finished"), ("advise", "Nothing")])
+def test_an_interrupt_is_one_line_and_exit_code_130(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str, kept: str
+) -> None:
+    def pressed(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt(*(["Kept: step 7."] if command == "train" else []))
+
+    monkeypatch.setattr("surgical_peft.experiments.recipe.load_recipe", pressed)
+    assert run(monkeypatch, command, "recipe.yaml") == 130
+    printed = capsys.readouterr()
+    assert kept in printed.err and len(printed.err.splitlines()) == 1 and printed.out == ""
+
+
+def test_version_and_keys(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(monkeypatch, "--version") == 0
+    assert "surgical-peft" in capsys.readouterr().out
+    assert run(monkeypatch, "recipe", "--keys") == 0
+    shown = capsys.readouterr().out
+    assert "drop_empty" in shown and "label_map" in shown and "…" not in shown
+    assert max(map(len, shown.splitlines())) <= 80
+
+
+def test_json_is_printed_also_outside_of_a_command(capsys: pytest.CaptureFixture[str]) -> None:
+    """It was an IndexError in a command of one's own."""
+    print_json({"a": 1})
+    assert json.loads(capsys.readouterr().out) == {"a": 1}

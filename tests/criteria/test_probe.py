@@ -116,6 +116,16 @@ def test_it_equals_plain_trainings_of_copies(name: str, count: int) -> None:
     assert scores.values == pytest.approx(plain_probe(toy.model().double(), batches), rel=1e-6, abs=1e-9)
 
 
+def test_it_says_which_scores_are_no_measurements() -> None:
+    toy = TOYS["vit"]
+    scores = score_blocks(toy.model(), [toy.batch(seed) for seed in range(2)], "probe")
+    trained = {name for name in scores.values if scores.basis.get(name) != "guessed"}
+    assert {"head", "final_norm"} <= trained and set(scores.basis.values()) == {"given up", "guessed"}
+    assert max(scores.values[name] for name in scores.basis if name in trained) <= min(
+        scores.values[name] for name in trained - scores.basis.keys()
+    )
+
+
 @pytest.mark.parametrize(("recipe", "best"), [("noise.yaml", {"embeddings", "0"}), ("label_map.yaml", {"head"})])
 def test_it_finds_the_right_block_of_the_shipped_model(recipe: str, best: set[str]) -> None:
     """On noise both are as good (benchmarks/criteria)."""

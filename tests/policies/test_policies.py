@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,6 +45,29 @@ def rates(model: nn.Module, policy: Policy, lr: float = 1.0) -> dict[str, float]
 
 def factors(optimizer: torch.optim.Optimizer) -> dict[str, float]:
     return {group["unit"]: group["lr_multiplier"] for group in optimizer.param_groups}
+
+
+# ---- policies without effect
+
+
+@pytest.mark.parametrize(
+    ("policy", "blocks", "is_idle"),
+    [
+        (policies.auto_rgn(), [3, "head"], True),
+        (policies.auto_rgn(), [3, 4, "head"], False),
+        (policies.auto_rgn(granularity="tensor"), [3, "head"], False),
+        (policies.auto_rgn(), ["head"], True),
+        (policies.layer_decay(0.8), ["head"], True),
+        (policies.layer_decay(0.8), [3, "head"], False),
+        (None, ["head"], False),
+    ],
+)
+def test_a_policy_that_changes_nothing_says_so(policy: Policy | None, blocks: list[Any], is_idle: bool) -> None:
+    model = get_peft_model(TOYS["vit"].model(), SurgicalConfig(blocks=blocks))
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        create_surgical_optimizer(model, ADAMW, lr=1.0, policy=policy)
+    assert ["no effect" in str(each.message) for each in told if each.category is UserWarning] == [True] * is_idle
 
 
 # ---- static

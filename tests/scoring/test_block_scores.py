@@ -59,6 +59,16 @@ def test_an_unknown_field_is_refused() -> None:
         BlockScores.from_json(json.dumps(data))
 
 
+def test_text_says_unit_and_direction_and_what_was_not_measured() -> None:
+    scores = scores_of({"embeddings": -0.2, "0": -0.1, "1": -0.3}, basis={"embeddings": "guessed", "1": "given up"})
+    lines = str(scores).splitlines()
+    assert [line.split()[-2] if "█" in line else line.split()[-1] for line in lines[3:6]] == ["-0.2?", "-0.1", "-0.3~"]
+    notes = " ".join(lines[6:])
+    assert all(word in notes for word in ("higher", "no unit", "? never trained", "~ given up", "below zero"))
+    assert "given up" not in str(scores_of(VALUES)) and "below zero" not in str(scores_of(VALUES))
+    assert BlockScores.from_json(scores.to_json()) == scores
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_scores_that_are_not_finite_are_refused(value: float) -> None:
     with pytest.raises(SurgicalError, match=rf"1 \({value}\)"):
@@ -93,8 +103,8 @@ def test_text_of_negative_and_zero_scores() -> None:
 
 
 def test_the_bars_are_in_proportion() -> None:
-    lines = {line.split()[1]: line.count("█") for line in str(scores_of(VALUES)).splitlines() if "│" in line}
-    assert (lines["head"], lines["embeddings"], lines["0"]) == (20, 1, 0)
+    lines = {line.split("  ")[0]: line.count("█") for line in str(scores_of(VALUES)).splitlines()}
+    assert (lines["head"], lines["embeddings"], lines["block 0"]) == (20, 1, 0)
 
 
 def test_max_divides_by_the_largest_outside_the_head() -> None:

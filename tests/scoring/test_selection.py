@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable
 
 import pytest
@@ -51,6 +52,15 @@ EQUAL = scores_of({str(index): 0.5 for index in range(12)}, {str(index): 10 for 
 )
 def test_top_k(k: int, expected: tuple[str, ...]) -> None:
     assert top_k(SCORES, k).blocks == expected
+
+
+def test_top_k_warns_of_scores_below_zero() -> None:
+    scores = scores_of({"0": -0.1, "1": 0.2, "head": -0.3}, {"0": 1, "1": 1, "head": 1})
+    with pytest.warns(UserWarning, match="block 0 with"):
+        assert top_k(scores, 2).blocks == ("0", "1")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        top_k(scores, 1)
 
 
 @pytest.mark.parametrize("k", [0, -1, 7, True, 2.0, "2", None])

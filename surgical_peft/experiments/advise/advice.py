@@ -77,6 +77,14 @@ class Recommendation:
 
 
 @dataclass(frozen=True)
+class ConstantReport:
+    """The best that the same answer for every validation example gives: its name, and the metric."""
+
+    answer: str
+    metric: float
+
+
+@dataclass(frozen=True)
 class ScoreReport:
     """The scores of the blocks by a criterion."""
 
@@ -118,13 +126,14 @@ class Advice:
         metric, validation_examples: by which the candidates were judged, and on how many examples.
         share: of the recipe's steps in the longest trainings.
         surgery: whether the recommended candidate chooses blocks.
-        recommended: the candidate.
+        recommended: the candidate; None where nothing has learned.
         tied, all_tied: those that are as good within noise, and whether that is all of the last round.
         unfit: candidates that do not fit the model, and why.
         methods: all candidates that do.
         scores, signature: of the blocks, and of the shift.
         cost: of the advice.
         sentences: the advice in words.
+        constant: what the same answer for all gives; None where answers are no classes, or an earlier version asked.
     """
 
     date: str
@@ -135,7 +144,7 @@ class Advice:
     validation_examples: int
     share: float
     surgery: bool
-    recommended: Recommendation
+    recommended: Recommendation | None
     tied: list[str]
     all_tied: bool
     unfit: dict[str, str]
@@ -144,6 +153,7 @@ class Advice:
     signature: SignatureReport
     cost: CostReport
     sentences: list[str] = field(default_factory=list)
+    constant: ConstantReport | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, as `advice.json` holds it."""
@@ -157,6 +167,11 @@ class Advice:
             SurgicalError: something is missing or of a wrong type; the message names it.
         """
         return _JSON.read(cls, values)
+
+    @property
+    def chosen(self) -> str | None:
+        """The name of the recommended candidate."""
+        return self.recommended.method if self.recommended else None
 
     @property
     def is_share(self) -> bool:

@@ -8,9 +8,8 @@ import math
 import random
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,8 @@ from rich.console import Console
 from ...atomic_files import check_replaceable, whole_folder
 from ...auto import CRITERION
 from ...errors import SurgicalError
-from ...rendering import progress_bar
+from ...rendering import clock
+from ...scoring.progress import Stages
 from ...scoring.selection import Selection
 from ..compare.comparison import Comparison
 from ..compare.methods import MethodContext
@@ -29,7 +29,8 @@ from ..tasks import Examples, measured_split
 from ..training.provenance import machine, today, versions
 from ..training.runner import RecipeRunner
 from ..training.train import loader
-from .advice import Advice, CostReport, Recommendation, ScoreReport
+from .advice import Advice, ConstantReport, CostReport, Recommendation, ScoreReport
+from .cost import CostEstimate, estimate
 from .report import markdown, plot, sentences
 from .rows import lines_of, row_of, signature_report, twin_of
 from .shift_signature import EXAMPLES, FEWEST, Batches, Signature, signature
@@ -37,27 +38,8 @@ from .successive_halving import ROUNDS, Candidate, ShortTraining, ValidationJudg
 
 CANDIDATES = ("nothing", "full", "layer_decay", "head", "first", "middle", "last", "auto")
 _MOST_RATES = 3
-_CHOOSING = 0.5  # of a full fine-tuning, for `auto`
 _TEXT = "advice.md"  # by which earlier advice is known
 _BATCH = 64  # of the signature
-
-
-@dataclass(frozen=True)
-class CostEstimate:
-    """The cost of advice.
-
-    Attributes:
-        trainings: short ones, at most.
-        full_trainings: how many full fine-tunings have as many steps, at most, choosing blocks included. Blocks near
-            the output train faster.
-        seconds_each: of one full fine-tuning; estimated from a few steps.
-        seconds: of all steps, at most about; starting and measuring come on top, the more so the shorter they are.
-    """
-
-    trainings: int
-    full_trainings: float
-    seconds_each: float
-    seconds: float
 
 
 def plan(recipe: Recipe) -> CostEstimate:
@@ -70,10 +52,10 @@ def plan(recipe: Recipe) -> CostEstimate:
         >>> plan(load_recipe("recipes/fashion_mnist_noise.yaml")).trainings
         24
     """
-    comparison = _comparison(recipe)
+    comparison = comparison_of(recipe)
     runner = RecipeRunner(comparison.recipe)
     ValidationJudge(runner)  # says so if there is too little to judge by
-    return _plan(comparison, runner)
+    return estimate(comparison, runner)
 
 
 def advise(recipe: Recipe, output: str | Path | None = None, *, console: Console | None = None) -> Advice:
@@ -105,19 +87,25 @@ def advise(recipe: Recipe, output: str | Path | None = None, *, console: Console
         {'blocks': ['head'], 'learning_rate': 0.01}
     """
     began = time.perf_counter()
-    comparison = _comparison(recipe)
+    comparison = comparison_of(recipe)
     folder = Path(str(output or recipe.arguments().output_dir)) / "advice"
     check_replaceable(folder, _TEXT)
     source = None
-    if recipe.source_data is not None:
-        _, source = measured_split(comparison.source_recipe(0))
-    runner = RecipeRunner(comparison.recipe)
-    console = console or Console()
-    runner.task.summary.show(console)
-    trial = _Trial(comparison, runner, ValidationJudge(runner), _plan(comparison, runner))
-    with _progress(console, trial.cost) as advance:
+    with Stages(console or Console()) as stages:
+        stages.begin("load model and data")
+        if recipe.source_data is not None:
+            _, source = measured_split(comparison.source_recipe(0))
+        runner = RecipeRunner(comparison.recipe)
+        stages.end()
+        runner.task.summary.show(stages.console)
+        judge = ValidationJudge(runner)
+        stages.begin("time a few steps")
+        trial = _Trial(comparison, runner, judge, estimate(comparison, runner))
+        for line in trial.cost.lines():
+            stages.say(line)
+        stages.begin("signature of the shift")
         signature = _signature(runner, source)
-        trial.train(advance)
+        trial.train(stages)
     advice = trial.advice(recipe, signature, began)
     with whole_folder(folder, _TEXT) as temporary:
         (temporary / "advice.json").write_text(json.dumps(advice.to_json(), indent=2) + "\n", encoding="utf-8")
@@ -134,9 +122,10 @@ class _Trial:
     ) -> None:
         self.comparison, self.runner, self.judge, self.cost = comparison, runner, judge, cost
 
-    def train(self, advance: Callable[[], None]) -> None:
-        """Train the candidates, the better ones longer; `advance` is called after each training."""
+    def train(self, stages: Stages) -> None:
+        """Choose the blocks of the candidates and train them, the better ones longer."""
         comparison, runner, judge = self.comparison, self.runner, self.judge
+        stages.begin("choose blocks")
         self.candidates, self.unfit = _candidates(comparison, runner)
         _measure_untrained(self.candidates["nothing"], runner, judge)
         self.trained = [
@@ -148,7 +137,10 @@ class _Trial:
         def rates(candidate: Candidate) -> Sequence[float]:
             return comparison.grid(candidate.method.title)
 
-        halve(self.trained, rates, runner, comparison.recipe, judge, done=advance)
+        stages.begin("short trainings", self.cost.trainings, is_bound=True)
+        halve(self.trained, rates, runner, comparison.recipe, judge, done=stages.advance)
+        seconds = sum(probe.seconds for candidate in self.trained for probe in candidate.probes)
+        stages.say(f"{sum(len(c.probes) for c in self.trained)} short trainings took {clock(seconds)}")
 
     def advice(self, recipe: Recipe, signature: Signature, began: float) -> Advice:
         """The advice that follows from the trainings.
@@ -161,6 +153,8 @@ class _Trial:
         if not recipe.new_head:  # which nobody has trained
             finalists.insert(0, candidates["nothing"])
         chosen, tied = decide(finalists, judge)
+        constant = judge.constant(candidates["nothing"].best)
+        has_learned = constant is None or any(_beats(each.best, constant[1], judge) for each in finalists)
         if math.isnan(chosen.best.metric):
             rates = self.comparison.rates
             raise SurgicalError(f"no training gave a number for {runner.task.metric}: lower the rates, {rates}.")
@@ -175,8 +169,8 @@ class _Trial:
             metric=runner.task.metric,
             validation_examples=len(runner.examples["validation"]),
             share=ROUNDS[-1].share,
-            surgery=chosen.method.choose is not None,
-            recommended=self._recommendation(chosen, recipe),
+            surgery=has_learned and chosen.method.choose is not None,
+            recommended=self._recommendation(chosen, recipe) if has_learned else None,
             tied=[candidate.name for candidate in tied],
             all_tied=len(tied) == len(finalists),
             unfit=self.unfit,
@@ -190,8 +184,13 @@ class _Trial:
                 seconds_each=self.cost.seconds_each,
                 seconds=round(seconds, 1),
             ),
+            constant=constant and ConstantReport(self._name_of(constant[0]), constant[1].metric),
         )
         return replace(advice, sentences=sentences(advice))
+
+    def _name_of(self, label: int) -> str:
+        config: Any = self.runner.model.config
+        return repr((config.id2label or {}).get(label, label))
 
     def _recommendation(self, chosen: Candidate, recipe: Recipe) -> Recommendation:
         return Recommendation(
@@ -204,7 +203,12 @@ class _Trial:
         )
 
 
-def _comparison(recipe: Recipe) -> Comparison:
+def _beats(probe: ShortTraining, constant: ShortTraining, judge: ValidationJudge) -> bool:
+    """Whether it is better than a constant answer by more than one standard error."""
+    return probe.metric - constant.metric > judge.standard_error(probe, constant)
+
+
+def comparison_of(recipe: Recipe) -> Comparison:
     """The candidates, on the recipe's own model, data and seed."""
     rates = sorted(map(float, recipe.rates or ()))
     if not rates:
@@ -217,17 +221,6 @@ def _comparison(recipe: Recipe) -> Comparison:
     if recipe.source_data is not None:
         comparison.source_recipe(0)  # that it does not fit is said now
     return comparison
-
-
-def _plan(comparison: Comparison, runner: RecipeRunner) -> CostEstimate:
-    full = comparison.methods["full fine-tuning"]
-    seconds = runner.seconds(lambda model: full.wrap(model, Selection(()), comparison.recipe))
-    count, share = 0, _CHOOSING
-    for stage in ROUNDS:
-        methods = min(stage.methods or math.inf, len(CANDIDATES) - 1)
-        trainings = methods * min(stage.rates or math.inf, len(comparison.rates))
-        count, share = count + int(trainings), share + trainings * stage.share
-    return CostEstimate(count, share, seconds, share * seconds)
 
 
 def _signature(runner: RecipeRunner, source: Examples | None) -> Signature:
@@ -275,15 +268,3 @@ def _measure_untrained(candidate: Candidate, runner: RecipeRunner, judge: Valida
     began = time.perf_counter()
     groups = judge.read(runner.model)
     candidate.probes.append(ShortTraining(None, 0.0, judge.metric(groups), groups, time.perf_counter() - began))
-
-
-@contextmanager
-def _progress(console: Console, cost: CostEstimate) -> Iterator[Any]:
-    console.print(
-        f"{cost.trainings} short trainings, at most with the steps of {cost.full_trainings:.1f} full fine-tunings of "
-        f"{cost.seconds_each:.1f} s; starting and measuring come on top."
-    )
-    with progress_bar(console) as bar:
-        task = bar.add_task("train", total=cost.trainings)
-        yield lambda: bar.advance(task)
-        bar.update(task, completed=cost.trainings)  # also where two candidates are one

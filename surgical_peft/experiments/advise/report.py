@@ -7,31 +7,48 @@ from collections.abc import Mapping
 from fractions import Fraction
 from pathlib import Path
 
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
-
-from ...rendering import markdown_row, new_figure
+from ...blocks.block_map import blocks_in_words
+from ...rendering import TextTable, markdown_row, new_figure
 from .advice import Advice, CandidateReport, Difference
 
 _CLEAR = 2.0  # standard errors
 _COLUMNS = ("method", "{metric}", "to the best", "rate", "tuned", "")
 
 
-def table(advice: Advice) -> Table:
+def table(advice: Advice) -> TextTable:
     """The candidates as a table of 80 columns; the recommended one is bold."""
-    columns = Table(title=_title(advice), box=SIMPLE_HEAD, pad_edge=False)
-    for number, name in enumerate(_header(advice)):
-        columns.add_column(name, justify="right" if 0 < number < 5 else "left", no_wrap=True)
-    for row in _rows(advice, "[bold]{}[/bold]"):
-        columns.add_row(*row)
-    return columns
+    chosen = [number for number, row in enumerate(advice.methods) if row.method == advice.chosen]
+    header = [name.replace(", %", ",\u00a0%") for name in _header(advice)]
+    return TextTable(_title(advice), header, _rows(advice, "{}"), _legend(advice), left=(0, 5), bold=chosen)
+
+
+def _legend(advice: Advice) -> list[str]:
+    """What the columns, marks and states mean."""
+    points = " in points" * advice.is_share
+    given = "from the recipe's" if advice.recipe.get("rates") else "a third, once and three times the recipe's"
+    notes = [
+        f"To the best: paired difference{points}, ± one standard error; as good: within one of them. Rate: the best "
+        f"of those tried, {given}. Tuned: parameters. Out after 1/4: of the steps, as others were better."
+    ]
+    if any(row.at_edge for row in advice.methods):
+        notes.append("* the lowest or highest that was tried: the best rate may lie beyond.")
+    if advice.constant is not None:
+        notes.append(f"The same answer, {advice.constant.answer}, for every example gives {_shown(advice)}.")
+    return notes
+
+
+def _shown(advice: Advice) -> str:
+    """The metric of the constant answer."""
+    assert advice.constant is not None
+    scale = 100 if advice.is_share else 1
+    return f"{advice.metric} {scale * advice.constant.metric:.4g}{' %' * advice.is_share}"
 
 
 def markdown(advice: Advice) -> str:
     """The advice as Markdown: what to do, what to write into the recipe, the table and the signature."""
     recommended = advice.recommended
     lines = [" ".join(advice.sentences), ""]
-    if recommended.lines:
+    if recommended is not None and recommended.lines:
         lines += ["```yaml", *recipe_lines(advice), "```", ""]
     lines += [markdown_row(_header(advice)), markdown_row(["---", *["---:"] * 4, "---"])]
     lines += [markdown_row(row) for row in _rows(advice, "**{}**")]
@@ -65,15 +82,31 @@ def not_tried(advice: Advice) -> list[str]:
 
 def recipe_lines(advice: Advice) -> list[str]:
     """The lines to write into the recipe, for `surgical-peft train`."""
-    return [f"{key}: {json.dumps(value)}" for key, value in advice.recommended.lines.items()]
+    lines = advice.recommended.lines if advice.recommended else {}
+    return [f"{key}: {json.dumps(value)}" for key, value in lines.items()]
 
 
 def sentences(advice: Advice) -> list[str]:
     """The advice in words: the recommendation, how sure it is, and the signature."""
-    return [*_recommendation(advice), *_signature(advice)]
+    return [*(_recommendation(advice) if advice.recommended else _nothing_learned(advice)), *_signature(advice)]
+
+
+def _nothing_learned(advice: Advice) -> list[str]:
+    assert advice.constant is not None
+    rates = sorted({probe.rate for row in advice.methods for probe in row.probes if probe.rate is not None})
+    args = advice.recipe.get("max_steps"), advice.recipe.get("num_train_epochs", 3)
+    length = f"max_steps: {args[0]}" if args[0] else f"num_train_epochs: {args[1]:g}"
+    return [
+        f"Nothing has learned yet: no way of tuning is better, by more than noise, than the answer "
+        f"{advice.constant.answer} for every example ({_shown(advice)} on {advice.validation_examples} validation "
+        "examples). So none is recommended.",
+        f"Train longer (the recipe has {length}, and these trainings had at most {_part(advice.share)} of that) or at "
+        f"other rates (tried: {', '.join(f'{rate:g}' for rate in rates)}), and ask again.",
+    ]
 
 
 def _recommendation(advice: Advice) -> list[str]:
+    assert advice.recommended is not None
     name, rows = advice.recommended.method, {row.method: row for row in advice.methods}
     chosen = rows[name]
     best = next(row for row in rows.values() if row.validation is not None and row.to_best is None)
@@ -91,10 +124,11 @@ def _recommendation(advice: Advice) -> list[str]:
 
 def _what_to_do(advice: Advice, chosen: CandidateReport) -> str:
     recommended = advice.recommended
+    assert recommended is not None
     rate = f" at the rate {chosen.rate:g}" if chosen.rate is not None else ""
     share = recommended.tuned_parameters / recommended.all_parameters
     if advice.surgery:
-        text = f"Tune {', '.join(recommended.blocks)}{rate} ({chosen.title}): {share:.1%} of the parameters."
+        text = f"Tune {blocks_in_words(recommended.blocks)}{rate} ({chosen.title}): {share:.1%} of the parameters."
     elif recommended.method == "nothing":
         text = (
             "Do not use surgery here, nor tune at all: nothing is better than the model as it is by more than noise."
@@ -111,7 +145,7 @@ def _what_to_do(advice: Advice, chosen: CandidateReport) -> str:
 
 def _runner_up(advice: Advice) -> str:
     """The distance to the next candidate; where all blocks are to be tuned, to the best choice of some."""
-    is_full = not advice.surgery and advice.recommended.method != "nothing"
+    is_full = not advice.surgery and advice.chosen != "nothing"
     others = [row for row in advice.methods if row.to_best is not None and row.method not in advice.tied]
     if not others:
         return "Of those trained longest none is clearly worse: more validation data would tell."
@@ -136,7 +170,7 @@ def _plus_minus(gap: Difference, scale: float) -> str:
 
 def _signature(advice: Advice) -> list[str]:
     signature = advice.signature
-    steepest = max(signature.gradients, key=lambda block: signature.gradients[block])
+    steepest = _block(max(signature.gradients, key=lambda block: signature.gradients[block]))
     gradients = f"the relative gradient is largest in {steepest}"
     if signature.kind is None:
         reason = "with source_data in the recipe it would say how far features move"
@@ -147,13 +181,17 @@ def _signature(advice: Advice) -> list[str]:
     moved = signature.moved or {}
     if signature.kind in ("input", "features"):
         most = max(signature.moving, key=lambda block: moved[block])
-        where = "from the first block on" if signature.kind == "input" else f"from block {signature.moving[0]} on"
-        shift = f"features move {where}, most in {most}"
+        where = f"from {'the first block' if signature.kind == 'input' else _block(signature.moving[0])} on"
+        shift = f"features move {where}, most in {_block(most)}"
     elif signature.kind == "output":
         shift = "the output moved: features are as on the source and the loss is high"
     else:
         shift = "nothing moved: neither features nor loss"
     return [f"Signature: {shift} ({losses}); {gradients}."]
+
+
+def _block(name: str) -> str:
+    return blocks_in_words([name])
 
 
 def plot(advice: Advice, path: str | Path) -> None:
@@ -197,12 +235,12 @@ def _rows(advice: Advice, bold: str) -> list[list[str]]:
     for row in advice.methods:
         gap = row.to_best
         difference = "-" if gap is None else f"{scale * gap.mean:+.3g}{_plus_minus(gap, scale)}"
-        is_chosen = row.method == advice.recommended.method
+        is_chosen = row.method == advice.chosen
         cells = [
             row.title,
             "-" if row.validation is None else f"{scale * row.validation:.4g}",
             difference,
-            "-" if row.rate is None else f"{row.rate:g}",
+            "-" if row.rate is None else f"{row.rate:g}{'*' * row.at_edge}",
             f"{row.tuned_parameters:,}",
             _state(row, advice),
         ]
@@ -213,7 +251,7 @@ def _rows(advice: Advice, bold: str) -> list[list[str]]:
 def _state(row: CandidateReport, advice: Advice) -> str:
     if row.same_as:
         return f"same as {row.same_as}"
-    if row.method == advice.recommended.method:
+    if row.method == advice.chosen:
         return "recommended"
     if row.validation is None:
         last = row.probes[-1]

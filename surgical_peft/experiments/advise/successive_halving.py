@@ -138,6 +138,26 @@ class ValidationJudge:
         predictions, references = ([value for group in groups for value in group[side]] for side in (0, 1))
         return self._measure.compute(predictions, references)
 
+    def constant(self, probe: ShortTraining) -> tuple[int, ShortTraining] | None:
+        """The class that is the best answer for all examples, and how good it is; None where answers are no classes.
+
+        Args:
+            probe: any that was read; it has the right answers.
+        """
+        if not isinstance(self._measure, Measure) or not self._runner.task.names_labels:
+            return None
+        references = [group[1] for group in probe.groups]
+        labels = sorted({label for group in references for label in group if isinstance(label, int)})
+        if not labels or sum(map(len, references)) != len(self._runner.part("validation")):
+            return None
+
+        def always(label: int) -> ShortTraining:
+            groups = tuple(([label] * len(group), group) for group in references)
+            return ShortTraining(None, 0.0, self.metric(groups), groups, 0.0)
+
+        best = max(labels, key=lambda label: ordered(always(label).metric))
+        return best, always(best)
+
     def standard_error(self, one: ShortTraining, other: ShortTraining) -> float:
         """Of the difference between two metrics on the same examples, as it would be on other ones: the jackknife.
 

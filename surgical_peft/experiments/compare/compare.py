@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 import statistics
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
 
 from ...atomic_files import check_replaceable, whole_folder
 from ...errors import SurgicalError
-from ...scoring.selection import Selection
 from ..recipe.recipe import Recipe
 from ..training.workers import shared_threads
 from .comparison import FULL, Comparison
+from .cost import CostEstimate, estimate
 from .findings import Findings, choice_of
 from .jobs import JobRunner
-from .lr_grid import MOST, best_rate, is_diverged, next_rate
+from .lr_grid import best_rate, is_diverged, next_rate
 from .plot import plot
 from .pool import JobPool
 from .preflight import check
@@ -30,25 +29,6 @@ from .results import report_of, row_of
 from .tables import markdown
 
 _TABLE = "table.md"  # by which an earlier comparison is known
-
-
-@dataclass(frozen=True)
-class CostEstimate:
-    """What a comparison would cost.
-
-    Attributes:
-        trainings: of all grids; what is done already is among them. Methods that choose the same blocks share theirs.
-        done: how many are.
-        more: at most so many more, where the best rate is at the edge of its grid.
-        seconds_each: of one full fine-tuning; estimated from a few steps.
-        seconds: of what is left, without `more`, at most about; choosing and measuring come on top.
-    """
-
-    trainings: int
-    done: int
-    more: int
-    seconds_each: float
-    seconds: float
 
 
 def plan(recipe: Recipe, output: str | Path | None = None, jobs: int = 1) -> CostEstimate:
@@ -64,15 +44,7 @@ def plan(recipe: Recipe, output: str | Path | None = None, jobs: int = 1) -> Cos
     job_runner = _job_runner(recipe, output, jobs)
     comparison = job_runner.comparison
     check(comparison, job_runner.data)
-    grids = {title: comparison.grid(title) for title in comparison.methods}
-    begun = [job for title, grid in grids.items() for rate in grid for job in comparison.trainings(title, rate)]
-    done = sum(job_runner.findings.is_done(job) for job in begun)
-    more = sum(MOST * len(comparison.trainings(title)) for title, grid in grids.items() if len(grid) > 1)
-    with shared_threads(jobs):
-        full, runner = comparison.methods[FULL], job_runner.data.runner(comparison.firsts[0])
-        seconds = runner.seconds(lambda model: full.wrap(model, Selection(()), runner.recipe))
-    at_once = min(jobs, os.cpu_count() or 1)
-    return CostEstimate(len(begun), done, more, seconds, math.ceil((len(begun) - done) / at_once) * seconds)
+    return estimate(job_runner, jobs)
 
 
 def compare(

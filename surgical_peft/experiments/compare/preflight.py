@@ -45,7 +45,7 @@ def check(comparison: Comparison, data: LoadedData) -> None:
             data.source_examples(source)
     misfits: dict[str, str] = {}
     for job in reversed(comparison.firsts):  # what the first jobs need stays in memory
-        misfits = {**_misfits(comparison, job, data.runner(job)), **misfits}
+        misfits = {**misfits_of(comparison, job, data.runner(job)), **misfits}
     _refuse(misfits, len(comparison.methods))
     _make_all(comparison, data)
 
@@ -76,7 +76,7 @@ def misfit_message(title: str, model: nn.Module, error: ValueError, source: str 
     return f"{title} does not fit {name}: {error}"
 
 
-def _misfits(comparison: Comparison, job: Job, runner: RecipeRunner) -> dict[str, str]:
+def misfits_of(comparison: Comparison, job: Job, runner: RecipeRunner) -> dict[str, str]:
     """What is wrong with each method that does not fit a source model, by title; costs neither gradients nor scores.
 
     A method that knows its blocks beforehand wraps a copy of the model and makes its optimizer; the others refuse what

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 
@@ -56,6 +56,7 @@ class MethodRow:
         ms, ms_ratio: time of a step, and as a part of that of full fine-tuning.
         seconds, choosing_seconds: means of a training and of the choice of its blocks.
         to_full: None of full fine-tuning itself, and of what diverged.
+        grid: the rates that it began with, before more were added; empty in reports of earlier versions.
     """
 
     method: str
@@ -74,6 +75,12 @@ class MethodRow:
     seconds: float
     choosing_seconds: float
     to_full: Difference | None = None
+    grid: list[float] = field(default_factory=list)
+
+    @property
+    def is_rate_added(self) -> bool:
+        """Whether the best rate is none of its grid, which was extended."""
+        return bool(self.grid) and self.rate not in self.grid
 
     @property
     def has_diverged(self) -> bool:
@@ -124,7 +131,11 @@ class ComparisonReport:
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for `report.json`; as in versions before, where results are told on test data."""
-        return {key: value for key, value in asdict(self).items() if (key, value) != ("split", "test")}
+        values = {key: value for key, value in asdict(self).items() if (key, value) != ("split", "test")}
+        rows = [
+            {key: value for key, value in row.items() if (key, value) != ("grid", [])} for row in values["methods"]
+        ]
+        return {**values, "methods": rows}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> ComparisonReport:

@@ -59,6 +59,7 @@ def row_of(findings: Findings, title: str, rates: dict[float, float], jobs: Sequ
         ms_ratio=cost and ms_ratio(cost, costs[FULL]),
         seconds=statistics.fmean(finding["seconds"] for finding in trained),
         choosing_seconds=choosing,
+        grid=comparison.grid(title),
     )
 
 

@@ -4,27 +4,49 @@ from __future__ import annotations
 
 import statistics
 
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
-
-from ...rendering import markdown_row
-from .report import ComparisonReport
+from ...rendering import TextTable, markdown_row
+from .report import ComparisonReport, MethodRow
 
 _COLUMNS = ["method", "{metric}", "to full", "rate", "tuned", "step", "memory, MB", "file, kB", "choosing, s"]
 
 
-def table(report: ComparisonReport) -> Table:
+def table(report: ComparisonReport) -> TextTable:
     """The report as a table of 80 columns; the best method is bold. What a method costs is in `markdown`."""
-    header, rows = _cells(report, "[bold]{}[/bold]")
-    table = Table(
-        title=f"{report.split.capitalize()} {report.metric}, {trainings_of(report)}", box=SIMPLE_HEAD, pad_edge=False
-    )
+    header, rows = _cells(report, "{}")
     shown = [number for number, name in enumerate(header) if number < 4 or name == "step"]
-    for number in shown:
-        table.add_column(header[number], justify="right" if number else "left", no_wrap=True)
-    for row in rows:
-        table.add_row(*(row[number] for number in shown))
-    return table
+    best = max(row.mean for row in report.methods if not row.has_diverged)
+    return TextTable(
+        f"{report.split.capitalize()} {report.metric}, {trainings_of(report)}",
+        [header[number].replace(", %", ",\u00a0%") for number in shown],
+        [[row[number] for number in shown] for row in rows],
+        _legend(report),
+        bold=[number for number, row in enumerate(report.methods) if not row.has_diverged and row.mean == best],
+    )
+
+
+def _legend(report: ComparisonReport) -> list[str]:
+    """What the columns and marks of the table mean."""
+    means = "Mean ± standard deviation over the trainings. " * any(len(row.test) > 1 for row in report.methods)
+    points = " in points" * scale_of(report)[0]
+    notes = [
+        f"{means}To full: paired difference to full fine-tuning{points}. {interval_in_words(report)}",
+        "Rate: the best on validation data. Step: its time as a part of full fine-tuning's.",
+    ]
+    return notes + _marks(report)
+
+
+def _mark(row: MethodRow) -> str:
+    return "+" * row.is_rate_added + "*" * row.at_edge
+
+
+def _marks(report: ComparisonReport) -> list[str]:
+    """What the marks of the rates mean."""
+    notes = []
+    if any(row.is_rate_added for row in report.methods):
+        notes.append("+ a rate that the recipe does not name: it was added, as the best was at the edge of the grid.")
+    if any(row.at_edge for row in report.methods):
+        notes.append("* the lowest or highest that was tried: the best rate may lie beyond.")
+    return notes
 
 
 def markdown(report: ComparisonReport) -> str:
@@ -35,13 +57,14 @@ def markdown(report: ComparisonReport) -> str:
     lines += map(markdown_row, rows)
     versions = ", ".join(f"{name} {number}" for name, number in report.versions.items())
     starred = " (* still there)" if any(row.at_edge for row in report.methods) else ""
+    added = " (+ a rate added so)" if any(row.is_rate_added for row in report.methods) else ""
     lines += [
         "",
         f"{report.split.capitalize()} {report.metric}: mean ± standard deviation of {trainings_of(report)}. To full: "
         f"the paired difference to full fine-tuning. {interval_in_words(report)} Each rate has the best mean on "
-        f"validation data of its grid, extended where that was at the edge{starred}. Tuned: parameters. Step: its "
-        "time, as a part of full fine-tuning's: all take turns in one process, and the median over the rounds counts. "
-        "Memory: the most that is alive at once in a step. Choosing: of the blocks, once for each training."
+        f"validation data of its grid, extended where that was at the edge{added}{starred}. Tuned: parameters. Step: "
+        "its time, as a part of full fine-tuning's: all take turns in one process, and the median over the rounds "
+        "counts. Memory: the most that is alive at once in a step. Choosing: of the blocks, once for each training."
         + (" Forgets: what is lost on the source model's own data." if _tells_forgetting(report) else ""),
         "",
         f"{report.date}, {versions}; {report.machine}.",
@@ -142,7 +165,7 @@ def _cells(report: ComparisonReport, bold: str) -> tuple[list[str], list[list[st
             row.method,
             result,
             difference,
-            "-" if row.rate is None else f"{row.rate:g}{'*' if row.at_edge else ''}",
+            "-" if row.rate is None else f"{row.rate:g}{_mark(row)}",
             f"{counts[0]:,}" if len(counts) == 1 else f"{counts[0]:,} to {counts[-1]:,}",
             "-" if row.ms_ratio is None else f"{row.ms_ratio:.2f}",
             "-" if row.peak_bytes is None else f"{row.peak_bytes / 1e6:,.1f}",

@@ -23,7 +23,7 @@ _TYPES = {f.name: get_type_hints(Recipe)[f.name] for f in fields(Recipe) if f.na
 _TRAINING = {f.name: get_type_hints(TrainingArguments)[f.name] for f in fields(TrainingArguments) if f.init}
 _REFUSED = {
     "hub_token": "it is a secret, and what a recipe says stands in reports and cards; log in with `hf auth login`",
-    "resume_from_checkpoint": "a recipe is trained from its start; resume with Trainer in Python",
+    "resume_from_checkpoint": "a training that was interrupted goes on by itself when it is run again",
 }
 RENAMED: dict[str, str] = {}  # a key of an earlier version, and what it is called now
 _PLAIN: dict[Any, tuple[type, ...]] = {

@@ -20,6 +20,7 @@ from ...tuner.config import SurgicalConfig
 from ...tuner.loading.fingerprint import fingerprint
 from ..recipe.recipe import Recipe
 from ..tasks.source_model import modules_to_save
+from ..training.cost import Timing
 from ..training.provenance import identity
 from ..training.runner import Part, RecipeRunner
 
@@ -52,7 +53,7 @@ class RecipeObjective:
     """
 
     def __init__(self, recipe: Recipe) -> None:
-        self.recipe = recipe
+        self.recipe, began = recipe, time.perf_counter()
         self._runner = RecipeRunner(recipe, ("train",) if recipe.folds else ("train", "validation"))
         args = self._runner.args
         self.blocks = self._runner.blocks
@@ -71,11 +72,12 @@ class RecipeObjective:
         }
         count = len(self._runner.examples["train"])
         self._folds = folds_of(count, recipe.folds, args.seed) if recipe.folds else []
+        self._load_seconds = time.perf_counter() - began
 
     def __call__(self, selection: Selection, rate: float, seed: int, report: Report | None = None) -> float:
         """The metric of `selection`, trained at `rate`; `report` is told it after every epoch but the last.
 
-        Writes the number of tuned parameters and the peak memory in bytes into `selection.record`.
+        Writes the number of tuned parameters, the peak memory in bytes, and what was measured into `selection.record`.
         """
         measure, validation = self._runner.task.measure, self._validation(seed)
 
@@ -92,6 +94,7 @@ class RecipeObjective:
         )
         selection.record["tuned_parameters"] = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
         selection.record["peak_memory"] = peak
+        selection.record["validation"] = {"metric": self.metric, "examples": len(validation)}
         return measure(wrapped, validation)
 
     def _wrap(self, selection: Selection) -> Callable[[nn.Module], nn.Module]:
@@ -103,20 +106,24 @@ class RecipeObjective:
         saved = modules_to_save(self.recipe, self._runner.model)
         return SurgicalConfig.from_selection(selection, **given, modules_to_save=saved)
 
-    def seconds(self) -> float:
-        """The seconds that one training of all layers takes, from a few timed steps: few selections take longer.
+    def timing(self) -> Timing:
+        """The cost of one training, estimated from a few timed steps.
 
         Neither what a policy's probes cost nor pruning is in it.
         """
-        seed = self.seeds[0]
-        measure, validation = self._runner.task.measure, self._validation(seed)
-        measure(self._runner.model, validation)  # what is made once is made now
+        seed, runner = self.seeds[0], self._runner
+        measure, validation = runner.task.measure, self._validation(seed)
+        measure(runner.model, validation)  # what is made once is made now
         began = time.perf_counter()
-        measure(self._runner.model, validation)
+        measure(runner.model, validation)
         measuring = time.perf_counter() - began
-        reports = math.ceil(self._runner.args.num_train_epochs) - 1 if self.recipe.pruner else 0
-        training = self._runner.seconds(self._wrap(self._layers()), self._places(seed))
-        return training + (1 + reports) * measuring
+        reports = math.ceil(runner.args.num_train_epochs) - 1 if self.recipe.pruner else 0
+        places = self._places(seed)
+        ends = [self._layers(), Selection(self.blocks.layers[-1:])]
+        (base, step, peak), (late_base, late_step, _) = (runner.timed(self._wrap(end), places) for end in ends)
+        steps, measuring = runner.steps(places), (1 + reports) * measuring
+        late = late_base + steps * late_step + measuring
+        return Timing(base + steps * step + measuring, late, step, measuring, self._load_seconds, peak)
 
     def _layers(self) -> Selection:
         """All repeated layers."""

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import inspect
 import math
-import os
-import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +16,18 @@ from rich.console import Console
 
 from ... import procedures
 from ...atomic_files import check_replaceable, whole_folder
-from ...blocks.block_map import kind_of
+from ...blocks.block_map import blocks_in_words, kind_of
 from ...errors import SurgicalError
-from ...rendering import markdown_row, progress_bar
+from ...rendering import clock, markdown_row
+from ...scoring.progress import Stages
+from ...search.proposals import count_trainings, planned_candidates
 from ...search.result import SearchResult, SearchTrial, candidate_of, state_of
-from ...search.run import count_trainings, optuna_classes, run_search
+from ...search.run import optuna_classes, run_search
 from ...validation import resolve
 from ..recipe.recipe import Recipe
+from ..training.cost import Timing, depth_of, memory_in_words, shared, time_in_words, timed_at_once
 from ..training.provenance import machine, today, versions
+from ..training.questions import noise
 from ..training.train import score
 from ..training.workers import SPAWN, shared_threads, start_worker
 from .objective import RecipeObjective
@@ -42,14 +43,29 @@ class CostEstimate:
     Attributes:
         procedure: in words.
         trainings: at most so many, see `count_trainings`; None if that is not known.
-        seconds_each: of one training of all layers; few take longer. Estimated from a few steps.
-        seconds: of the whole search with its jobs, at most about; None if that is not known.
+        seconds_each: of one training of all layers; few take longer. Estimated from a few steps, taken in as many
+            processes at once as will share the search.
+        seconds: of the whole search with its jobs, about, if it takes that many trainings; None if that is not known.
+        memory: bytes that a process takes at most.
+        jobs: processes.
     """
 
     procedure: str
     trainings: int | None
     seconds_each: float
     seconds: float | None
+    memory: int
+    jobs: int
+
+    def lines(self) -> list[str]:
+        """The estimate in words."""
+        most = "how many trainings is not known" if self.trainings is None else f"at most {self.trainings} trainings"
+        lines = [
+            f"{self.procedure}: {most}.",
+            f"One training of all layers: about {clock(self.seconds_each)}; of later ones less.",
+        ]
+        lines += [time_in_words(self.seconds, self.jobs, is_bound=True)] if self.seconds is not None else []
+        return [*lines, memory_in_words(self.memory, self.jobs)]
 
 
 def plan(recipe: Recipe, jobs: int = 1) -> CostEstimate:
@@ -62,14 +78,21 @@ def plan(recipe: Recipe, jobs: int = 1) -> CostEstimate:
         >>> plan(load_recipe("recipes/sweep_noise.yaml"), jobs=2).trainings
         90
     """
-    with shared_threads(jobs):
-        recipe = _with_scores(recipe)
-        objective = RecipeObjective(recipe)
-        procedure = recipe.make_procedure()
-        trainings = count_trainings(procedure, objective.blocks, rates=objective.rates, seeds=objective.seeds)
-        seconds = objective.seconds()
-    at_once = min(jobs, os.cpu_count() or 1)
-    return CostEstimate(repr(procedure), trainings, seconds, trainings and math.ceil(trainings / at_once) * seconds)
+    recipe = _with_scores(recipe)
+    objective = RecipeObjective(recipe)
+    procedure, blocks = recipe.make_procedure(), objective.blocks
+    times = len(objective.rates) * len(objective.seeds)
+    candidates = planned_candidates(procedure, blocks, times=times)
+    timing = timed_at_once(jobs, *((objective.timing,) if jobs == 1 else (_timing, recipe)))
+    if candidates is None:
+        return CostEstimate(repr(procedure), None, timing.whole, None, timing.memory, jobs)
+    each = [timing.seconds(depth_of(candidate, blocks.names, blocks.layers)) for candidate in candidates]
+    seconds = timing.start + shared(times * sum(each), jobs, longest=max(each, default=0.0))
+    return CostEstimate(repr(procedure), times * len(candidates), timing.whole, seconds, timing.memory, jobs)
+
+
+def _timing(recipe: Recipe) -> Timing:
+    return RecipeObjective(recipe).timing()
 
 
 def search(
@@ -105,20 +128,21 @@ def search(
     check_replaceable(folder / "search", _RESULT)
     _quieten_optuna()
     with shared_threads(jobs):
-        return _search(_with_scores(recipe), folder, jobs, storage, name, console or Console())
+        return _search(_with_scores(recipe, console), folder, jobs, storage, name, console or Console())
 
 
 def _search(
     recipe: Recipe, folder: Path, jobs: int, storage: str | None, name: str | None, console: Console
 ) -> SearchResult:
+    stages = Stages(console)
+    stages.begin("load model and data")
     objective = RecipeObjective(recipe)
+    stages.end()
     objective.summary.show(console)
     kept: dict[str, Any] = {"storage": storage or f"sqlite:///{folder / 'study.db'}", "name": name or recipe.procedure}
     most = count_trainings(recipe.make_procedure(), objective.blocks, rates=objective.rates, seeds=objective.seeds)
-    with (
-        _Progress(console, most, len(objective.rates) * len(objective.seeds), jobs) as progress,
-        _helpers(jobs - 1, recipe, kept, torch.get_num_threads()),
-    ):
+    with stages, _helpers(jobs - 1, recipe, kept, torch.get_num_threads()):
+        progress = _Progress(stages, most, len(objective.rates) * len(objective.seeds))
         result = _run(recipe, objective, kept, progress)
     with whole_folder(folder / "search", _RESULT) as temporary:
         result.save(temporary / _RESULT)
@@ -142,7 +166,6 @@ def _run(recipe: Recipe, objective: RecipeObjective, kept: dict[str, Any], progr
 
 def _work(recipe: Recipe, kept: dict[str, Any], threads: int) -> None:
     """What another process does: the same search, silently."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches it too, but the one who started it ends it
     start_worker(threads, _quieten_optuna)
     try:
         _run(recipe, RecipeObjective(recipe), kept)
@@ -174,7 +197,7 @@ def _quieten_optuna() -> None:
     logging.set_verbosity(logging.WARNING)  # else a line for each study and trial, between those of the bar
 
 
-def _with_scores(recipe: Recipe) -> Recipe:
+def _with_scores(recipe: Recipe, console: Console | None = None) -> Recipe:
     """The recipe with the scores that its procedure asks for, by the recipe's criterion."""
     wanted = inspect.signature(resolve(recipe.procedure, procedures)).parameters
     if "scores" not in wanted or "scores" in recipe.procedure_options:
@@ -184,41 +207,35 @@ def _with_scores(recipe: Recipe) -> Recipe:
             f"{recipe.procedure} scores whole layers, and divide={recipe.divide} searches parts of them: leave one of "
             "the two out, or give procedure_options the scores of the parts."
         )
-    scores = {block: float(f"{value:.6g}") for block, value in score(recipe).values.items()}
+    scores = {block: float(f"{value:.6g}") for block, value in score(recipe, console).values.items()}
     return replace(recipe, procedure_options={**recipe.procedure_options, "scores": scores})
 
 
 class _Progress:
-    """A bar with the best candidate so far and the time left; called with the finished trials."""
+    """The stage of a search, with the best candidate so far; called with the finished trials."""
 
-    def __init__(self, console: Console, most: int | None, trainings_each: int, jobs: int) -> None:
-        self._bar = progress_bar(console, "{task.fields[left]}")
-        self._task = self._bar.add_task("search", total=most, left="")
-        self._most, self._each, self._jobs = most, trainings_each, jobs
-
-    def __enter__(self) -> _Progress:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
+    def __init__(self, stages: Stages, most: int | None, trainings_each: int) -> None:
+        self._stages, self._most, self._each = stages, most, trainings_each
+        self._is_begun = False
 
     def __call__(self, finished: Sequence[SearchTrial]) -> None:
+        if not self._is_begun:
+            self._is_begun = True
+            if finished:
+                self._stages.say(f"goes on: {len(finished)} trainings are done")
+            self._stages.begin("search, trainings", self._most, done=len(finished), is_bound=True)
         trials: dict[tuple[str, ...], list[SearchTrial]] = {}
         for trial in finished:
             trials.setdefault(trial.blocks, []).append(trial)
         whole = [candidate_of(done) for done in trials.values() if len(done) == self._each]
         best = max((one for one in whole if math.isfinite(one.metric)), key=lambda one: one.metric, default=None)
-        text = "search" if best is None else f"best so far {best.metric:.4g}: {_short(best.blocks)}"
-        left = ""
-        if finished and self._most:
-            seconds = sum(trial.seconds for trial in finished) / len(finished) / self._jobs
-            left = f"at most about {timedelta(seconds=round(seconds * max(0, self._most - len(finished))))} left"
-        self._bar.update(self._task, completed=len(finished), description=text, left=left)
+        self._stages.reach(len(finished))
+        if best is not None:
+            self._stages.note(f"best {best.metric:.4g}: {_short(best.blocks)}")
 
 
 def _short(blocks: tuple[str, ...]) -> str:
-    return ", ".join(blocks) if len(blocks) < 5 else f"{blocks[0]}, {blocks[1]}, ... ({len(blocks)} blocks)"
+    return blocks_in_words(blocks) if len(blocks) < 3 else f"{blocks[0]}, {blocks[1]}, ... ({len(blocks)} blocks)"
 
 
 def search_markdown(result: SearchResult, metric: str) -> str:
@@ -246,3 +263,11 @@ def search_markdown(result: SearchResult, metric: str) -> str:
         f"`{result.procedure}`: {result.trainings} trainings; {means}. {today()}, {packages}; {machine()}.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def noise_of(result: SearchResult) -> list[str]:
+    """How sure the best accuracy is, in words; nothing where something else was measured."""
+    notes = result.trials[0].notes.get("validation", {}) if result.trials else {}
+    if notes.get("metric") != "accuracy" or not math.isfinite(result.metric):
+        return []
+    return [noise(result.metric, notes["examples"], "validation")]

@@ -116,14 +116,19 @@ class RecipeRunner:
 
     def seconds(self, wrap: Wrap, places: Sequence[int] | None = None) -> float:
         """The seconds that one such training takes, estimated from a few timed steps."""
+        base, step, _ = self.timed(wrap, places)
+        return base + self.steps(places) * step
+
+    def timed(self, wrap: Wrap, places: Sequence[int] | None = None) -> tuple[float, float, int]:
+        """Seconds of such a training but its steps, seconds of a step, and bytes at the peak; from a few steps."""
         taken = []
         self.train(wrap, places, max_steps=1)  # the first one of a process also loads what all need
         for steps in (_FEW, _MANY):
             began = time.perf_counter()
-            self.train(wrap, places, max_steps=steps)
+            _, peak = self.train(wrap, places, max_steps=steps)
             taken.append(time.perf_counter() - began)
         step = max(0.0, taken[1] - taken[0]) / (_MANY - _FEW)
-        return taken[0] + (self.steps(places) - _FEW) * step
+        return max(0.0, taken[0] - _FEW * step), step, peak
 
     def steps(self, places: Sequence[int] | None = None) -> int:
         """The number of steps of one such training."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from operator import length_hint
@@ -23,6 +24,7 @@ from transformers import (
     default_data_collator,
     set_seed,
 )
+from transformers.trainer_utils import SaveStrategy
 
 from ...atomic_files import check_replaceable, whole_folder, write_text
 from ...auto import CRITERION, choose_blocks, get_surgical_model
@@ -33,14 +35,16 @@ from ...optim.callback import SurgicalCallback
 from ...optim.optimizer import surgical_optimizer
 from ...policies.policy import Policy
 from ...scoring.block_scores import BlockScores
-from ...scoring.progress import Stages, TrainingStage, counted
+from ...scoring.progress import Counted, Stages, TrainingStage, counted
 from ...scoring.score import score_blocks
+from ...tuner.config import SurgicalConfig
 from ..recipe.recipe import Recipe
 from ..tasks import Examples, Task, load_task
 from ..tasks.source_model import modules_to_save
 from .card import write_card
 from .make_report import make_report, start
 from .report import REPORT, TrainingReport
+from .unfinished import StopAtStep, Unfinished
 
 _ADAPTER = "adapter_config.json"  # by which the adapter of an earlier run is known
 
@@ -50,10 +54,12 @@ def score(recipe: Recipe, console: Console | None = None) -> BlockScores:
 
     It costs at most half of the planned training; `console` is where to tell of it, as for `train`.
     """
-    task = load_task(recipe, ("train",))
     args = recipe.arguments()
     criterion = recipe.make_criterion() or CRITERION
     with Stages(console) as stages:
+        stages.begin("load the data")
+        task = load_task(recipe, ("train",))
+        stages.end()
         task.summary.show(stages.console)
         model = task.load_model().to(args.device)
         batches = loader(task, args)
@@ -87,7 +93,8 @@ def loader(task: Task, args: TrainingArguments) -> DataLoader[Any]:
 def train(recipe: Recipe, output: str | Path | None = None, console: Console | None = None) -> TrainingReport:
     """Choose the blocks, tune them, measure, and save the adapter with its report.
 
-    Choosing the blocks costs at most half of the training.
+    Choosing the blocks costs at most half of the training. Interrupted by Ctrl-C, it saves a checkpoint after the step
+    at hand; called again with the same recipe, data and folder, it goes on from there.
 
     Args:
         recipe: what to do.
@@ -102,41 +109,66 @@ def train(recipe: Recipe, output: str | Path | None = None, console: Console | N
 
     Raises:
         SurgicalError: what the recipe says does not fit, or the training ended in NaN; nothing is saved then.
+        KeyboardInterrupt: it was interrupted; its message says what is kept.
     """
-    args = recipe.arguments() if output is None else recipe.arguments(output_dir=str(output))
+    args = recipe.arguments(**_losses(recipe), **({} if output is None else {"output_dir": str(output)}))
     folder = Path(str(args.output_dir))
     policy = recipe.make_policy()
     check_replaceable(folder / "adapter", _ADAPTER)
     with Stages(console) as stages:
-        stages.begin(f"load {recipe.model} and {recipe.data}")
+        stages.begin("load the data")
         task, beginning = load_task(recipe), start(recipe)
         processor = task.processor or processor_of(recipe.model)
-        for line in task.summary:
-            stages.say(line)
-        model = task.load_model().to(args.device)
-        size = sum(parameter.numel() for parameter in model.parameters())
-        config, scores = recipe.config(), None
-        config.modules_to_save = modules_to_save(recipe, model)
-        if config.blocks == "auto":
-            batches = loader(task, args)
-            budget = budget_of(args, batches)
-            config, scores = choose_blocks(model, config, batches, recipe.num_batches, budget=budget, stages=stages)
-            config.selection = {**(config.selection or {}), "seed": args.seed}
-        wrapped = get_surgical_model(model, config)
-        tuned = sum(parameter.numel() for parameter in wrapped.parameters() if parameter.requires_grad)
+        stages.end()
+        task.summary.show(stages.console)
+        stages.begin("load the model")
+        unfinished = Unfinished(folder, {"recipe": recipe.keys(), "data": beginning.data})
+        _tell_of(unfinished, stages)
+        stopper = StopAtStep(unfinished, stages.say)
+        try:
+            model = task.load_model().to(args.device)
+            size = sum(parameter.numel() for parameter in model.parameters())
+            config, scores = _choose(recipe, task, args, model, unfinished, stages)
+            wrapped = get_surgical_model(model, config)
+            tuned = sum(parameter.numel() for parameter in wrapped.parameters() if parameter.requires_grad)
 
-        def measured(when: str) -> dict[str, float]:
-            stages.begin(f"measure {task.metric} {when} training")
-            names = [split for split in ("validation", "test") if split in task.splits]
-            return {split: task.measure(wrapped, task.splits[split]) for split in names}
+            def measured(when: str) -> dict[str, float]:
+                values: dict[str, float] = {}
+                for split in ("validation", "test"):
+                    if split not in task.splits:
+                        continue
+                    examples = task.splits[split]
+                    stages.begin(f"measure {task.metric} {when} training, {split}", len(examples))
+                    values[split] = task.measure(wrapped, Counted(examples, stages))
+                return values
 
-        before = measured("before")
-        callbacks = [SurgicalCallback(), *([TrainingStage(stages)] if args.disable_tqdm else [])]
-        if recipe.early_stopping_patience is not None:
-            callbacks.append(EarlyStoppingCallback(recipe.early_stopping_patience))
-        eval_examples = task.splits["validation"] if args.eval_strategy != "no" else None
-        trainer = fit(wrapped, args, task.splits["train"], policy, callbacks, task.collate, eval_examples)
-        after = measured("after")
+            if "before" not in unfinished.known:
+                unfinished.keep(before=measured("before"))
+            before = unfinished.known["before"]
+            callbacks: list[TrainerCallback] = [
+                SurgicalCallback(),
+                *([TrainingStage(stages)] if args.disable_tqdm else []),
+                stopper,
+            ]
+            if recipe.early_stopping_patience is not None:
+                callbacks.append(EarlyStoppingCallback(recipe.early_stopping_patience))
+            judged = task.splits["validation"] if args.eval_strategy != "no" else None
+            with stopper.listening():
+                trainer = fit(
+                    wrapped,
+                    args,
+                    task.splits["train"],
+                    policy,
+                    callbacks,
+                    task.collate,
+                    judged,
+                    unfinished.checkpoint,
+                )
+            after = measured("after")
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(unfinished.interrupted(stopper.checkpoint)) from None
+    beginning = replace(beginning, clock=time.monotonic() - unfinished.seconds)
+    unfinished.finished(keeps_checkpoints=args.save_strategy != SaveStrategy.NO)
     _check_finite(wrapped, args, {f"{task.metric} on {split}": value for split, value in after.items()})
     with whole_folder(folder / "adapter", _ADAPTER) as temporary:
         wrapped.save_pretrained(temporary)
@@ -157,6 +189,42 @@ def train(recipe: Recipe, output: str | Path | None = None, console: Console | N
     return report
 
 
+def _losses(recipe: Recipe) -> dict[str, Any]:
+    """Arguments for about twenty losses in a training, unless the recipe says when to log."""
+    is_told = any(key.startswith("logging_st") for key in recipe.training)
+    return {} if is_told else {"logging_strategy": "steps", "logging_steps": 0.05}  # of all steps
+
+
+def _tell_of(unfinished: Unfinished, stages: Stages) -> None:
+    if unfinished.checkpoint:
+        stages.say(f"goes on from {unfinished.checkpoint}, where this training was interrupted")
+    elif unfinished.known:
+        stages.say(f"goes on with what an interrupted start of this training has left in {unfinished.folder}")
+    elif unfinished.is_other:
+        stages.say(f"starts over: the checkpoints in {unfinished.folder} are of another recipe or of other data")
+
+
+def _choose(
+    recipe: Recipe, task: Task, args: TrainingArguments, model: nn.Module, unfinished: Unfinished, stages: Stages
+) -> tuple[SurgicalConfig, BlockScores | None]:
+    """The adapter's config with the blocks chosen, and their scores; as before if this was done before."""
+    config = recipe.config()
+    config.modules_to_save = modules_to_save(recipe, model)
+    if config.blocks != "auto":
+        return config, None
+    if "scores" in unfinished.known:
+        chosen = {key: unfinished.known[key] for key in ("blocks", "selection")}
+        return replace(config, criterion=None, num_blocks=None, **chosen), BlockScores.from_json(
+            unfinished.known["scores"]
+        )
+    batches = loader(task, args)
+    budget = budget_of(args, batches)
+    config, scores = choose_blocks(model, config, batches, recipe.num_batches, budget=budget, stages=stages)
+    config.selection = {**(config.selection or {}), "seed": args.seed}
+    unfinished.keep(blocks=config.blocks, selection=config.selection, scores=scores.to_json())
+    return config, scores
+
+
 def _check_finite(model: nn.Module, args: TrainingArguments, metrics: Mapping[str, float]) -> None:
     """Raise if training diverged (NaN or inf); accuracy does not tell, since NaN has a largest logit too."""
     tuned = [weight for weight in model.parameters() if weight.requires_grad]
@@ -175,22 +243,24 @@ def fit(
     policy: Policy | None = None,
     callbacks: Sequence[TrainerCallback] = (),
     collate: Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]] = default_data_collator,
-    eval_examples: Examples | None = None,
+    judged: Examples | None = None,
+    checkpoint: Path | None = None,
 ) -> Trainer:
     """Train what has `requires_grad` with `Trainer`, each block at its rate; returns the trainer.
 
-    With an `eval_strategy` among the arguments, the loss on `eval_examples` is measured during training.
+    With an `eval_strategy` among the arguments, the loss on the examples `judged` is told as it says. It goes on from
+    a `checkpoint`, if there is one.
     """
     set_seed(args.seed)
     trainer = Trainer(
         model=model,
         args=args,
         train_dataset=examples,
-        eval_dataset=eval_examples,
+        eval_dataset=judged,
         data_collator=collate,
         optimizer_cls_and_kwargs=surgical_optimizer(args, policy),  # type: ignore[arg-type]
         callbacks=list(callbacks),
     )
     trainer.remove_callback(PrinterCallback)  # prints the log as dictionaries where the progress bar is off
-    trainer.train()
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     return trainer

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Self
 
 import torch
@@ -16,7 +19,8 @@ from rich.console import Console
 
 from ...errors import SurgicalError
 from ...quiet import quieten
-from ...rendering import progress_bar
+from ...rendering import clock
+from ...scoring.progress import Stages
 
 SPAWN = multiprocessing.get_context("spawn")  # a forked process would share torch's threads and locks
 
@@ -34,6 +38,7 @@ def shared_threads(jobs: int) -> Iterator[None]:
 
 def start_worker(threads: int, setup: Callable[..., None] | None = None, *settings: Any) -> None:
     """Begin a worker process: limit its threads, silence it, end it with its parent, then call `setup(*settings)`."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches it too, but its parent ends it
     threading.Thread(target=_leave_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     quieten()
@@ -81,21 +86,44 @@ class WorkerPool:
         Raises:
             SurgicalError: a worker was killed. What a job raises goes through, and no further one is begun.
         """
-        with progress_bar(self._console) as progress:
-            bar = progress.add_task(title, total=len(arguments))
-            if self._pool is None:
-                return [function(*given) for given in progress.track(arguments, task_id=bar)]
-            futures = [self._pool.submit(function, *given) for given in arguments]
-            try:
-                for future in as_completed(futures):
-                    future.result()
-                    progress.advance(bar)
-            except BrokenProcessPool as error:
-                raise SurgicalError(
-                    "a worker process was killed, perhaps for want of memory: free some, or let fewer processes share "
-                    "the work, and run the same again. A comparison keeps what is finished."
-                ) from error
-            finally:
-                for future in futures:
-                    future.cancel()
+        began = time.perf_counter()
+        with Stages(self._console) as stages:
+            stages.begin(title, len(arguments))
+            run = self._here if self._pool is None else partial(self._shared, self._pool)
+            results = run(function, arguments, stages)
+            stages.say(f"{title}: {len(arguments)} in {clock(time.perf_counter() - began)}")
+        return results
+
+    def _here(self, function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], stages: Stages) -> list[Any]:
+        results = []
+        for given in arguments:
+            results.append(function(*given))
+            stages.advance()
+        return results
+
+    def _shared(
+        self,
+        pool: ProcessPoolExecutor,
+        function: Callable[..., Any],
+        arguments: Sequence[tuple[Any, ...]],
+        stages: Stages,
+    ) -> list[Any]:
+        futures = []
+        try:
+            futures += [pool.submit(function, *given) for given in arguments]
+            for future in as_completed(futures):
+                future.result()
+                stages.advance()
+        except BrokenProcessPool as error:
+            raise SurgicalError(
+                "a worker process was killed, perhaps for want of memory: free some, or let fewer processes share "
+                "the work, and run the same again. A comparison keeps what is finished."
+            ) from error
+        except KeyboardInterrupt:
+            for process in list(pool._processes.values()):  # what they do may take minutes, and is written whole
+                process.terminate()
+            raise
+        finally:
+            for future in futures:
+                future.cancel()
         return [future.result() for future in futures]

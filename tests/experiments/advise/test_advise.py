@@ -22,9 +22,11 @@ from rich.console import Console
 from surgical_peft import SurgicalConfig, SurgicalError
 from surgical_peft.cli.main import main
 from surgical_peft.experiments.advise import advise as advising
+from surgical_peft.experiments.advise import cost
 from surgical_peft.experiments.advise import successive_halving as halving
 from surgical_peft.experiments.advise.advice import Advice, Difference
 from surgical_peft.experiments.advise.advise import CANDIDATES, advise, plan
+from surgical_peft.experiments.advise.cost import CHOOSING, CostEstimate, estimate
 from surgical_peft.experiments.advise.report import markdown, recipe_lines, sentences, table
 from surgical_peft.experiments.advise.rows import lines_of, twin_of
 from surgical_peft.experiments.advise.successive_halving import (
@@ -38,12 +40,14 @@ from surgical_peft.experiments.advise.successive_halving import (
 from surgical_peft.experiments.compare.methods import make_method
 from surgical_peft.experiments.recipe import Recipe, load_recipe
 from surgical_peft.experiments.tasks.evaluation import Measure
+from surgical_peft.experiments.training.cost import Timing
 from surgical_peft.experiments.training.runner import RecipeRunner
 from surgical_peft.experiments.training.tiny import make_tiny
 from surgical_peft.scoring.selection import Selection
 from tests.support.tiny import write_data, write_recipe
 
 QUIET = Console(file=io.StringIO())
+TIMING = Timing(whole=10.0, last=4.0, step=0.1, measure=1.0, start=2.0, memory=10**9)
 SHORT = (Round(1 / 2), Round(1, methods=2, rates=1))
 
 
@@ -51,11 +55,12 @@ def accuracy(predictions: list[int], references: list[int]) -> float:
     return statistics.fmean(int(a == b) for a, b in zip(predictions, references, strict=True))
 
 
-def bench_of(count: int, measure: Any) -> Any:
+def bench_of(count: int, measure: Any, names_labels: bool = True) -> Any:
     def part(split: str, places: Any = range(count)) -> Any:
         return list(places)
 
-    return SimpleNamespace(task=SimpleNamespace(measure=measure), examples={"validation": range(count)}, part=part)
+    task = SimpleNamespace(measure=measure, names_labels=names_labels)
+    return SimpleNamespace(task=task, examples={"validation": range(count)}, part=part)
 
 
 def judge_of(count: int) -> ValidationJudge:
@@ -203,14 +208,12 @@ def test_no_more_is_trained_than_was_planned() -> None:
     candidates = [candidate(name, 1) for name in CANDIDATES if name != "nothing"]
     runner: Any = PlayedBench()
     halve(candidates, lambda _: [1e-3, 3e-3, 1e-2], runner, Recipe(model="", data=""), judge)
-    runner.seconds = lambda wrap: 2.0
-    what: Any = SimpleNamespace(
-        methods={"full fine-tuning": make_method("full")}, recipe=None, rates=[1e-3, 3e-3, 1e-2]
-    )
-    found = advising._plan(what, runner)
+    methods = {made.title: made for made in map(make_method, CANDIDATES)}
+    what: Any = SimpleNamespace(methods=methods, recipe=None, rates=[1e-3, 3e-3, 1e-2])
+    found = estimate(what, runner, replace(TIMING, whole=2.0, step=2.0 / 80))  # 80 steps, and nothing else
     assert found.trainings == len(runner.asked) == 24
     trained = sum(steps for _, _, steps in runner.asked) / 80
-    assert found.full_trainings == pytest.approx(trained + advising._CHOOSING)
+    assert found.full_trainings == pytest.approx(trained + CHOOSING)
     assert found.seconds == pytest.approx(2 * found.full_trainings)
 
 
@@ -290,7 +293,7 @@ def test_surgery_is_recommended_only_where_it_is_as_good(recommended: str, tied:
 @pytest.mark.parametrize(
     ("kind", "said"),
     [
-        ("input", "features move from the first block on, most in 0"),
+        ("input", "features move from the first block on, most in block 0"),
         ("features", "features move from block 0 on"),
         ("output", "the output moved"),
         ("nothing", "nothing moved"),
@@ -330,6 +333,7 @@ def test_it_leaves_advice_table_and_picture(advised: tuple[Path, Advice]) -> Non
     shown = io.StringIO()
     Console(file=shown, width=80).print(table(advice))
     assert all(row.title in shown.getvalue() for row in advice.methods) and "…" not in shown.getvalue()
+    assert max(map(len, shown.getvalue().splitlines())) <= 80 and "standard error" in shown.getvalue()
     assert markdown(advice).count("\n| ") == 2 + 8 + 2 + 5  # the candidates, and the blocks of the model
 
 
@@ -407,6 +411,40 @@ def test_two_that_tune_the_same_are_trained_once() -> None:
     assert [twin_of(each, every) for each in every.values()] == [None, None, None, "head"]
 
 
+# Whether anything has learned
+
+
+def read_as(predictions: list[int], references: list[int]) -> ShortTraining:
+    groups = tuple(([one], [other]) for one, other in zip(predictions, references, strict=True))
+    return ShortTraining(1e-3, 1.0, accuracy(predictions, references), groups, 0.0)
+
+
+def test_the_constant_answer_is_the_best_of_all_classes() -> None:
+    references = [0] * 15 + [1] * 10
+    found = judge_of(25).constant(read_as([1] * 25, references))
+    assert found is not None and found[0] == 0 and found[1].metric == pytest.approx(15 / 25)
+
+
+def test_what_has_no_classes_has_no_constant_answer() -> None:
+    bare = ValidationJudge(bench_of(25, Measure(accuracy, lambda model, batch: ([], [])), names_labels=False))
+    own = ValidationJudge(bench_of(25, lambda model, examples: 0.5))
+    assert bare.constant(probe([1] * 25)) is None and own.constant(probe([1] * 25)) is None
+
+
+def test_where_nothing_has_learned_nothing_is_recommended(tmp_path: Path) -> None:
+    """Each way answered one class for all, and the smallest of them was recommended: "Tune head"."""
+    write_data(tmp_path / "data", count=24)
+    path = write_recipe(tmp_path, rates=[1e-9, 1e-8], max_steps=2)
+    advice = advise(load_recipe(path), console=QUIET)
+    assert advice.recommended is None and not recipe_lines(advice)
+    assert advice.constant is not None and advice.constant.metric == pytest.approx(1 / 3)
+    said = " ".join(advice.sentences)
+    assert "Nothing has learned yet" in said and "1e-09, 1e-08" in said and "max_steps: 2" in said
+    assert Advice.from_json(advice.to_json()) == advice
+    shown = str(table(advice))
+    assert "recommended" not in shown and advice.constant.answer in shown and "Nothing" in markdown(advice)
+
+
 # Rates
 
 
@@ -419,13 +457,13 @@ def test_two_that_tune_the_same_are_trained_once() -> None:
     ],
 )
 def test_rates_are_the_recipes_or_around_its_rate(keys: dict[str, Any], rates: list[float], tmp_path: Path) -> None:
-    what = advising._comparison(load_recipe(write_recipe(tmp_path, **keys)))
+    what = advising.comparison_of(load_recipe(write_recipe(tmp_path, **keys)))
     assert what.rates == pytest.approx(rates)
 
 
 def test_other_draws_and_methods_are_not_read(tmp_path: Path) -> None:
     path = write_recipe(tmp_path, methods=["full"], seeds=[3, 4], draws=["data", "data"], seed=7)
-    what = advising._comparison(load_recipe(path))
+    what = advising.comparison_of(load_recipe(path))
     assert what.seeds == [7] and what.recipe.draws is None
     assert [each.title for each in map(make_method, CANDIDATES)] == list(what.methods)
 
@@ -438,7 +476,7 @@ def test_other_draws_and_methods_are_not_read(tmp_path: Path) -> None:
 
 def played_advice(recipe: Recipe, metrics: float, monkeypatch: pytest.MonkeyPatch) -> Advice:
     """The advice on a recipe where no step is taken and every model measures the same."""
-    monkeypatch.setattr(RecipeRunner, "seconds", lambda self, wrap: 1.0)
+    monkeypatch.setattr(advising, "estimate", lambda *_: CostEstimate(8, 1.0, 1.0, 1.0, 1))
     monkeypatch.setattr(RecipeRunner, "train", lambda self, wrap, **_: (wrap(copy.deepcopy(self.model)), 0))
     monkeypatch.setattr(ValidationJudge, "read", lambda self, model: ())
     monkeypatch.setattr(ValidationJudge, "metric", lambda self, groups: metrics)
@@ -488,7 +526,9 @@ def test_a_dry_run_trains_a_few_steps_and_writes_nothing(
     path = write_recipe(tmp_path)
     monkeypatch.setattr(advising, "halve", lambda *_, **__: pytest.fail("it trained"))
     assert run(monkeypatch, str(path), "--dry-run", "--json") == 0
-    assert json.loads(capsys.readouterr().out).keys() == {"trainings", "full_trainings", "seconds_each", "seconds"}
+    assert json.loads(capsys.readouterr().out).keys() == {
+        *("trainings", "full_trainings", "seconds_each", "seconds", "memory")
+    }
     assert not (tmp_path / "run").exists()
 
 
@@ -565,9 +605,9 @@ def test_bad_input_is_told_before_any_training(
 
 
 def test_the_plan_is_of_the_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(RecipeRunner, "seconds", lambda self, wrap: 1.5)
+    monkeypatch.setattr(cost, "time_trainings", lambda recipe, runner: replace(TIMING, whole=1.5, step=0.125))
     found = plan(load_recipe(write_recipe(tmp_path, rates=[1e-3, 1e-2])))
-    assert found.seconds == pytest.approx(1.5 * found.full_trainings) and found.trainings > 7
+    assert found.seconds == pytest.approx(1.5 * found.full_trainings) and found.trainings > 7  # 12 steps, and no more
 
 
 def test_steps_of_a_training(tmp_path: Path) -> None:

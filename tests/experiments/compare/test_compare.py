@@ -29,6 +29,7 @@ from transformers import ViTConfig, ViTForImageClassification
 
 from surgical_peft import SurgicalError
 from surgical_peft.cli.main import main
+from surgical_peft.experiments.compare import cost
 from surgical_peft.experiments.compare.compare import compare, plan
 from surgical_peft.experiments.compare.comparison import Comparison, Job
 from surgical_peft.experiments.compare.jobs import KINDS, JobRunner, train_method
@@ -41,6 +42,7 @@ from surgical_peft.experiments.compare.statistics import crossed_interval, t_int
 from surgical_peft.experiments.compare.tables import interval_in_words, markdown, sentences, table
 from surgical_peft.experiments.recipe import load_recipe
 from surgical_peft.experiments.tasks.image_classification import _Images
+from surgical_peft.experiments.training.cost import Timing
 from surgical_peft.experiments.training.profiling import LEAST, MOST, LiveTensors, ms_ratio, step_costs
 from tests.support.cli import QUIET, timeless
 from tests.support.tiny import write_data, write_recipe
@@ -469,12 +471,16 @@ def test_killed_it_resumes_and_gives_the_same_report(tmp_path: Path) -> None:
     assert timeless({**report, "machine": ""}) == timeless({**alone, "machine": ""})
 
 
-def test_dry_run_keeps_nothing(tmp_path: Path) -> None:
+def test_dry_run_keeps_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    timing = Timing(whole=10.0, last=4.0, step=0.1, measure=1.0, start=2.0, memory=10**9)
+    monkeypatch.setattr(cost, "timed_at_once", lambda jobs, *_: timing)
     methods = ["nothing", "full", "bvg_ls"]
     recipe = load_recipe(write_recipe(tmp_path, methods=methods, rates=[1e-2, 1e-3], seeds=[0, 1]))
     found = plan(recipe, jobs=2)
     assert (found.trainings, found.done, found.more) == (2 * 2 + 3 * 2, 0, 2 * 2 * 2)
-    assert found.seconds == pytest.approx(found.seconds_each * 10 / min(2, os.cpu_count() or 1))
+    shared = (10 * 10.0 + 3 * 2 * 1.0) / min(2, os.cpu_count() or 1)  # trainings, and the test data of each method
+    assert found.seconds == pytest.approx(2.0 + 3 * cost._TIMED * 0.1 + cost._ROUNDS * 100.0 + shared)
+    assert "2 jobs" in found.lines()[1] and "2.0 GB" in found.lines()[3]
     assert not (tmp_path / "run").exists()
 
 

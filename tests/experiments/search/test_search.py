@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import os
 import signal
@@ -18,15 +17,16 @@ from typing import Any
 
 import optuna
 import pytest
-from rich.console import Console
 
 from surgical_peft import BlockMap, SurgicalError, procedures
 from surgical_peft.experiments.recipe import load_recipe
 from surgical_peft.experiments.search import search as recipe_search
 from surgical_peft.experiments.search.objective import RecipeObjective
 from surgical_peft.experiments.search.search import plan, search
+from surgical_peft.experiments.training.cost import Timing
+from surgical_peft.scoring.progress import Stages
+from surgical_peft.search.proposals import count_trainings
 from surgical_peft.search.result import SearchResult, SearchTrial
-from surgical_peft.search.run import count_trainings
 from tests.support.cli import QUIET, run
 from tests.support.played import BLOCKS as MAP
 from tests.support.tiny import write_data, write_recipe
@@ -188,33 +188,39 @@ def test_how_many_trainings_the_users_own_procedure_does_is_not_known(tmp_path: 
     assert count_trainings(same_forever, MAP) is None
     with pytest.raises(SurgicalError, match="more than 100 trainings"):
         count_trainings(procedures.random_subsets(num_blocks=2, num_trials=60), MAP, rates=[1, 2], max_trials=100)
-    text = io.StringIO()
-    with recipe_search._Progress(Console(file=text, force_terminal=True, width=120), None, 1, 1) as bar:
-        bar([SearchTrial(("0",), 0.5, seconds=30.0)])
-    assert "best so far 0.5: 0" in text.getvalue() and "left" not in text.getvalue()
+    assert "left" not in shown([SearchTrial(("0",), 0.5, seconds=30.0)], most=None, trainings_each=1)
 
 
-def test_a_plan_trains_next_to_nothing_and_keeps_nothing(tmp_path: Path) -> None:
+def test_a_plan_trains_next_to_nothing_and_keeps_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    timing = Timing(whole=10.0, last=4.0, step=0.1, measure=1.0, start=2.0, memory=10**9)
+    monkeypatch.setattr(recipe_search, "timed_at_once", lambda jobs, *_: timing)
     found = plan(load_recipe(write_recipe(tmp_path, rates=[1e-2, 1e-3], seeds=[0, 1, 2])), jobs=2)
-    assert found.trainings == 6 * 4
-    assert found.seconds == pytest.approx(found.seconds_each * 24 / min(2, os.cpu_count() or 1))
+    assert found.trainings == 6 * 4 and found.seconds_each == 10.0
+    # block 0 and all blocks cost a whole training, block 1 and the head that of the last layer
+    assert found.seconds == pytest.approx(2.0 + 6 * (10 + 4 + 4 + 10) / min(2, os.cpu_count() or 1))
+    assert "2 jobs" in found.lines()[2] and "2.0 GB" in found.lines()[3]
     assert not (tmp_path / "run").exists()
 
 
-def test_the_bar_shows_the_best_whole_candidate_and_the_time_left() -> None:
-    text = io.StringIO()
-    bar = recipe_search._Progress(Console(file=text, force_terminal=True, width=120), most=8, trainings_each=2, jobs=2)
+def shown(finished: Sequence[SearchTrial], **how: Any) -> str:
+    """The stage of a search that has finished these, one of them when it began, after ten seconds."""
+    with Stages(QUIET) as stages:
+        progress = recipe_search._Progress(stages, **how)
+        progress(finished[:1])
+        progress(finished)
+        assert stages._stage is not None
+        stages._stage.began -= 10.0
+        return str(stages._stage)
 
+
+def test_the_best_whole_candidate_and_the_time_left_are_shown() -> None:
     def trial(block: str, metric: float, seed: int) -> SearchTrial:
         return SearchTrial((block,), metric, seconds=30.0, seed=seed)
 
-    told: Sequence[SearchTrial] = [trial("0", 0.5, 0), trial("0", 0.7, 1), trial("1", 0.9, 0)]
-    with bar:
-        bar(told)
-    shown = text.getvalue()
-    assert "best so far 0.6: 0" in shown  # block 1 has had one of its two trainings
-    assert "3/8" in shown
-    assert "at most about 0:01:15 left" in shown  # five of half a minute, by two
+    text = shown([trial("0", 0.5, 0), trial("0", 0.7, 1), trial("1", 0.9, 0)], most=8, trainings_each=2)
+    assert "best 0.6: block 0" in text  # block 1 has had one of its two trainings
+    assert "3 of 8" in text
+    assert "at most about 25 s left" in text  # two in ten seconds, five are left
 
 
 def test_dry_run_and_json_on_the_command_line(
@@ -224,7 +230,7 @@ def test_dry_run_and_json_on_the_command_line(
     capsys.readouterr()
     assert run(monkeypatch, "search", path, "--procedure", "prefix", "--dry-run") == 0
     said = capsys.readouterr().out
-    assert "prefix(): at most 3 trainings." in said and "With 1 job: at most about" in said
+    assert "prefix(): at most 3 trainings." in said and "With 1 job: at most about" in said and "Memory" in said
     assert run(monkeypatch, "search", path, "--json", "--output", str(tmp_path / "there")) == 0
     assert json.loads(capsys.readouterr().out)["cost"]["trainings"] == 4
     assert (tmp_path / "there" / "search" / "table.md").exists()

@@ -57,7 +57,15 @@ def test_auto_writes_down_why(tmp_path: Path, small_splits: None) -> None:
     told = io.StringIO()
     recipe = replace(recipe, training={**RECIPE.training, "max_steps": 6})
     report = train(recipe, tmp_path, Console(file=told, width=200))
-    stages = ["load", "choosing blocks: at most 3", "gradients", "choosing blocks: took", "measure", "train for 6"]
+    stages = [
+        "load",
+        "choosing blocks: at most 3",
+        "gradients",
+        "choosing blocks: took",
+        "measure",
+        "train, steps",
+        "trained 6 steps",
+    ]
     assert all(f"\n{stage}" in "\n" + told.getvalue() for stage in stages)  # a line each
     assert report.selection["cost"]["budget"] == 3 >= report.selection["cost"]["steps"]
     scores = BlockScores.load(tmp_path / "scores.json")

@@ -16,8 +16,9 @@ from ....procedures.procedure import Procedure, as_procedure
 from ....scoring.score import score_blocks
 from ....scoring.selection import Selection
 from ....scoring.selection import top_k as take_top_k
+from ....search.proposals import count_trainings
 from ....search.result import SearchResult
-from ....search.run import count_trainings, run_search
+from ....search.run import run_search
 from ....tuner.config import SurgicalConfig
 from ....validation import check_count, resolve
 from ...search.objective import RecipeObjective

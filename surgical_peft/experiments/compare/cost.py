@@ -1,0 +1,119 @@
+"""The cost of a comparison before it is made, from a few timed steps."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from ...errors import SurgicalError
+from ...rendering import clock
+from ...scoring.selection import Selection
+from ..recipe.recipe import Recipe
+from ..training.cost import Timing, depth_of, memory_in_words, shared, time_in_words, timed_at_once
+from ..training.runner import RecipeRunner
+from .comparison import FULL, Comparison
+from .jobs import JobRunner
+from .lr_grid import MOST
+from .methods import MethodContext, make_method
+from .preflight import context_of
+
+_CHOOSING = 0.5  # of a training: what `auto` takes at most
+_TIMED = 15  # steps of each method that are timed, or counted, at least
+_ROUNDS = 0.05  # of all trainings: what further rounds of that may cost
+
+
+@dataclass(frozen=True)
+class CostEstimate:
+    """What a comparison would cost.
+
+    Attributes:
+        trainings: of all grids; what is done already is among them. Methods that choose the same blocks share theirs.
+        done: how many are.
+        more: at most so many more, where the best rate is at the edge of its grid.
+        seconds_each: of one full fine-tuning; estimated from a few steps, taken in as many processes at once as will
+            share the comparison.
+        seconds: of what is left with its jobs, without `more`, about; choosing, timing and measuring included.
+        memory: bytes that a process takes at most.
+        jobs: processes.
+    """
+
+    trainings: int
+    done: int
+    more: int
+    seconds_each: float
+    seconds: float
+    memory: int
+    jobs: int
+
+    def lines(self) -> list[str]:
+        """The estimate in words."""
+        return [
+            f"{self.trainings} trainings, of which {self.done} are done; one full fine-tuning: about "
+            f"{clock(self.seconds_each)}.",
+            time_in_words(self.seconds, self.jobs),
+            f"At most {self.more} trainings more, where the best rate is at the edge of its grid.",
+            memory_in_words(self.memory, self.jobs),
+        ]
+
+
+def estimate(job_runner: JobRunner, jobs: int) -> CostEstimate:
+    """The cost of the jobs of a comparison that are not done; trains a few steps."""
+    comparison, findings = job_runner.comparison, job_runner.findings
+    first = comparison.firsts[0]
+    runner = job_runner.data.runner(first)
+    timing = timed_at_once(
+        jobs, *((time_trainings, comparison.recipe, runner) if jobs == 1 else (time_trainings, comparison.recipe))
+    )
+    trainings = done = more = 0
+    seconds = choosing = 0.0
+    with tempfile.TemporaryDirectory() as folder:
+        context = context_of(comparison, first, runner, Path(folder))
+        for title, method in comparison.methods.items():
+            grid, each = comparison.grid(title), timing.measure
+            if method.is_trained:
+                each = max(each, timing.seconds(_depth(comparison, title, context)))
+            begun = [job for rate in grid for job in comparison.trainings(title, rate)]
+            left = [job for job in begun if not findings.is_done(job)]
+            trainings, done = trainings + len(begun), done + len(begun) - len(left)
+            more += MOST * len(comparison.trainings(title)) * (len(grid) > 1)
+            seconds += len(left) * each
+            if method.choose and method.preview(context) is None:
+                choosing += len(comparison.trainings(title)) * _CHOOSING * timing.whole
+    tests = len(comparison.methods) * len(comparison.trainings(FULL)) * timing.measure
+    timed = 0.0
+    if not findings.is_done(comparison.costs):
+        timed = len(comparison.methods) * _TIMED * timing.step + min(_ROUNDS * seconds, 60.0)
+    whole = timing.start + timed + shared(seconds + choosing + tests, jobs, longest=timing.whole)
+    return CostEstimate(trainings, done, more, timing.whole, whole, timing.memory, jobs)
+
+
+def _depth(comparison: Comparison, title: str, context: MethodContext) -> float:
+    """Of the first layer that a method trains; the first of all where it does not say."""
+    method = comparison.methods[title]
+    known = method.preview(context) if method.choose else None
+    blocks = context.blocks
+    return depth_of(known.blocks, blocks.names, blocks.layers) if known else 0.0
+
+
+def time_trainings(recipe: Recipe, runner: RecipeRunner | None = None) -> Timing:
+    """Time full fine-tuning and the last layer alone."""
+    began, comparison = time.perf_counter(), Comparison(recipe)
+    runner = runner or RecipeRunner(comparison.recipe_of(0, comparison.seeds[0]))
+    start, validation = time.perf_counter() - began, runner.part("validation")
+    recipe = runner.recipe
+    measure, full = runner.task.measure, comparison.methods[FULL]
+    measure(runner.model, validation)  # what is made once is made now
+    began = time.perf_counter()
+    measure(runner.model, validation)
+    measuring = time.perf_counter() - began
+    last = Selection(runner.blocks.layers[-1:])
+    base, step, peak = runner.timed(lambda model: full.wrap(model, Selection(()), recipe))
+    try:
+        late_base, late_step, _ = runner.timed(lambda model: make_method("last").wrap(model, last, recipe))
+    except SurgicalError:  # a layer that cannot be tuned alone
+        late_base, late_step = base, step
+    steps = runner.steps()
+    whole, late = base + steps * step + measuring, late_base + steps * late_step + measuring
+    return Timing(whole, late, step, measuring, start, peak)

@@ -1,0 +1,1 @@
+"""`surgical-peft start`: from a model and data to a recipe."""

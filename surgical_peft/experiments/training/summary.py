@@ -1,0 +1,52 @@
+"""The report of a training as a table for the terminal, and in words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ...blocks.block_map import blocks_in_words
+from ...rendering import TextTable, clock
+from .questions import QUESTIONS, noise
+from .report import TrainingReport
+
+
+def table(report: TrainingReport) -> TextTable:
+    """The metric before and after on each split, under what was tuned."""
+    rows = [
+        [split, f"{report.dataset.examples[split]:,}", *_numbers([before, report.after[split]])]
+        for split, before in report.before.items()
+    ]
+    return TextTable(
+        f"Tuned: {tuned_in_words(report)}",
+        ["split", "examples", "before", "after"],
+        rows,
+        [f"Before, after: {report.metric} of the model as it was and as it is tuned; higher is better."],
+        bold=range(len(rows)),
+    )
+
+
+def tuned_in_words(report: TrainingReport) -> str:
+    """What was tuned: blocks, or modules by name."""
+    if report.blocks:
+        return blocks_in_words(report.blocks)
+    targets = report.target_modules
+    return f"modules {targets if isinstance(targets, str) else ', '.join(targets)}"
+
+
+def last_lines(report: TrainingReport) -> list[str]:
+    """What it cost, how sure the result is, and what question it answers."""
+    share = report.tuned_parameters / report.all_parameters
+    lines = [
+        f"{report.tuned_parameters:,} of {report.all_parameters:,} parameters tuned ({share:.1%}), in "
+        f"{clock(report.seconds)}.",
+        f"Adapter: {report.adapter}",
+    ]
+    *_, split = report.after
+    if report.metric == "accuracy":
+        lines.append(noise(report.after[split], report.dataset.examples[split], split))
+    return [*lines, QUESTIONS["train"]]
+
+
+def _numbers(values: Sequence[float]) -> list[str]:
+    shares = all(0 <= value <= 1 for value in values)  # not a log-likelihood, say
+    return [f"{value:.1%}" if shares else f"{value:.4g}" for value in values]

@@ -1,0 +1,149 @@
+"""An interrupted training: Ctrl-C saves a checkpoint after the step at hand, and the same training again goes on."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from ...atomic_files import write_text
+
+_FILE = "unfinished.json"  # in the folder of the results, and in each checkpoint
+
+
+class Unfinished:
+    """What a training that has not ended yet keeps for its next start, in the folder of its results.
+
+    Attributes:
+        folder: of the results.
+        identity: plain data that tell one training from another.
+        known: what an earlier start of the same training had chosen and measured; empty at the first.
+        checkpoint: the newest checkpoint of the same training; None if there is none.
+        is_other: whether checkpoints lie there of an unfinished training by another recipe or on other data.
+
+    Example:
+        >>> unfinished = Unfinished(Path("runs/mine"), {"recipe": recipe.keys()})
+        >>> unfinished.keep(before={"validation": 0.1})
+    """
+
+    def __init__(self, folder: Path, identity: Mapping[str, Any]) -> None:
+        self.folder = folder
+        self.identity = json.loads(json.dumps(identity, sort_keys=True, default=str))
+        self._began = time.monotonic()
+        kept = _read(folder / _FILE)
+        is_same = kept is not None and kept.get("identity") == self.identity
+        self.known: dict[str, Any] = dict(kept["known"]) if kept is not None and is_same else {}
+        checkpoints = sorted(self._checkpoints(), key=_step)
+        self.checkpoint = checkpoints[-1] if is_same and checkpoints else None
+        self.is_other = kept is not None and not is_same and bool(self._marked())
+
+    @property
+    def seconds(self) -> float:
+        """The time that the training has taken, its earlier starts included."""
+        return float(self.known.get("seconds", 0.0)) + time.monotonic() - self._began
+
+    def keep(self, **known: Any) -> None:
+        """Keep what the next start of the same training need not do again."""
+        self.known |= known
+        write_text(self.folder / _FILE, json.dumps({"identity": self.identity, "known": self.known}, indent=1) + "\n")
+
+    def interrupted(self, checkpoint: Path | None) -> str:
+        """Keep the time that it has taken, and say what is kept and how to go on."""
+        if not self.known:
+            return "Nothing was trained yet, and nothing is kept."
+        self.keep(seconds=self.seconds)
+        if kept := checkpoint or self.checkpoint:
+            return f"Kept: {kept} (step {_step(kept)}). The same command goes on from there."
+        return f"Kept in {self.folder}: what was chosen and measured before. The same command goes on from there."
+
+    def finished(self, keeps_checkpoints: bool) -> None:
+        """Forget all that was kept; with `keeps_checkpoints` all but the checkpoints, as the recipe asks for them."""
+        (self.folder / _FILE).unlink(missing_ok=True)
+        for checkpoint in self._checkpoints():
+            if keeps_checkpoints:
+                (checkpoint / _FILE).unlink()
+            else:
+                shutil.rmtree(checkpoint)
+
+    def mark(self, checkpoint: Path) -> None:
+        """Write into a checkpoint which training it is of."""
+        write_text(checkpoint / _FILE, json.dumps({"identity": self.identity}) + "\n")
+
+    def _checkpoints(self) -> list[Path]:
+        return [path for path in self._marked() if (_read(path / _FILE) or {}).get("identity") == self.identity]
+
+    def _marked(self) -> list[Path]:
+        folders = self.folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+        return [path for path in folders if _step(path) >= 0 and (path / _FILE).exists()]
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # none, or what is no longer whole: then the training starts over
+        return None
+
+
+def _step(path: Path) -> int:
+    number = path.name.rpartition("-")[2]
+    return int(number) if number.isdigit() else -1
+
+
+class StopAtStep(TrainerCallback):
+    """Ends a training at Ctrl-C after the step at hand, with a checkpoint; a second Ctrl-C ends it at once.
+
+    Args:
+        unfinished: says which training a checkpoint is of.
+        say: prints a line.
+
+    Attributes:
+        is_asked: Ctrl-C was pressed.
+        checkpoint: the last that was saved.
+    """
+
+    def __init__(self, unfinished: Unfinished, say: Callable[[str], None]) -> None:
+        self._unfinished, self._say = unfinished, say
+        self.is_asked = False
+        self.checkpoint: Path | None = None
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Inside, the first Ctrl-C is noted; the interrupt is raised at the end."""
+        if threading.current_thread() is not threading.main_thread():  # others get no signals
+            yield
+            return
+        self._before = signal.signal(signal.SIGINT, self._note)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, self._before)
+        if self.is_asked:
+            raise KeyboardInterrupt
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.is_asked = True
+        signal.signal(signal.SIGINT, self._before)
+        self._say("interrupted: saves a checkpoint after this step; Ctrl-C again stops at once")
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Ask for a checkpoint and for the end."""
+        if self.is_asked:
+            control.should_save = control.should_training_stop = True
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Write into the checkpoint which training it is of."""
+        self.checkpoint = Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        if state.is_world_process_zero:
+            self._unfinished.mark(self.checkpoint)

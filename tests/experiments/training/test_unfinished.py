@@ -1,0 +1,103 @@
+"""Ctrl-C in a training keeps a checkpoint, and the same training again ends as one that was not interrupted."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from surgical_peft import SurgicalCallback
+from surgical_peft.experiments.recipe import Recipe, load_recipe
+from surgical_peft.experiments.training import train as module
+from surgical_peft.experiments.training.train import train
+from tests.support.tiny import write_recipe
+
+Interrupt = Callable[[int], None]
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Recipe:
+    return load_recipe(write_recipe(tmp_path, learning_rate=1e-2, policy="layer_decay"))  # 12 steps
+
+
+@pytest.fixture
+def interrupt_at(monkeypatch: pytest.MonkeyPatch) -> Interrupt:
+    def at(step: int) -> None:
+        class Pressed(SurgicalCallback):
+            def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+                super().on_step_end(args, state, control, **kwargs)
+                if state.global_step == step:
+                    os.kill(os.getpid(), signal.SIGINT)
+
+        monkeypatch.setattr(module, "SurgicalCallback", Pressed)
+
+    return at
+
+
+def weights(folder: Path) -> bytes:
+    return (folder / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+def told(recipe: Recipe, folder: Path) -> str:
+    out = io.StringIO()
+    train(recipe, folder, Console(file=out))
+    return out.getvalue()
+
+
+def test_a_rerun_goes_on_and_ends_the_same(
+    recipe: Recipe, tmp_path: Path, interrupt_at: Interrupt, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    straight = train(recipe, tmp_path / "straight")
+    interrupt_at(8)
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt, match="checkpoint-8"):
+        train(recipe, tmp_path / "stopped")
+    assert signal.getsignal(signal.SIGINT) is handler and not (tmp_path / "stopped" / "adapter").exists()
+    interrupt_at(-1)
+    monkeypatch.setattr(module, "choose_blocks", None)  # is not to be called again
+    text = told(recipe, tmp_path / "stopped")
+    assert "checkpoint-8" in text and "trained 4 steps" in text
+    assert weights(tmp_path / "stopped") == weights(tmp_path / "straight")
+    written = {path.name for path in (tmp_path / "straight").iterdir()}
+    assert {path.name for path in (tmp_path / "stopped").iterdir()} == written
+    report = module.TrainingReport.from_json(module.json.loads((tmp_path / "stopped" / "report.json").read_text()))
+    assert (report.before, report.after, report.blocks) == (straight.before, straight.after, straight.blocks)
+
+
+def test_another_recipe_does_not_go_on_from_it(recipe: Recipe, tmp_path: Path, interrupt_at: Interrupt) -> None:
+    interrupt_at(3)
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe, tmp_path / "run")
+    interrupt_at(-1)
+    other = replace(recipe, training={**recipe.training, "learning_rate": 1e-3})
+    text = told(other, tmp_path / "run")
+    assert "starts over" in text and "trained 12 steps" in text
+
+
+def test_a_finished_training_begins_anew(recipe: Recipe, tmp_path: Path) -> None:
+    """Also where its recipe saves checkpoints, which stay."""
+    saving = replace(recipe, training={**recipe.training, "save_strategy": "epoch"})
+    for _ in range(2):
+        assert "trained 12 steps" in told(saving, tmp_path / "run")
+    assert (tmp_path / "run" / "checkpoint-12").exists()
+
+
+def test_before_the_first_step_the_choice_is_kept(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def pressed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "fit", pressed)
+    with pytest.raises(KeyboardInterrupt, match="same command"):
+        train(recipe, tmp_path / "run")
+    monkeypatch.undo()
+    monkeypatch.setattr(module, "choose_blocks", None)
+    assert "goes on" in told(recipe, tmp_path / "run")
