@@ -11,9 +11,25 @@ from torch.utils.data import ConcatDataset
 
 from ..recipe.recipe import Recipe
 from ..recipe.sections import DataSection
-from ..tasks import load_task
+from ..tasks import Examples, load_task
 from ..training.runner import RecipeRunner, Remembered
 from .comparison import Comparison, Job
+
+
+def make_examples(recipe: Recipe, is_test: bool, folder: Path | None, room: int) -> None:
+    """Make each example that is trained or tested on once: one that cannot be made is told as its task tells it.
+
+    At most `room` bytes of a split are kept in a folder, if there is one.
+    """
+    for split, examples in _open(recipe, is_test).items():
+        Remembered(examples, split, room=room if folder else 0).make_all(folder)
+
+
+def _open(recipe: Recipe, is_test: bool) -> dict[str, Examples]:
+    """What a training is measured on, as `test`; or the splits that it needs."""
+    if is_test:
+        return {"test": load_task(recipe, ("test",)).splits["test"]}
+    return load_task(recipe, ("train", "validation")).splits
 
 
 class LoadedData:
@@ -52,7 +68,7 @@ class LoadedData:
         return hashlib.sha256(known.encode()).hexdigest()[:24]
 
     def made_of(self, recipe: Recipe) -> Path | None:
-        """Folder of these examples."""
+        """Folder of these examples, if they are made once for all processes."""
         return self.made and self.made / self.name_of(recipe)
 
     def forget(self) -> None:
@@ -63,9 +79,6 @@ class LoadedData:
     def _examples(self, kind: str, recipes: list[Recipe]) -> ConcatDataset[Any]:
         key = [(recipe.model, recipe.data) for recipe in recipes]
         if kind not in self._measured or self._measured[kind][0] != key:
-            parts = [
-                Remembered(load_task(recipe, ("test",)).splits["test"], "test", self.made_of(recipe))
-                for recipe in recipes
-            ]
+            parts = [Remembered(_open(recipe, True)["test"], "test", self.made_of(recipe)) for recipe in recipes]
             self._measured[kind] = key, ConcatDataset(parts)
         return self._measured[kind][1]

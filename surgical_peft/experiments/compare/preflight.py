@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
@@ -15,11 +15,11 @@ from ...optim.optimizer import surgical_optimizer
 from ...scoring.selection import Selection
 from ..recipe.recipe import Recipe
 from ..training.activation_cache import ROOM
-from ..training.runner import RecipeRunner, make_examples
+from ..training.runner import RecipeRunner
 from ..training.train import loader
 from ..training.workers import WorkerPool
 from .comparison import Comparison, Job
-from .loaded import LoadedData
+from .loaded import LoadedData, make_examples
 from .methods import MethodContext
 
 
@@ -106,14 +106,13 @@ def _refuse(misfits: Mapping[str, str], count: int) -> None:
         raise SurgicalError(f"{len(misfits)} of {count} methods do not fit; change them, or leave them out:{lines}")
 
 
-def _all_data(comparison: Comparison, data: LoadedData) -> list[tuple[Recipe, Sequence[str], Path | None, int]]:
-    """For `make_examples`: all that will be trained on or measured, once; together no more than `ROOM` is kept."""
+def _all_data(comparison: Comparison, data: LoadedData) -> list[tuple[Recipe, bool, Path | None, int]]:
+    """For `make_examples`: all that will be trained or tested on, once; together no more than `ROOM` is kept."""
     pairs = [(source, seed) for source in range(len(comparison.sources)) for seed in comparison.seeds]
-    wanted: list[tuple[Recipe, tuple[str, ...]]]
-    wanted = [(comparison.recipe_of(*pair), ("train", "validation")) for pair in pairs]
-    wanted += [(recipe, ("test",)) for pair in pairs for recipe in comparison.test_recipes(*pair)]
+    wanted = [(comparison.recipe_of(*pair), False) for pair in pairs]
+    wanted += [(recipe, True) for pair in pairs for recipe in comparison.test_recipes(*pair)]
     if comparison.recipe.source_data is not None:
-        wanted += [(comparison.source_recipe(source), ("test",)) for source in range(len(comparison.sources))]
-    by_name = {(data.name_of(recipe), splits): recipe for recipe, splits in wanted}
-    room = ROOM // sum(len(splits) for _, splits in by_name)
-    return [(recipe, splits, data.made_of(recipe), room) for (_, splits), recipe in by_name.items()]
+        wanted += [(comparison.source_recipe(source), True) for source in range(len(comparison.sources))]
+    by_name = {(data.name_of(recipe), is_test): recipe for recipe, is_test in wanted}
+    room = ROOM // (2 * len(by_name))  # of each split
+    return [(recipe, is_test, data.made_of(recipe), room) for (_, is_test), recipe in by_name.items()]

@@ -40,7 +40,7 @@ class RecipeRunner:
     Args:
         recipe: what to train.
         splits: of its data.
-        made: folder with the examples that `make_examples` made before.
+        made: folder with examples that were made and saved before.
 
     Attributes:
         recipe: as given.
@@ -181,34 +181,18 @@ class _Unrecorded(SurgicalCallback):
         self._history = None
 
 
-def make_examples(recipe: Recipe, splits: Sequence[str], folder: Path | None, room: int = ROOM) -> None:
-    """Make each example of a recipe once: one that cannot be made is told as its task tells it.
-
-    Args:
-        recipe: what to read.
-        splits: of its data.
-        folder: where to keep them for `Remembered` of other processes; None: nowhere.
-        room: bytes of a split to keep.
-    """
-    for split, examples in load_task(recipe, splits).splits.items():
-        remembered = Remembered(examples, room=room if folder else 0)
-        for index in range(len(remembered)):
-            remembered[index]
-        if folder:
-            remembered.save(folder / f"{split}.pt")
-
-
 class Remembered(Dataset[Item]):
     """Examples of a split, each made once; beyond `room` bytes they are made anew every time.
 
-    Those that `make_examples` kept in the folder `made` are read from there: processes share them.
+    Those that were saved in the folder `made` as `{split}.pt` are read from there: processes share them.
     """
 
     def __init__(self, examples: Examples, split: str = "", made: Path | None = None, room: int = ROOM) -> None:
-        self._examples, self._room, self._size = examples, room, 0
+        self._examples, self._split, self._room, self._size = examples, split, room, 0
         self._made: dict[int, Item] = {}
         if made and (file := made / f"{split}.pt").exists():
-            self._made = dict(enumerate(_rows(torch.load(file, mmap=True, weights_only=False))))
+            indices, kept = torch.load(file, mmap=True, weights_only=False)
+            self._made = dict(zip(indices, _rows(kept), strict=True))
 
     def __len__(self) -> int:
         return len(self._examples)
@@ -222,13 +206,18 @@ class Remembered(Dataset[Item]):
             self._size += sum(torch.as_tensor(value).nbytes for value in item.values())
         return item
 
-    def save(self, path: Path) -> None:
-        """Keep the examples made so far, which are the first ones: as columns where all are tensors of one shape."""
+    def make_all(self, folder: Path | None = None) -> None:
+        """Make each example, and save those that there is room for: as columns where all are tensors of one shape."""
+        for index in range(len(self)):
+            self[index]
+        if folder is None:
+            return
         items = list(self._made.values())
         first = items[0] if items else {}
         is_column = all(isinstance(value, Tensor) for value in first.values()) and len({*map(_shape, items)}) == 1
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save({key: torch.stack([item[key] for item in items]) for key in first} if is_column else items, path)
+        kept = {key: torch.stack([item[key] for item in items]) for key in first} if is_column else items
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.save((list(self._made), kept), folder / f"{self._split}.pt")
 
 
 class Part(Dataset[Any]):

@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from surgical_peft.experiments.recipe import load_recipe
-from surgical_peft.experiments.training.runner import RecipeRunner, Remembered, make_examples
+from surgical_peft.experiments.training.runner import RecipeRunner, Remembered
 from tests.support.tiny import write_recipe
 
 
@@ -38,9 +38,8 @@ TEXTS = [{"input_ids": [1] * (number + 1), "labels": number} for number in range
 @pytest.mark.parametrize("room", [0, 10, 2**20])
 def test_examples_are_kept_as_they_are(items: list[Any], room: int, tmp_path: Path) -> None:
     """Those for which there is no room are made anew."""
-    first = Remembered(items, room=room)
-    assert len([first[index] for index in range(5)]) == 5
-    first.save(tmp_path / "train.pt")
+    first = Remembered(items, "train", room=room)
+    first.make_all(tmp_path)
     kept = len(first._made)
     assert (kept == {0: 0, 2**20: 5}.get(room, kept) and kept < 5) or room == 2**20
     never = [pytest.fail if index < kept else item for index, item in enumerate(items)]
@@ -53,6 +52,9 @@ def test_examples_are_kept_as_they_are(items: list[Any], room: int, tmp_path: Pa
 
 def test_a_training_with_kept_examples_is_the_same(tmp_path: Path) -> None:
     recipe = load_recipe(write_recipe(tmp_path))
-    make_examples(recipe, ("train", "validation"), tmp_path / "made")
-    plain, kept = (RecipeRunner(recipe, made=made).train(add_lora)[0] for made in (None, tmp_path / "made"))
+    runner = RecipeRunner(recipe)
+    plain, _ = runner.train(add_lora)
+    for examples in runner.examples.values():
+        examples.make_all(tmp_path / "made")
+    kept, _ = RecipeRunner(recipe, made=tmp_path / "made").train(add_lora)
     assert all(torch.equal(weight, kept.state_dict()[name]) for name, weight in plain.state_dict().items())
