@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 import warnings
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -19,6 +21,8 @@ NO_GRADIENT = (
     "Look at the labels and at loss_fn; a head of zeros lets no gradient through, and a contrastive loss needs "
     "batches of several examples."
 )
+
+GIVEN_UP, GUESSED = "given up", "guessed"  # what the score of a unit is that was not measured to the end
 
 Criterion = Callable[..., Any]
 C = TypeVar("C", bound=Criterion)
@@ -43,6 +47,17 @@ class Needs:
     decay: float = 1.0
     parts: int = 1
     batches: int = 5
+
+
+def range_of(criterion: Criterion) -> str | None:
+    """Range and unit of the scores, as the docstring of a criterion has them after `Range:`, up to the first stop.
+
+    Example:
+        >>> range_of(criteria.rgn)
+        '0 upwards, no unit'
+    """
+    text = " ".join((inspect.getdoc(criterion) or "").split())
+    return found[1] if (found := re.search(r"\bRange: (.*?)\.(?: |$)", text)) else None
 
 
 def over_batches(*, decay: float = 1.0, parts: int = 1, batches: int = 5) -> Callable[[C], C]:

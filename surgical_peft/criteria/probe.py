@@ -8,7 +8,7 @@ from itertools import pairwise
 
 from ..errors import SurgicalError
 from .budget import GRADIENTS
-from .criterion import of_model
+from .criterion import GIVEN_UP, GUESSED, of_model
 from .depth_gain import by_depth
 from .short_training.context import ScoringContext
 from .short_training.short_run import WORST, ShortRun, gains_and_loss, log_loss_reduction
@@ -46,11 +46,12 @@ def probe(context: ScoringContext, *, pace: float = PACE, thrift: float = 0.15) 
     that fit; later rounds as far as they fit. Where not even two units can be trained: a quarter of the logarithm of
     `depth_gain` on as many batches as fit.
 
-    Range: any number, no unit; without the second term 0.7 = half of the loss is gone, and a training that diverged
-    has -14. Cost: gradients of all batches; as many training steps for each unit that is trained, most of them late
-    and cheap, and again, up to three times, for two that are close, each round with a forward pass of the batches;
-    layers below the unit are run once for each batch (`Prefix`). Memory: those layers' outputs, one gradient and two
-    float32 numbers for each weight, and on the CPU, twice, the weights in the race with Adam's numbers.
+    Range: any number, no unit: about 0.7 where half of the loss is gone, below zero where nothing is won for the rate
+    that it takes, -14 where a training diverged. Cost: gradients of all batches; as many training steps for each unit
+    that is trained, most of them late and cheap, and again, up to three times, for two that are close, each round with
+    a forward pass of the batches; layers below the unit are run once for each batch (`Prefix`). Memory: those layers'
+    outputs, one gradient and two float32 numbers for each weight, and on the CPU, twice, the weights in the race with
+    Adam's numbers.
 
     Raises:
         SurgicalError: fewer than 2 batches; a loss that is not above 0; a loss or a gradient that is NaN or infinite;
@@ -69,6 +70,7 @@ def probe(context: ScoringContext, *, pace: float = PACE, thrift: float = 0.15) 
     kept = ranked(prior)[: math.ceil(FAVORITES * len(prior))]
     favorite = kept[0]
     kept += [name for name in rates if name not in kept and context.share_run(name) <= CHEAP]
+    context.basis.update(dict.fromkeys(prior, GUESSED))
     if context.budget.is_given:
         kept = _paid(context, [name for name in ranked(prior) if name in kept])
         if not is_race or favorite not in kept or len(kept) < min(2, len(prior)):
@@ -94,6 +96,9 @@ def probe(context: ScoringContext, *, pace: float = PACE, thrift: float = 0.15) 
         runs = {name: runs[name] for name in (best, *(n for n in others if scores[best] - scores[n] < MARGIN))}
         if len(runs) == 1:
             break
+    context.basis.update(dict.fromkeys(kept, GIVEN_UP))
+    for name in rounds[-1]:
+        del context.basis[name]
     scores = reduce(lambda later, earlier: given_up(earlier, later), reversed(rounds))
     return {name: scores.get(name, scores[favorite] + prior[name] - prior[favorite]) for name in rates}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,6 +30,7 @@ class BlockScores:
             does not define a score of them.
         criterion, granularity, num_batches, model_name: the settings of the scoring.
         layer_paths: those of the `BlockMap`: which modules are the layers, where they were not found but named.
+        basis: of units whose score is no measurement of their own: `"given up"` early, or `"guessed"`.
 
     Example:
         >>> scores.values["embeddings"]
@@ -46,6 +47,7 @@ class BlockScores:
     num_batches: int
     model_name: str
     layer_paths: tuple[str, ...] = ()
+    basis: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         wrong = ", ".join(f"{name} ({value})" for name, value in self.values.items() if not math.isfinite(value))

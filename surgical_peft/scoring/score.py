@@ -129,6 +129,7 @@ def score_blocks(
         }
         zero = _zero_units(units, lent)
         scored = {name: unit for name, unit in units.items() if name not in zero}
+        basis: dict[str, str] = {}
         for weight in (weight for name in zero for weight in units[name].values()):
             weight.requires_grad_(False)  # its gradient is not read
         if needs.what == "model":
@@ -153,6 +154,7 @@ def score_blocks(
             values = broadcast_from_first(
                 {name: as_finite_float(returned[name], score, name) for name in scored if name in returned}
             )
+            basis = {name: context.basis[name] for name in values if name in context.basis}
             total = len(on_device)  # a budget may drop some of them
         else:
             values = {}
@@ -186,6 +188,7 @@ def score_blocks(
         num_batches=total,
         model_name=blocks.model_name,
         layer_paths=blocks.layer_paths,
+        basis=basis,
     )
 
 

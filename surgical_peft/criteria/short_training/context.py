@@ -30,6 +30,7 @@ class ScoringContext:
         batches: labeled batches, on the model's device.
         loss_fn: `(model, batch) -> scalar loss`.
         budget: counts what `loss` and the backward pass after it cost.
+        basis: to be filled in: units whose score is no measurement of their own, with `GIVEN_UP` or `GUESSED`.
         agreed: broadcasts the numbers of the first process: the next step depends on them, and trained weights may
             differ in the last bit between machines.
     """
@@ -44,6 +45,7 @@ class ScoringContext:
     budget: Budget = field(default_factory=Budget)
     prefix: Prefix = field(init=False)
     _masters: list[tuple[nn.Parameter, nn.Parameter]] = field(init=False, default_factory=list)
+    basis: dict[str, str] = field(init=False, default_factory=dict)
     known: dict[str, Any] = field(init=False, default_factory=dict)  # results that several criteria use
 
     def __post_init__(self) -> None:
