@@ -20,6 +20,7 @@ sweeps: install  ## each block tuned alone on two shifts, into benchmarks/sweeps
 	for shift in noise label_map; do \
 	  $(BIN)/surgical-peft search recipes/sweep_$$shift.yaml --jobs 2 --output benchmarks/sweeps/$$shift || exit; \
 	done
+	$(BIN)/python benchmarks/pictures.py
 
 cards: install data/mail/minilm-spam/measured.json  ## train each recipe that makes one adapter, into model_cards/: about 10 minutes on 2 cores
 	for name in $(CARDS); do \

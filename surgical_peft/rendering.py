@@ -14,6 +14,7 @@ from .atomic_files import whole_file
 from .errors import SurgicalError
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from rich.console import Console, ConsoleOptions
     from rich.text import Text
@@ -47,6 +48,16 @@ def new_figure(path: str | Path, width: float, height: float, dpi: float = 150) 
     yield figure
     with whole_file(path) as temporary:
         figure.savefig(temporary)
+
+
+def mark_cut(axes: Axes, name: str) -> None:
+    """Mark the axis `"x"` or `"y"` as one that does not begin at zero: two strokes where it begins, and in words."""
+    axis = axes.xaxis if name == "x" else axes.yaxis
+    axis.set_label_text(f"{axis.get_label_text()}\n(the axis is cut: it does not begin at 0)")
+    for at in (0.02, 0.04):
+        place = ([at], [0]) if name == "x" else ([0], [at])
+        stroke = [(-0.5, -1), (0.5, 1)] if name == "x" else [(-1, -0.5), (1, 0.5)]
+        axes.plot(*place, marker=stroke, markersize=7, color="#222222", clip_on=False, transform=axes.transAxes)
 
 
 def markdown_row(cells: Sequence[str]) -> str:

@@ -131,7 +131,7 @@ class BlockScores:
         """Draw the scores as bars, first block at the top, and write them to `path` (png, pdf or svg)."""
         from .plot import plot_scores
 
-        plot_scores({self.model_name: self}, path)
+        plot_scores({"": self}, path)
 
 
 def normalize(values: dict[str, float], how: str) -> dict[str, float]:

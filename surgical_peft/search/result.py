@@ -210,15 +210,19 @@ class SearchResult:
         """Read what `save` wrote."""
         return cls.from_json(Path(path).read_text(encoding="utf-8"))
 
-    def plot(self, path: str | Path) -> None:
+    def plot(self, path: str | Path, metric: str = "validation metric") -> None:
         """Draw the profile: a bar for each block that was tuned alone, the head and all blocks together as lines.
+
+        Args:
+            path: of the picture (png, pdf or svg).
+            metric: its name, for the axis.
 
         Raises:
             SurgicalError: no block was tuned alone, so there is no profile.
         """
         from .profile_plot import plot_profile
 
-        plot_profile(self, path)
+        plot_profile({f"{self.trainings} trainings by {self.procedure.partition('(')[0]}": self}, path, metric)
 
 
 def state_of(trials: Sequence[SearchTrial]) -> str:

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,15 +8,25 @@ import pytest
 from rich.console import Console
 
 from surgical_peft import SurgicalError
-from surgical_peft.experiments.quickstart import trials
-from surgical_peft.experiments.quickstart.quickstart import best_surgical_run, quickstart, runs_at_best_rates
-from surgical_peft.experiments.quickstart.trials import METHODS, SHIFTS, Run
+from surgical_peft.experiments.compare.comparison import Comparison
+from surgical_peft.experiments.compare.report import ComparisonReport
+from surgical_peft.experiments.quickstart import quickstart as module
+from surgical_peft.experiments.quickstart.quickstart import (
+    METHODS,
+    SHIFTS,
+    best_surgical,
+    check_reload,
+    quickstart,
+    shipped,
+)
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
 def test_a_short_quickstart_writes_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One draw and a few steps: the numbers mean nothing, the whole path is walked, the reload check included."""
-    few = {name: replace(each, rates=each.rates[: 2 if name == "head" else 1]) for name, each in METHODS.items()}
-    monkeypatch.setattr(sys.modules[quickstart.__module__], "METHODS", few)
+    monkeypatch.setattr(module, "RATES", [1e-3])
+    monkeypatch.setitem(METHODS, "head", {"blocks": {"names": ["head"], "rates": [1e-3, 3e-3]}})
     monkeypatch.chdir(tmp_path)  # Trainer once left an empty folder `runs` there
     console = Console(record=True, width=160)
     report = quickstart(tmp_path / "out", console, epochs=0.2, seeds=[1])
@@ -31,6 +40,7 @@ def test_a_short_quickstart_writes_everything(tmp_path: Path, monkeypatch: pytes
     assert by_name["full fine-tuning"]["parameters"] == 205_962
     assert by_name["head"]["parameters"] == 650
     assert by_name["head"]["bytes"] < 650 * 4 + 8_000
+    assert by_name["head"]["shifts"]["noise"]["rate"] in (1e-3, 3e-3)  # the grid as it is, its edge or not
     assert by_name["no adaptation"]["ms"] is None
     text = console.export_text()
     assert "Total:" in text and "equal logits" in text and "scores.png" in text
@@ -42,47 +52,27 @@ def test_a_short_quickstart_writes_everything(tmp_path: Path, monkeypatch: pytes
     assert [path.name for path in tmp_path.iterdir()] == ["out"]  # nothing half-written beside it
 
 
-def runs(method: str, accuracies: dict[float, list[float]], shift: str = "noise") -> dict[Run, float]:
-    return {
-        Run(shift, seed, method, rate, Path()): accuracy
-        for rate, each in accuracies.items()
-        for seed, accuracy in enumerate(each)
+def test_the_best_surgical_method_is_no_baseline() -> None:
+    comparison = Comparison(module._recipe("noise", 1, [0]))
+    saved = json.loads((BENCHMARKS / "compare" / "noise" / "report.json").read_text())
+    row = ComparisonReport.from_json(saved).methods[0]
+    validation = {"full fine-tuning": 0.99, "LoRA r=8": 0.98, "head": 0.5, "last (4, 5)": 0.6}
+    rows = {
+        name: replace(row, method=title, validation=[validation.get(name, 0.1)])
+        for name, title in zip(METHODS, comparison.methods, strict=True)
     }
-
-
-def test_the_rate_is_chosen_by_the_mean_over_the_draws() -> None:
-    validation = runs("head", {0.01: [0.9, 0.1], 0.03: [0.6, 0.6]}) | runs(
-        "head", {0.01: [0.9], 0.03: [0.2]}, "label map"
-    )
-    chosen = runs_at_best_rates(validation)
-    assert [(run.shift, run.rate, run.seed) for run in chosen] == [
-        ("noise", 0.03, 0),
-        ("noise", 0.03, 1),
-        ("label map", 0.01, 0),
-    ]
-
-
-def test_of_equal_rates_the_lower_is_taken() -> None:
-    assert {run.rate for run in runs_at_best_rates(runs("head", {0.1: [0.5], 0.01: [0.5]}))} == {0.01}
-
-
-def test_the_best_surgical_run_is_no_baseline() -> None:
-    validation = (
-        runs("full fine-tuning", {1e-3: [0.99]}) | runs("head", {0.1: [0.5]}) | runs("last (4, 5)", {0.1: [0.6]})
-    )
-    assert best_surgical_run("noise", list(validation), validation).method == "last (4, 5)"
+    assert best_surgical(rows, comparison) == ("last (4, 5)", rows["last (4, 5)"])
 
 
 def test_a_damaged_adapter_fails_the_reload_check(tmp_path: Path) -> None:
-    run = Run("noise", 0, "head", 0.01, tmp_path)
-    (tmp_path / "adapter").mkdir()
+    (tmp_path / "noise").mkdir()
     with pytest.raises(SurgicalError, match="loaded in a new process"):
-        trials.check_reload(tmp_path / "adapter", run)
+        check_reload(tmp_path / "noise", tmp_path)
 
 
 def test_missing_files_are_named() -> None:
     with pytest.raises(SurgicalError, match="recipes/nothing"):
-        trials.shipped("nothing")
+        shipped("nothing")
 
 
 def test_a_folder_of_something_else_is_refused_before_any_work(tmp_path: Path) -> None:
@@ -94,6 +84,6 @@ def test_a_folder_of_something_else_is_refused_before_any_work(tmp_path: Path) -
 def test_an_installed_package_finds_what_it_ships(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "surgical_peft" / "shipped" / "fashion_mnist").mkdir(parents=True)
     monkeypatch.setattr(
-        trials, "__file__", str(tmp_path / "surgical_peft" / "experiments" / "quickstart" / "trials.py")
+        module, "__file__", str(tmp_path / "surgical_peft" / "experiments" / "quickstart" / "quickstart.py")
     )
-    assert trials.shipped("fashion_mnist") == tmp_path / "surgical_peft" / "shipped" / "fashion_mnist"
+    assert shipped("fashion_mnist") == tmp_path / "surgical_peft" / "shipped" / "fashion_mnist"

@@ -178,7 +178,7 @@ def test_two_steps(name: str, tree: Path, tmp_path: Path, monkeypatch: pytest.Mo
     # What a step costs is measured in test_compare.py; here it would be most of the time.
     free = {"ms": 1.0, "peak_bytes": 0.0}
     monkeypatch.setattr(
-        "surgical_peft.experiments.compare.jobs.step_costs", lambda trainings: dict.fromkeys(trainings, free)
+        "surgical_peft.experiments.compare.jobs.step_costs", lambda trainings, steps: dict.fromkeys(trainings, free)
     )
     recipe = tree / "recipes" / name
     recipe.parent.mkdir(exist_ok=True)

@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 import statistics
+import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from rich.console import Console
 from ...atomic_files import check_replaceable, whole_folder
 from ...errors import SurgicalError
 from ..recipe.recipe import Recipe
-from ..training.workers import shared_threads
+from ..training.workers import WorkerPool, shared_threads
 from .comparison import FULL, Comparison
 from .cost import CostEstimate, estimate
 from .findings import Findings, choice_of
@@ -24,7 +25,7 @@ from .lr_grid import best_rate, is_diverged, next_rate
 from .plot import plot
 from .pool import JobPool
 from .preflight import check
-from .report import ComparisonReport
+from .report import ComparisonReport, MethodRow
 from .results import report_of, row_of
 from .tables import markdown
 
@@ -43,7 +44,7 @@ def plan(recipe: Recipe, output: str | Path | None = None, jobs: int = 1) -> Cos
     """
     job_runner = _job_runner(recipe, output, jobs)
     comparison = job_runner.comparison
-    check(comparison, job_runner.data)
+    check(comparison, job_runner.data, WorkerPool(1, Console(quiet=True)))
     return estimate(job_runner, jobs)
 
 
@@ -78,31 +79,44 @@ def compare(
         'first third is best: ...'
     """
     began = time.perf_counter()
-    job_runner = _job_runner(recipe, output, jobs)
-    comparison, findings = job_runner.comparison, job_runner.findings
-    check_replaceable(findings.folder / "comparison", _TABLE)
-    check(comparison, job_runner.data)
     console = console or Console()
-    job_runner.data.runner(comparison.firsts[0]).task.summary.show(console)
-    if jobs > 1:
-        job_runner.data.forget()
-    with shared_threads(jobs), JobPool(job_runner, jobs, console) as pool:
-        choosing = [title for title, method in comparison.methods.items() if method.choose]
-        pool.do("choose blocks", [choice_of(job) for title in choosing for job in comparison.trainings(title)])
-        pool.do("time steps", [comparison.costs])
-        rates = _rates(findings, pool)
-        final = {
-            title: comparison.trainings(title, best_rate(means) if means else None) for title, means in rates.items()
-        }
-        if recipe.source_data is not None:
-            pool.do("source", [comparison.source(number) for number in range(len(comparison.sources))])
-        measured = [trainings for title, trainings in final.items() if not is_diverged(rates[title])]
-        pool.do("test", [replace(job, kind="test") for trainings in measured for job in trainings])
-    rows = [row_of(findings, title, rates[title], trainings) for title, trainings in final.items()]
-    report = report_of(comparison, rows, jobs, time.perf_counter() - began)
-    write_report(report, findings.folder / "comparison")
-    shutil.rmtree(findings.folder / "weights", ignore_errors=True)
+    with tempfile.TemporaryDirectory() as made:
+        job_runner = _job_runner(recipe, output, jobs, Path(made))
+        folder = job_runner.findings.folder
+        check_replaceable(folder / "comparison", _TABLE)
+        job_runner.data.runner(job_runner.comparison.firsts[0]).task.summary.show(console)
+        with shared_threads(jobs), JobPool(jobs, console) as pool:
+            rows = measured_rows(job_runner, pool)
+    report = report_of(job_runner.comparison, rows, jobs, time.perf_counter() - began)
+    write_report(report, folder / "comparison")
+    shutil.rmtree(folder / "weights", ignore_errors=True)
     return report
+
+
+def measured_rows(job_runner: JobRunner, pool: JobPool, is_extended: bool = True) -> list[MethodRow]:
+    """Check a comparison, do its jobs, and give the row of each method; the weights of these trainings are kept.
+
+    Args:
+        job_runner: of the comparison.
+        pool: does the jobs.
+        is_extended: whether a grid whose best rate is at its edge is extended.
+
+    Raises:
+        SurgicalError: as `compare`.
+    """
+    comparison, findings = job_runner.comparison, job_runner.findings
+    check(comparison, job_runner.data, pool)
+    choosing = [title for title, method in comparison.methods.items() if method.choose]
+    choices = [choice_of(job) for title in choosing for job in comparison.trainings(title)]
+    pool.do(job_runner, "choose blocks", choices)
+    pool.do(job_runner, "time steps", [comparison.costs])
+    rates = _rates(job_runner, pool, is_extended)
+    final = {title: comparison.trainings(title, best_rate(means) if means else None) for title, means in rates.items()}
+    if comparison.recipe.source_data is not None:
+        pool.do(job_runner, "source", [comparison.source(number) for number in range(len(comparison.sources))])
+    measured = [trainings for title, trainings in final.items() if not is_diverged(rates[title])]
+    pool.do(job_runner, "test", [replace(job, kind="test") for trainings in measured for job in trainings])
+    return [row_of(findings, title, rates[title], trainings) for title, trainings in final.items()]
 
 
 def write_report(report: ComparisonReport, folder: Path) -> None:
@@ -113,29 +127,31 @@ def write_report(report: ComparisonReport, folder: Path) -> None:
         plot(report, temporary / "compare.png")
 
 
-def _job_runner(recipe: Recipe, output: str | Path | None, jobs: int) -> JobRunner:
+def _job_runner(recipe: Recipe, output: str | Path | None, jobs: int, made: Path | None = None) -> JobRunner:
     if jobs < 1:
         raise SurgicalError(f"jobs={jobs} is too few: 1 or more.")
-    return JobRunner(Comparison(recipe), Path(str(output or recipe.arguments().output_dir)))
+    return JobRunner(Comparison(recipe), Path(str(output or recipe.arguments().output_dir)), made)
 
 
-def _rates(findings: Findings, pool: JobPool) -> dict[str, dict[float, float]]:
+def _rates(job_runner: JobRunner, pool: JobPool, is_extended: bool) -> dict[str, dict[float, float]]:
     """For each method the rates that were tried, with the mean of the validation metric."""
-    comparison = findings.comparison
+    comparison, findings = job_runner.comparison, job_runner.findings
     means: dict[str, dict[float, float]] = {title: {} for title in comparison.methods}
     wanted: list[tuple[str, float | None]] = []
     for title in comparison.methods:
         wanted += [(title, rate) for rate in comparison.grid(title)] or [(title, None)]
     while wanted:
         jobs = {pair: comparison.trainings(*pair) for pair in wanted}
-        pool.do("train", [job for trainings in jobs.values() for job in trainings])
+        pool.do(job_runner, "train", [job for trainings in jobs.values() for job in trainings])
         for (title, rate), trainings in jobs.items():
             if rate is not None:
                 metrics = [findings.load(job)["validation"] for job in trainings]
                 means[title][rate] = statistics.fmean(metrics) if all(map(math.isfinite, metrics)) else math.nan
         _drop_weights(findings, means)
-        following = {title: next_rate(comparison.grid(title), tried) for title, tried in means.items() if tried}
-        if is_diverged(means[FULL]) and following[FULL] is None:
+        following: dict[str, float | None] = {}
+        if is_extended:
+            following = {title: next_rate(comparison.grid(title), tried) for title, tried in means.items() if tried}
+        if is_diverged(means[FULL]) and following.get(FULL) is None:
             raise SurgicalError(
                 f"{FULL} diverged: {comparison.metric} on validation data is no number at any of the rates "
                 f"{', '.join(f'{rate:g}' for rate in sorted(means[FULL]))}, so there is nothing to compare the others "

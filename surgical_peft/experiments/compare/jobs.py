@@ -19,10 +19,11 @@ from ..training.profiling import Watch, step_costs
 from .comparison import Comparison, Job
 from .findings import Findings
 from .loaded import LoadedData
+from .methods.method import no_policy
 from .preflight import context_of, misfit_message
 
 _TIMED = 3  # batches of an epoch whose steps are timed
-_AT_MOST = 12  # steps, where a recipe counts them
+_AT_MOST = 12  # steps, where a recipe counts them and a policy may change between them
 _MARKER = "finding.txt"  # by which the weights of a training are known
 
 
@@ -32,13 +33,13 @@ class JobRunner:
     Attributes:
         comparison: what to compare.
         findings: of all jobs, and the weights of trainings.
-        data: source model and data of the job at hand.
+        data: source model and data of the job at hand; from the folder `made`, if they were made before.
     """
 
-    def __init__(self, comparison: Comparison, folder: Path) -> None:
+    def __init__(self, comparison: Comparison, folder: Path, made: Path | None = None) -> None:
         self.comparison = comparison
         self.findings = Findings(comparison, folder)
-        self.data = LoadedData(comparison)
+        self.data = LoadedData(comparison, made)
 
     def do(self, job: Job) -> None:
         """Do a job and keep what it finds.
@@ -134,7 +135,6 @@ def time_steps(job_runner: JobRunner, job: Job) -> dict[str, Any]:
     """What a training step of each method costs, the methods taking turns in this process."""
     comparison, runner = job_runner.comparison, job_runner.data.runner(job)
     count = min(len(runner.examples["train"]), _TIMED * runner.args.train_batch_size)
-    shorter = {"max_steps": min(runner.args.max_steps, _AT_MOST)} if runner.args.max_steps > 0 else {}
     jobs = {
         title: replace(job, kind="training", method=title, rate=comparison.grid(title)[0])
         for title, method in comparison.methods.items()
@@ -145,11 +145,18 @@ def time_steps(job_runner: JobRunner, job: Job) -> dict[str, Any]:
 
     def timed(training: Job) -> Callable[[Watch], nn.Module]:
         how = {"places": range(count), "skips": False}
+        method, shorter = comparison.methods[training.method], {}
+        if method.policy is no_policy:  # all its steps are alike
+            shorter = {"max_steps": _TIMED}
+        elif runner.args.max_steps > 0:
+            shorter = {"max_steps": min(runner.args.max_steps, _AT_MOST)}
         return lambda watch: job_runner.train(training, {**how, "watch": watch}, **shorter)
 
+    trainings = sum(len(comparison.grid(title)) * len(comparison.trainings(title)) for title in jobs)
     paths = {title: job_runner.findings.path(training) for title, training in jobs.items()}
     first = {path: title for title, path in reversed(paths.items())}  # of methods that are the same training
-    costs = step_costs({title: timed(jobs[title]) for title in reversed(first.values())})
+    timed_methods = {title: timed(jobs[title]) for title in reversed(first.values())}
+    costs = step_costs(timed_methods, trainings * runner.steps())
     return {title: costs[first[path]] for title, path in paths.items()}
 
 

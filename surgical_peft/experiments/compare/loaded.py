@@ -2,14 +2,34 @@
 
 from __future__ import annotations
 
+import hashlib
+from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 from torch.utils.data import ConcatDataset
 
 from ..recipe.recipe import Recipe
-from ..tasks import measured_split
+from ..recipe.sections import DataSection
+from ..tasks import Examples, load_task, measured_split
 from ..training.runner import RecipeRunner, Remembered
 from .comparison import Comparison, Job
+
+
+def make_examples(recipe: Recipe, is_test: bool, folder: Path | None, room: int) -> None:
+    """Make each example that is trained or tested on once: one that cannot be made is told as its task tells it.
+
+    At most `room` bytes of a split are kept in a folder, if there is one.
+    """
+    for split, examples in _open(recipe, is_test).items():
+        Remembered(examples, split, room=room if folder else 0).make_all(folder)
+
+
+def _open(recipe: Recipe, is_test: bool) -> dict[str, Examples]:
+    """What a training is measured on, as `test`; or the splits that it needs."""
+    if is_test:
+        return {"test": measured_split(recipe)[1]}
+    return load_task(recipe, ("train", "validation")).splits
 
 
 class LoadedData:
@@ -17,10 +37,11 @@ class LoadedData:
 
     Attributes:
         comparison: has the recipes.
+        made: folder with the examples that were made once for all processes; None: each makes its own.
     """
 
-    def __init__(self, comparison: Comparison) -> None:
-        self.comparison = comparison
+    def __init__(self, comparison: Comparison, made: Path | None = None) -> None:
+        self.comparison, self.made = comparison, made
         self._runner: tuple[Any, RecipeRunner] | None = None
         self._measured: dict[str, tuple[Any, ConcatDataset[Any]]] = {}
 
@@ -30,7 +51,7 @@ class LoadedData:
         key = (recipe.model, recipe.data, job.seed if recipe.new_head else None)
         if self._runner is None or self._runner[0] != key:
             self._runner = None  # first let go of the other one
-            self._runner = key, RecipeRunner(recipe)
+            self._runner = key, RecipeRunner(recipe, made=self.made_of(recipe))
         return self._runner[1]
 
     def test_examples(self, source: int, seed: int) -> ConcatDataset[Any]:
@@ -41,6 +62,15 @@ class LoadedData:
         """The test split of a source model's own data."""
         return self._examples("source", [self.comparison.source_recipe(source)])
 
+    def name_of(self, recipe: Recipe) -> str:
+        """Name of the examples of a recipe that this comparison trains or measures with."""
+        known = repr([getattr(recipe, entry.name) for entry in fields(DataSection)])
+        return hashlib.sha256(known.encode()).hexdigest()[:24]
+
+    def made_of(self, recipe: Recipe) -> Path | None:
+        """Folder of these examples, if they are made once for all processes."""
+        return self.made and self.made / self.name_of(recipe)
+
     def forget(self) -> None:
         """Free model and data: other processes do the work."""
         self._runner = None
@@ -49,6 +79,6 @@ class LoadedData:
     def _examples(self, kind: str, recipes: list[Recipe]) -> ConcatDataset[Any]:
         key = [(recipe.model, recipe.data) for recipe in recipes]
         if kind not in self._measured or self._measured[kind][0] != key:
-            parts = [Remembered(measured_split(recipe)[1]) for recipe in recipes]
+            parts = [Remembered(_open(recipe, True)["test"], "test", self.made_of(recipe)) for recipe in recipes]
             self._measured[kind] = key, ConcatDataset(parts)
         return self._measured[kind][1]

@@ -10,7 +10,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
-from ...rendering import new_figure
+from ...rendering import mark_cut, new_figure
 from .report import ComparisonReport, MethodRow
 from .tables import scale_of, trainings_of
 
@@ -26,17 +26,21 @@ def plot(report: ComparisonReport, path: str | Path) -> None:
     rows = sorted(report.methods, key=_mean)
     is_share, unit = scale_of(report)
     longest = max(len(row.method) for row in rows)
-    with new_figure(path, 7.2 + 0.07 * longest, 1.5 + 0.3 * len(rows)) as figure:
+    with new_figure(path, 7.2 + 0.07 * longest, 2.3 + 0.3 * len(rows)) as figure:
+        figure.suptitle("Which way of tuning adapts best: each at its best rate, the best at the top", fontsize=11)
         left, right = figure.subplots(1, 2, sharey=True)
         scale = 100 if is_share else 1
         _draw_results(left, rows, scale)
         _draw_differences(right, rows, scale)
         left.set_yticks(range(len(rows)), [row.method for row in rows])
         left.set_ylim(-0.6, len(rows) - 0.4)
-        left.set_xlabel(f"{report.split} {report.metric}{', %' * is_share}")
-        right.set_xlabel(f"to full fine-tuning{f',{unit}' if unit else ''}")
+        left.set_ylabel("method")
+        left.set_xlabel(f"{report.split} {report.metric}{', %' * is_share}, higher = better")
+        right.set_xlabel(f"to full fine-tuning{f',{unit}' if unit else ''}; above 0 = better")
         left.set_title(f"{trainings_of(report)}; line: mean", fontsize=9)
         right.set_title("paired, 95 % interval; filled: clear of zero", fontsize=9)
+        if left.get_xlim()[0] > 0:
+            mark_cut(left, "x")
         for axes in (left, right):
             axes.spines[["top", "right"]].set_visible(False)
             axes.grid(axis="x", color="#dddddd", linewidth=0.6)

@@ -7,7 +7,6 @@ import tempfile
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
@@ -15,39 +14,36 @@ from ...errors import SurgicalError
 from ...optim.optimizer import surgical_optimizer
 from ...scoring.selection import Selection
 from ..recipe.recipe import Recipe
-from ..tasks import Examples, load_task
+from ..training.activation_cache import ROOM
 from ..training.runner import RecipeRunner
 from ..training.train import loader
+from ..training.workers import WorkerPool
 from .comparison import Comparison, Job
-from .loaded import LoadedData
+from .loaded import LoadedData, make_examples
 from .methods import MethodContext
 
 
-def check(comparison: Comparison, data: LoadedData) -> None:
+def check(comparison: Comparison, data: LoadedData, pool: WorkerPool) -> None:
     """Find out what does not fit, before anything is chosen or trained.
 
-    All data are opened; each method says whether it fits each source model; and every example that will be used is
-    made once, since a single bad image of a test split would end everything after all trainings.
+    Each method says whether it fits each source model; then all data are opened, and every example that will be used
+    is made once, since a single bad image of a test split would end everything after all trainings.
 
     Args:
         comparison: to check.
-        data: to load by; keeps what the first jobs need.
+        data: to load by.
+        pool: makes the examples.
 
     Raises:
         SurgicalError: data or splits that are missing, or do not fit the task or a source model; methods that do not
             fit, all of them; an example that cannot be made. What else data libraries raise goes through.
     """
-    for source in range(len(comparison.sources)):
-        for seed in comparison.seeds:
-            load_task(comparison.recipe_of(source, seed), ("train", "validation"))
-            data.test_examples(source, seed)
-        if comparison.recipe.source_data is not None:
-            data.source_examples(source)
     misfits: dict[str, str] = {}
     for job in reversed(comparison.firsts):  # what the first jobs need stays in memory
         misfits = {**misfits_of(comparison, job, data.runner(job)), **misfits}
     _refuse(misfits, len(comparison.methods))
-    _make_all(comparison, data)
+    data.forget()
+    pool.run("read data", make_examples, _all_data(comparison, data))
 
 
 def context_of(comparison: Comparison, job: Job, runner: RecipeRunner, folder: Path) -> MethodContext:
@@ -110,30 +106,13 @@ def _refuse(misfits: Mapping[str, str], count: int) -> None:
         raise SurgicalError(f"{len(misfits)} of {count} methods do not fit; change them, or leave them out:{lines}")
 
 
-def _make_all(comparison: Comparison, data: LoadedData) -> None:
-    """Make each example once; those of the first jobs come last of their kind, and stay in memory."""
-    trained: dict[Any, Recipe] = {}
-    tested: dict[Any, tuple[int, int]] = {}
-    for source in range(len(comparison.sources)):
-        for seed in comparison.seeds:
-            recipe = comparison.recipe_of(source, seed)
-            trained.setdefault((recipe.model, recipe.data), recipe)
-            key = [(recipe.model, recipe.data) for recipe in comparison.test_recipes(source, seed)]
-            tested.setdefault(tuple(key), (source, seed))
-    _, *others = trained.values()
-    for recipe in others:
-        for examples in load_task(recipe, ("train", "validation")).splits.values():
-            _make_each(examples)
-    for examples in data.runner(comparison.firsts[0]).examples.values():
-        _make_each(examples)
-    for pair in reversed(tested.values()):
-        _make_each(data.test_examples(*pair))
+def _all_data(comparison: Comparison, data: LoadedData) -> list[tuple[Recipe, bool, Path | None, int]]:
+    """For `make_examples`: all that will be trained or tested on, once; together no more than `ROOM` is kept."""
+    pairs = [(source, seed) for source in range(len(comparison.sources)) for seed in comparison.seeds]
+    wanted = [(comparison.recipe_of(*pair), False) for pair in pairs]
+    wanted += [(recipe, True) for pair in pairs for recipe in comparison.test_recipes(*pair)]
     if comparison.recipe.source_data is not None:
-        for source in reversed(range(len(comparison.sources))):
-            _make_each(data.source_examples(source))
-
-
-def _make_each(examples: Examples) -> None:
-    """Make each example once: one that cannot be made is told as its task tells it."""
-    for place in range(len(examples)):
-        examples[place]
+        wanted += [(comparison.source_recipe(source), True) for source in range(len(comparison.sources))]
+    by_name = {(data.name_of(recipe), is_test): recipe for recipe, is_test in wanted}
+    room = ROOM // (2 * len(by_name))  # of each split
+    return [(recipe, is_test, data.made_of(recipe), room) for (_, is_test), recipe in by_name.items()]

@@ -148,7 +148,7 @@ def _search(
         result.save(temporary / _RESULT)
         (temporary / "table.md").write_text(search_markdown(result, objective.metric), encoding="utf-8")
         if any(math.isfinite(metric) for block, metric in result.profile.items() if kind_of(block) != "head"):
-            result.plot(temporary / "profile.png")
+            result.plot(temporary / "profile.png", f"validation {objective.metric}")
     return result
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import threading
 import time
@@ -18,19 +19,22 @@ from torch.utils._pytree import tree_leaves
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 _EVERY = 0.02  # seconds between two looks at the process
-LEAST, MOST = 3, 9  # rounds that count, after one that warms up
-SECONDS = 20.0  # after which there are no more than the least
+SHARE = 0.05  # of the trainings, that the timing of their steps may cost; one round there always is
+FEW, MOST = 3, 9  # rounds
+SECONDS = 20.0  # after which there are no more than the few
 Watch = Callable[[nn.Module], TrainerCallback]
 Train = Callable[[Watch], Any]
 
 
-def step_costs(trainings: Mapping[str, Train]) -> dict[str, dict[str, Any]]:
+def step_costs(trainings: Mapping[str, Train], planned_steps: float = math.inf) -> dict[str, dict[str, Any]]:
     """Milliseconds and peak bytes of a training step, by name.
 
     Args:
         trainings: each trains a few steps of every epoch with the callback that it makes of what is trained. They
-            take turns, back and forth, so that all of them see the same changes of the machine. There are as many
-            rounds as fit into `SECONDS`, `LEAST` to `MOST`.
+            take turns, back and forth, so that all of them see the same changes of the machine, after one round that
+            counts memory and warms up.
+        planned_steps: of all trainings that this serves. There are at most `MOST` rounds, after `SECONDS` at most
+            `FEW`, and beyond the first only those that cost no more than `SHARE` of these steps.
 
     Returns:
         `rounds`: the milliseconds in each: of the fastest step of an epoch, which other work on the machine has held
@@ -41,18 +45,21 @@ def step_costs(trainings: Mapping[str, Train]) -> dict[str, dict[str, Any]]:
         >>> step_costs({"full": lambda watch: runner.train(wrap, range(96), watch=watch)})["full"]["ms"]
         33.1
     """
-    for train in trainings.values():
-        _milliseconds(train)
+    start = time.perf_counter()
+    peaks = {name: float(_peak(train)) for name, train in trainings.items()}
     rounds: dict[str, list[float]] = {name: [] for name in trainings}
-    order, began, count = list(trainings), time.perf_counter(), 0
-    while count < LEAST or (count < MOST and time.perf_counter() - began < SECONDS):
+    order, began = list(trainings), time.perf_counter()
+    for count in range(1, MOST + 1):
         for name in order:
             rounds[name].append(_milliseconds(trainings[name]))
         order.reverse()
-        count += 1
+        now = time.perf_counter()
+        allowed = SHARE * planned_steps * statistics.fmean(map(min, rounds.values())) / 1000
+        if now - start + (now - began) / count > allowed or (count >= FEW and now - began > SECONDS):
+            break
     return {
-        name: {"ms": statistics.median(rounds[name]), "rounds": rounds[name], "peak_bytes": float(_peak(train))}
-        for name, train in trainings.items()
+        name: {"ms": statistics.median(rounds[name]), "rounds": rounds[name], "peak_bytes": peaks[name]}
+        for name in trainings
     }
 
 

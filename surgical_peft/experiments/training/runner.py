@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,11 @@ _FEW, _MANY = 2, 10  # steps that are timed to tell what one costs
 class RecipeRunner:
     """Data and source model of a recipe, loaded once for any number of trainings.
 
+    Args:
+        recipe: what to train.
+        splits: of its data.
+        made: folder with examples that were made and saved before.
+
     Attributes:
         recipe: as given.
         args: the recipe's training arguments.
@@ -53,11 +59,13 @@ class RecipeRunner:
         >>> runner.task.measure(tuned, runner.part("validation"))
     """
 
-    def __init__(self, recipe: Recipe, splits: Sequence[str] = ("train", "validation")) -> None:
+    def __init__(
+        self, recipe: Recipe, splits: Sequence[str] = ("train", "validation"), made: Path | None = None
+    ) -> None:
         self.recipe = recipe
         self.args = recipe.arguments(disable_tqdm=True)
         self.task = load_task(recipe, splits)
-        self.examples = {split: Remembered(examples) for split, examples in self.task.splits.items()}
+        self.examples = {split: Remembered(examples, split, made) for split, examples in self.task.splits.items()}
         self.model = self.task.load_model().to(self.args.device).eval()
 
     @cached_property
@@ -100,7 +108,7 @@ class RecipeRunner:
         is_ours = isinstance(getattr(wrapped, "base_model", None), SurgicalModel)
         prefix = self.prefix if skips and is_ours else None
         train = self.part("train", places)
-        callbacks: list[TrainerCallback] = [SurgicalCallback()] if policy else []
+        callbacks: list[TrainerCallback] = [_Unrecorded()] if policy else []
         if watch:
             callbacks.append(watch(wrapped))
         changed |= {"disable_tqdm": True, "save_strategy": "no", "push_to_hub": False}
@@ -171,11 +179,26 @@ class RecipeRunner:
         return PrefixCache(self.model, [batch(chunk) for chunk in chunks])
 
 
-class Remembered(Dataset[Item]):
-    """Examples of a split, each made once; beyond `ROOM` bytes they are made anew every time."""
+class _Unrecorded(SurgicalCallback):
+    """Leaves out the history and its picture, which would be lost, and take as long as a small training."""
 
-    def __init__(self, examples: Examples) -> None:
-        self._examples, self._made, self._size = examples, dict[int, Item](), 0
+    def on_train_begin(self, *given: Any, **kwargs: Any) -> None:
+        super().on_train_begin(*given, **kwargs)
+        self._history = None
+
+
+class Remembered(Dataset[Item]):
+    """Examples of a split, each made once; beyond `room` bytes they are made anew every time.
+
+    Those that were saved in the folder `made` as `{split}.pt` are read from there: processes share them.
+    """
+
+    def __init__(self, examples: Examples, split: str = "", made: Path | None = None, room: int = ROOM) -> None:
+        self._examples, self._split, self._room, self._size = examples, split, room, 0
+        self._made: dict[int, Item] = {}
+        if made and (file := made / f"{split}.pt").exists():
+            indices, kept = torch.load(file, mmap=True, weights_only=False)
+            self._made = dict(zip(indices, _rows(kept), strict=True))
 
     def __len__(self) -> int:
         return len(self._examples)
@@ -184,10 +207,23 @@ class Remembered(Dataset[Item]):
         if index in self._made:
             return self._made[index]
         item = self._examples[index]
-        if self._size < ROOM:
+        if self._size < self._room:
             self._made[index] = item
             self._size += sum(torch.as_tensor(value).nbytes for value in item.values())
         return item
+
+    def make_all(self, folder: Path | None = None) -> None:
+        """Make each example, and save those that there is room for: as columns where all are tensors of one shape."""
+        for index in range(len(self)):
+            self[index]
+        if folder is None:
+            return
+        items = list(self._made.values())
+        first = items[0] if items else {}
+        is_column = all(isinstance(value, Tensor) for value in first.values()) and len({*map(_shape, items)}) == 1
+        kept = {key: torch.stack([item[key] for item in items]) for key in first} if is_column else items
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.save((list(self._made), kept), folder / f"{self._split}.pt")
 
 
 class Part(Dataset[Any]):
@@ -206,6 +242,12 @@ class Part(Dataset[Any]):
     def __getitem__(self, number: int) -> Any:
         index = self._places[number]
         return (index, self._examples[index]) if self._is_numbered else self._examples[index]
+
+
+def _rows(kept: dict[str, Tensor] | list[Item]) -> list[Item]:
+    if isinstance(kept, list):
+        return kept
+    return [dict(zip(kept, row, strict=True)) for row in zip(*kept.values(), strict=True)]
 
 
 def _shape(item: Item) -> tuple[tuple[str, tuple[int, ...]], ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import random
 import shutil
@@ -43,7 +44,8 @@ from surgical_peft.experiments.compare.tables import interval_in_words, markdown
 from surgical_peft.experiments.recipe import load_recipe
 from surgical_peft.experiments.tasks.image_classification import _Images
 from surgical_peft.experiments.training.cost import Timing
-from surgical_peft.experiments.training.profiling import LEAST, MOST, LiveTensors, ms_ratio, step_costs
+from surgical_peft.experiments.training.profiling import FEW, MOST, LiveTensors, ms_ratio, step_costs
+from surgical_peft.experiments.training.workers import WorkerPool
 from tests.support.cli import QUIET, timeless
 from tests.support.tiny import write_data, write_recipe
 
@@ -409,7 +411,7 @@ def test_methods_that_chose_the_same_blocks_share_their_trainings(
     monkeypatch.setattr(JobRunner, "do", lambda self, job: (done.append(job), do(self, job)))  # type: ignore[misc]
     monkeypatch.setattr(
         "surgical_peft.experiments.compare.jobs.step_costs",
-        lambda names: {name: {"ms": 1.0 + at, "peak_bytes": 0.0} for at, name in enumerate(names)},
+        lambda names, steps: {name: {"ms": 1.0 + at, "peak_bytes": 0.0} for at, name in enumerate(names)},
     )
     write_data(tmp_path / "data", count=12)
     methods = ["full", "head", {"blocks": {"names": ["head"]}}, "layer_decay", "lp_ft"]
@@ -587,7 +589,7 @@ def test_what_does_not_fit_is_found_without_any_gradient(tmp_path: Path, monkeyp
     recipe = load_recipe(write_recipe(tmp_path, methods=methods))
     monkeypatch.setattr(torch.Tensor, "backward", lambda *_, **__: pytest.fail("a gradient"))
     comparison = Comparison(recipe)
-    check(comparison, LoadedData(comparison))
+    check(comparison, LoadedData(comparison), WorkerPool(1, QUIET))
     assert not (tmp_path / "run").exists()
 
 
@@ -644,8 +646,8 @@ def test_a_bad_example_is_told_before_anything_is_done(where: str, image: Any, t
     assert not (tmp_path / "run").exists()
 
 
-def test_each_example_is_made_once_by_the_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And not again by the trainings that follow in this process."""
+def test_each_example_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the check, and not again by any job, whatever its draw: each process made all of them."""
     made: list[Any] = []
     read = _Images.__getitem__
 
@@ -654,15 +656,19 @@ def test_each_example_is_made_once_by_the_check(tmp_path: Path, monkeypatch: pyt
         return read(images, place)
 
     write_data(tmp_path / "data", count=12)
-    path = write_recipe(tmp_path, methods=["full", "head"], seeds=[0, 1], num_train_epochs=1)
-    job_runner = JobRunner(Comparison(load_recipe(path)), tmp_path / "run")
+    write_data(tmp_path / "other", count=12)
+    keys = {"draws": ["data", "other"], "seeds": [0, 1], "num_train_epochs": 1}
+    path = write_recipe(tmp_path, methods=["full", "head"], **keys)
+    job_runner = JobRunner(Comparison(load_recipe(path)), tmp_path / "run", tmp_path / "made")
     monkeypatch.setattr(_Images, "__getitem__", counting)
-    check(job_runner.comparison, job_runner.data)
-    assert len(set(made)) == 3 * 12
-    assert all(made.count(each) == 1 for each in made if each[1] > 0)  # the first tells the shape as well
+    check(job_runner.comparison, job_runner.data, WorkerPool(1, QUIET))
+    again = {pair for pair in made if pair[1] > 0}  # the first tells the shape as well
+    assert len(again) == 3 * 11 and all(made.count(pair) == 2 for pair in again)  # once of each draw
     made.clear()
-    job_runner.do(job_runner.comparison.trainings("full fine-tuning", 1e-2)[0])
-    assert not made
+    for job in job_runner.comparison.trainings("full fine-tuning", 1e-2):
+        job_runner.do(job)
+        job_runner.do(replace(job, kind="test"))
+    assert not [pair for pair in made if pair[1] > 0]
 
 
 def test_what_fails_on_the_way_keeps_what_is_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -719,7 +725,9 @@ def test_live_tensors_are_counted_until_they_are_freed() -> None:
     assert tensors.peak == (256 * 128 + 64 * 128) * 4
 
 
-def steps_of(speed: Callable[[int], float], monkeypatch: pytest.MonkeyPatch, **ms: float) -> dict[str, dict[str, Any]]:
+def steps_of(
+    speed: Callable[[int], float], monkeypatch: pytest.MonkeyPatch, planned: float = math.inf, **ms: float
+) -> dict[str, dict[str, Any]]:
     """Costs of played trainings of 2 epochs with 3 steps; `speed` slows down the machine in each training in turn."""
     now, ran = [0.0], [0]
 
@@ -740,7 +748,7 @@ def steps_of(speed: Callable[[int], float], monkeypatch: pytest.MonkeyPatch, **m
         "surgical_peft.experiments.training.profiling.time", SimpleNamespace(perf_counter=lambda: now[0])
     )
     monkeypatch.setattr("surgical_peft.experiments.training.profiling._peak", lambda train: 7)
-    return step_costs({name: training(each) for name, each in ms.items()})
+    return step_costs({name: training(each) for name, each in ms.items()}, planned)
 
 
 def test_the_time_of_a_step_does_not_follow_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -757,8 +765,17 @@ def test_the_time_of_a_step_does_not_follow_the_machine(monkeypatch: pytest.Monk
 
 def test_slow_steps_are_timed_in_few_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
     found = steps_of(lambda ran: 1.0, monkeypatch, full=1000, a=500)
-    assert len(found["a"]["rounds"]) == LEAST
+    assert len(found["a"]["rounds"]) == FEW
     assert found["a"]["ms"] == pytest.approx(500)
+
+
+@pytest.mark.parametrize(("planned", "rounds"), [(0, 1), (1100, 1), (1200, 2), (10_000, MOST)])
+def test_timing_costs_a_twentieth_of_the_trainings_or_is_one_round(
+    planned: int, rounds: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A round of both methods takes as long as 28.8 of the planned steps."""
+    found = steps_of(lambda ran: 1.0, monkeypatch, planned, full=10, a=5)
+    assert len(found["full"]["rounds"]) == len(found["a"]["rounds"]) == rounds
 
 
 def test_costs_from_before_rounds_were_kept() -> None:
