@@ -104,7 +104,8 @@ def _check_cells(
         all_at_fault = next((split for split, _, fault in faults if len(fault.rows) == len(opened[split])), None)
         cure = "write drop_empty: true to go on without these rows"
         if all_at_fault:
-            cure = f"name another column, or another split or none, splits: {{{all_at_fault}: null}}"
+            cure = "name another column"
+            cure += f", or use no such split, splits: {{{all_at_fault}: null}}" if all_at_fault != "train" else ""
         hint = " In CSV, NA, None and null are empty as well." if any("empty" in f.problem for *_, f in faults) else ""
         raise SurgicalError(
             f"{recipe.data}{lines}{chr(10) if several else '. '}Rows are counted from 0. Fill or mend these cells, or "
