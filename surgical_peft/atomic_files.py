@@ -2,32 +2,62 @@
 
 from __future__ import annotations
 
-import getpass
+import ctypes
+import glob
 import hashlib
 import math
 import os
+import re
+import secrets
 import shutil
+import sys
 import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock
 
 from .errors import SurgicalError
 
+_ABANDONED = 24 * 3600.0  # seconds after which nobody writes to a temporary any more
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of renameat2(2)
+
 
 @contextmanager
 def whole_file(path: str | Path) -> Iterator[Path]:
     """Gives a temporary path with the same suffix; when the block ends without an error it becomes `path`."""
     target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.stem}.{os.getpid()}{target.suffix}")
+    temporary = _temporary(target, target.suffix)
     try:
         yield temporary
+        _flush(temporary)
         temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _temporary(target: Path, suffix: str) -> Path:
+    """A name beside `target` that no other process or thread has; what killed ones left there is removed."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    stem = target.name.removesuffix(suffix)
+    left = re.compile(rf"\.{re.escape(stem)}\.[0-9a-f]{{16}}{re.escape(suffix)}(\.old)?")
+    for path in target.parent.glob(f".{glob.escape(stem)}.*"):
+        with suppress(FileNotFoundError):  # another process or thread has finished with it
+            if left.fullmatch(path.name) and path.lstat().st_mtime < time.time() - _ABANDONED:
+                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
+    return target.with_name(f".{stem}.{secrets.token_hex(8)}{suffix}")
+
+
+def _flush(path: Path) -> None:
+    """Have what was written reach the disk: after a power cut a name must not stand for an empty file."""
+    if os.name != "posix":
+        return
+    for file in [path] if path.is_file() else path.rglob("*"):
+        if file.is_file():
+            with file.open("rb") as content:
+                os.fsync(content.fileno())
 
 
 def check_replaceable(path: str | Path, marker: str) -> None:
@@ -56,34 +86,53 @@ def whole_folder(path: str | Path, marker: str) -> Iterator[Path]:
     target = Path(path)
     with _lock(target):
         check_replaceable(target, marker)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    temporary.chmod(0o755)
+    temporary = _temporary(target, "")
+    temporary.mkdir()
     try:
         yield temporary
+        _flush(temporary)
         with _lock(target):
+            check_replaceable(target, marker)
             _take_the_place_of(target, temporary)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _take_the_place_of(target: Path, new: Path) -> None:
-    old = new.with_name(f"{new.name}.old")
-    if target.is_dir():
-        target.replace(old)
-    try:
+    if not target.exists():
         new.replace(target)
-    except OSError:
-        if old.exists():
+    elif not _exchange(target, new):
+        old = new.with_name(f"{new.name}.old")
+        target.replace(old)
+        try:
+            new.replace(target)
+        except OSError:
             old.replace(target)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two folders in one step, where the system can: a kill between two would leave no folder in place."""
+    if sys.platform != "linux":
+        return False
+    try:
+        exchange = ctypes.CDLL(None).renameat2
+    except AttributeError:  # a C library without it
+        return False
+    return bool(
+        exchange(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), ctypes.c_uint(_RENAME_EXCHANGE)) == 0
+    )
 
 
 def _lock(target: Path) -> FileLock:
-    """Held while `target` is looked at or replaced, since the workers of a search end together; not kept beside it."""
+    """Held while `target` is looked at or replaced, since the workers of a search end together; not kept beside it.
+
+    The user is in its name by number: in a container the number may have no name.
+    """
+    user = os.getuid() if os.name == "posix" else os.environ.get("USERNAME", "")
     known = hashlib.sha256(str(target.resolve()).encode()).hexdigest()[:32]
-    return FileLock(Path(tempfile.gettempdir()) / f"surgical_peft-{getpass.getuser()}-{known}.lock")
+    return FileLock(Path(tempfile.gettempdir()) / f"surgical_peft-{user}-{known}.lock")
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -100,7 +149,7 @@ def finite(value: float) -> float | None:
 def digest_of(path: str | Path) -> str:
     """A digest of a file, or of all files in a folder with their names."""
     path = Path(path)
-    files = [path] if path.is_file() else sorted(each for each in path.rglob("*") if each.is_file())
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
     digest = hashlib.sha256()
     for file in files:
         digest.update(f"{file.relative_to(path).as_posix()}\0{file.stat().st_size}\0".encode())

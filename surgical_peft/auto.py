@@ -13,6 +13,8 @@ from typing import Any
 
 from peft import PeftModel, get_peft_model
 from torch import nn
+from torch.utils.data import Dataset
+from transformers import Trainer
 
 from . import criteria
 from .blocks.block_map import BlockMap
@@ -22,6 +24,7 @@ from .criteria.probe import PACE
 from .criteria.short_training.context import ScoringContext
 from .criteria.short_training.short_run import ShortRun, gains_and_loss
 from .errors import SurgicalError
+from .optim.of_trainer import training_of
 from .scoring.batches import LossFunction
 from .scoring.block_scores import BlockScores
 from .scoring.gradients import name_of
@@ -42,7 +45,7 @@ LEAST = 0.1  # of the loss that is left: what one more block must take away
 def get_surgical_model(
     model: nn.Module,
     config: SurgicalConfig,
-    dataloader: Iterable[Any] | None = None,
+    dataloader: Iterable[Any] | Trainer | None = None,
     *,
     num_batches: int | None = None,
     loss_fn: LossFunction | None = None,
@@ -57,7 +60,8 @@ def get_surgical_model(
             can be tuned are taken; without a number, short joint trainings decide how many. The caller's config is not
             changed; the model's holds the names and the record.
         dataloader: labeled batches of the new data, needed for `"auto"`; those of the training split, not of the
-            test split.
+            test split. Or a Trainer of that model, such as TRL's `SFTTrainer`: its own training batches, and unless
+            they are given its `compute_loss` and its number of steps. The tuned model goes into a new Trainer.
         num_batches: how many batches to score on; default is what the criterion asks for.
         loss_fn: `(model, batch) -> loss`; default is the model's own loss.
         steps: number of steps of the training, more than 0, each on a batch as large as those of `dataloader`; with
@@ -67,8 +71,8 @@ def get_surgical_model(
         **kwargs: passed on to `get_peft_model` (`adapter_name`, ...).
 
     Raises:
-        SurgicalError: `"auto"` without a dataloader, `steps` that are no number above 0 or too few to choose anything
-            by (says how many it takes), or anything that scoring or wrapping refuses.
+        SurgicalError: `"auto"` without a dataloader or with a data set, `steps` that are no number above 0 or too few
+            to choose anything by (says how many it takes), or anything that scoring or wrapping refuses.
 
     Example:
         >>> model = get_surgical_model(model, SurgicalConfig(blocks="auto"), dataloader)
@@ -78,13 +82,24 @@ def get_surgical_model(
     budget = None if steps is None else half_of(steps)
     config = copy.deepcopy(config)
     if config.blocks == "auto":
-        if dataloader is None:
+        if isinstance(dataloader, Trainer):
+            dataloader, own_loss, planned = training_of(dataloader)
+            loss_fn = loss_fn or own_loss
+            budget = half_of(planned) if planned is not None and budget is None else budget
+        if dataloader is None or _is_data_set(dataloader):
+            given = "" if dataloader is None else f", and a {type(dataloader).__name__} has examples, not batches"
             raise SurgicalError(
-                "blocks='auto' needs data to choose by: get_surgical_model(model, config, dataloader) with labeled "
-                "batches."
+                f"blocks='auto' needs labeled batches to choose by{given}: get_surgical_model(model, config, "
+                "DataLoader(train, batch_size=8, shuffle=True, collate_fn=...)), or a Trainer in the place of the "
+                "DataLoader, also one of TRL: get_surgical_model(trainer.model, config, trainer)."
             )
         config, _ = choose_blocks(model, config, dataloader, num_batches, loss_fn, budget)
     return get_peft_model(model, config, **kwargs)
+
+
+def _is_data_set(data: Iterable[Any]) -> bool:
+    """True for a data set with random access, of torch or of datasets; a list may be one of batches."""
+    return isinstance(data, Dataset) or (hasattr(data, "features") and hasattr(data, "__getitem__"))
 
 
 def choose_blocks(

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from surgical_peft import SurgicalError
+from surgical_peft import SurgicalError, atomic_files
 from surgical_peft.atomic_files import check_replaceable, whole_file, whole_folder, write_text
 
 
@@ -93,6 +96,69 @@ def test_the_current_folder_is_never_replaced(tmp_path: Path, monkeypatch: pytes
         check_replaceable(".", "x.txt")
 
 
+def test_threads_that_write_one_file_at_once(tmp_path: Path) -> None:
+    """Temporary names were the process's number alone: half of the writes met a file that another had renamed."""
+
+    def write(number: int) -> str:
+        write_text(tmp_path / "scores.json", str(number) * 10_000)
+        return (tmp_path / "scores.json").read_text()
+
+    with ThreadPoolExecutor(4) as pool:
+        texts = list(pool.map(write, [number % 10 for number in range(200)]))
+    assert all(len(text) == 10_000 and len(set(text)) == 1 for text in texts)
+    assert [path.name for path in tmp_path.iterdir()] == ["scores.json"]
+
+
+@pytest.mark.parametrize("days", [0, 2])
+def test_what_a_killed_process_left_is_removed_once_nobody_can_be_writing_to_it(days: int, tmp_path: Path) -> None:
+    file, folder, mine = (
+        tmp_path / ".a.0123456789abcdef.txt",
+        tmp_path / ".adapter.0123456789abcdef",
+        tmp_path / ".a.txt",
+    )
+    folder.mkdir()
+    (folder / "x.txt").write_text("half")
+    for path in (file, mine):
+        path.write_text("half")
+    for path in (file, folder, mine):
+        os.utime(path, times=(time.time() - days * 86_400,) * 2)
+    write_text(tmp_path / "a.txt", "whole")
+    with whole_folder(tmp_path / "adapter", "x.txt") as temporary:
+        (temporary / "x.txt").write_text("whole")
+    assert file.exists() == folder.exists() == (days == 0)
+    assert mine.exists() and tree(tmp_path)["adapter/x.txt"] == "whole"
+
+
+def test_a_user_without_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container; it was noticed when the training had ended."""
+    monkeypatch.setattr("getpass.getuser", lambda: pytest.fail("asked for the user's name"))
+    with whole_folder(tmp_path / "adapter", "x.txt") as temporary:
+        (temporary / "x.txt").write_text("new")
+    assert tree(tmp_path) == {"adapter/x.txt": "new"}
+
+
+@pytest.mark.parametrize("exchanges", [True, False])
+def test_the_old_folder_or_the_new_one_is_in_place(
+    exchanges: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the system cannot swap two folders; where it can there is no moment without one."""
+    if not exchanges:
+        monkeypatch.setattr(atomic_files, "_exchange", lambda one, other: False)
+    moves: list[str] = []
+    replace = Path.replace
+
+    def watched(self: Path, target: Path) -> Path:
+        moves.append(Path(target).name)
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", watched)
+    for text in ("old", "new"):
+        with whole_folder(tmp_path / "adapter", "x.txt") as temporary:
+            (temporary / "x.txt").write_text(text)
+    assert tree(tmp_path) == {"adapter/x.txt": "new"}
+    assert moves[0] == "adapter" and len(moves) == (3 if not exchanges or sys.platform != "linux" else 1)
+
+
 def test_a_folder_that_several_put_into_place_at_once_is_that_of_one_of_them(tmp_path: Path) -> None:
     def put(number: int) -> None:
         with whole_folder(tmp_path / "result", "marker") as folder:
@@ -101,5 +167,5 @@ def test_a_folder_that_several_put_into_place_at_once_is_that_of_one_of_them(tmp
     for _ in range(30):
         with ThreadPoolExecutor(4) as pool:
             list(pool.map(put, range(4)))
-        assert [each.name for each in tmp_path.iterdir()] == ["result"]
+        assert [path.name for path in tmp_path.iterdir()] == ["result"]
         assert (tmp_path / "result" / "marker").read_text() in "0123"

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from torch import nn
+from transformers import Trainer, TrainingArguments
 
 from surgical_peft import SurgicalConfig, SurgicalError, criteria, get_surgical_model, score_blocks
 from surgical_peft.auto import choose_blocks, how_many, together
@@ -109,3 +113,48 @@ def test_a_loader_that_can_be_read_once_will_do(vit: Toy) -> None:
 def test_one_batch_cannot_decide_how_many(vit: Toy) -> None:
     with pytest.raises(SurgicalError, match=r"num_blocks=None .*2 batches"):
         choose_blocks(vit.model(), SurgicalConfig(blocks="auto", criterion="rgn"), batches(vit, 1))
+
+
+def trainer_of(toy: Toy, folder: Path, **options: Any) -> Trainer:
+    batch = toy.batch(size=32)
+    rows = [{key: value[i] for key, value in batch.items()} for i in range(32)]
+    args = TrainingArguments(str(folder), per_device_train_batch_size=4, report_to="none", use_cpu=True)
+    return Trainer(model=toy.model(), args=args, train_dataset=rows, **options)  # type: ignore[arg-type]
+
+
+def test_a_trainer_gives_its_batches_its_loss_and_its_steps(tmp_path: Path) -> None:
+    counted: list[int] = []
+
+    def loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
+        counted.append(len(labels))
+        return nn.functional.cross_entropy(outputs.logits, labels)
+
+    trainer = trainer_of(TOYS["bert"], tmp_path, compute_loss_func=loss)
+    model = get_surgical_model(trainer.model, SurgicalConfig(blocks="auto"), trainer)
+    config = model.peft_config["default"]
+    assert set(counted) == {4} and config.blocks
+    assert config.selection["cost"]["budget"] == 12  # half of 8 batches in 3 epochs
+
+
+def test_a_trainer_with_a_loss_of_its_own(tmp_path: Path) -> None:
+    class Weighted(Trainer):
+        def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            seen.append(inputs.pop("labels"))
+            return model(**inputs).logits.square().mean()
+
+    seen: list[torch.Tensor] = []
+    trainer = trainer_of(TOYS["bert"], tmp_path)
+    trainer.__class__ = Weighted
+    config = SurgicalConfig(blocks="auto", criterion="grad_norm", num_blocks=1)
+    get_surgical_model(trainer.model, config, trainer, num_batches=3)
+    assert len(seen) == 3
+    trainer.train_dataset = None
+    with pytest.raises(SurgicalError, match="train_dataset"):
+        get_surgical_model(trainer.model, config, trainer)
+
+
+def test_a_data_set_is_no_batches(vit: Toy) -> None:
+    data = Dataset.from_dict({"pixel_values": [[0.0]], "labels": [0]})
+    for given in (data, torch.utils.data.TensorDataset(torch.zeros(2)), None):
+        with pytest.raises(SurgicalError, match="DataLoader"):
+            get_surgical_model(vit.model(), SurgicalConfig(blocks="auto"), given)  # type: ignore[arg-type]

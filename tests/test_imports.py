@@ -24,7 +24,19 @@ ROOMS = [
     *("scoring", "tuner", "policies", "procedures", "optim", "search", "export", "auto", "api", "experiments", "cli"),
     *("__init__", "__main__"),
 ]
-LAB = ["shifts", "metrics", "recipe", "tasks", "training", "search", "compare", "advise", "start", "quickstart"]
+LAB = [
+    "shifts",
+    "metrics",
+    "recipe",
+    "tasks",
+    "training",
+    "search",
+    "compare",
+    "advise",
+    "start",
+    "quickstart",
+    "predict",
+]
 TORCH_ONLY = ["blocks", "criteria"]  # no transformers, no PEFT
 
 PACKAGES = [surgical_peft, surgical_peft.criteria, surgical_peft.policies, surgical_peft.procedures, methods]

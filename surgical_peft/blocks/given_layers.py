@@ -11,7 +11,7 @@ from torch import nn
 from ..errors import SurgicalError
 from ..validation import nearest
 from .layer_stacks import Stack, homes_of, shared_depth, stack_labels
-from .module_lists import join, members_of
+from .module_lists import contents_of, join, members_of
 from .partition import describe_structure
 from .unwrap import named_bare_modules, nested_models
 
@@ -105,7 +105,7 @@ def _layers_at(path: str, modules: Mapping[str, nn.Module]) -> list[str]:
             f"give the path of a list in it, or a pattern for the layers, such as {join(path, 'layer*')!r}. "
             f"It holds: {children or 'no modules'}."
         )
-    if not (members := members_of(module, path)):
+    if not (members := members_of(module, path, contents_of(module))):
         raise SurgicalError(f"layers={path!r}: the list is empty, or nothing in it holds a parameter: name another.")
     return list(members)
 

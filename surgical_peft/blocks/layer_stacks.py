@@ -6,12 +6,12 @@ models. So the mergers, necks and upsamplers beside a transformer do not.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from torch import nn
 
-from .module_lists import ModuleRow, is_a, is_list, is_norm, join, members_of, rows_of, size_of
+from .module_lists import Contents, ModuleRow, contents_of, is_a, is_list, is_norm, join, members_of, rows_of
 from .unwrap import named_bare_modules, unwrap_module
 
 # Share of the weights in all lists of a model that one without attention must hold: if another has attention, if none.
@@ -39,9 +39,10 @@ class Stack:
 
 def find_stacks(model: nn.Module) -> list[Stack]:
     """The stacks of the model, in the order of execution; none if no list is evidently one of layers."""
-    lists = list(rows_of(model))
+    contents = contents_of(model)
+    lists = list(rows_of(model, contents))
     chosen = _layer_lists([row for row in lists if row.is_stages or row.is_layers])
-    chosen += _alike(model, chosen)
+    chosen += _alike(model, contents, chosen)
     merged = {parts[0].path: parts for parts in (_parts_of_layers(row, lists) for row in chosen)}
     shared = shared_depth(list(merged))
     towers = stack_labels(list(merged), shared)
@@ -79,7 +80,7 @@ def _layer_lists(candidates: list[ModuleRow]) -> list[ModuleRow]:
     return chosen
 
 
-def _alike(model: nn.Module, chosen: list[ModuleRow]) -> list[ModuleRow]:
+def _alike(model: nn.Module, contents: Mapping[nn.Module, Contents], chosen: list[ModuleRow]) -> list[ModuleRow]:
     """The outermost lists of one class in models that have no other; in a part of a model, if they are most of it."""
     rows: list[ModuleRow] = []
     scopes = {
@@ -91,10 +92,10 @@ def _alike(model: nn.Module, chosen: list[ModuleRow]) -> list[ModuleRow]:
         scope = max((scope for scope in scopes if not scope or path.startswith(scope + ".")), key=len)
         if any(not scope or other.path.startswith(scope + ".") for other in chosen):
             continue
-        members = members_of(module, path)
+        members = members_of(module, path, contents)
         alike = len({type(child) for child in members.values()}) == 1 and 1 < len(members) == len(module._modules)
-        row = ModuleRow(path, members, scope, False)
-        if alike and (not scope or 2 * row.size >= size_of(scopes[scope])):
+        row = ModuleRow(path, members, scope, False, contents)
+        if alike and (not scope or 2 * row.size >= contents[scopes[scope]].size):
             rows.append(row)
     return rows
 
@@ -127,7 +128,7 @@ def _stages(row: ModuleRow, tower: str, beside: list[ModuleRow]) -> list[Stack]:
         around = dict.fromkeys(waiting, join(label, "embeddings"))
         waiting = []
         ahead = True
-        for part, module in _parts(member, path, inner.path):
+        for part, module in _parts(member, path, inner.path, row.contents):
             if part == inner.path:
                 ahead = False
             elif ahead:
@@ -146,7 +147,9 @@ def _stages(row: ModuleRow, tower: str, beside: list[ModuleRow]) -> list[Stack]:
     return stacks
 
 
-def _parts(module: nn.Module, path: str, inside: str) -> Iterator[tuple[str, nn.Module]]:
+def _parts(
+    module: nn.Module, path: str, inside: str, contents: Mapping[nn.Module, Contents]
+) -> Iterator[tuple[str, nn.Module]]:
     """The parameters and modules of `module` in order, opened up as far as the list at `inside` asks for."""
     module = unwrap_module(module)
     if path == inside:
@@ -154,9 +157,9 @@ def _parts(module: nn.Module, path: str, inside: str) -> Iterator[tuple[str, nn.
         return
     for name, _ in module.named_parameters(recurse=False):
         yield join(path, name), module
-    for name, child in members_of(module, path).items():
+    for name, child in members_of(module, path, contents).items():
         if name == inside or inside.startswith(name + "."):
-            yield from _parts(child, name, inside)
+            yield from _parts(child, name, inside, contents)
         else:
             yield name, child
 

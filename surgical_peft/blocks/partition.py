@@ -8,7 +8,7 @@ from collections.abc import Collection
 from torch import nn
 
 from .layer_stacks import Stack
-from .module_lists import is_norm, join
+from .module_lists import is_norm, join, parents
 from .unwrap import named_bare_modules, named_children, unwrap_module
 
 # Parts run in the order of declaration, but for these names. LFM2's `embedding_norm` is its last norm.
@@ -46,13 +46,17 @@ def block_owners(model: nn.Module, stacks: list[Stack]) -> tuple[dict[str, str],
                 before = bool(_above(full, embeddings)) or any(map(_EMBEDDING.search, parts))
                 after = not before and (_follows(home, stacks, passed) or _runs_last(path, modules, stacks))
                 blocks_of[full] = _outside(module, tower, after, blocks_of)
+    inside: dict[str, set[str]] = {"": set(blocks_of.values())}  # module -> blocks of the parameters in it
+    for full, block in blocks_of.items():
+        for path in parents(full):
+            inside.setdefault(path, set()).add(block)
     owners: dict[str, str] = {}
-    _merge(model, "", blocks_of, owners)
+    _merge(model, "", blocks_of, inside, owners)
     tied: dict[str, str] = {}
     for path, first in again.items():
         tied[path] = blocks_of[first]
         module_path = path.rpartition(".")[0]
-        if not any(name.startswith(module_path + ".") for name in blocks_of):  # XLM's head has a bias of its own
+        if module_path not in inside:  # XLM's head has a bias of its own
             tied.setdefault(module_path, blocks_of[first])
     return owners, tied
 
@@ -97,18 +101,20 @@ def _outside(module: nn.Module, tower: str, after: bool, blocks_of: dict[str, st
     return join(tower, "final_norm") if is_norm(module) and head not in blocks_of.values() else head
 
 
-def _merge(module: nn.Module, path: str, blocks_of: dict[str, str], owners: dict[str, str]) -> None:
+def _merge(
+    module: nn.Module, path: str, blocks_of: dict[str, str], inside: dict[str, set[str]], owners: dict[str, str]
+) -> None:
     prefix = path + "." if path else ""
-    blocks = {block for parameter, block in blocks_of.items() if parameter.startswith(prefix)}
+    blocks = inside.get(path, ())
     if len(blocks) == 1 and path and not isinstance(module, nn.ModuleList | nn.ModuleDict):
-        owners[path] = blocks.pop()
+        owners[path] = next(iter(blocks))
     elif blocks:
         module = unwrap_module(module)
         for name, _ in module.named_parameters(recurse=False):
             if prefix + name in blocks_of:
                 owners[prefix + name] = blocks_of[prefix + name]
         for name, child in named_children(module):
-            _merge(child, prefix + name, blocks_of, owners)
+            _merge(child, prefix + name, blocks_of, inside, owners)
 
 
 def ordered(names: set[str], stacks: list[Stack]) -> tuple[str, ...]:

@@ -57,10 +57,12 @@ def named_children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def named_bare_modules(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
     """`named_modules` of the bare model: paths have no containers."""
-    module = unwrap_module(module)
-    yield path, module
-    for name, child in named_children(module):
-        yield from named_bare_modules(child, f"{path}.{name}" if path else name)
+    ahead = [(path, module)]
+    while ahead:
+        path, module = ahead.pop()
+        yield path, (module := unwrap_module(module))
+        children = [(f"{path}.{name}" if path else name, child) for name, child in named_children(module)]
+        ahead += reversed(children)
 
 
 def idle_parameters(model: nn.Module) -> set[int]:

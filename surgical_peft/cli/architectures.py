@@ -16,7 +16,7 @@ def model_of_config(model: str) -> nn.Module:
         SurgicalError: no config of a model there.
     """
     try:
-        config = transformers.AutoConfig.from_pretrained(model)
+        config = transformers.AutoConfig.from_pretrained(model, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise SurgicalError(
             f"the model {model!r} cannot be loaded, here or from the Hub: {reason_of(error)}"

@@ -1,6 +1,6 @@
 """The command line.
 
-`start | recipe | blocks | score | search | compare | advise | train | export | card | push | quickstart`
+`start | recipe | blocks | score | search | compare | advise | train | predict | export | card | push | quickstart`
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typer.core import TyperCommand, TyperGroup
 from ..errors import SurgicalError
 from .experiments import advise, compare, open_recipe, search
 from .options import AsJson, RecipeFile, Tiny, console, print_json, print_lines
+from .predict import predict
 from .recipes import recipe, start
 
 for _library in ("torchao", "bitsandbytes", "torch.utils._pytree", "DeepSpeed"):
@@ -173,6 +174,9 @@ def train(
         return
     console.print(table(report))
     print_lines(last_lines(report))
+
+
+app.command(cls=Command)(predict)
 
 
 @app.command(cls=Command)

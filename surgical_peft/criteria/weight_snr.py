@@ -50,14 +50,14 @@ def weight_snr(context: ScoringContext) -> dict[str, float]:
 def _matrices(context: ScoringContext) -> dict[str, list[Tensor]]:
     """The matrices of each weight that has any: a stack of experts' weights has one for each."""
     convolutions = {id(m.weight) for m in context.model.modules() if isinstance(m, nn.modules.conv._ConvNd)}
-    found = {}
+    matrices = {}
     for unit in context.units.values():
         for path, weight in unit.items():
             tensor = whole(weight.detach())
             if tensor.ndim >= 2 and bool(tensor.any()):
                 stacked = tensor.ndim > 2 and id(weight) not in convolutions
-                found[path] = list(tensor.flatten(0, -3)) if stacked else [tensor.flatten(1)]
-    return found
+                matrices[path] = list(tensor.flatten(0, -3)) if stacked else [tensor.flatten(1)]
+    return matrices
 
 
 def ratio(weight: Tensor) -> float:

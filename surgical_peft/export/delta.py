@@ -8,6 +8,7 @@ smaller so is kept as it is, and a plane that does not compress is stored plainl
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import operator
@@ -76,6 +77,7 @@ def write_delta(adapter: SavedAdapter, base: LoadedBase, folder: Path) -> dict[s
     report = {"adapter_bytes": before, "delta_bytes": size, "ratio": _ratio(before, size)}
     report["planes_ratio"] = _ratio(before, plain)
     metadata = {"format": _FORMAT, "tensors": json.dumps(entries, separators=(",", ":")), "report": json.dumps(report)}
+    metadata["digest"] = _digest(adapter.tensors)
     save_file(arrays, folder / DELTA_WEIGHTS, metadata=metadata)
     shutil.copyfile(adapter.folder / CONFIG_NAME, folder / DELTA_CONFIG)
     return report
@@ -100,11 +102,23 @@ def read_delta(folder: Path, base_model: Base) -> tuple[SavedAdapter, LoadedBase
             raise SurgicalError(f"{str(path)!r} is of the format {metadata.get('format')!r}; this reads {_FORMAT!r}.")
         entries = json.loads(metadata["tensors"])
         dtypes = {name: _dtype(entry["dtype"]) for name, entry in entries.items()}
-    base = load_base(config, [torch.empty(0, dtype=dtype) for dtype in dtypes.values()], base_model)
+        if not dtypes:
+            raise ValueError("it holds no tensor")
+        shapes = {name: _shape_of(name, entry) for name, entry in entries.items()}
+    tuned = {name: torch.empty(shape, dtype=dtypes[name], device="meta") for name, shape in shapes.items()}
+    base = load_base(config, tuned, base_model)
     state = base.model.state_dict()
     with _reading(path, zlib.error, *_MALFORMED):
         tensors = {name: _restore(name, entry, arrays, state, dtypes[name]) for name, entry in entries.items()}
+        if metadata.get("digest", digest := _digest(tensors)) != digest:  # a delta of the first version has none
+            raise ValueError("its tensors are not those that it was made of")
     return SavedAdapter(folder, config, tensors), base
+
+
+def _digest(tensors: dict[str, Tensor]) -> str:
+    """A digest of the names and the bits: most damage to a delta unpacks to other weights without an error."""
+    lines = [f"{name} {fingerprint([tensor])}\n" for name, tensor in sorted(tensors.items())]
+    return f"sha256:{hashlib.sha256(''.join(lines).encode()).hexdigest()}"
 
 
 @contextmanager
@@ -118,13 +132,18 @@ def _reading(path: Path, *corrupt: type[Exception]) -> Iterator[None]:
         raise SurgicalError(f"{str(path)!r} is missing or corrupt ({error}): copy or export it again.") from error
 
 
+def _shape_of(name: str, entry: dict[str, Any]) -> tuple[int, ...]:
+    shape = tuple(map(operator.index, entry["shape"]))
+    if min(shape, default=0) < 0 or math.prod(shape) >= 2**60:
+        raise ValueError(f"{name!r} has the shape {shape}")
+    return shape
+
+
 def _restore(
     name: str, entry: dict[str, Any], arrays: dict[str, np.ndarray], state: dict[str, Tensor], dtype: torch.dtype
 ) -> Tensor:
     """One tensor of the adapter, from its planes and the base model's bits."""
-    shape, width = tuple(map(operator.index, entry["shape"])), min(dtype.itemsize, 8)
-    if min(shape, default=0) < 0:
-        raise ValueError(f"{name!r} has the shape {shape}")
+    shape, width = _shape_of(name, entry), min(dtype.itemsize, 8)
     count = math.prod(shape) * dtype.itemsize // width
     if entry["of"] == "weights":
         bits = _unpack(arrays[name].tobytes(), entry["planes"], count, width)
@@ -132,6 +151,8 @@ def _restore(
         origin = _origin(name, entry, state, dtype)
         if len(origin) != count:
             raise ValueError(f"{name!r} has the shape {shape}, other than in the base model")
+        if entry["of"] not in ("nothing", "difference"):
+            raise ValueError(f"{name!r} is said to be of {entry['of']!r}")
         bits = origin
         if entry["of"] == "difference":
             bits = origin + _unfold(_unpack(arrays[name].tobytes(), entry["planes"], count, width))
@@ -195,7 +216,10 @@ def _unpack(data: bytes, planes: list[tuple[str, int]], count: int, width: int) 
         part = data[start : start + length]
         start += length
         # never more than there is room for, whatever a hostile file holds
-        plain = zlib.decompressobj().decompress(part, count or 1) if codec == "zlib" else part
+        unpacking = zlib.decompressobj()
+        plain = unpacking.decompress(part, count or 1) if codec == "zlib" else part
+        if codec == "zlib" and not unpacking.eof:
+            raise ValueError("one of its planes does not end where it should")
         matrix[:, index] = np.frombuffer(plain, np.uint8)
     if start != len(data):
         raise ValueError("its planes do not fill it")

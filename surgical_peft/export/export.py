@@ -11,13 +11,15 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from peft.utils.constants import CONFIG_NAME
+from torch import nn
 from transformers import PreTrainedModel
 
 from ..atomic_files import check_replaceable, whole_folder
-from ..errors import SurgicalError
+from ..errors import SurgicalError, first_of
 from ..tuner.loading.saved_adapter import (
     Base,
     LoadedBase,
@@ -28,8 +30,10 @@ from ..tuner.loading.saved_adapter import (
     skeleton_of_base,
 )
 from ..validation import check_choice
+from .adapter_card import write_exported_card
 from .delta import DELTA_CONFIG, read_delta, write_delta, write_restored
 from .low_rank import write_lora
+from .processor import fits_pipeline, processor_of
 from .stock_peft import stock_config, whole_modules
 
 FORMATS = ("peft", "merged", "delta", "lora", "adapter")
@@ -95,24 +99,47 @@ def export(
             adapter = read_adapter(folder)
         else:
             adapter = read_adapter(source)
+        if format in ("merged", "lora"):  # the others hold what is there, to the bit
+            _check_finite(adapter)
         _check_apart(out, [adapter.config.base_model_name_or_path])
         if base is None and format in _WITH_BASE:
-            base = load_base(adapter.config, adapter.tensors.values(), base_model)
+            base = load_base(adapter.config, adapter.tensors, base_model)
         temporary = stack.enter_context(whole_folder(out, _REPORT))
+        model = base.model if base else None
         if base is not None and format in _WITH_BASE:
             report = _WITH_BASE[format](adapter, base, rank, temporary)
         else:
             shutil.copyfile(adapter.folder / SAFETENSORS_WEIGHTS_NAME, temporary / SAFETENSORS_WEIGHTS_NAME)
             if format == "peft":
-                model = base.model if base else skeleton_of_base(adapter.config, base_model)
-                stock_config(adapter.config, whole_modules(adapter, model)).save_pretrained(str(temporary))
+                model = model or skeleton_of_base(adapter.config, base_model)
+                modules = whole_modules(adapter, model)
+                if model is not None:
+                    check_fits(adapter, model.state_dict(), adapter.new_to(LoadedBase(model, frozenset())))
+                stock_config(adapter.config, modules).save_pretrained(str(temporary))
             else:
                 shutil.copyfile(adapter.folder / CONFIG_NAME, temporary / CONFIG_NAME)
             report = {}
+        _add_what_goes_with_it(source, adapter, model, format, temporary)
         size = sum(file.stat().st_size for file in temporary.glob("*.safetensors"))
         report = {"format": format, "source": str(source), "bytes": size, **report}
         (temporary / _REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return report
+
+
+def _add_what_goes_with_it(
+    source: Path, adapter: SavedAdapter, model: nn.Module | None, format: str, folder: Path
+) -> None:
+    """Put the tokenizer or image processor, and the card with its picture, beside exported weights."""
+    name = getattr(model, "name_or_path", None) or adapter.config.base_model_name_or_path
+    processor = processor_of(source, name)
+    if processor is not None:
+        processor.save_pretrained(folder)
+    for picture in adapter.folder.glob("*.png"):
+        shutil.copyfile(picture, folder / picture.name)
+    if format in ("peft", "merged") and model is not None:
+        write_exported_card(adapter, model, format, folder, fits_pipeline(model, processor))
+    elif format == "adapter" and (adapter.folder / "README.md").is_file():
+        shutil.copyfile(adapter.folder / "README.md", folder / "README.md")
 
 
 def _merge(adapter: SavedAdapter, base: LoadedBase, rank: int | None, folder: Path) -> dict[str, Any]:
@@ -147,6 +174,15 @@ _WITH_BASE: dict[str, Callable[[SavedAdapter, LoadedBase, int | None, Path], dic
     "delta": _delta,
     "lora": _lora,
 }
+
+
+def _check_finite(adapter: SavedAdapter) -> None:
+    wide = {key: value for key, value in adapter.tensors.items() if value.element_size() > 1}  # torch tests no float8
+    if broken := [key for key, value in wide.items() if not torch.isfinite(value).all()]:
+        raise SurgicalError(
+            f"{str(adapter.folder)!r} holds NaN or infinity in {first_of(broken)}: train it again at a lower rate, or "
+            "copy it again."
+        )
 
 
 def _check_apart(out: Path, read: Iterable[Base]) -> None:

@@ -11,7 +11,7 @@ from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError  # type: ignore[attr-defined]
 
 from ..errors import SurgicalError
-from .adapter_card import HERE
+from .card_text import HERE
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, IterableDataset
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 from transformers.trainer_utils import has_length
 
 from ..errors import SurgicalError
@@ -27,6 +27,7 @@ from ..scoring.block_scores import BlockScores
 from ..scoring.score import score_blocks
 from .block_rates import BlockRates, find_rates
 from .history import History
+from .of_trainer import loss_of
 
 
 class SurgicalCallback(TrainerCallback):
@@ -47,8 +48,9 @@ class SurgicalCallback(TrainerCallback):
     and what the policy has frozen may be trained again.
 
     Args:
-        loss_fn: `(model, batch) -> loss` to score by, for a Trainer that computes its loss in a way of its own
-            (`compute_loss_func`, SentenceTransformerTrainer); default the model's own, `model(**batch).loss`.
+        loss_fn: `(model, batch) -> loss` to score by, for a Trainer whose `compute_loss` is of its own
+            (SentenceTransformerTrainer, a subclass of yours); default is the model's own, `model(**batch).loss`, or
+            that of the Trainer's `compute_loss_func` or label smoothing.
 
     Example:
         >>> Trainer(..., callbacks=[SurgicalCallback()])
@@ -56,6 +58,7 @@ class SurgicalCallback(TrainerCallback):
 
     def __init__(self, loss_fn: LossFunction | None = None) -> None:
         self.loss_fn = loss_fn
+        self.trainer: Callable[[], Trainer | None] = lambda: None  # a weak reference, once it trains
         self._history: History | None = None
 
     def on_train_begin(
@@ -119,8 +122,10 @@ class SurgicalCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Add the factors and scores to what is logged while training."""
+        if "loss" not in logs:  # of an evaluation, which there may be before there is an optimizer
+            return
         optimizer, rates = _surgical(kwargs["optimizer"])
-        if "loss" not in logs or rates.policy == Policy():
+        if rates.policy == Policy():
             return
         factors = rates.by_block(rates.used)
         scores = rates.by_block(rates.training_state(optimizer).scores)
@@ -194,7 +199,8 @@ class SurgicalCallback(TrainerCallback):
         policy, training = rates.policy, kwargs["train_dataloader"]
         size = args.per_device_train_batch_size if args.world_size > 1 else state.train_batch_size
         batches = _probe_batches(training, size, args.seed + at, count, args.process_index, args)
-        loss_fn = self.loss_fn or partial(_own_loss, policy)
+        trainer = self.trainer()
+        loss_fn = self.loss_fn or (trainer and loss_of(trainer)) or partial(_own_loss, policy)
         return score_blocks(
             kwargs["model"], batches, policy.criterion, policy.granularity, count, loss_fn, blocks=rates.blocks
         )

@@ -196,6 +196,6 @@ def _checked_base_multipliers(policy: Policy, blocks: BlockMap) -> dict[str, flo
                 f"{policy} gives {block!r} a factor, which is no block of {blocks.model_name}. There are: "
                 f"{', '.join(blocks.names)}."
             )
-        what = "to freeze a block, leave it out of `blocks`; else a finite number"
-        check_number(str(policy), f"the factor of {block!r}", factor, what, above=0)
+        rule = "to freeze a block, leave it out of `blocks`; else a finite number"
+        check_number(str(policy), f"the factor of {block!r}", factor, rule, above=0)
     return multipliers

@@ -1,17 +1,20 @@
 """Patches Trainer so that a policy's schedule begins and ends with the training, however it ends.
 
-Callbacks would not do: they may be absent, are not called when a training is interrupted, and get no trainer.
+Callbacks would not do: they may be absent, are not called when a training is interrupted, and get no trainer. Ours is
+told its trainer here, by whose loss it scores.
 """
 
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 from transformers import Trainer
 
 from .block_rates import find_rates
+from .callback import SurgicalCallback
 
 # Within one `train()`, Trainer begins the loop again when the memory does not do for its batches.
 _TRAININGS = ("train", "_inner_training_loop")
@@ -40,6 +43,9 @@ def _wrap(cls: type[Trainer]) -> None:
 def _bounded(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def train(self: Trainer, *args: Any, **kwargs: Any) -> Any:
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, SurgicalCallback):
+                callback.trainer = weakref.ref(self)
         optimizer, rates = find_rates(self.optimizer)
         if rates is not None and not rates.active:
             rates.restart(optimizer)

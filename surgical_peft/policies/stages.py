@@ -46,8 +46,8 @@ class Stage:
                 check_count("a stage", name, getattr(self, name), name)
         if self.epochs and self.steps:
             raise SurgicalError(f"{self} has epochs and steps: give one of the two.")
-        what = "what rests is left out of `blocks`; else a finite number"
-        check_number("a stage", "lr_multiplier", self.lr_multiplier, what, above=0)
+        rule = "what rests is left out of `blocks`; else a finite number"
+        check_number("a stage", "lr_multiplier", self.lr_multiplier, rule, above=0)
         if isinstance(self.loss, str):
             object.__setattr__(self, "loss", resolve(self.loss, _LOSSES))
         if self.loss is not None and not callable(self.loss):

@@ -95,9 +95,9 @@ def merge(moments: Moments, last: int, alone: bool) -> Moments:
         return moments
     merged = Moments(moments.means, moments.decay)
     facts: list[tuple[int, float]] = _all((moments.count, moments.total))
-    means, spreads = ([_every(tensor) for tensor in each] for each in (moments.means, moments.spreads))
+    means, spreads = ([_every(tensor) for tensor in halves] for halves in (moments.means, moments.spreads))
     for who, (count, total) in enumerate(facts):
-        merged.merge(count, total, [each[who] for each in means], [each[who] for each in spreads])
+        merged.merge(count, total, [halves[who] for halves in means], [halves[who] for halves in spreads])
     return merged
 
 

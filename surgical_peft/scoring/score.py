@@ -271,7 +271,7 @@ def _units(model: nn.Module, blocks: BlockMap, granularity: str, tied: set[str])
 @torch.no_grad()
 def _zero_units(units: Units, lent: list[Lent]) -> list[str]:
     """Units whose weights are all zero."""
-    stored = {each.path: each for each in lent}
+    stored = {lent_weight.path: lent_weight for lent_weight in lent}
 
     def alive(path: str, weight: nn.Parameter) -> bool:
         return bool((stored[path].stored() if weight.is_meta else whole(weight)).any())
@@ -290,7 +290,7 @@ def _named_values(values: Any, criterion: Criterion, units: Units) -> dict[str, 
 
 
 def _check_loaded(blocks: BlockMap, units: Units, lent: list[Lent]) -> None:
-    stored = {each.path for each in lent}
+    stored = {lent_weight.path for lent_weight in lent}
     missing = [p for unit in units.values() for p, weight in unit.items() if weight.is_meta and p not in stored]
     if missing:
         raise SurgicalError(

@@ -6,7 +6,6 @@ import logging
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +13,7 @@ from ..blocks.block_map import BlockMap
 from ..errors import SurgicalError
 from ..procedures.procedure import Procedure, as_procedure
 from ..scoring.selection import Selection
+from .attempt import attempt
 from .proposals import candidates_in, endless, title_of
 from .result import Candidate, SearchResult, SearchTrial, candidate_of
 
@@ -51,8 +51,9 @@ def run_search(
         objective: trains a `Selection` and gives its validation metric, larger = better; called as
             `objective(selection)`, or with `rate=...` and `seed=...` where the search has them. What it writes into
             `selection.record` (tuned parameters, peak memory) is kept with the trial. If it raises, or its metric is
-            not a finite number, the trial has failed, and stays so when the search is resumed. Its attribute
-            `settings`, if it has one, says in plain data what a training is: a study holds trainings of one kind.
+            not a finite number, the trial has failed, and stays so when the search is resumed; a lack of memory or an
+            `OSError` ends the search instead, and the training is done when it is resumed. Its attribute `settings`,
+            if it has one, says in plain data what a training is: a study holds trainings of one kind.
         blocks: the map of the model; without it, `objective.blocks`.
         storage: `"sqlite:///run/study.db"`, `"journal:///run/study.log"` (for a folder that several machines share),
             or `"postgresql+psycopg://user@host/database"`; None keeps the study in memory, for this call only. Three
@@ -130,7 +131,7 @@ def _train(
             task, trial = taken
             try:
                 with study.alive(trial):
-                    done = _try(task, objective, origin, partial(study.report, trial) if prunes else None)
+                    done = attempt(task, objective, origin, partial(study.report, trial) if prunes else None)
             except BaseException:
                 study.give_back(trial)
                 raise
@@ -143,40 +144,6 @@ def _train(
             return finished
         time.sleep(wait)
         wait = min(1.5 * wait, _LONGEST_WAIT)
-
-
-def _try(
-    task: Task, objective: Callable[..., float], origin: Selection, report: Callable[[float, int], None] | None
-) -> SearchTrial:
-    from optuna import TrialPruned
-
-    settings: dict[str, Any] = {
-        key: value for key, value in (("rate", task.rate), ("seed", task.seed)) if value is not None
-    }
-    selection = replace(origin, blocks=task.blocks, record={**origin.record, **settings})
-    given = set(selection.record)
-    metric, error, state = math.nan, None, "complete"
-    began = time.perf_counter()
-    try:
-        metric = float(objective(selection, **settings, **({"report": report} if report else {})))
-        if not math.isfinite(metric):
-            metric, error, state = math.nan, f"the objective gave {metric}", "failed"
-    except TrialPruned as pruned:
-        error, state = str(pruned) or "pruned by the objective", "pruned"
-    except Exception as failure:
-        state = "failed"
-        error = f"{type(failure).__name__}: {failure}"
-        _log.warning("blocks %s failed", list(task.blocks), exc_info=True)
-    return SearchTrial(
-        blocks=task.blocks,
-        metric=metric,
-        seconds=time.perf_counter() - began,
-        state=state,
-        rate=task.rate,
-        seed=task.seed,
-        error=error,
-        notes={key: value for key, value in selection.record.items() if key not in given},
-    )
 
 
 def _result(

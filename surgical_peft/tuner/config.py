@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable
-from dataclasses import InitVar, dataclass, field, fields, replace
+from dataclasses import InitVar, dataclass, field, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any, Optional, Union
@@ -20,7 +20,8 @@ from ..blocks.given_layers import as_paths
 from ..errors import SurgicalError
 from ..scoring.selection import Selection
 from ..validation import check_count
-from .name_checks import check_names
+from .lora_arguments import as_list, lora_arguments
+from .name_checks import check_head_config, check_names
 
 
 class SurgicalPeftType(str, Enum):
@@ -84,6 +85,9 @@ class SurgicalConfig(PeftConfig):
             the parameters and saved buffers which are not in its file.
         new_weights: filled in by the library: which weights of the adapter the base's checkpoint does not hold, so
             that they are others in every process. They are the adapter's, whatever `blocks` says.
+        head_config: filled in by the library: what the model's config says of the head, where the base's checkpoint
+            does not: `id2label`, and of a new head `num_labels`, `problem_type` and `pad_token_id`. Loading names the
+            model's labels by it.
         strict_base: refuse another base instead, as in `PeftModel.from_pretrained(base, folder, strict_base=True)`; it
             holds for all adapters that are loaded into this model later, too. Not saved.
         read_from: filled in by the library: the file that the config comes from. Not saved.
@@ -130,6 +134,7 @@ class SurgicalConfig(PeftConfig):
     new_weights: Optional[list[str]] = field(
         default=None, metadata={"help": "Weights of the adapter that the base's checkpoint does not hold."}
     )
+    head_config: Optional[dict[str, Any]] = field(default=None, metadata={"help": "Labels of the adapter's head."})
     strict_base: bool = field(default=False, compare=False, metadata={"help": "Refuse to load on another base."})
     read_from: InitVar[Optional[ConfigSource]] = None
 
@@ -151,10 +156,10 @@ class SurgicalConfig(PeftConfig):
         if isinstance(self.blocks, dict):
             raise SurgicalError(f"blocks={self.blocks!r}: choices for each block go into target_modules.")
         if isinstance(self.target_modules, dict):
-            self.target_modules = {str(key): _plain(choice) for key, choice in self.target_modules.items()}
+            self.target_modules = {str(key): as_list(choice) for key, choice in self.target_modules.items()}
             self.blocks = list(self.target_modules) if self.blocks is None else self.blocks
-        self.target_modules = _plain(self.target_modules)
-        self.exclude_modules = _plain(self.exclude_modules)
+        self.target_modules = as_list(self.target_modules)
+        self.exclude_modules = as_list(self.exclude_modules)
         if isinstance(self.modules_to_save, str):  # PEFT would go through its letters
             self.modules_to_save = [self.modules_to_save]
         if isinstance(self.layers, tuple):
@@ -180,7 +185,7 @@ class SurgicalConfig(PeftConfig):
         if self.keep_base not in KEEP_BASE:
             raise SurgicalError(f"keep_base={self.keep_base!r} is none of {', '.join(KEEP_BASE)}.")
         if self.lora is not None:
-            self.lora = _lora_arguments(self.lora)
+            self.lora = lora_arguments(self.lora)
         auto_only = {"criterion": self.criterion, "num_blocks": self.num_blocks}
         given = [name for name, value in auto_only.items() if value is not None]
         if given and self.blocks != "auto":
@@ -205,11 +210,13 @@ class SurgicalConfig(PeftConfig):
             "tuned_modules": dict | None,
             "fingerprint": str | None,
             "frozen_fingerprint": str | None,
+            "head_config": dict | None,
             "strict_base": bool,
         }
         for name, kind in kinds.items():
             if not isinstance(value := getattr(self, name), kind):
                 raise SurgicalError(f"{name}={value!r} is a {type(value).__name__}: it should be {kind}.")
+        check_head_config(self.head_config)
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
@@ -274,27 +281,3 @@ class SurgicalConfig(PeftConfig):
             path = Path(save_directory) / CONFIG_NAME
             saved = {**json.loads(path.read_text(encoding="utf-8")), **self.later_fields}
             write_text(path, json.dumps(saved, indent=2, sort_keys=True))
-
-
-def _plain(choice: Any) -> Choice:
-    return sorted(choice) if isinstance(choice, tuple | set) else choice
-
-
-def _lora_arguments(lora: LoraConfig | dict[str, Any]) -> dict[str, Any]:
-    """The arguments that differ from LoRA's defaults, as JSON can hold them."""
-    try:
-        config = lora if isinstance(lora, LoraConfig) else LoraConfig(**lora)
-    except TypeError as error:
-        raise SurgicalError(f"lora={lora!r} cannot be made into a LoraConfig: {error}.") from error
-    if config.modules_to_save or config.layer_replication:
-        raise SurgicalError(
-            "lora: modules_to_save and layer_replication are not its part here; put new heads into modules_to_save of "
-            "SurgicalConfig itself."
-        )
-    default = LoraConfig()
-    given = {known.name: getattr(config, known.name) for known in fields(config)}
-    return {
-        name: _plain(value)
-        for name, value in given.items()
-        if value != getattr(default, name) and name not in ("peft_type", "auto_mapping", "peft_version")
-    }

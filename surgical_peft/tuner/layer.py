@@ -85,13 +85,13 @@ class SurgicalLayer(ParkedTensors, BaseTunerLayer):
     @property
     def surgical_sets(self) -> nn.ModuleDict:
         """The parameters of each adapter, as PEFT's status report and its dtype and device helpers want them."""
-        found = nn.ModuleDict()
+        sets = nn.ModuleDict()
         for adapter in self.trained:
-            found._modules[adapter] = held = nn.Module()  # any name, also "keys" or with a dot
+            sets._modules[adapter] = held = nn.Module()  # any name, also "keys" or with a dot
             for attribute, tensor in self.tensors(adapter).items():
                 if isinstance(tensor, nn.Parameter):
                     held._parameters[attribute] = tensor
-        return found
+        return sets
 
     @property
     def keeps_base(self) -> bool:

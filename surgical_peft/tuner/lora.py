@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterable
+from typing import Any
 
+import torch
 from peft import LoraConfig, LoraModel, set_peft_model_state_dict
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
-from ..blocks.unwrap import named_bare_modules
-from ..errors import SurgicalError
+from ..blocks.unwrap import bare_parameter_name, named_bare_modules, unwrap_model, unwrap_module
+from ..errors import SurgicalError, first_of
 from .config import SurgicalConfig
-from .loading.saved_files import saved_tensors
+from .loading.saved_files import Shapes, saved_tensors
+
+_CHECKED = "surgical_checked"  # the adapter's name in a skeleton
 
 
 def lora_config(config: SurgicalConfig, tuned: Iterable[str]) -> LoraConfig:
@@ -42,6 +47,55 @@ def check_lora(model: nn.Module, config: SurgicalConfig, tuned: Iterable[str]) -
             f"lora: target_modules={config.lora['target_modules'] if config.lora else None!r} match no module outside "
             f"the ones that are tuned in full ({', '.join(list(tuned)[:6])}): leave lora out, or name others."
         )
+
+
+def check_saved_lora(model: nn.Module, config: SurgicalConfig, tuned: Iterable[str], saved: Shapes) -> None:
+    """Refuse saved LoRA weights that are not, name by name and shape by shape, those that `config` asks for.
+
+    PEFT loads what it finds by name, leaves the rest at random, and sees a wrong rank once the model is wrapped.
+
+    Args:
+        saved: names and shapes from the header of the saved weights.
+
+    Raises:
+        SurgicalError: weights are missing, too many, or of another shape.
+    """
+    lora = lora_config(config, tuned)
+    with_magnitudes, lora.use_dora = lora.use_dora, False
+    lora.init_lora_weights = False  # as DoRA, other ways to begin read the weights, and a skeleton has none
+    skeleton = _skeleton(unwrap_module(model))
+    LoraModel(skeleton, {_CHECKED: lora}, _CHECKED)
+    shapes = {key: tuple(value.shape) for key, value in skeleton.state_dict().items() if f".{_CHECKED}" in key}
+    expected = {bare_parameter_name(key.replace(f".{_CHECKED}", "")): shape for key, shape in shapes.items()}
+    given = {key: shape for key, shape in saved.items() if ".lora_" in key}
+    if with_magnitudes:  # one a module, and of the length that the module has
+        paths = {key.partition(".lora_")[0] for key in expected}
+        magnitudes = {f"{path}.lora_magnitude_vector.weight" for path in paths}
+        expected |= {key: given.get(key, ()) for key in magnitudes}
+    where = config.read_from and config.read_from.path.parent
+    missing, unknown = sorted(expected.keys() - given.keys()), sorted(given.keys() - expected.keys())
+    if missing or unknown:
+        raise SurgicalError(
+            f"the LoRA of the adapter in {where} is not that of its config: it lacks {len(missing)} of "
+            f"{len(expected)} weights ({first_of(missing) or 'none'}) and has {len(unknown)} others "
+            f"({first_of(unknown) or 'none'}). It is damaged, or of another base model: save or fetch it again."
+        )
+    for key, shape in expected.items():
+        if given[key] != shape:
+            raise SurgicalError(
+                f"the LoRA of the adapter in {where} does not fit: {key} has shape {given[key]} there, and its config "
+                f"and {type(unwrap_model(model)).__name__} ask for {shape}. Nothing of it was loaded: save or fetch "
+                "it again, or load its own base model."
+            )
+
+
+def _skeleton(model: nn.Module) -> nn.Module:
+    """A copy of the modules without their values, on the meta device."""
+    empty: dict[int, Any] = {
+        **{id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad) for p in model.parameters()},
+        **{id(buffer): torch.empty_like(buffer, device="meta") for buffer in model.buffers()},
+    }
+    return copy.deepcopy(model, empty)
 
 
 def inject_lora(model: nn.Module, config: SurgicalConfig, tuned: Iterable[str], adapter_name: str) -> None:

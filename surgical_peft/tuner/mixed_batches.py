@@ -104,12 +104,12 @@ def divided_modules(model: nn.Module, paths: Iterable[str]) -> dict[nn.Module, l
     """
     largest = [path for path in paths if not any(path.startswith(other + ".") for other in paths)]
     modules = dict(named_bare_modules(model))
-    found: dict[nn.Module, list[SurgicalLayer]] = {modules[path]: [] for path in largest}
-    home = {inner: module for module in found for inner in module.modules()}
+    divided: dict[nn.Module, list[SurgicalLayer]] = {modules[path]: [] for path in largest}
+    home = {inner: module for module in divided for inner in module.modules()}
     for layer in [module for module in model.modules() if isinstance(module, SurgicalLayer)]:
         for owner in dict.fromkeys(module for slot in layer.slots.values() for module, _ in slot.places):
-            found.setdefault(home.get(owner, owner), []).append(layer)
-    return {module: layers for module, layers in found.items() if layers}
+            divided.setdefault(home.get(owner, owner), []).append(layer)
+    return {module: layers for module, layers in divided.items() if layers}
 
 
 def _by_rows(
@@ -180,17 +180,22 @@ def run_by_rows(names: Sequence[str], run: Callable[..., Any], *args: Any, **kwa
             "adapter_names cannot be used with a cache of keys and values, which the adapters of a batch would share: "
             "pass use_cache=False, or generate for one adapter at a time."
         )
-    size, each = lead.shape[0], lead.shape[0] // len(names)
+    size, size_each = lead.shape[0], lead.shape[0] // len(names)
     rows = [
         torch.tensor(
-            [index * each + row for index, other in enumerate(names) if other == name for row in range(each)],
+            [
+                index * size_each + row
+                for index, other in enumerate(names)
+                if other == name
+                for row in range(size_each)
+            ],
             device=lead.device,
         )
         for name in different
     ]
     outputs = []
-    for name, own in zip(different, rows, strict=True):
-        own_args, own_kwargs = tree_map(lambda leaf, own=own: _pick(leaf, lead, own), (args, kwargs))
+    for name, indices in zip(different, rows, strict=True):
+        own_args, own_kwargs = tree_map(lambda leaf, indices=indices: _pick(leaf, lead, indices), (args, kwargs))
         outputs.append(tree_flatten(run(name, *own_args, **own_kwargs)))
     parts = zip(*(leaves for leaves, _ in outputs), strict=True)
     return tree_unflatten([_join(part, rows, size) for part in parts], outputs[0][1])
@@ -206,9 +211,9 @@ def _join(parts: Sequence[Any], rows: Sequence[Tensor], size: int) -> Any:
     first = parts[0]
     if not isinstance(first, Tensor) or not first.ndim:
         return first
-    if any(part.shape[0] not in (1, len(own)) for part, own in zip(parts, rows, strict=True)):
+    if any(part.shape[0] not in (1, len(indices)) for part, indices in zip(parts, rows, strict=True)):
         return first
     joined = first.new_empty((size, *first.shape[1:]))
-    for part, own in zip(parts, rows, strict=True):
-        joined[own.to(part.device)] = part.expand(len(own), *part.shape[1:])
+    for part, indices in zip(parts, rows, strict=True):
+        joined[indices.to(part.device)] = part.expand(len(indices), *part.shape[1:])
     return joined

@@ -188,6 +188,7 @@ class SurgicalModel(PeftHooks):
             if layer.merged:
                 layer.unmerge()
             layer.set_adapter(adapter_name, inference_mode)
+        self._name_labels()
         self._renew_modes()
 
     def _lora_layers(self) -> list[LoraLayer]:

@@ -56,6 +56,28 @@ def _check_name(field: str, name: Any) -> None:
         )
 
 
+def check_head_config(value: dict[str, Any] | None) -> None:
+    """Refuse what cannot be said of a head: a number of labels, their names by number, and a type of problem.
+
+    Raises:
+        SurgicalError: another type, or names that are not those of the labels.
+    """
+    if value is None:
+        return
+    names, kinds = value.get("id2label", {}), {"problem_type": str, "pad_token_id": int}
+    is_dict = isinstance(names, dict)
+    count = value.get("num_labels", len(names) if is_dict else 0)
+    is_count = isinstance(count, int) and 0 < count < 10**6
+    are_names = is_dict and all(isinstance(name, str) for name in names.values())
+    if names and is_count and are_names:
+        are_names = names.keys() == {str(label) for label in range(count)}
+    if not (is_count and are_names and all(isinstance(value.get(key, kind()), kind) for key, kind in kinds.items())):
+        raise SurgicalError(
+            f"head_config={value!r} is no head: num_labels is a number, id2label the names of '0', '1' and so on, "
+            "problem_type a string, pad_token_id a number."
+        )
+
+
 def check_matching(expressions: dict[str, str], names: Iterable[str]) -> None:
     """Refuse regular expressions that would match without end.
 

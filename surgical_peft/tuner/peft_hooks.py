@@ -13,16 +13,18 @@ from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
 from torch import nn
 
-from ..blocks.unwrap import unwrap_module
+from ..blocks.unwrap import named_bare_modules, unwrap_module
 from .attach import AdapterPlan, attach, plan_adapter, requires_grad_by_name
 from .config import SurgicalConfig
 from .gradient_checkpointing import skip_frozen_prefix
 from .layer import SurgicalLayer
 from .loading.adapter_weights import adapter_weights, load_weights
 from .loading.compatibility import check_fit, names_today, prepare_loading, recorded
+from .loading.head_config import apply_head_config, head_config_of
 from .loading.new_weights import newly_initialized, note_new_weights
 from .loading.same_base import check_base
-from .lora import check_lora, inject_lora
+from .loading.saved_adapter import heads_of
+from .lora import check_lora, check_saved_lora, inject_lora
 from .moved_buffers import note_buffers
 from .target_checks import check_adapter_names, check_no_container
 from .target_modules import modules_to_tune, with_modules_besides
@@ -79,6 +81,9 @@ class PeftHooks(BaseTuner):
         today = None if saved is None else names_today(model, saved)
         own = None if today is None else recorded(model, peft_config, today)
         new = newly_initialized(model)
+        to_save = heads_of(
+            peft_config, [path for path, _ in named_bare_modules(model)]
+        )  # before tuned ones are dropped
         targets = modules_to_tune(model, peft_config)
         moving = not peft_config.frozen_eval or (self._for_others_to_train and not self._empty)
         every = with_modules_besides(model, peft_config, targets, new, moving, own)
@@ -86,11 +91,15 @@ class PeftHooks(BaseTuner):
             check_lora(model, peft_config, every)
         if saved is not None:
             check_fit(model, peft_config, every, saved)
+        if saved is not None and peft_config.lora:
+            check_saved_lora(model, peft_config, every, saved)
         plan = plan_adapter(model, peft_config, every)
         configs = [config for config in self.peft_config.values() if isinstance(config, SurgicalConfig)]
         strict = any(config.strict_base for config in configs)
         chosen = TensorMap.find(model).chosen(every)
-        note_new_weights(model, peft_config, chosen, new, None if today is None else today.values())
+        note_new_weights(model, peft_config, chosen, new, to_save, None if today is None else today.values())
+        if today is None:
+            peft_config.head_config = head_config_of(model, peft_config)
         check_base(model, peft_config, targets, chosen, today, strict)
         note_buffers(model, peft_config, chosen)
         return plan
@@ -122,7 +131,14 @@ class PeftHooks(BaseTuner):
         if config.lora:
             inject_lora(model, config, config.tuned_modules or {}, adapter_name)
             self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+        self._name_labels()
         self._renew_modes()  # the model may be in train mode already
+
+    def _name_labels(self) -> None:
+        for name in self.active_adapters:
+            config = self.peft_config.get(name)
+            if isinstance(config, SurgicalConfig) and config.read_from is not None:
+                apply_head_config(self.model, config)
 
     def _post_injection_hook(self, model: nn.Module, config: SurgicalConfig, adapter_name: str) -> None:
         skip_frozen_prefix(unwrap_module(model))
@@ -171,6 +187,8 @@ class PeftHooks(BaseTuner):
         state_dict: dict[str, torch.Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, torch.Tensor]:
+        # again: a problem_type that nobody gave is set in the first forward pass
+        config.head_config = head_config_of(model, config) or config.head_config
         weights = adapter_weights(model, config, adapter_name, state_dict)
         lora = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         return {**weights, **lora}

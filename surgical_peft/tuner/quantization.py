@@ -57,10 +57,10 @@ class FloatLinear(nn.Linear):
         packed, dtype = self.__dict__["packed"], self.weight.dtype
         weight = _dequantized(packed)
         assert weight is not None  # `packed_layers` has looked
-        found = {"weight": (weight.T if self.is_turned else weight).to(dtype, copy=True).contiguous()}
+        tensors = {"weight": (weight.T if self.is_turned else weight).to(dtype, copy=True).contiguous()}
         if packed.bias is not None:
-            found["bias"] = packed.bias.detach().to(dtype, copy=True)
-        return found
+            tensors["bias"] = packed.bias.detach().to(dtype, copy=True)
+        return tensors
 
     def refill(self) -> None:
         """Copy the values of the packed layer."""
@@ -136,13 +136,13 @@ def packed_layers(model: nn.Module, paths: Iterable[str], names: Collection[str]
         SurgicalError: packed weights of another kind, or integers that are none.
     """
     modules = dict(named_bare_modules(model))
-    found: dict[str, torch.dtype] = {}
+    packed: dict[str, torch.dtype] = {}
     for path in paths:
         weights = _weights(modules[path], path)
         plain = _float_dtypes(weights) or _float_dtypes(_weights(model, ""))
         for name, (module, parameter) in weights.items():
             home = name.rpartition(".")[0]
-            if name in names and is_packed(parameter) and home not in found:
+            if name in names and is_packed(parameter) and home not in packed:
                 weight = _dequantized(module) if isinstance(module, nn.Linear) else None
                 of_torch = type(parameter) in (Tensor, nn.Parameter) and parameter.dtype.itemsize > 1
                 if weight is None and (of_torch or parameter.dtype == torch.bool):
@@ -155,15 +155,15 @@ def packed_layers(model: nn.Module, paths: Iterable[str], names: Collection[str]
                         f"{name} is packed ({type(parameter).__name__}, {parameter.dtype}) and cannot be dequantized: "
                         "choose other blocks, or load the model with these modules left out of the quantization."
                     )
-                found[home] = plain[0] if plain else weight.dtype
-    return found
+                packed[home] = plain[0] if plain else weight.dtype
+    return packed
 
 
 def _weights(module: nn.Module, path: str) -> dict[str, tuple[nn.Module, nn.Parameter]]:
     return {
-        f"{name}.{own}": (owner, parameter)
+        f"{name}.{attribute}": (owner, parameter)
         for name, owner in named_bare_modules(module, path)
-        for own, parameter in owner._parameters.items()
+        for attribute, parameter in owner._parameters.items()
         if parameter is not None
     }
 
@@ -179,8 +179,8 @@ def _dequantized(packed: nn.Linear) -> Tensor | None:
     # PEFT sets the weight of what it is given to another one, which lacks the scales of an 8-bit layer that has run,
     # and is lost inside accelerate's init_empty_weights
     layer: Any = SimpleNamespace(weight=weight, state=getattr(packed, "state", None))
-    found = dequantize_module_weight(layer)
-    return None if found is weight else found.detach()
+    values = dequantize_module_weight(layer)
+    return None if values is weight else values.detach()
 
 
 def _dequantized_in_cpu_order(weight: Any) -> Tensor:

@@ -9,7 +9,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
-from ..blocks.module_lists import within
+from ..blocks.module_lists import parents
 from ..blocks.unwrap import PARKED, named_bare_modules, unwrap_model
 from ..errors import SurgicalError
 from ..scoring.offload import lent_weights
@@ -66,6 +66,7 @@ def check_adapter_names(model: nn.Module, adapters: dict[str, SurgicalConfig], n
 
 def check_separate(model: nn.Module, paths: list[str], kind: type[nn.Module] = SurgicalLayer) -> None:
     """Refuse paths that hold, lie in, or (unless `kind` is the wrapper of both) are what another adapter wraps."""
+    wanted, holders = set(paths), {parent: path for path in paths for parent in parents(path)}
     for other, wrapper in model.named_modules():
         if not isinstance(wrapper, BaseTunerLayer | AuxiliaryTrainingWrapper):
             continue
@@ -73,14 +74,14 @@ def check_separate(model: nn.Module, paths: list[str], kind: type[nn.Module] = S
             if kind is SurgicalLayer:  # sets of tensors stand side by side
                 continue
             other = other.rpartition(".")[0]
-        for path in paths:
-            if path == other and isinstance(wrapper, kind):
-                continue
-            if within(path, [other]) or within(other, [path]):
-                raise SurgicalError(
-                    f"{path} cannot be tuned: another adapter already tunes {other} with a {type(wrapper).__name__}. "
-                    "Adapters of other methods, and new heads in modules_to_save, can only be beside it."
-                )
+        inside = [parent for parent in parents(other) if parent in wanted]
+        around = [holders[other]] if other in holders else []
+        itself = [other] if other in wanted and not isinstance(wrapper, kind) else []
+        for path in [*itself, *inside, *around]:
+            raise SurgicalError(
+                f"{path} cannot be tuned: another adapter already tunes {other} with a {type(wrapper).__name__}. "
+                "Adapters of other methods, and new heads in modules_to_save, can only be beside it."
+            )
 
 
 def check_exchangeable(model: nn.Module, tensors: TensorMap, chosen: Iterable[str], config: SurgicalConfig) -> None:

@@ -15,7 +15,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from ..blocks.block_map import BlockMap
 from ..blocks.given_layers import adapter_configs, as_paths
-from ..blocks.module_lists import within
+from ..blocks.module_lists import parents, within
 from ..blocks.unwrap import named_bare_modules
 from ..errors import SurgicalError
 from .config import Choice, SurgicalConfig
@@ -69,7 +69,8 @@ def modules_to_tune(
     if config.blocks == "auto":
         raise SurgicalError(
             "blocks='auto' needs data to choose by: call get_surgical_model(model, config, dataloader), which scores "
-            "the blocks and then calls get_peft_model."
+            "the blocks and then calls get_peft_model. A Trainer will do in the place of the dataloader, also one of "
+            "TRL, made without peft_config: get_surgical_model(trainer.model, config, trainer)."
         )
     names: tuple[str, ...] = ()
     targets: dict[str, set[str] | None] = {}
@@ -198,12 +199,12 @@ def _chosen(
 
 def _parameters_of(module: nn.Module, parts: str, among: set[str] | None) -> set[str]:
     """Names of the biases, or of the parameters of normalization layers (known by class), in `module`."""
-    found: set[str] = set()
+    names: set[str] = set()
     for path, child in named_bare_modules(module):
         for name, _ in child.named_parameters(recurse=False):
             if name.endswith("bias") if parts == "all-bias" else "norm" in type(child).__name__.lower():
-                found.add(f"{path}.{name}" if path else name)
-    return found if among is None else found & among
+                names.add(f"{path}.{name}" if path else name)
+    return names if among is None else names & among
 
 
 def _outermost(
@@ -214,23 +215,30 @@ def _outermost(
     if isinstance(asked.target_modules, str) and asked.target_modules.lower() == "all-linear":
         _maybe_include_all_linear_layers(asked, model)
     verdicts = {path: check_target_module_exists(asked, path) for path, _ in named_bare_modules(model)}
-    excluded = [path for path, verdict in verdicts.items() if isinstance(verdict, _ExcludedModule)]
+    excluded = {path for path, verdict in verdicts.items() if isinstance(verdict, _ExcludedModule)}
     if config.exclude_modules and not excluded:
         raise SurgicalError(
             f"exclude_modules={config.exclude_modules!r} match no module. Names: {_some_names(model, inside)}."
         )
-    found: list[str] = []
+    outermost: dict[str, None] = {}
+    opened = {parent for path in excluded for parent in (path, *parents(path))}  # what holds an excluded module
+    homes = None if inside is None else set(inside)
     apart: dict[str, set[str] | None] = {}
     for path, module in named_bare_modules(model):
-        if not path or within(path, found + excluded) or not (verdicts[path] or within(path, apart)):
+        if (
+            not path
+            or within(path, outermost)
+            or within(path, excluded)
+            or not (verdicts[path] or within(path, apart))
+        ):
             continue
-        if (inside is not None and not within(path, inside)) or not any(True for _ in module.parameters()):
+        if (homes is not None and not within(path, homes)) or not any(True for _ in module.parameters()):
             continue
-        if not isinstance(module, _WITHOUT_FORWARD) and not any(within(other, [path]) for other in excluded):
-            found.append(path)
+        if not isinstance(module, _WITHOUT_FORWARD) and path not in opened:
+            outermost[path] = None
             continue
         apart[path] = {name for name, _ in module.named_parameters(recurse=False)}
-    return {**{path: names for path, names in apart.items() if names}, **dict.fromkeys(found)}
+    return {**{path: names for path, names in apart.items() if names}, **outermost}
 
 
 def _still_to_save(model: nn.Module, config: SurgicalConfig, targets: list[str]) -> list[str]:
@@ -272,11 +280,9 @@ def _rest_of_new_head(
 
 
 def _by_module(tensors: TensorMap, names: Collection[str]) -> dict[str, Collection[str] | None]:
-    found: dict[str, Collection[str] | None] = {}
-    for name in sorted(names):
-        path, _, attribute = name.rpartition(".")
-        found = united(found, {path: [attribute] if tensors.places[name][0].is_parameter else []})
-    return found
+    paths = [name.rpartition(".")[::2] for name in sorted(names)]
+    is_parameter = [tensors.places[name][0].is_parameter for name in sorted(names)]
+    return united(*({path: [name] if asked else []} for (path, name), asked in zip(paths, is_parameter, strict=True)))
 
 
 def _some_names(model: nn.Module, inside: list[str] | None) -> str:

@@ -20,7 +20,7 @@ if __name__ == "__main__":
     main()
 """
 
-# A criterion of the user's own, in a process that the command started: the public names are there, the method is known.
+# A criterion of the user's own, in a process that the command started: the public names are there, PEFT knows us.
 CRITERION = """
 from multiprocessing import get_context
 from peft import PeftConfig

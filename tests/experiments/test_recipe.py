@@ -1,8 +1,11 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import fields, replace
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 from datasets import load_dataset_builder
@@ -131,6 +134,111 @@ def test_a_policy_with_its_options(tmp_path: Path) -> None:
 def test_a_wrong_recipe_says_what_is_wrong(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(SurgicalError, match=message):
         load_recipe(write(tmp_path, text))
+
+
+BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{name}: &{name} [{', '.join([f'*{before}'] * 9)}]\n" for before, name in pairwise("abcdefghi")
+)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        BOMB + MINIMAL,
+        "a: &a [*a]\n" + MINIMAL,
+        MINIMAL + "policy_options: " + "[" * 500 + "]" * 500 + "\n",
+        MINIMAL + "policy_options: " + "{a: " * 100_000,
+        MINIMAL + "run_name: 2026-99-99\n",
+        MINIMAL + "seed: !!int abc\n",
+        MINIMAL + "seed: " + "9" * 5000 + "\n",
+        MINIMAL + "run_name: !!python/object/apply:os.getcwd []\n",
+        "x" * 2**21,
+    ],
+    ids=["bomb", "endless", "nested", "deep", "date", "int", "digits", "code", "long"],
+)
+def test_hostile_yaml_is_one_error_at_once(tmp_path: Path, text: str) -> None:
+    with pytest.raises(SurgicalError) as raised:
+        load_recipe(write(tmp_path, text))
+    assert len(str(raised.value)) < 2000
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "a\0b", "/".join(["x" * 200] * 30)], ids=["long", "zero", "path"])
+def test_names_that_no_file_can_have(tmp_path: Path, name: str) -> None:
+    with pytest.raises(SurgicalError):
+        load_recipe(tmp_path / name)
+    for key in ("model", "data"):
+        with pytest.raises(SurgicalError, match=key):
+            recipe_of({"model": "m", "data": "d", "blocks": [0], key: name})
+
+
+def test_a_secret_has_no_place_in_a_recipe(tmp_path: Path) -> None:
+    """It was published with the card, the report and the study."""
+    with pytest.raises(SurgicalError, match="hub_token") as raised:
+        load_recipe(write(tmp_path, MINIMAL + "hub_token: hf_secret\n"))
+    assert "hf_secret" not in str(raised.value)
+
+
+MEANINGLESS: dict[str, list[Any]] = {
+    "learning_rate": [-1.0, 0.0],
+    "num_train_epochs": [0, -1],
+    "max_steps": [0, -5],
+    "per_device_train_batch_size": [0, -1],
+    "per_device_eval_batch_size": [0],
+    "gradient_accumulation_steps": [0, -1],
+    "eval_accumulation_steps": [0],
+    "weight_decay": [-1.0],
+    "adam_beta1": [-0.1, 1.0, 2.0],
+    "adam_beta2": [1.0],
+    "adam_epsilon": [-1.0],
+    "max_grad_norm": [-1.0],
+    "warmup_steps": [-1],
+    "label_smoothing_factor": [-0.1, 1.0],
+    "save_steps": [-1, 0],
+    "logging_steps": [-1],
+    "save_total_limit": [0, -1],
+    "seed": [-1, 2**40, 2**70],
+    "data_seed": [-1],
+    "dataloader_num_workers": [-1, 10**6],
+    "train_sampling_strategy": ["randum"],
+    "optim": ["adam", "adamw_torch_xl"],
+    "optim_args": ["betas", "nonsense=3"],
+    "lr_scheduler_type": ["cosin"],
+    "lr_scheduler_kwargs": [{"nonsense": 3}, "not json"],
+    "accelerator_config": [{"nonsense": 3}],
+    "debug": ["nonsense"],
+    "fsdp": ["nonsense"],
+}
+
+
+@pytest.mark.parametrize(("key", "value"), [(key, value) for key, values in MEANINGLESS.items() for value in values])
+def test_training_arguments_that_mean_nothing_are_refused_with_their_key(key: str, value: Any) -> None:
+    """They raised whatever they liked after the data were loaded and measured, trained nothing, or were ignored."""
+    with pytest.raises(SurgicalError, match=f"{key[:4]}.*"):
+        recipe_of({"model": "m", "data": "d", "blocks": [0], key: value})
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_no_number_of_a_recipe_is_nan_or_infinite(value: float) -> None:
+    for key in ("learning_rate", "warmup_steps", "save_steps", "weight_decay", "max_grad_norm"):
+        with pytest.raises(SurgicalError, match=key):
+            recipe_of({"model": "m", "data": "d", "blocks": [0], key: value})
+    for key in ("policy_options", "columns", "methods", "rates"):
+        nested: Any = [{"a": [1, value]}] if key in ("methods", "rates") else {"a": [1, value]}
+        with pytest.raises(SurgicalError, match=key):
+            recipe_of({"model": "m", "data": "d", "blocks": [0], key: nested})
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"optim": "sgd", "optim_args": "momentum=0.9", "warmup_steps": 0.1},
+        {"lr_scheduler_type": "cosine_with_restarts", "lr_scheduler_kwargs": {"num_cycles": 2}},
+        {"max_steps": 20, "weight_decay": 0.01, "max_grad_norm": 0, "seed": 2**32 - 1},
+        {"save_strategy": "steps", "save_steps": 0.5, "save_total_limit": 1, "dataloader_num_workers": 1},
+    ],
+)
+def test_training_arguments_that_mean_something_are_taken(keys: dict[str, Any]) -> None:
+    assert recipe_of({"model": "m", "data": "d", "blocks": [0], **keys}).training == keys
 
 
 def test_a_renamed_key_says_the_new_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -397,8 +398,7 @@ def test_a_delta_with_altered_bytes_is_refused_or_seen(tmp_path: Path) -> None:
     toy_adapter(TOYS["vit"], tmp_path)
     export(tmp_path / "adapter", tmp_path / "delta", "delta")
     file = tmp_path / "delta" / "delta.safetensors"
-    with safe_open(file, "pt") as opened:
-        metadata, arrays = opened.metadata(), {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    metadata, arrays = _written(file)
     entries = json.loads(metadata["tensors"])
     name = next(name for name, entry in entries.items() if entry["planes"] and entry["planes"][-1][0] == "zlib")
     for altered in (bytes(len(arrays[name])), b"x"):
@@ -408,14 +408,93 @@ def test_a_delta_with_altered_bytes_is_refused_or_seen(tmp_path: Path) -> None:
             export(tmp_path / "delta", tmp_path / "back", "adapter")
 
 
+DAMAGE: dict[str, Callable[[Tensor], Tensor]] = {
+    "NaN": lambda tensor: tensor.fill_(torch.nan),
+    "infinity": lambda tensor: tensor.fill_(torch.inf),
+    "int64": lambda tensor: tensor.to(torch.int64),
+    "bool": lambda tensor: tensor.to(torch.bool),
+    "complex": lambda tensor: tensor.to(torch.complex64),
+    "shape": lambda tensor: torch.cat([tensor, tensor]),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_weights_that_cannot_be_right_go_into_no_format(kind: str, tmp_path: Path) -> None:
+    """`merged` wrote NaN, and whole numbers and booleans became floats."""
+    base, _ = toy_adapter(TOYS["vit"], tmp_path)
+    weights = load_file(tmp_path / "adapter" / WEIGHTS)
+    first = next(key for key, value in weights.items() if value.dim() == 2)
+    save_file({**weights, first: DAMAGE[kind](weights[first])}, tmp_path / "adapter" / WEIGHTS)
+    whole = kind not in ("NaN", "infinity")  # a delta holds any numbers, to the bit
+    for name in ("merged", "lora", *(("peft", "delta") if whole else ())):
+        with pytest.raises(SurgicalError):
+            export(tmp_path / "adapter", tmp_path / name, name, base_model=base, rank=2 if name == "lora" else None)
+        assert not (tmp_path / name).exists()
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", WEIGHTS])
+def test_a_named_pipe_is_not_waited_for(name: str, tmp_path: Path) -> None:
+    base, _ = toy_adapter(TOYS["vit"], tmp_path)
+    (tmp_path / "adapter" / name).unlink()
+    os.mkfifo(tmp_path / "adapter" / name)
+    with pytest.raises(SurgicalError):
+        export(tmp_path / "adapter", tmp_path / "out", "peft", base_model=base)
+    with pytest.raises(ValueError, match=name.partition(".")[0]):
+        PeftModel.from_pretrained(base, str(tmp_path / "adapter"))
+
+
+def _written(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    with safe_open(path, "pt") as file:
+        return file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+def test_a_delta_with_one_bit_flipped_never_gives_other_weights(tmp_path: Path) -> None:
+    """Nine of ten such flips did, silently."""
+    base, _ = toy_adapter(TOYS["vit"], tmp_path)
+    export(tmp_path / "adapter", tmp_path / "delta", "delta")
+    file = tmp_path / "delta" / "delta.safetensors"
+    whole = file.read_bytes()
+    start = 8 + int.from_bytes(whole[:8], "little")  # of the tensors, behind the header
+    for at in np.random.default_rng(0).integers(8 * start, 8 * len(whole), 40):
+        damaged = bytearray(whole)
+        damaged[at // 8] ^= 1 << (at % 8)
+        file.write_bytes(damaged)
+        with pytest.raises(SurgicalError, match="corrupt"):
+            delta.read_delta(tmp_path / "delta", base)
+
+
+def test_entries_of_a_delta_that_are_missing_or_unknown_are_refused(tmp_path: Path) -> None:
+    base, _ = toy_adapter(TOYS["vit"], tmp_path)
+    export(tmp_path / "adapter", tmp_path / "delta", "delta")
+    metadata, arrays = _written(tmp_path / "delta" / "delta.safetensors")
+    entries = json.loads(metadata["tensors"])
+    first, *others = entries
+    unknown = {**entries, first: {**entries[first], "of": "x"}}
+    for altered in ({}, {name: entries[name] for name in others}, unknown):
+        changed = {**metadata, "tensors": json.dumps(altered)}
+        save_file(arrays, tmp_path / "delta" / "delta.safetensors", metadata=changed)
+        with pytest.raises(SurgicalError, match="corrupt"):
+            delta.read_delta(tmp_path / "delta", base)
+
+
+def test_a_delta_of_the_first_version_which_has_no_digest_loads(tmp_path: Path) -> None:
+    base, _ = toy_adapter(TOYS["vit"], tmp_path)
+    export(tmp_path / "adapter", tmp_path / "delta", "delta")
+    metadata, arrays = _written(tmp_path / "delta" / "delta.safetensors")
+    del metadata["digest"]
+    save_file(arrays, tmp_path / "delta" / "delta.safetensors", metadata=metadata)
+    adapter, _ = delta.read_delta(tmp_path / "delta", base)
+    saved = load_file(tmp_path / "adapter" / WEIGHTS)
+    assert all(torch.equal(saved[f"base_model.model.{name}"], tensor) for name, tensor in adapter.tensors.items())
+
+
 @pytest.mark.parametrize("shape", [[2**40], [2**62, 2**62], [-1], [-1, -1], ["x"]])
 def test_a_delta_of_another_shape_than_its_data_is_refused(tmp_path: Path, shape: list[Any]) -> None:
     """Also one that would take all memory there is."""
     toy_adapter(TOYS["vit"], tmp_path)
     export(tmp_path / "adapter", tmp_path / "delta", "delta")
     file = tmp_path / "delta" / "delta.safetensors"
-    with safe_open(file, "pt") as opened:
-        metadata, arrays = opened.metadata(), {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    metadata, arrays = _written(file)
     for of in ("weights", "difference", "nothing"):
         entries = json.loads(metadata["tensors"])
         entry = next(entry for entry in entries.values() if entry["of"] != "nothing")

@@ -20,7 +20,7 @@ from transformers import AutoModelForImageClassification
 
 from surgical_peft import SurgicalConfig, SurgicalError, export_to_peft
 from surgical_peft.cli.main import main
-from surgical_peft.export.adapter_card import END, HERE
+from surgical_peft.export.card_text import END, HERE
 from surgical_peft.export.push import push
 from tests.support.hub_server import TOKEN, Hub, running_hub
 

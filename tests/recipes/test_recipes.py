@@ -25,7 +25,7 @@ from transformers import BertConfig, BertForSequenceClassification, PreTrainedTo
 
 from surgical_peft.experiments.compare.comparison import SHIFTS, Comparison
 from surgical_peft.experiments.recipe import load_recipe
-from surgical_peft.experiments.recipe.load import StrictLoader
+from surgical_peft.experiments.recipe.yaml_file import StrictLoader
 from surgical_peft.experiments.tasks import load_task
 from tests.support.cli import run
 

@@ -26,6 +26,7 @@ from typing import Any
 
 import optuna
 import pytest
+import torch
 from optuna.storages.journal import JournalFileBackend, JournalStorage
 from optuna.trial import TrialState
 
@@ -460,7 +461,7 @@ def test_a_failed_trial_is_kept_and_never_wins(storage: str) -> None:
         calls.append(selection.blocks)
         match selection.blocks:
             case ("0",):
-                raise RuntimeError("out of memory")
+                raise RuntimeError("a shape that does not fit")
             case ("1",):
                 return math.nan
             case ("2",):
@@ -475,7 +476,7 @@ def test_a_failed_trial_is_kept_and_never_wins(storage: str) -> None:
     assert [trial.state for trial in result.trials] == ["failed"] * 4 + ["complete"] * 3
     assert all(math.isnan(trial.metric) for trial in result.trials[:4])
     errors = [trial.error or "" for trial in result.trials[:4]]
-    assert errors[0] == "RuntimeError: out of memory"
+    assert errors[0] == "RuntimeError: a shape that does not fit"
     assert "nan" in errors[1] and "NoneType" in errors[2] and "inf" in errors[3]
     assert result.trials[4].error is None
     assert [trial.state for trial in load(storage).trials] == [TrialState.FAIL] * 4 + [TrialState.COMPLETE] * 3
@@ -483,6 +484,39 @@ def test_a_failed_trial_is_kept_and_never_wins(storage: str) -> None:
     again = run_search(procedure, objective, blocks=BLOCKS, storage=storage)
     assert again.to_json() == result.to_json()
     assert len(calls) == 7
+
+
+def caused(error: Exception, cause: Exception) -> Exception:
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        FileNotFoundError("a temporary folder is gone"),
+        ConnectionError("the Hub does not answer"),
+        MemoryError(),
+        torch.OutOfMemoryError("of a GPU"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+        caused(RuntimeError("could not read the batch"), OSError("Input/output error")),
+    ],
+    ids=lambda fault: type(fault).__name__,
+)
+def test_a_passing_fault_ends_the_search_and_is_no_result(fault: Exception, journal: str) -> None:
+    """It was kept as a failed training: another candidate won, for good."""
+    faults = [fault]
+
+    def objective(selection: Selection) -> float:
+        if selection.blocks == ("2",) and faults:
+            raise faults.pop()
+        return float(selection.blocks == ("2",))
+
+    procedure = procedures.sweep("0:5")
+    with pytest.raises(SurgicalError, match="'2'"):
+        run_search(procedure, objective, blocks=BLOCKS, storage=journal)
+    result = run_search(procedure, objective, blocks=BLOCKS, storage=journal)
+    assert result.best.blocks == ("2",) and {trial.state for trial in result.trials} == {"complete"}
 
 
 def test_no_metric_anywhere_is_an_error_and_the_trials_are_kept(journal: str) -> None:

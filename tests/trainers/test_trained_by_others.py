@@ -17,7 +17,7 @@ from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from torch import nn
 
-from surgical_peft import SurgicalConfig
+from surgical_peft import SurgicalConfig, SurgicalError, get_surgical_model
 from surgical_peft.tuner.layer import SurgicalLayer
 from tests.support.launched import BLOCKS, assert_same_adapter, train
 from tests.support.toys import TOYS
@@ -51,6 +51,20 @@ def test_sft(tmp_path: Path, checkpointing: bool) -> None:
     assert losses(ours) == pytest.approx(losses(reference), rel=1e-5)
     loaded = PeftModel.from_pretrained(llama(), tmp_path / "adapter")
     assert_same_weights(loaded.merge_and_unload(), frozen, rtol=1e-5, atol=1e-6)
+
+
+def test_sft_chooses_its_blocks(tmp_path: Path) -> None:
+    """Where there is a data set and a trainer, but no dataloader."""
+    data = Dataset.from_dict({"text": [sentence(i) for i in range(12)]})
+    args = trl.SFTConfig(**arguments(tmp_path, gradient_checkpointing=False))
+    first = trl.SFTTrainer(llama(), args, train_dataset=data, processing_class=tokenizer())
+    config = SurgicalConfig(blocks="auto", num_blocks=1, criterion="grad_norm", task_type="CAUSAL_LM")
+    model = get_surgical_model(first.model, config, first)
+    ours = trl.SFTTrainer(model, args, train_dataset=data, processing_class=tokenizer())
+    ours.train()
+    assert len(model.peft_config["default"].blocks) == 1 and ours.state.global_step
+    with pytest.raises(SurgicalError, match="trainer"):
+        trl.SFTTrainer(llama(), args, train_dataset=data, processing_class=tokenizer(), peft_config=config)
 
 
 def test_dpo_compares_with_the_disabled_adapter(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from surgical_peft import BlockMap, SurgicalConfig, SurgicalError, create_surgical_optimizer, score_blocks
@@ -184,3 +184,51 @@ def test_scores_of_a_merged_adapter_are_those_of_the_weights_in_use() -> None:
     model.set_adapter("second")
     model.merge_adapter(["default"])  # which answers now, though the other one is active
     assert score_blocks(model, [llama.batch()]).values == pytest.approx(expected, rel=1e-4)
+
+
+def _without(tensors: dict[str, Tensor], part: str, count: int | None) -> dict[str, Tensor]:
+    gone = [key for key in tensors if part in key][:count]
+    return {key: tensor for key, tensor in tensors.items() if key not in gone}
+
+
+def _damaged(kind: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    first = next(key for key in tensors if ".lora_A" in key)
+    match kind:
+        case "one missing":
+            return _without(tensors, ".lora_B", 1)
+        case "all missing":
+            return _without(tensors, ".lora_", None)
+        case "one too many":
+            return {**tensors, first.replace("lora_A", "lora_C"): tensors[first].clone()}
+        case "of another module":
+            return {key.replace("lora_A", "lora_a") if key == first else key: value for key, value in tensors.items()}
+    return {**tensors, first: torch.cat([tensors[first], tensors[first]])}
+
+
+@pytest.mark.parametrize("kind", ["one missing", "all missing", "one too many", "of another module", "another rank"])
+def test_a_damaged_lora_part_is_refused_before_the_model_is_touched(kind: str, toy: Toy, tmp_path: Path) -> None:
+    """What was missing kept random values, without a word; a wrong rank was noticed in a model half wrapped."""
+    trained(get_peft_model(toy.model(), config(toy)), toy).save_pretrained(tmp_path)
+    weights = tmp_path / "adapter_model.safetensors"
+    save_file(_damaged(kind, load_file(weights)), weights)
+    model = toy.model()
+    before = [name for name, _ in model.named_modules()]
+    with pytest.raises(SurgicalError, match=r"(?i)lora"):
+        PeftModel.from_pretrained(model, tmp_path)
+    assert [name for name, _ in model.named_modules()] == before
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [{"use_dora": True}, {"lora_bias": True}, {"init_lora_weights": "pissa"}, {"target_modules": "all-linear"}],
+    ids=lambda lora: next(iter(lora)),
+)
+def test_every_kind_of_lora_passes_the_check(lora: dict[str, Any], tmp_path: Path) -> None:
+    toy = TOYS["llama"]
+    model = trained(get_peft_model(toy.model(), config(toy, **lora)), toy)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(toy.model(), tmp_path)
+    loaded.load_adapter(tmp_path, "second")
+    if lora.get("init_lora_weights") != "pissa":  # which changes the base, and PEFT converts when it saves
+        assert torch.allclose(answer(loaded, toy), answer(model, toy), atol=1e-6)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
+import math
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from types import NoneType
 from typing import Any, get_type_hints
 
-import yaml
 from transformers import TrainingArguments
 
 from ...errors import SurgicalError
@@ -17,10 +16,13 @@ from ...policies.stages import check_length, planned_length
 from ...validation import check_count, check_number, nearest
 from ..metrics import SHIPPED
 from .recipe import Recipe
+from .training_arguments import check_training
+from .yaml_file import read_yaml
 
 _TYPES = {f.name: get_type_hints(Recipe)[f.name] for f in fields(Recipe) if f.name not in ("training", "given")}
 _TRAINING = {f.name: get_type_hints(TrainingArguments)[f.name] for f in fields(TrainingArguments) if f.init}
 _REFUSED = {
+    "hub_token": "it is a secret, and what a recipe says stands in reports and cards; log in with `hf auth login`",
     "resume_from_checkpoint": "a training that was interrupted goes on by itself when it is run again",
 }
 RENAMED: dict[str, str] = {}  # a key of an earlier version, and what it is called now
@@ -44,6 +46,7 @@ _LISTS = {
     "draws": "[target-0, target-1]",
     "test_data": "[target-0, target-1]",
 }
+_LONGEST = 4096  # characters of one text
 _FOLDERS = ("model", "data", "sources", "draws", "test_data", "source_data")
 
 
@@ -58,7 +61,7 @@ def load_recipe(path: str | Path) -> Recipe:
         >>> load_recipe("recipes/noise.yaml").corruption
         'gaussian_noise'
     """
-    return recipe_of(_read(Path(path)), Path(path))
+    return recipe_of(read_yaml(Path(path)), Path(path))
 
 
 def recipe_of(keys: Mapping[Any, Any], path: Path = Path("recipe")) -> Recipe:
@@ -77,6 +80,7 @@ def recipe_of(keys: Mapping[Any, Any], path: Path = Path("recipe")) -> Recipe:
     """
     written = dict(keys)
     for key, value in written.items():
+        _check_plain(key, value, str(path))
         _check_key(key, value, str(path))
     missing = {"model", "data"} - written.keys()
     if missing:
@@ -87,42 +91,11 @@ def recipe_of(keys: Mapping[Any, Any], path: Path = Path("recipe")) -> Recipe:
     recipe = Recipe(**own, training=training, given={key: (written[key], read[key]) for key in written})
     # What is wrong with blocks, policy or arguments is said now, not after the data are loaded.
     recipe.config()
-    check_length(recipe.make_policy(), *planned_length(recipe.arguments()))
+    arguments = recipe.arguments()
+    check_training(recipe.training, arguments)
+    check_length(recipe.make_policy(), *planned_length(arguments))
     _check_search(recipe)
     return recipe
-
-
-class StrictLoader(yaml.SafeLoader):
-    """YAML that refuses a key given twice and reads `1e-3` as the number it is."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """The mapping of a node."""
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, str | int):
-                raise yaml.MarkedYAMLError(problem=f"{key!r} cannot be a key", problem_mark=key_node.start_mark)
-            if key in seen:
-                raise yaml.MarkedYAMLError(problem=f"the key {key!r} is given twice", problem_mark=key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-StrictLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(?:\.\d*)?[eE][-+]?\d+"), list("-+0123456789")
-)
-
-
-def _read(path: Path) -> dict[Any, Any]:
-    if not path.is_file():
-        raise SurgicalError(f"there is no recipe {str(path)!r}: give the path of a YAML file.")
-    try:
-        keys = yaml.load(path.read_text(encoding="utf-8"), Loader=StrictLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise SurgicalError(f"{path} is not YAML: {error}") from error
-    if not isinstance(keys, dict):
-        raise SurgicalError(f"{path} holds no keys: a recipe needs at least model and data.")
-    return keys
 
 
 def _check_key(key: Any, value: Any, path: str) -> None:
@@ -140,6 +113,27 @@ def _check_key(key: Any, value: Any, path: str) -> None:
     if expected and (not isinstance(value, expected) or (isinstance(value, bool) and bool not in expected)):
         kind = getattr(known[key], "__name__", str(known[key]))
         raise SurgicalError(f"{path}: {key}: {value!r} is not of the type {kind}.")
+
+
+def _check_plain(key: str, value: Any, path: str) -> None:
+    """Refuse numbers that are none, and text that no name or path can be, wherever they stand in a value."""
+    if isinstance(value, list | dict):
+        for part in [*value, *(value.values() if isinstance(value, dict) else ())]:
+            _check_plain(key, part, path)
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise SurgicalError(f"{path}: {key}: {value!r} is not a finite number.")
+    elif isinstance(value, int) and abs(value) >= 2**63:
+        raise SurgicalError(f"{path}: {key}: a whole number of {value.bit_length()} bits is too large: 63 at most.")
+    elif isinstance(value, str) and (
+        len(value) > _LONGEST or "\0" in value or (key in _FOLDERS and not _is_name(value))
+    ):
+        raise SurgicalError(
+            f"{path}: {key}: {value[:60]!r} is too long for a name, or holds characters that cannot be in one."
+        )
+
+
+def _is_name(text: str) -> bool:
+    return text.isprintable() and len(text) <= _LONGEST and all(len(part.encode()) <= 255 for part in text.split("/"))
 
 
 def _check_search(recipe: Recipe) -> None:

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from ...errors import SurgicalError
 from .sections import CompareSection, DataSection, PolicySection, SearchSection, SelectionSection, names_of
+from .training_arguments import make_arguments
 
 NOT_KEYS = ("training", "given")
 _NO_SETTINGS = {  # of a training: where its results go, and what is searched for
@@ -71,10 +71,7 @@ class Recipe(CompareSection, SearchSection, PolicySection, SelectionSection, Dat
             quiet |= {"metric_for_best_model": "loss", "save_total_limit": 1}
         if {**quiet, **self.training, **overrides}.get("eval_strategy", "no") != "no":
             quiet["label_names"] = ["labels"]  # Trainer does not see them through an adapter
-        try:
-            return TrainingArguments(**{"output_dir": "runs", **quiet, **self.training, **overrides})
-        except (ValueError, TypeError) as error:
-            raise SurgicalError(f"transformers.TrainingArguments does not take {self.training}: {error}") from error
+        return make_arguments({**self.training, **overrides}, {"output_dir": "runs", **quiet})
 
 
 def default_of(entry: Field[Any]) -> Any:

@@ -66,6 +66,7 @@ def causal_lm(recipe: Recipe, splits: Sequence[str]) -> Task:
         load_model=model_loader(AutoModelForCausalLM, recipe),
         splits=dict(examples),
         collate=collate,
+        processor=how.tokenizer,
         metric=metric,
         measure=Measure(load_metric(metric), partial(read_tokens, metric, 1), collate, BATCH_SIZE),
         summary=data.summary + DataSummary(tuple(f"left out by drop_empty: {line}" for line in lines)),

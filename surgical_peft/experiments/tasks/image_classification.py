@@ -29,10 +29,10 @@ from .columns import ColumnType
 from .dataset import open_data
 from .source_model import model_loader
 from .targets import load_with_loss, target_of
-from .task import Examples, Task, TinyTask, load_or_raise, with_info
+from .task import Examples, Task, TinyTask, load_pretrained, with_info
 from .tiny_data import label_feature, labels_of
 
-_MODES = {1: "L", 3: "RGB"}
+MODES = {1: "L", 3: "RGB"}
 IMAGE = ColumnType("images", lambda feature: isinstance(feature, Image), image_faults)
 
 
@@ -69,8 +69,8 @@ def image_classification(recipe: Recipe, splits: Sequence[str]) -> Task:
     """
     target = target_of(recipe)
     measure = target.measure(recipe.metric)
-    config = load_or_raise(AutoConfig.from_pretrained, recipe.model, "model")
-    processor = load_or_raise(AutoImageProcessor.from_pretrained, recipe.model, "image processor of", backend="pil")
+    config = load_pretrained(AutoConfig.from_pretrained, recipe.model, "model")
+    processor = load_pretrained(AutoImageProcessor.from_pretrained, recipe.model, "image processor of", backend="pil")
     corrupt = corruption(recipe.corruption, recipe.severity) if recipe.corruption else None
     data = open_data(recipe, splits, {"image": IMAGE, "label": target.column}, target.classes)
     labeled = target.label_rows(recipe, data, config)
@@ -83,7 +83,7 @@ def image_classification(recipe: Recipe, splits: Sequence[str]) -> Task:
             labeled.rows[split],
             labeled.labels[split],
             processor,
-            _MODES.get(getattr(config, "num_channels", 3), "RGB"),
+            MODES.get(getattr(config, "num_channels", 3), "RGB"),
             shape,
             corrupt,
             (zlib.crc32(split.encode()), recipe.shift_seed),
@@ -101,6 +101,7 @@ def image_classification(recipe: Recipe, splits: Sequence[str]) -> Task:
         ),
         splits=examples,
         collate=default_data_collator,
+        processor=processor,
         metric=recipe.metric or target.metrics[0],
         measure=measure,
         names_labels=labeled.count > 1,

@@ -62,6 +62,7 @@ def seq2seq(recipe: Recipe, splits: Sequence[str]) -> Task:
             for split, rows in data.splits.items()
         },
         collate=collate,
+        processor=how.tokenizer,
         metric=metric,
         measure=Measure(load_metric(metric), read, collate, BATCH_SIZE),
         summary=data.summary,

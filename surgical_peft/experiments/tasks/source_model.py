@@ -13,7 +13,7 @@ from transformers import AutoConfig, TrainingArguments
 from ...blocks.block_map import BlockMap
 from ...errors import SurgicalError
 from ..recipe.recipe import Recipe
-from .task import load_or_raise
+from .task import load_pretrained
 
 
 def model_loader(
@@ -25,21 +25,29 @@ def model_loader(
         auto: the Auto class of transformers that loads it.
         recipe: with `new_head`, the head gets fresh weights, by the recipe's seed.
         count: of labels of the new head.
-        names: of these labels.
+        names: of these labels, or of a head that only numbers as many (`LABEL_0`).
     """
 
     def load() -> nn.Module:
         if recipe.new_head:
             return _with_new_head(auto, recipe, count, names)
-        model, loading = load_or_raise(auto.from_pretrained, recipe.model, "model", output_loading_info=True)
+        model, loading = load_pretrained(auto.from_pretrained, recipe.model, "model", output_loading_info=True)
         if loading["missing_keys"]:
             raise SurgicalError(
                 f"{recipe.model} has no weights for {', '.join(sorted(loading['missing_keys']))}: it was not trained "
                 f"for {recipe.task}. Write new_head: true to make and train a new head, or take another model."
             )
+        if names and names_are_missing(model.config, names):
+            model.config.id2label = dict(enumerate(names))
+            model.config.label2id = {name: label for label, name in enumerate(names)}
         return model
 
     return load
+
+
+def names_are_missing(config: Any, names: list[str]) -> bool:
+    """True if a model has as many labels as there are `names`, and only numbers them."""
+    return config.id2label == {label: f"LABEL_{label}" for label in range(len(names))}
 
 
 def modules_to_save(recipe: Recipe, model: nn.Module) -> list[str] | None:
@@ -52,13 +60,13 @@ def modules_to_save(recipe: Recipe, model: nn.Module) -> list[str] | None:
 
 def _with_new_head(auto: Any, recipe: Recipe, count: int | None, names: list[str] | None) -> nn.Module:
     labels = {"num_labels": count} | ({"id2label": dict(enumerate(names))} if names else {})
-    config = load_or_raise(AutoConfig.from_pretrained, recipe.model, "model", **labels)
+    config = load_pretrained(AutoConfig.from_pretrained, recipe.model, "model", **labels)
     with torch.random.fork_rng(devices=[]):  # what the caller draws does not depend on it
         # A stream of its own: the source model may have begun with the very head that this seed gives.
         seed = recipe.training.get("seed", TrainingArguments.seed)
         torch.manual_seed(random.Random(f"new head {seed}").getrandbits(63))
         model = auto.from_config(config)
-        source = load_or_raise(
+        source = load_pretrained(
             auto.from_pretrained, recipe.model, "model", config=config, ignore_mismatched_sizes=True
         )
     if source.base_model is source:

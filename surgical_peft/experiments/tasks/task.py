@@ -44,6 +44,7 @@ class Task:
         measure: that metric of a model on examples. It works in eval mode, on the model's device and in batches of a
             fixed size, and leaves the model in the mode that it had.
         names_labels: whether the labels that the model's config names are what it predicts; a card lists them.
+        processor: the tokenizer or image processor that made the examples; it is saved beside the adapter.
         summary: what was understood of the data.
     """
 
@@ -53,6 +54,7 @@ class Task:
     metric: str
     measure: Callable[[nn.Module, Examples], float]
     names_labels: bool = False
+    processor: Any = None
     summary: DataSummary = field(default_factory=DataSummary)
 
 
@@ -150,6 +152,14 @@ def load_or_raise(load: Callable[..., Any], name: str, kind: str, **kwargs: Any)
         is_missing = isinstance(error, OSError) and not Path(name).exists()
         missing = "it is neither a folder here nor to be had from the Hub now: " if is_missing else ""
         raise SurgicalError(f"the {kind} {name!r} cannot be loaded: {missing}{_reason(error)}") from error
+
+
+def load_pretrained(load: Callable[..., Any], name: str, kind: str, **kwargs: Any) -> Any:
+    """`load_or_raise` for what transformers loads: code that lies beside a model is not run, nor asked about.
+
+    Asked at a prompt, which is what transformers does otherwise, a script answers yes.
+    """
+    return load_or_raise(load, name, kind, trust_remote_code=False, **kwargs)
 
 
 def _reason(error: BaseException) -> str:

@@ -77,6 +77,7 @@ def text_classification(recipe: Recipe, splits: Sequence[str]) -> Task:
             for split, rows in data.splits.items()
         },
         collate=collate,
+        processor=how.tokenizer,
         metric=recipe.metric or target.metrics[0],
         measure=measure,
         names_labels=labeled.count > 1,

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoTokenizer
 from ...errors import SurgicalError
 from ..recipe.recipe import Recipe
 from ..shifts import casing, character_noise
-from .task import load_or_raise
+from .task import load_pretrained
 
 TextShift = Callable[[str, Generator], str]
 
@@ -63,8 +63,8 @@ def tokenizing(recipe: Recipe) -> Tokenizing:
         SurgicalError: no such model or tokenizer, a `max_length` that the model does not take, a rate that is no
             percentage, or `casing` for a tokenizer that does not see case.
     """
-    config = load_or_raise(AutoConfig.from_pretrained, recipe.model, "model")
-    tokenizer = load_or_raise(AutoTokenizer.from_pretrained, recipe.model, "tokenizer of")
+    config = load_pretrained(AutoConfig.from_pretrained, recipe.model, "model")
+    tokenizer = load_pretrained(AutoTokenizer.from_pretrained, recipe.model, "tokenizer of")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
         if tokenizer.pad_token is None:
@@ -76,9 +76,10 @@ def tokenizing(recipe: Recipe) -> Tokenizing:
             f"max_length={recipe.max_length} does not fit {recipe.model}, which takes 1 to "
             f"{min(limits, default='any')}."
         )
-    return Tokenizing(
-        tokenizer, config, recipe.max_length or min(limits, default=None), _shift(recipe, tokenizer), recipe.shift_seed
-    )
+    longest = recipe.max_length or min(limits, default=None)
+    if longest is not None:
+        tokenizer.model_max_length = longest  # saved with it, so that whoever predicts cuts off there, too
+    return Tokenizing(tokenizer, config, longest, _shift(recipe, tokenizer), recipe.shift_seed)
 
 
 def _shift(recipe: Recipe, tokenizer: Any) -> TextShift | None:

@@ -99,6 +99,7 @@ def token_classification(recipe: Recipe, splits: Sequence[str]) -> Task:
             for split, rows in data.splits.items()
         },
         collate=collate,
+        processor=how.tokenizer,
         metric=metric,
         measure=Measure(load_metric(metric), read, collate, BATCH_SIZE),
         names_labels=True,

@@ -6,13 +6,14 @@ import json
 import shutil
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ...atomic_files import whole_file, write_text
 from ...errors import SurgicalError
-from ...export.adapter_card import TAG, AdapterInfo, describe
+from ...export.card_text import TAG, AdapterInfo, describe
 from .. import tasks
 from .provenance import PACKAGES
 from .report import REPORT, DataReport, RateReport, TrainingReport
@@ -148,8 +149,17 @@ def _adapter(report: TrainingReport) -> AdapterInfo:
         base_class=base.class_,
         on_hub=base.on_hub,
         commit=base.commit,
-        new_labels=base.new_labels,
+        head=_head(base.new_labels, report.dataset.labels),
+        pipeline=report.pipeline or _shipped_pipeline(report.task),
+        in_pipeline=report.in_pipeline,
     )
+
+
+def _head(count: int | None, names: list[str] | None) -> dict[str, Any] | None:
+    """The arguments that make a new head, for `from_pretrained`."""
+    if count is None:
+        return None
+    return {"num_labels": count, **({"id2label": dict(enumerate(names))} if names else {})}
 
 
 def _data(name: str, dataset: DataReport) -> str:

@@ -94,6 +94,7 @@ class TrainingReport:
         scored: the blocks that were scored.
         plot: file with the plot of the scores.
         pipeline: the Hub's name for the task; reports of versions before do not have it.
+        in_pipeline: whether `pipeline` takes the adapter's folder and model; versions before did not say.
     """
 
     name: str
@@ -119,12 +120,13 @@ class TrainingReport:
     scored: list[str] | None
     plot: str | None
     pipeline: str | None = None
+    in_pipeline: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, as `report.json` holds it."""
         values = to_json(self)
-        for part, key in ((values, "pipeline"), (values["dataset"], "summary")):  # later ones of those before
-            if part[key] is None:
+        for part, key in ((values, "pipeline"), (values, "in_pipeline"), (values["dataset"], "summary")):
+            if not part[key]:  # reports of versions before do not have it
                 del part[key]
         return values
 

@@ -30,6 +30,7 @@ from ...atomic_files import check_replaceable, whole_folder, write_text
 from ...auto import CRITERION, choose_blocks, get_surgical_model
 from ...criteria.budget import GRADIENTS, half_of
 from ...errors import SurgicalError
+from ...export.processor import fits_pipeline, processor_of
 from ...optim.callback import SurgicalCallback
 from ...optim.optimizer import surgical_optimizer
 from ...policies.policy import Policy
@@ -117,6 +118,7 @@ def train(recipe: Recipe, output: str | Path | None = None, console: Console | N
     with Stages(console) as stages:
         stages.begin("load the data")
         task, beginning = load_task(recipe), start(recipe)
+        processor = task.processor or processor_of(recipe.model)
         stages.end()
         task.summary.show(stages.console)
         stages.begin("load the model")
@@ -170,6 +172,8 @@ def train(recipe: Recipe, output: str | Path | None = None, console: Console | N
     _check_finite(wrapped, args, {f"{task.metric} on {split}": value for split, value in after.items()})
     with whole_folder(folder / "adapter", _ADAPTER) as temporary:
         wrapped.save_pretrained(temporary)
+        if processor is not None:
+            processor.save_pretrained(temporary)
         if (folder / "adapter").exists():  # what an earlier run said of its adapter goes with it
             for stale in ("report.json", "scores.json", "scores.png"):
                 (folder / stale).unlink(missing_ok=True)
@@ -179,6 +183,7 @@ def train(recipe: Recipe, output: str | Path | None = None, console: Console | N
     scored, plot = (None, None) if scores is None else (list(scores.values), "scores.png")
     sizes = tuned, size
     report = make_report(recipe, task, trainer, beginning, (before, after), sizes, folder, scored, plot)
+    report = replace(report, in_pipeline=fits_pipeline(wrapped, processor))
     write_text(folder / REPORT, json.dumps(report.to_json(), indent=2) + "\n")
     write_card(folder)
     return report

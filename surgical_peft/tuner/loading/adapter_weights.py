@@ -38,7 +38,7 @@ def adapter_weights(
             module has been replaced since.
     """
     warn_of_moved_buffers(unwrap_model(model), config)
-    found: dict[str, torch.Tensor] = {}
+    weights: dict[str, torch.Tensor] = {}
     for path, layer in layers_by_path(model).items():
         for attribute, tensor in layer.tensors(adapter_name).items():
             stands = layer.slots[attribute].standing == adapter_name
@@ -49,8 +49,8 @@ def adapter_weights(
                     f"adapter {adapter_name!r}: its {name} is dealt out over processes and not in the state_dict that "
                     f"was given: model.set_adapter({adapter_name!r}) first, and save again."
                 )
-            found[name] = tensor.detach() if value is None else value
-    names = {bare_parameter_name(name) for name in found}
+            weights[name] = tensor.detach() if value is None else value
+    names = {bare_parameter_name(name) for name in weights}
     gone = [
         name for name in TensorMap.find(unwrap_model(model)).chosen(config.tuned_modules or {}) if name not in names
     ]
@@ -61,7 +61,7 @@ def adapter_weights(
         )
     for key in [key for key in state_dict if f".{PARKED}." in f".{key}"]:
         del state_dict[key]
-    return found
+    return weights
 
 
 def load_weights(

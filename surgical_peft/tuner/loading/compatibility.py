@@ -46,13 +46,13 @@ def prepare_loading(model: nn.Module, config: SurgicalConfig) -> Shapes | None:
 
 def _expressions(config: SurgicalConfig) -> dict[str, str]:
     choices = config.target_modules if isinstance(config.target_modules, dict) else {"": config.target_modules}
-    found: dict[str, Any] = {f"target_modules{key and f'[{key!r}]'}": choice for key, choice in choices.items()}
-    found["exclude_modules"] = config.exclude_modules
+    expressions: dict[str, Any] = {f"target_modules{key and f'[{key!r}]'}": choice for key, choice in choices.items()}
+    expressions["exclude_modules"] = config.exclude_modules
     for name in ("target_modules", "exclude_modules"):
-        found[f"lora: {name}"] = (config.lora or {}).get(name)
+        expressions[f"lora: {name}"] = (config.lora or {}).get(name)
     for name in ("rank_pattern", "alpha_pattern"):
-        found |= {f"lora: {name}": rf"(.*\.)?({key})" for key in (config.lora or {}).get(name, {})}
-    return {field: choice for field, choice in found.items() if isinstance(choice, str)}
+        expressions |= {f"lora: {name}": rf"(.*\.)?({key})" for key in (config.lora or {}).get(name, {})}
+    return {field: choice for field, choice in expressions.items() if isinstance(choice, str)}
 
 
 def check_fit(model: nn.Module, config: SurgicalConfig, targets: Targets, saved: Shapes) -> None:
@@ -101,8 +101,8 @@ def match(model: nn.Module, config: SurgicalConfig, saved: Shapes, expected: Sha
         names = {key: name for key, name in names.items() if key not in again}  # tied, and saved once more
         ordered = sorted(names, key=dot_natural_key)  # some renames of transformers count on it
         names = {key: key if key in expected or key in extra else rename(key) for key in ordered}
-    found = set(names.values())
-    missing = [key for key in expected if key not in found]
+    matched = set(names.values())
+    missing = [key for key in expected if key not in matched]
     unknown = [key for key, name in names.items() if name not in expected and name not in extra]
     whose = type(unwrap_model(model)).__name__
     if missing:
@@ -111,7 +111,7 @@ def match(model: nn.Module, config: SurgicalConfig, saved: Shapes, expected: Sha
             f"{what} does not fit {whose}: it lacks {len(missing)} of {len(expected)} weights ({first_of(missing)})"
             f"{others}. It is not complete, or was made for another architecture."
         )
-    if unknown or len(found) < len(names):
+    if unknown or len(matched) < len(names):
         twice = [key for key, name in names.items() if key != name and name in names]
         raise SurgicalError(
             f"{what} holds weights that its config does not tune ({first_of(unknown or twice)}): config and weights "
@@ -121,6 +121,8 @@ def match(model: nn.Module, config: SurgicalConfig, saved: Shapes, expected: Sha
         shape = {**extra, **expected}[name]
         if saved[key] != shape and shape != (0,):  # DeepSpeed leaves an empty tensor where it shards
             cure = "call resize_token_embeddings first" if name in extra else "load its own base model"
+            if name not in extra and saved[key][:1] == ((config.head_config or {}).get("num_labels"),):
+                cure += f" with num_labels={saved[key][0]}, ignore_mismatched_sizes=True, for its new head"
             raise SurgicalError(
                 f"{what} is for a model of another size: {key} has shape {saved[key]} there and {shape} in {whose}. "
                 f"Nothing of it was loaded: {cure}."
@@ -144,9 +146,9 @@ def _original(module: nn.Module) -> nn.Module:
 
 def _embeddings(model: nn.Module) -> Shapes:
     """Weights that PEFT saves beside any adapter when the vocabulary was resized."""
-    found = embeddings(model).items()
+    tables = embeddings(model).items()
     return {
-        f"{path}.{key}": tuple(value.shape) for path, module in found for key, value in module.state_dict().items()
+        f"{path}.{key}": tuple(value.shape) for path, module in tables for key, value in module.state_dict().items()
     }
 
 
@@ -155,11 +157,11 @@ def _renamer(model: nn.Module) -> Callable[[str], str]:
     base = unwrap_model(model)
     if not isinstance(base, PreTrainedModel):
         return lambda key: key
-    own = getattr(base, "_checkpoint_conversion_mapping", None) or {}  # of models with code of their own
+    mapping = getattr(base, "_checkpoint_conversion_mapping", None) or {}  # of models with code of their own
     renamings = [rule for rule in get_model_conversion_mapping(base) if isinstance(rule, WeightRenaming)]
 
     def rename(key: str) -> str:
-        for pattern, new in own.items():
+        for pattern, new in mapping.items():
             if re.search(pattern, key):
                 return re.sub(pattern, new, key)
         return rename_source_key(key, renamings, [])[0]
@@ -182,17 +184,17 @@ def recorded(model: nn.Module, config: SurgicalConfig, today: Mapping[str, str])
     """
     tensors = TensorMap.find(model)
     record = config.tuned_modules or {}
-    own = {join(path, name) for path, names in record.items() for name in names or ()}
-    homes = {*(path for path, names in record.items() if not names), *(name.rpartition(".")[0] for name in own)}
-    found = set()
+    parameters = {join(path, name) for path, names in record.items() for name in names or ()}
+    homes = {*(path for path, names in record.items() if not names), *(name.rpartition(".")[0] for name in parameters)}
+    tuned = set()
     for old, name in today.items():
         if name in tensors.first:
             first = tensors.first[name]
             buffer = not tensors.places[first][0].is_parameter
             whole = any(names is None and inside(old, path) for path, names in record.items())
-            if whole or old in own or (buffer and old.rpartition(".")[0] in homes):
-                found.add(first)
-    return found
+            if whole or old in parameters or (buffer and old.rpartition(".")[0] in homes):
+                tuned.add(first)
+    return tuned
 
 
 def _follow_renames(model: nn.Module, config: SurgicalConfig, saved: Shapes) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 from torch import nn
@@ -51,7 +51,7 @@ def newly_initialized(model: nn.Module) -> set[str]:
         >>> newly_initialized(BertForSequenceClassification.from_pretrained("bert-base-uncased"))
         {'classifier.weight', 'classifier.bias'}
     """
-    found: set[str] = set()
+    new: set[str] = set()
     base, places = base_tensors(model), TensorMap.find(model).places
     for path, part in outermost_models(model).items():
         weights = [name for name, (place, *_) in places.items() if inside(name, path) and place.is_parameter]
@@ -64,20 +64,26 @@ def newly_initialized(model: nn.Module) -> set[str]:
             plain = type(tensor) is nn.Parameter and tensor.is_floating_point() and not tensor.is_meta
             ours = isinstance(module, FloatLinear) or WAS_PACKED in module.__dict__
             if name not in read and plain and not ours and not fixed.search(name.removeprefix(f"{path}.")):
-                found.add(name)
+                new.add(name)
     if is_fsdp_enabled():  # where the first process alone reads the weights
-        found = broadcast_from_first(found)
-    return found - fixed_by_architecture(model, found)[0] if found else found
+        new = broadcast_from_first(new)
+    return new - fixed_by_architecture(model, new)[0] if new else new
 
 
 def note_new_weights(
-    model: nn.Module, config: SurgicalConfig, chosen: Collection[str], new: set[str], saved: Iterable[str] | None
+    model: nn.Module,
+    config: SurgicalConfig,
+    chosen: Collection[str],
+    new: set[str],
+    named: Sequence[str],
+    saved: Iterable[str] | None,
 ) -> None:
     """Say in `config` which of the adapter's weights are new, and warn of the others.
 
     Args:
         chosen: the tensors of the adapter.
         new: as `newly_initialized` tells.
+        named: modules that are new by the word of `modules_to_save`, also where the blocks tune them anyway.
         saved: today's names in the file of a saved adapter, whose config says already what was new when it was made.
 
     Warns:
@@ -86,7 +92,7 @@ def note_new_weights(
     ends = {name for name in _embeddings(model) if name in chosen or name in new}
     resized = ends if ends and _is_resized(model) else set()  # PEFT saves them, beside any adapter
     if saved is None:
-        heads = new_head(model, config)
+        heads = [*new_head(model, config), *named]
         config.new_weights = sorted(n for n in chosen if n in new or n in resized or within(n, heads))
     held = {*chosen, *resized, *(saved or ())}
     to_save = heads_of(config, (path for path, _ in named_bare_modules(model)))

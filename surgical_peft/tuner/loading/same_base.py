@@ -59,9 +59,9 @@ def check_base(
     if config.new_weights is not None:
         besides = {old: tensors.first[name] for old, name in (today or {}).items() if tensors.first.get(name) in rest}
         parts["frozen_fingerprint"] = {name: base[name] for name in rest} | _saved_besides(config, besides)
-    here = {name: fingerprint(weights.values()) for name, weights in parts.items()}
+    digests = {name: fingerprint(weights.values()) for name, weights in parts.items()}
     if today is None:
-        for name, digest in here.items():
+        for name, digest in digests.items():
             setattr(config, name, digest)
         return
     if config.new_weights is None and _as_before(config, {n: base[n] for n in asked}, new_head(model, config)):
@@ -72,7 +72,9 @@ def check_base(
                 stacklevel=2,
             )
         return
-    problems = [found for name, weights in parts.items() if (found := _compare(config, name, weights, here[name]))]
+    problems = [
+        problem for name, weights in parts.items() if (problem := _compare(config, name, weights, digests[name]))
+    ]
     if strict and problems:
         raise SurgicalError(problems[0][1])
     if told := [message for certain, message in problems if certain]:
@@ -80,29 +82,29 @@ def check_base(
 
 
 def _compare(
-    config: SurgicalConfig, field: str, weights: Mapping[str, Tensor], here: str | None
+    config: SurgicalConfig, field: str, weights: Mapping[str, Tensor], digest: str | None
 ) -> tuple[bool, str] | None:
     """The fault of the `weights` here, and whether it is certain; None if there is none."""
-    there = getattr(config, field)
-    if here == there and (here is not None or not weights):
+    expected = getattr(config, field)
+    if digest == expected and (digest is not None or not weights):
         return None
-    if here is None or there is None:
+    if digest is None or expected is None:
         problem = (
             "the adapter has no fingerprint of its base model"
-            if there is None
+            if expected is None
             else "the weights of this base model cannot be read yet (offloaded, sharded or quantized)"
         )
         return False, f"strict_base=True, but {problem}: load without it if you know that the base is right."
     cause = (
         "The base is loaded in another dtype than the adapter was made in, which may be all: load it in that dtype to "
         "be sure."
-        if differ_in_dtype(here, there)
+        if differ_in_dtype(digest, expected)
         else f"{_EFFECT[field]}: load the base it was made from."
     )
     where = "in the tuned blocks" if field == "fingerprint" else "in what is not tuned"
     return (
         True,
-        f"the adapter was made from a base model with fingerprint {there} {where}, this one has {here}. {cause}",
+        f"the adapter was made from a base model with fingerprint {expected} {where}, this one has {digest}. {cause}",
     )
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -92,14 +93,14 @@ def read_adapter(folder: str | Path) -> SavedAdapter:
     record = config.tuned_modules or {}
     names = [*record, *(name for part in record.values() if part is not None for name in part)]
     if strange or not names or not all(isinstance(name, str) for name in names):
-        what = f"the key {strange[0]!r} without {PREFIX!r}" if strange else "no record of the tuned modules"
+        fault = f"the key {strange[0]!r} without {PREFIX!r}" if strange else "no record of the tuned modules"
         raise SurgicalError(
-            f"{str(folder)!r} has {what}: load it with PeftModel.from_pretrained(base, folder) and save it again."
+            f"{str(folder)!r} has {fault}: load it with PeftModel.from_pretrained(base, folder) and save it again."
         )
     return SavedAdapter(folder, config, {key.removeprefix(PREFIX): value for key, value in tensors.items()})
 
 
-def read_json(path: Path, what: str) -> dict[str, Any]:
+def read_json(path: Path, kind: str) -> dict[str, Any]:
     """The dictionary in a JSON file of an adapter or a delta.
 
     Raises:
@@ -108,18 +109,21 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
     if not path.is_file():
         inside = sorted(file.parent.name for file in path.parent.glob(f"*/{path.name}"))
         hint = f" Its folders {', '.join(inside)} do: give one of them." if inside else ""
-        raise SurgicalError(f"{str(path.parent)!r} is no {what}'s folder: it has no {path.name}.{hint}")
+        raise SurgicalError(f"{str(path.parent)!r} is no {kind}'s folder: it has no {path.name}.{hint}")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise SurgicalError(f"{str(path)!r} is not readable as JSON ({error}): copy or save it again.") from error
     if not isinstance(values, dict):
         raise SurgicalError(f"{str(path)!r} holds a {type(values).__name__}, not a dictionary: save it again.")
     return values
 
 
-def load_base(config: SurgicalConfig, tensors: Iterable[Tensor], base: Base = None) -> LoadedBase:
-    """The base model, in the precision of the tuned `tensors`.
+def load_base(config: SurgicalConfig, tensors: Mapping[str, Tensor], base: Base = None) -> LoadedBase:
+    """The base model, in the precision of the tuned `tensors`, and with a head for as many labels.
+
+    Args:
+        tensors: of the adapter, by their names in the base model; on the meta device if they are not at hand.
 
     Raises:
         SurgicalError: nothing says which model it is, or it cannot be loaded.
@@ -127,17 +131,30 @@ def load_base(config: SurgicalConfig, tensors: Iterable[Tensor], base: Base = No
     if isinstance(base, nn.Module):
         return LoadedBase(base, frozenset())
     name = _name_of_base(config, base)
-    model_class = _class_of(config, name)
-    dtypes = {tensor.dtype for tensor in tensors if tensor.is_floating_point()}
-    model, info = _found(
-        model_class.from_pretrained,
-        name,
-        dtype=dtypes.pop() if len(dtypes) == 1 else "auto",
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,
-    )
+    load = partial(_found, _class_of(config, name).from_pretrained, name)
+    dtypes = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
+    loading = {
+        "dtype": dtypes.pop() if len(dtypes) == 1 else "auto",
+        "output_loading_info": True,
+        "ignore_mismatched_sizes": True,
+    }
+    head = {key: value for key, value in (config.head_config or {}).items() if key == "num_labels"}
+    model, info = load(**loading, **head)
+    if not head and (count := _labels_of_new_head(model, tensors)):  # of a version that did not note it
+        model, info = load(**loading, num_labels=count)
     mismatched = {key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]}
     return LoadedBase(model.eval(), frozenset(info["missing_keys"]) | mismatched)
+
+
+def _labels_of_new_head(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> int | None:
+    """The number of labels, if all `tensors` of another shape than in the model differ in this alone."""
+    state, labels = model.state_dict(), model.config.num_labels
+    other = [
+        (t.shape, state[name].shape) for name, t in tensors.items() if name in state and t.shape != state[name].shape
+    ]
+    counts = {there[:1] for there, here in other if here[:1] == (labels,) and here[1:] == there[1:]}
+    alike = len(counts) == 1 and all(there[:1] in counts and here[:1] == (labels,) for there, here in other)
+    return int(counts.pop()[0]) if alike else None
 
 
 def skeleton_of_base(config: SurgicalConfig, base: Base = None) -> nn.Module | None:
@@ -172,7 +189,8 @@ def check_fits(adapter: SavedAdapter, state: dict[str, Tensor], new: frozenset[s
                 f"the adapter tunes {name!r}, and the base model has no weight of that name: give the model that the "
                 f"adapter was made from ({adapter.config.base_model_name_or_path!r})."
             )
-        same = tuned.shape == state[name].shape and tuned.is_floating_point() == state[name].is_floating_point()
+        both_float = tuned.is_floating_point() and state[name].is_floating_point()
+        same = tuned.shape == state[name].shape and (both_float or tuned.dtype == state[name].dtype)
         if not same and name not in new:
             raise SurgicalError(
                 f"{name!r} is {_kind(tuned)} in the adapter and {_kind(state[name])} in the base model: give the one "
@@ -203,22 +221,22 @@ def _name_of_base(config: SurgicalConfig, base: str | Path | None) -> str:
 def _class_of(config: SurgicalConfig, name: str) -> Any:
     """The class with which the base model was loaded: as PEFT recorded it, else by the task, else by the model."""
     mapping = config.auto_mapping if isinstance(config.auto_mapping, dict) else {}
-    found = _CLASS_FOR_TASK.get(str(config.task_type)) or mapping.get("base_model_class")
-    if found is None:
-        found = next(iter(_found(AutoConfig.from_pretrained, name).architectures or []), "AutoModel")
-    model_class = getattr(transformers, str(found), None)
+    class_name = _CLASS_FOR_TASK.get(str(config.task_type)) or mapping.get("base_model_class")
+    if class_name is None:
+        class_name = next(iter(_found(AutoConfig.from_pretrained, name).architectures or []), "AutoModel")
+    model_class = getattr(transformers, str(class_name), None)
     if not (isinstance(model_class, type) and issubclass(model_class, PreTrainedModel | _BaseAutoModelClass)):
         raise SurgicalError(
-            f"the base model is a {found}, which is no model class of transformers: load it yourself and export in "
-            "Python, with base_model=model."
+            f"the base model is a {class_name}, which is no model class of transformers: load it yourself and export "
+            "in Python, with base_model=model."
         )
     return model_class
 
 
 def _found(load: Callable[..., Any], name: str, **kwargs: Any) -> Any:
-    """`load(name)`, with one kind of error for all the ways in which transformers misses something."""
+    """`load(name)` without code of the model's own; one kind of error for all that transformers may miss."""
     try:
-        return load(name, **kwargs)
+        return load(name, trust_remote_code=False, **kwargs)
     except (OSError, ValueError, SafetensorError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise SurgicalError(

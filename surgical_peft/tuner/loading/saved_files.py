@@ -63,7 +63,7 @@ def _read_config(read: Callable[[], Any], cls: type, path: Path) -> Any:
             "of this package. Pass your own in Python."
         )
     weights = path.with_name(SAFETENSORS_WEIGHTS_NAME)
-    if weights.exists():
+    if weights.is_file():
         _shapes(weights)
     elif path.with_name(WEIGHTS_NAME).exists():
         raise SurgicalError(
@@ -112,7 +112,7 @@ def _weights_of(config: SurgicalConfig) -> Path | None:
     if config.read_from is None:
         return None
     file = config.read_from.path.with_name(SAFETENSORS_WEIGHTS_NAME)
-    if not file.exists():
+    if not file.is_file():  # a named pipe would be waited for
         where = _in_hub_cache(config.read_from.path)
         if where is None:
             raise SurgicalError(

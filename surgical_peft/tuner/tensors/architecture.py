@@ -49,11 +49,11 @@ def fixed_by_architecture(model: nn.Module, names: Collection[str]) -> tuple[set
 
 def outermost_models(model: nn.Module) -> dict[str, PreTrainedModel]:
     """The models of transformers in `model`, by path, without those that lie in another one."""
-    found: dict[str, PreTrainedModel] = {}
+    models: dict[str, PreTrainedModel] = {}
     for path, module in named_bare_modules(model):
-        if isinstance(module, PreTrainedModel) and not any(inside(path, other) for other in found):
-            found[path] = module
-    return found
+        if isinstance(module, PreTrainedModel) and not any(inside(path, other) for other in models):
+            models[path] = module
+    return models
 
 
 def _built_anew(model: PreTrainedModel) -> nn.Module | None:

@@ -110,8 +110,8 @@ class Slot:
 
     def _take_own(self, adapter: str, values: Tensor | None = None) -> None:
         """Hand the model's own object to `adapter`, with its values or others; the base gets a new one."""
-        own = self.of(BASE)
-        kept = own.detach()
+        tensor = self.of(BASE)
+        kept = tensor.detach()
         if self.keep_base == "packed":
             kept = torch.empty_like(kept, device="meta")
         elif values is None or self.keep_base == "cpu":
@@ -119,10 +119,10 @@ class Slot:
         self.own = adapter
         if self.standing == BASE and values is None:  # it stays where it is
             self.standing = adapter
-            self.parked[BASE] = twin(own, kept)
+            self.parked[BASE] = twin(tensor, kept)
             return
-        self._set(BASE, twin(own, kept))
-        self._set(adapter, own if values is None else with_data(own, values))
+        self._set(BASE, twin(tensor, kept))
+        self._set(adapter, tensor if values is None else with_data(tensor, values))
 
     def stand(self, name: str) -> None:
         """Put the tensor of the set `name` in all places."""
@@ -171,10 +171,10 @@ class Slot:
         if is_sharded(self.here) or is_dealt(self.here) or (name == BASE and self.keep_base == "packed"):
             self.stand(name)
             return
-        own, source = self.of(self.own), self.of(name)
-        if source is not own or own.device != self.home:
-            own = with_data(own, source.detach().to(self.home))
-        self._put(own)
+        tensor, source = self.of(self.own), self.of(name)
+        if source is not tensor or tensor.device != self.home:
+            tensor = with_data(tensor, source.detach().to(self.home))
+        self._put(tensor)
         self.standing = self.own = name
         self.parked = {}
 

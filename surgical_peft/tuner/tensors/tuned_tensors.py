@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor, nn
 
-from ...blocks.module_lists import inside, join
+from ...blocks.module_lists import inside, join, parents
 from ...blocks.unwrap import named_bare_modules
 from ...errors import SurgicalError
 
@@ -22,11 +23,11 @@ def united(*targets: Targets) -> dict[str, Collection[str] | None]:
         >>> united({"0": ["bias"]}, {"0": ["weight"], "1": None})
         {'0': ['bias', 'weight'], '1': None}
     """
-    found: dict[str, Collection[str] | None] = {}
+    union: dict[str, Collection[str] | None] = {}
     for path, names in [item for group in targets for item in group.items()]:
-        before = found.get(path, ())
-        found[path] = None if names is None or before is None else sorted({*before, *names})
-    return found
+        before = union.get(path, ())
+        union[path] = None if names is None or before is None else sorted({*before, *names})
+    return union
 
 
 @dataclass(frozen=True)
@@ -91,9 +92,18 @@ class TensorMap:
                     places[first[full]].append(place)
         return cls(places, first)
 
+    @cached_property
+    def _inside(self) -> dict[str, list[str]]:
+        """For each module the names of the tensors in it."""
+        names: dict[str, list[str]] = {"": list(self.first)}
+        for name in self.first:
+            for path in parents(name):
+                names.setdefault(path, []).append(name)
+        return names
+
     def parameters(self, path: str) -> list[str]:
         """The names, as they are, of all parameters in the module at `path`."""
-        return [n for n, first in self.first.items() if inside(n, path) and self.places[first][0].is_parameter]
+        return [name for name in self._inside.get(path, ()) if self.places[self.first[name]][0].is_parameter]
 
     def chosen(self, targets: Targets) -> dict[str, bool]:
         """The tensors that `targets` stand for by their first names, and whether each was asked for by its name.
@@ -104,19 +114,18 @@ class TensorMap:
             >>> TensorMap.find(nn.Sequential(nn.BatchNorm1d(2))).chosen({"0": ["bias"]})
             {'0.bias': True, '0.running_mean': False, '0.running_var': False, '0.num_batches_tracked': False}
         """
-        found: dict[str, bool] = {}
+        choice: dict[str, bool] = {}
         for path, names in targets.items():
-            asked = self.parameters(path) if names is None else [join(path, name) for name in names]
+            asked = set(self.parameters(path) if names is None else [join(path, name) for name in names])
             homes = {path} if names is not None and not names else {name.rpartition(".")[0] for name in asked}
-            for name, first in self.first.items():
-                if not inside(name, path):
-                    continue
+            for name in self._inside.get(path, ()):
+                first = self.first[name]
                 if self.places[first][0].is_parameter:
                     if name in asked:
-                        found[first] = True
+                        choice[first] = True
                 elif names is None or name.rpartition(".")[0] in homes:
-                    found[first] = False
-        return found
+                    choice[first] = False
+        return choice
 
     def untied(
         self, targets: dict[str, set[str] | None], elsewhere: Collection[str] = ()

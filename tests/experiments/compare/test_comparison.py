@@ -10,8 +10,8 @@ import yaml
 
 from surgical_peft.experiments.compare.comparison import Comparison, Job
 from surgical_peft.experiments.compare.methods import make_method
-from surgical_peft.experiments.recipe.load import StrictLoader
 from surgical_peft.experiments.recipe.recipe import Recipe
+from surgical_peft.experiments.recipe.yaml_file import StrictLoader
 
 # Method, title, and the names that commit 99d97b5 gave to its training and its test.
 EARLIER: list[tuple[object, str, str, str]] = [

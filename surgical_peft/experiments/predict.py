@@ -1,0 +1,143 @@
+"""What a tuned model says of new images or texts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.utils.constants import CONFIG_NAME
+from PIL import Image, UnidentifiedImageError
+from torch import nn
+from transformers import pipeline
+
+from ..errors import SurgicalError
+from ..export.adapter_card import pipeline_of
+from ..export.processor import processor_of
+from ..tuner.loading.saved_adapter import load_base, read_adapter
+from .tasks.image_classification import MODES
+
+REPORT = "report.json"
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the model says of one input.
+
+    Attributes:
+        input: as it was given.
+        labels: names of labels and their scores, highest first: probabilities, or of a regression the values. Empty
+            where the model writes or marks text.
+        text: what it has written, or None.
+        words: the words that it has marked, each with its label and score.
+    """
+
+    input: str
+    labels: dict[str, float]
+    text: str | None = None
+    words: Sequence[dict[str, Any]] = ()
+
+
+def predict(folder: str | Path, inputs: Sequence[str], base_model: str | None = None) -> list[Prediction]:
+    """Predict images or texts with a tuned model.
+
+    Args:
+        folder: what `surgical-peft train` wrote, or an adapter's folder.
+        inputs: paths of images; texts, or paths of text files, of which each line is one.
+        base_model: folder or Hub id; default is what the adapter names.
+
+    Raises:
+        SurgicalError: no adapter, no base model or tokenizer for it, an input that cannot be read, or a model that
+            does something else.
+
+    Example:
+        >>> predict("runs/reviews", ["never again"])[0].labels
+        {'bad': 0.93, 'good': 0.07}
+    """
+    run = Path(folder)
+    adapter = read_adapter(run / "adapter" if (run / "adapter" / CONFIG_NAME).is_file() else run)
+    base = load_base(adapter.config, adapter.tensors, base_model)
+    name = base_model or adapter.config.base_model_name_or_path
+    processor = processor_of(adapter.folder, name)
+    if processor is None:
+        raise SurgicalError(
+            f"neither {str(adapter.folder)!r} nor {name!r} has a tokenizer or image processor: save it beside the "
+            "adapter, tokenizer.save_pretrained(folder)."
+        )
+    task = _task_of(adapter.folder) or pipeline_of(base.model)
+    model = PeftModel.from_pretrained(base.model, str(adapter.folder)).get_base_model().eval()
+    read = _READERS.get(str(task)) or (_write if getattr(model.config, "is_encoder_decoder", False) else None)
+    if read is None:
+        raise SurgicalError(f"{type(model).__name__} does {task}; predict knows: {', '.join(_READERS)}, and seq2seq.")
+    texts = inputs if task == _IMAGES else [line for given in inputs for line in _lines(given)]
+    with torch.inference_mode():
+        return [read(model, processor, given) for given in texts]
+
+
+def _task_of(adapter: Path) -> str | None:
+    """The Hub's name for the task of a training; None if its report is not there."""
+    report = adapter.parent / REPORT
+    return json.loads(report.read_text(encoding="utf-8")).get("pipeline") if report.is_file() else None
+
+
+def _lines(given: str) -> list[str]:
+    try:
+        is_file = Path(given).is_file()
+    except OSError:  # longer than a file's name can be
+        is_file = False
+    if not is_file:
+        return [given]
+    return [line for line in Path(given).read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+def _image(model: Any, processor: Any, given: str) -> Prediction:
+    try:
+        image = Image.open(given).convert(MODES.get(getattr(model.config, "num_channels", 3), "RGB"))
+    except (OSError, UnidentifiedImageError) as error:
+        raise SurgicalError(f"{given!r} cannot be read as an image ({error}): give the path of one.") from error
+    return _label(model, processor(image, return_tensors="pt"), given)
+
+
+def _text(model: Any, processor: Any, given: str) -> Prediction:
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    longest = min(processor.model_max_length, positions or 10**9)
+    limits = {"truncation": longest < 10**9, "max_length": longest if longest < 10**9 else None}
+    return _label(model, processor(given, return_tensors="pt", return_token_type_ids=False, **limits), given)
+
+
+def _label(model: Any, features: Any, given: str) -> Prediction:
+    logits = model(**features.to(model.device)).logits[0].float()
+    if model.config.problem_type == "multi_label_classification":
+        logits = logits.sigmoid()
+    elif len(logits) > 1 and model.config.problem_type != "regression":
+        logits = logits.softmax(-1)
+    names = model.config.id2label
+    order = sorted(range(len(logits)), key=lambda label: -float(logits[label]))
+    return Prediction(given, {names[label]: float(logits[label]) for label in order})
+
+
+def _mark(model: Any, processor: Any, given: str) -> Prediction:
+    marked = pipeline("token-classification", model=model, tokenizer=processor)(given)
+    words = [{"word": part["word"], "label": part["entity"], "score": float(part["score"])} for part in marked]
+    return Prediction(given, {}, words=words)
+
+
+def _write(model: Any, processor: Any, given: str) -> Prediction:
+    tokens = processor(given, return_tensors="pt", return_token_type_ids=False).to(model.device)
+    written = model.generate(**tokens, max_new_tokens=64, do_sample=False)[0]
+    if not model.config.is_encoder_decoder:
+        written = written[tokens["input_ids"].shape[1] :]
+    return Prediction(given, {}, text=processor.decode(written, skip_special_tokens=True))
+
+
+_IMAGES = "image-classification"
+_READERS: dict[str, Callable[[nn.Module, Any, str], Prediction]] = {
+    _IMAGES: _image,
+    "text-classification": _text,
+    "token-classification": _mark,
+    "text-generation": _write,
+}

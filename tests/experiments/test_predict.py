@@ -1,0 +1,100 @@
+"""`surgical-peft predict`: images and texts, labels by name, and what the model writes or marks."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from peft import get_peft_model
+from PIL import Image
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
+
+from surgical_peft import SurgicalConfig, SurgicalError
+from surgical_peft.experiments.predict import predict
+from tests.support.cli import run
+from tests.support.toy_tasks import TOY_TASKS
+
+AUTO: dict[str, Any] = {
+    "image_classification": AutoModelForImageClassification,
+    "text_classification": AutoModelForSequenceClassification,
+    "token_classification": AutoModelForTokenClassification,
+    "causal_lm": AutoModelForCausalLM,
+    "seq2seq": AutoModelForSeq2SeqLM,
+}
+NAMES = {0: "ham", 1: "spam"}
+
+
+def adapter_of(task: str, folder: Path, **config: Any) -> Path:
+    """An adapter of the task's toy model, which only names its labels anew."""
+    model = AUTO[task].from_pretrained(TOY_TASKS[task](folder).model, **config)
+    blocks = ["decoder.1"] if task == "seq2seq" else [-1]
+    to_save = ["classifier"] if config else None
+    get_peft_model(model, SurgicalConfig(blocks=blocks, modules_to_save=to_save)).save_pretrained(folder / "adapter")
+    return folder / "adapter"
+
+
+def test_images(tmp_path: Path) -> None:
+    """Of any mode, as in training; the pixels that the processor makes, and probabilities."""
+    adapter = adapter_of("image_classification", tmp_path)
+    pixels = np.arange(64, dtype=np.uint8).reshape(8, 8)
+    for mode in ("L", "RGBA"):
+        Image.fromarray(pixels).convert(mode).save(tmp_path / f"{mode}.png")
+    gray, color = predict(adapter, [str(tmp_path / "L.png"), str(tmp_path / "RGBA.png")])
+    assert gray.labels == color.labels and sum(gray.labels.values()) == pytest.approx(1)
+    assert list(gray.labels.values()) == sorted(gray.labels.values(), reverse=True)
+    for wrong in (tmp_path / "none.png", tmp_path / "adapter" / "adapter_config.json"):
+        with pytest.raises(SurgicalError, match=wrong.name):
+            predict(adapter, [str(wrong)])
+
+
+def test_texts_and_files_of_texts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter = adapter_of("text_classification", tmp_path, id2label=NAMES)
+    (tmp_path / "mails.txt").write_text("free money\n\nmeet us at noon\n")
+    long = "free money " * 200  # longer than the model takes, and than a file's name
+    assert run(monkeypatch, "predict", str(adapter), str(tmp_path / "mails.txt"), long, "--json") == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["input"] for row in rows] == ["free money", "meet us at noon", long]
+    assert all(row["labels"].keys() == {"ham", "spam"} for row in rows)
+    assert run(monkeypatch, "predict", str(adapter), "free money") == 0
+    top = next(iter(rows[0]["labels"]))
+    assert f"free money: {top} 0." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("kind", "labels"), [("regression", 1), ("multi_label_classification", 2)])
+def test_values_of_other_kinds_of_labels(kind: str, labels: int, tmp_path: Path) -> None:
+    names = {label: f"trait {label}" for label in range(labels)}
+    how = {"id2label": names, "problem_type": kind, "ignore_mismatched_sizes": True}
+    adapter = adapter_of("text_classification", tmp_path, **how)
+    scores = predict(adapter, ["free money"])[0].labels
+    assert scores.keys() == set(names.values())
+    assert sum(scores.values()) != pytest.approx(1)  # no softmax over them
+
+
+@pytest.mark.parametrize("task", ["token_classification", "causal_lm", "seq2seq"])
+def test_what_is_marked_or_written(task: str, tmp_path: Path) -> None:
+    prediction = predict(adapter_of(task, tmp_path), ["Ada lives in Berlin"])[0]
+    assert (prediction.text is not None) == (task != "token_classification") and prediction.labels == {}
+    assert all(word["label"] for word in prediction.words)
+
+
+def test_what_cannot_be_predicted_is_said(tmp_path: Path) -> None:
+    adapter = adapter_of("text_classification", tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "model" / name).unlink()
+    with pytest.raises(SurgicalError, match="tokenizer"):
+        predict(adapter, ["free money"])
+    with pytest.raises(SurgicalError, match="no adapter"):
+        predict(tmp_path / "model", ["free money"])
+    with pytest.raises(SurgicalError, match="base model"):
+        predict(adapter, ["free money"], str(tmp_path / "none"))
