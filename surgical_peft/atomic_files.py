@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from .errors import SurgicalError
 
@@ -125,14 +125,43 @@ def _exchange(one: Path, other: Path) -> bool:
     )
 
 
-def _lock(target: Path) -> FileLock:
+def _lock(target: Path, kind: str = "", timeout: float = -1) -> FileLock:
     """Held while `target` is looked at or replaced, since the workers of a search end together; not kept beside it.
 
     The user is in its name by number: in a container the number may have no name.
     """
     user = os.getuid() if os.name == "posix" else os.environ.get("USERNAME", "")
     known = hashlib.sha256(str(target.resolve()).encode()).hexdigest()[:32]
-    return FileLock(Path(tempfile.gettempdir()) / f"surgical_peft-{user}-{known}.lock")
+    return FileLock(Path(tempfile.gettempdir()) / f"surgical_peft-{user}-{known}{kind}.lock", timeout=timeout)
+
+
+@contextmanager
+def only_writer(folder: str | Path) -> Iterator[None]:
+    """Make a folder of results, see that it can be written to, and keep the other processes of this machine from it.
+
+    One that is still empty at the end is removed.
+
+    Raises:
+        SurgicalError: another process is writing to it.
+        OSError: it cannot be written to.
+    """
+    folder = Path(folder)
+    is_new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+        with _lock(folder, "-run", timeout=0):
+            yield
+    except Timeout as error:
+        raise SurgicalError(
+            f"another process is writing its results to {str(folder)!r}: wait until it has ended, or give another "
+            "folder (--output, or output_dir in the recipe)."
+        ) from error
+    finally:
+        if is_new:
+            with suppress(OSError):  # not empty
+                folder.rmdir()
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from surgical_peft import SurgicalError, atomic_files
-from surgical_peft.atomic_files import check_replaceable, whole_file, whole_folder, write_text
+from surgical_peft.atomic_files import check_replaceable, only_writer, whole_file, whole_folder, write_text
 
 
 def tree(folder: Path) -> dict[str, str]:
@@ -169,3 +170,36 @@ def test_a_folder_that_several_put_into_place_at_once_is_that_of_one_of_them(tmp
             list(pool.map(put, range(4)))
         assert [path.name for path in tmp_path.iterdir()] == ["result"]
         assert (tmp_path / "result" / "marker").read_text() in "0123"
+
+
+def test_one_process_at_a_time_writes_results_to_a_folder(tmp_path: Path) -> None:
+    """Of two trainings in one folder one ended with the adapter of the other."""
+    script = f"""
+from surgical_peft.atomic_files import only_writer
+with only_writer({str(tmp_path / "run")!r}):
+    print("writes", flush=True)
+    input()
+"""
+    other = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout is not None and other.stdout.readline() == "writes\n"
+        with pytest.raises(SurgicalError, match="another process"), only_writer(tmp_path / "run"):
+            pass
+        other.kill()  # and a lock does not outlive its process
+        other.wait()
+        with only_writer(tmp_path / "run"):
+            pass
+    finally:
+        other.kill()
+        other.communicate()
+
+
+def test_a_folder_without_results_is_removed_and_one_that_cannot_be_written_to_is_told_first(tmp_path: Path) -> None:
+    with only_writer(tmp_path / "empty"):
+        assert (tmp_path / "empty").is_dir()
+    with only_writer(tmp_path / "full"):
+        (tmp_path / "full" / "x.txt").write_text("new")
+    assert [path.name for path in tmp_path.iterdir()] == ["full"]
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(OSError, match="file"), only_writer(tmp_path / "file"):
+        pytest.fail("it cannot be written to")

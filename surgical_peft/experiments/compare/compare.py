@@ -8,19 +8,20 @@ import shutil
 import statistics
 import tempfile
 import time
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
 
-from ...atomic_files import check_replaceable, whole_folder
+from ...atomic_files import check_replaceable, only_writer, whole_folder
 from ...errors import SurgicalError
 from ..recipe.recipe import Recipe
 from ..training.workers import WorkerPool, shared_threads
 from .comparison import FULL, Comparison
 from .cost import CostEstimate, estimate
 from .findings import Findings, choice_of
-from .jobs import JobRunner
+from .jobs import JobRunner, check_weights
 from .lr_grid import best_rate, is_diverged, next_rate
 from .plot import plot
 from .pool import JobPool
@@ -71,7 +72,8 @@ def compare(
 
     Raises:
         SurgicalError: methods, rates, data or splits that are missing or do not fit, before any training; full
-            fine-tuning that diverged at every rate; a worker that was killed. What is finished is kept.
+            fine-tuning that diverged at every rate; a worker that was killed; another process that compares in the
+            folder, or a `weights/` in it that is not a comparison's. What is finished is kept.
 
     Example:
         >>> report = compare(load_recipe("recipes/fashion_mnist_noise.yaml"), jobs=2)
@@ -80,16 +82,18 @@ def compare(
     """
     began = time.perf_counter()
     console = console or Console()
-    with tempfile.TemporaryDirectory() as made:
-        job_runner = _job_runner(recipe, output, jobs, Path(made))
+    with ExitStack() as stack:
+        job_runner = _job_runner(recipe, output, jobs, Path(stack.enter_context(tempfile.TemporaryDirectory())))
         folder = job_runner.findings.folder
         check_replaceable(folder / "comparison", _TABLE)
+        check_weights(folder / "weights")
+        stack.enter_context(only_writer(folder))
         job_runner.data.runner(job_runner.comparison.firsts[0]).task.summary.show(console)
         with shared_threads(jobs), JobPool(jobs, console) as pool:
             rows = measured_rows(job_runner, pool)
-    report = report_of(job_runner.comparison, rows, jobs, time.perf_counter() - began)
-    write_report(report, folder / "comparison")
-    shutil.rmtree(folder / "weights", ignore_errors=True)
+        report = report_of(job_runner.comparison, rows, jobs, time.perf_counter() - began)
+        write_report(report, folder / "comparison")
+        shutil.rmtree(folder / "weights", ignore_errors=True)
     return report
 
 

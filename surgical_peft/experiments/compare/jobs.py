@@ -108,6 +108,20 @@ def train_method(job_runner: JobRunner, job: Job) -> dict[str, Any]:
     return {**finding, "validation": runner.task.measure(model, validation)}
 
 
+def check_weights(folder: Path) -> None:
+    """Make sure that a folder, which is deleted at the end of a comparison, holds nothing but weights of one.
+
+    Raises:
+        SurgicalError: it holds something else.
+    """
+    strange = [path for path in folder.glob("*") if not (path / _MARKER).is_file() and not path.name.startswith(".")]
+    if strange:
+        raise SurgicalError(
+            f"{str(folder)!r} holds {strange[0].name!r}, which no comparison wrote and would be deleted: move it, "
+            "or give another output folder."
+        )
+
+
 def measure_test(job_runner: JobRunner, job: Job) -> dict[str, Any]:
     """What a trained model reaches on test data, and on the data of its source model."""
     runner = job_runner.data.runner(job)

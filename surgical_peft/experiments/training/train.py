@@ -26,7 +26,7 @@ from transformers import (
 )
 from transformers.trainer_utils import SaveStrategy
 
-from ...atomic_files import check_replaceable, whole_folder, write_text
+from ...atomic_files import check_replaceable, only_writer, whole_folder, write_text
 from ...auto import CRITERION, choose_blocks, get_surgical_model
 from ...criteria.budget import GRADIENTS, half_of
 from ...errors import SurgicalError
@@ -108,13 +108,21 @@ def train(recipe: Recipe, output: str | Path | None = None, console: Console | N
         before and after, and all else that `surgical-peft card` puts into a model card.
 
     Raises:
-        SurgicalError: what the recipe says does not fit, or the training ended in NaN; nothing is saved then.
+        SurgicalError: what the recipe says does not fit, the training ended in NaN, or another process writes to the
+            folder; nothing is saved then.
         KeyboardInterrupt: it was interrupted; its message says what is kept.
     """
     args = recipe.arguments(**_losses(recipe), **({} if output is None else {"output_dir": str(output)}))
     folder = Path(str(args.output_dir))
     policy = recipe.make_policy()
     check_replaceable(folder / "adapter", _ADAPTER)
+    with only_writer(folder):
+        return _train(recipe, args, policy, folder, console)
+
+
+def _train(
+    recipe: Recipe, args: TrainingArguments, policy: Policy | None, folder: Path, console: Console | None
+) -> TrainingReport:
     with Stages(console) as stages:
         stages.begin("load the data")
         task, beginning = load_task(recipe), start(recipe)
@@ -168,7 +176,6 @@ def train(recipe: Recipe, output: str | Path | None = None, console: Console | N
         except KeyboardInterrupt:
             raise KeyboardInterrupt(unfinished.interrupted(stopper.checkpoint)) from None
     beginning = replace(beginning, clock=time.monotonic() - unfinished.seconds)
-    unfinished.finished(keeps_checkpoints=args.save_strategy != SaveStrategy.NO)
     _check_finite(wrapped, args, {f"{task.metric} on {split}": value for split, value in after.items()})
     with whole_folder(folder / "adapter", _ADAPTER) as temporary:
         wrapped.save_pretrained(temporary)
@@ -186,6 +193,7 @@ def train(recipe: Recipe, output: str | Path | None = None, console: Console | N
     report = replace(report, in_pipeline=fits_pipeline(wrapped, processor))
     write_text(folder / REPORT, json.dumps(report.to_json(), indent=2) + "\n")
     write_card(folder)
+    unfinished.finished(keeps_checkpoints=args.save_strategy != SaveStrategy.NO)
     return report
 
 

@@ -687,11 +687,13 @@ def test_what_fails_on_the_way_keeps_what_is_finished(tmp_path: Path, monkeypatc
     assert len(compare(recipe, console=QUIET).methods) == 2
 
 
-def test_a_folder_with_something_else_is_not_touched(tmp_path: Path) -> None:
-    precious = tmp_path / "run" / "comparison" / "thesis.tex"
+@pytest.mark.parametrize("place", ["comparison/thesis.tex", "weights/mine.safetensors", "weights/mine/x.safetensors"])
+def test_a_folder_with_something_else_is_not_touched(place: str, tmp_path: Path) -> None:
+    """`weights/` was deleted at the end, whatever it held."""
+    precious = tmp_path / "run" / place
     precious.parent.mkdir(parents=True)
     precious.write_text("mine")
-    with pytest.raises(SurgicalError, match="would be lost"):
+    with pytest.raises(SurgicalError, match="would be"):
         compare(load_recipe(write_recipe(tmp_path, methods=["full"])), console=QUIET)
     assert precious.read_text() == "mine"
 
