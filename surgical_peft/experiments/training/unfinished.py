@@ -118,8 +118,9 @@ class StopAtStep(TrainerCallback):
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Inside, the first Ctrl-C is noted; the interrupt is raised at the end."""
-        if threading.current_thread() is not threading.main_thread():  # others get no signals
+        """Inside, the first Ctrl-C is noted; the interrupt is raised at the end. Where it is ignored, it stays so."""
+        is_main = threading.current_thread() is threading.main_thread()  # others get no signals
+        if not is_main or signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in the background of a script
             yield
             return
         self._before = signal.signal(signal.SIGINT, self._note)

@@ -74,6 +74,18 @@ def test_a_rerun_goes_on_and_ends_the_same(
     assert (report.before, report.after, report.blocks) == (straight.before, straight.after, straight.blocks)
 
 
+def test_where_interrupts_are_ignored_it_goes_to_its_end(
+    recipe: Recipe, tmp_path: Path, interrupt_at: Interrupt
+) -> None:
+    """As in the background of a script, whose Ctrl-C is not for it."""
+    interrupt_at(3)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        assert "trained 12 steps" in told(recipe, tmp_path / "run")
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_another_recipe_does_not_go_on_from_it(recipe: Recipe, tmp_path: Path, interrupt_at: Interrupt) -> None:
     interrupt_at(3)
     with pytest.raises(KeyboardInterrupt):
