@@ -30,6 +30,7 @@ for _library in ("torchao", "bitsandbytes", "torch.utils._pytree", "DeepSpeed"):
 
 _RANK = 16  # of a LoRA made of an adapter
 _KEPT = {  # of a command that was interrupted
+    "train": "What was kept before is still there.",
     "search": "Finished trainings are kept in the study: the same command goes on.",
     "compare": "Finished trainings are kept in the folder of the results: the same command goes on.",
 }

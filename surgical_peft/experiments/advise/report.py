@@ -103,7 +103,7 @@ def _nothing_learned(advice: Advice) -> list[str]:
     assert advice.constant is not None
     rates = sorted({probe.rate for row in advice.methods for probe in row.probes if probe.rate is not None})
     args = advice.recipe.get("max_steps"), advice.recipe.get("num_train_epochs", 3)
-    length = f"max_steps: {args[0]}" if args[0] else f"num_train_epochs: {args[1]:g}"
+    length = f"max_steps: {args[0]}" if (args[0] or 0) > 0 else f"num_train_epochs: {args[1]:g}"
     return [
         f"Nothing has learned yet: no way of tuning is better, by more than noise, than the answer "
         f"{advice.constant.answer} for every example ({_shown(advice)} on {advice.validation_examples} validation "

@@ -118,7 +118,8 @@ class Comparison:
     @cached_property
     def split(self) -> str:
         """The split that results are told on: `test` or, where some data have none, `validation`."""
-        names = {measured_split(recipe)[0] for recipe in self.test_recipes(0, self.seeds[0])}
+        recipes = {recipe.data: recipe for seed in self.seeds for recipe in self.test_recipes(0, seed)}
+        names = {measured_split(recipe)[0] for recipe in recipes.values()}
         return "test" if names == {"test"} else "validation"
 
     def arguments(self, method: Method, **changed: Any) -> TrainingArguments:

@@ -67,7 +67,7 @@ def estimate(job_runner: JobRunner, jobs: int) -> CostEstimate:
         jobs, *((time_trainings, comparison.recipe, runner) if jobs == 1 else (time_trainings, comparison.recipe))
     )
     trainings = done = more = 0
-    seconds = choosing = 0.0
+    seconds = choosing = longest = 0.0
     with tempfile.TemporaryDirectory() as folder:
         context = context_of(comparison, first, runner, Path(folder))
         for title, method in comparison.methods.items():
@@ -79,13 +79,14 @@ def estimate(job_runner: JobRunner, jobs: int) -> CostEstimate:
             trainings, done = trainings + len(begun), done + len(begun) - len(left)
             more += MOST * len(comparison.trainings(title)) * (len(grid) > 1)
             seconds += len(left) * each
+            longest = max([longest, *[each] * len(left)])
             if method.choose and method.preview(context) is None:
                 choosing += len(comparison.trainings(title)) * _CHOOSING * timing.whole
     tests = len(comparison.methods) * len(comparison.trainings(FULL)) * timing.measure
     timed = 0.0
     if not findings.is_done(comparison.costs):
         timed = len(comparison.methods) * _TIMED * timing.step + min(_ROUNDS * seconds, 60.0)
-    whole = timing.start + timed + shared(seconds + choosing + tests, jobs, longest=timing.whole)
+    whole = timing.start + timed + shared(seconds + choosing + tests, jobs, longest)
     return CostEstimate(trainings, done, more, timing.whole, whole, timing.memory, jobs)
 
 

@@ -134,16 +134,16 @@ def search(
 def _search(
     recipe: Recipe, folder: Path, jobs: int, storage: str | None, name: str | None, console: Console
 ) -> SearchResult:
-    stages = Stages(console)
-    stages.begin("load model and data")
-    objective = RecipeObjective(recipe)
-    stages.end()
-    objective.summary.show(console)
     kept: dict[str, Any] = {"storage": storage or f"sqlite:///{folder / 'study.db'}", "name": name or recipe.procedure}
-    most = count_trainings(recipe.make_procedure(), objective.blocks, rates=objective.rates, seeds=objective.seeds)
-    with stages, _helpers(jobs - 1, recipe, kept, torch.get_num_threads()):
-        progress = _Progress(stages, most, len(objective.rates) * len(objective.seeds))
-        result = _run(recipe, objective, kept, progress)
+    with Stages(console) as stages:
+        stages.begin("load model and data")
+        objective = RecipeObjective(recipe)
+        stages.end()
+        objective.summary.show(console)
+        most = count_trainings(recipe.make_procedure(), objective.blocks, rates=objective.rates, seeds=objective.seeds)
+        with _helpers(jobs - 1, recipe, kept, torch.get_num_threads()):
+            progress = _Progress(stages, most, len(objective.rates) * len(objective.seeds))
+            result = _run(recipe, objective, kept, progress)
     with whole_folder(folder / "search", _RESULT) as temporary:
         result.save(temporary / _RESULT)
         (temporary / "table.md").write_text(search_markdown(result, objective.metric), encoding="utf-8")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -183,7 +182,7 @@ def recipe_text(start: Start, path: Path) -> str:
         "",
         f"# {start.model}",
         f"model: {_beside(recipe.model, path)}",
-        *(f"# {line}" for line in start.data),
+        *(f"# {' '.join(line.split())}" for line in start.data),
         f"data: {_beside(recipe.data, path)}",
         f"task: {recipe.task}",
     ]
@@ -213,7 +212,7 @@ def _beside(name: str, path: Path) -> str:
     """What lies here, as a recipe at `path` names it; a Hub id as it is."""
     if Path(name).exists():
         name = Path(os.path.relpath(Path(name).resolve(), path.resolve().parent)).as_posix()
-    return name if re.fullmatch(r"[\w./-]+", name) else json.dumps(name)
+    return json.dumps(name, ensure_ascii=False)  # in quotes: a folder may be called 2024, null or on
 
 
 def to_json(start: Start, path: Path) -> Mapping[str, Any]:

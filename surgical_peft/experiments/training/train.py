@@ -38,6 +38,7 @@ from ...scoring.block_scores import BlockScores
 from ...scoring.progress import Counted, Stages, TrainingStage, counted
 from ...scoring.score import score_blocks
 from ...tuner.config import SurgicalConfig
+from ...tuner.loading.fingerprint import fingerprint
 from ..recipe.recipe import Recipe
 from ..tasks import Examples, Task, load_task
 from ..tasks.source_model import modules_to_save
@@ -94,7 +95,7 @@ def train(recipe: Recipe, output: str | Path | None = None, console: Console | N
     """Choose the blocks, tune them, measure, and save the adapter with its report.
 
     Choosing the blocks costs at most half of the training. Interrupted by Ctrl-C, it saves a checkpoint after the step
-    at hand; called again with the same recipe, data and folder, it goes on from there.
+    at hand; called again with the same recipe, model, data and folder, it goes on from there.
 
     Args:
         recipe: what to do.
@@ -130,11 +131,14 @@ def _train(
         stages.end()
         task.summary.show(stages.console)
         stages.begin("load the model")
-        unfinished = Unfinished(folder, {"recipe": recipe.keys(), "data": beginning.data})
+        model = task.load_model().to(args.device)
+        weights = fingerprint(model.state_dict().values())
+        unfinished = Unfinished(folder, {"recipe": recipe.keys(), "data": beginning.data, "model": weights})
         _tell_of(unfinished, stages)
+        if unfinished.checkpoint:
+            args.restore_callback_states_from_checkpoint = True  # early stopping counts on
         stopper = StopAtStep(unfinished, stages.say)
         try:
-            model = task.load_model().to(args.device)
             size = sum(parameter.numel() for parameter in model.parameters())
             config, scores = _choose(recipe, task, args, model, unfinished, stages)
             wrapped = get_surgical_model(model, config)
@@ -174,9 +178,14 @@ def _train(
                 )
             after = measured("after")
         except KeyboardInterrupt:
-            raise KeyboardInterrupt(unfinished.interrupted(stopper.checkpoint)) from None
+            raise KeyboardInterrupt(unfinished.interrupted()) from None
     beginning = replace(beginning, clock=time.monotonic() - unfinished.seconds)
-    _check_finite(wrapped, args, {f"{task.metric} on {split}": value for split, value in after.items()})
+    keeps_checkpoints = args.save_strategy != SaveStrategy.NO
+    try:
+        _check_finite(wrapped, args, {f"{task.metric} on {split}": value for split, value in after.items()})
+    except SurgicalError:
+        unfinished.finished(keeps_checkpoints)
+        raise
     with whole_folder(folder / "adapter", _ADAPTER) as temporary:
         wrapped.save_pretrained(temporary)
         if processor is not None:
@@ -193,7 +202,7 @@ def _train(
     report = replace(report, in_pipeline=fits_pipeline(wrapped, processor))
     write_text(folder / REPORT, json.dumps(report.to_json(), indent=2) + "\n")
     write_card(folder)
-    unfinished.finished(keeps_checkpoints=args.save_strategy != SaveStrategy.NO)
+    unfinished.finished(keeps_checkpoints)
     return report
 
 
@@ -209,7 +218,7 @@ def _tell_of(unfinished: Unfinished, stages: Stages) -> None:
     elif unfinished.known:
         stages.say(f"goes on with what an interrupted start of this training has left in {unfinished.folder}")
     elif unfinished.is_other:
-        stages.say(f"starts over: the checkpoints in {unfinished.folder} are of another recipe or of other data")
+        stages.say(f"starts over: the checkpoints in {unfinished.folder} are of another recipe, model or data")
 
 
 def _choose(

@@ -29,7 +29,7 @@ class Unfinished:
         identity: plain data that tell one training from another.
         known: what an earlier start of the same training had chosen and measured; empty at the first.
         checkpoint: the newest checkpoint of the same training; None if there is none.
-        is_other: whether checkpoints lie there of an unfinished training by another recipe or on other data.
+        is_other: whether checkpoints lie there of an unfinished training with another recipe, model or data.
 
     Example:
         >>> unfinished = Unfinished(Path("runs/mine"), {"recipe": recipe.keys()})
@@ -43,8 +43,7 @@ class Unfinished:
         kept = _read(folder / _FILE)
         is_same = kept is not None and kept.get("identity") == self.identity
         self.known: dict[str, Any] = dict(kept["known"]) if kept is not None and is_same else {}
-        checkpoints = sorted(self._checkpoints(), key=_step)
-        self.checkpoint = checkpoints[-1] if is_same and checkpoints else None
+        self.checkpoint = self._newest() if is_same else None
         self.is_other = kept is not None and not is_same and bool(self._marked())
 
     @property
@@ -57,12 +56,12 @@ class Unfinished:
         self.known |= known
         write_text(self.folder / _FILE, json.dumps({"identity": self.identity, "known": self.known}, indent=1) + "\n")
 
-    def interrupted(self, checkpoint: Path | None) -> str:
+    def interrupted(self) -> str:
         """Keep the time that it has taken, and say what is kept and how to go on."""
         if not self.known:
             return "Nothing was trained yet, and nothing is kept."
         self.keep(seconds=self.seconds)
-        if kept := checkpoint or self.checkpoint:
+        if kept := self._newest():
             return f"Kept: {kept} (step {_step(kept)}). The same command goes on from there."
         return f"Kept in {self.folder}: what was chosen and measured before. The same command goes on from there."
 
@@ -78,6 +77,9 @@ class Unfinished:
     def mark(self, checkpoint: Path) -> None:
         """Write into a checkpoint which training it is of."""
         write_text(checkpoint / _FILE, json.dumps({"identity": self.identity}) + "\n")
+
+    def _newest(self) -> Path | None:
+        return max(self._checkpoints(), key=_step, default=None)
 
     def _checkpoints(self) -> list[Path]:
         return [path for path in self._marked() if (_read(path / _FILE) or {}).get("identity") == self.identity]
@@ -108,18 +110,17 @@ class StopAtStep(TrainerCallback):
 
     Attributes:
         is_asked: Ctrl-C was pressed.
-        checkpoint: the last that was saved.
     """
 
     def __init__(self, unfinished: Unfinished, say: Callable[[str], None]) -> None:
         self._unfinished, self._say = unfinished, say
         self.is_asked = False
-        self.checkpoint: Path | None = None
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Inside, the first Ctrl-C is noted; the interrupt is raised at the end."""
-        if threading.current_thread() is not threading.main_thread():  # others get no signals
+        """Inside, the first Ctrl-C is noted; the interrupt is raised at the end. Where it is ignored, it stays so."""
+        is_main = threading.current_thread() is threading.main_thread()  # others get no signals
+        if not is_main or signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in the background of a script
             yield
             return
         self._before = signal.signal(signal.SIGINT, self._note)
@@ -138,12 +139,12 @@ class StopAtStep(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Ask for a checkpoint and for the end."""
+        """Ask for a checkpoint that is whole and stays, and for the end."""
         if self.is_asked:
+            args.save_only_model, args.save_total_limit = False, None
             control.should_save = control.should_training_stop = True
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Write into the checkpoint which training it is of."""
-        self.checkpoint = Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-        if state.is_world_process_zero:
-            self._unfinished.mark(self.checkpoint)
+        """Write into the checkpoint which training it is of; without the optimizer none can go on from it."""
+        if state.is_world_process_zero and not args.save_only_model:
+            self._unfinished.mark(Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")

@@ -440,6 +440,8 @@ def test_where_nothing_has_learned_nothing_is_recommended(tmp_path: Path) -> Non
     assert advice.constant is not None and advice.constant.metric == pytest.approx(1 / 3)
     said = " ".join(advice.sentences)
     assert "Nothing has learned yet" in said and "1e-09, 1e-08" in said and "max_steps: 2" in said
+    by_epochs = replace(advice, recipe={**advice.recipe, "max_steps": -1})
+    assert "num_train_epochs: 2" in " ".join(sentences(by_epochs))
     assert Advice.from_json(advice.to_json()) == advice
     shown = str(table(advice))
     assert "recommended" not in shown and advice.constant.answer in shown and "Nothing" in markdown(advice)

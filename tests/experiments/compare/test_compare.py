@@ -33,6 +33,7 @@ from surgical_peft.cli.main import main
 from surgical_peft.experiments.compare import cost
 from surgical_peft.experiments.compare.compare import compare, plan
 from surgical_peft.experiments.compare.comparison import Comparison, Job
+from surgical_peft.experiments.compare.findings import Findings
 from surgical_peft.experiments.compare.jobs import KINDS, JobRunner, train_method
 from surgical_peft.experiments.compare.loaded import LoadedData
 from surgical_peft.experiments.compare.lr_grid import best_rate, is_at_edge, next_rate
@@ -484,6 +485,8 @@ def test_dry_run_keeps_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert found.seconds == pytest.approx(2.0 + 3 * cost._TIMED * 0.1 + cost._ROUNDS * 100.0 + shared)
     assert "2 jobs" in found.lines()[1] and "2.0 GB" in found.lines()[3]
     assert not (tmp_path / "run").exists()
+    monkeypatch.setattr(Findings, "is_done", lambda findings, job: True)
+    assert plan(replace(recipe, methods=["nothing", "full"]), jobs=2).seconds < 10.0  # no training is left
 
 
 # Bad input
@@ -601,12 +604,21 @@ def broken() -> Method:
     return Method("broken", wrap=lambda model, selection, recipe: get_peft_model(model, config))
 
 
+def test_the_draws_tell_the_split_all_of_them(tmp_path: Path) -> None:
+    """The first one spoke for all, and what was measured on validation data was called test."""
+    for name, splits in {"one": ("train", "test"), "two": ("train",)}.items():
+        write_data(tmp_path / name, splits, count=15)
+    draws = [str(tmp_path / "one"), str(tmp_path / "two")]
+    recipe = load_recipe(write_recipe(tmp_path, methods=["full"], seeds=[0, 1], draws=draws))
+    assert Comparison(recipe).split == "validation"
+
+
 @pytest.mark.parametrize(("missing", "told_on"), [("validation", "test"), ("test", "validation")])
 def test_a_split_that_is_missing(missing: str, told_on: str, tmp_path: Path) -> None:
     """A share of train is held out for validation, which is also told where there is no test split."""
     write_data(tmp_path / "data", tuple({"train", "validation", "test"} - {missing}), count=15)
     job_runner = JobRunner(Comparison(load_recipe(write_recipe(tmp_path, methods=["full", "head"]))), tmp_path / "run")
-    check(job_runner.comparison, job_runner.data)
+    check(job_runner.comparison, job_runner.data, WorkerPool(1, QUIET))
     examples = job_runner.data.runner(job_runner.comparison.firsts[0]).examples
     assert len(examples["train"]) + len(examples["validation"]) == (15 if missing == "validation" else 30)
     assert job_runner.comparison.split == told_on

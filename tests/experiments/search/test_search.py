@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import signal
@@ -17,6 +18,7 @@ from typing import Any
 
 import optuna
 import pytest
+from rich.console import Console
 
 from surgical_peft import BlockMap, SurgicalError, procedures
 from surgical_peft.experiments.recipe import load_recipe
@@ -271,3 +273,15 @@ def test_wrong_pruner_options(tmp_path: Path) -> None:
         search(recipe, console=QUIET)
     with pytest.raises(SurgicalError, match="jobs=0"):
         search(recipe, jobs=0, console=QUIET)
+
+
+def test_what_does_not_load_leaves_no_bar(tmp_path: Path) -> None:
+    """The cursor of the terminal stayed hidden after the error."""
+    write_data(tmp_path / "data")
+    recipe = load_recipe(write_recipe(tmp_path))
+    (tmp_path / "model" / "config.json").unlink()
+    terminal = Console(file=io.StringIO(), force_terminal=True, force_interactive=True)
+    with pytest.raises(SurgicalError, match="model"):
+        search(recipe, console=terminal)
+    shown = terminal.file.getvalue()  # type: ignore[attr-defined]
+    assert shown.count("\x1b[?25l") == shown.count("\x1b[?25h") == 1

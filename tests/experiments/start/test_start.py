@@ -10,7 +10,7 @@ import pytest
 from transformers import BertForSequenceClassification
 
 from surgical_peft import SurgicalError
-from surgical_peft.experiments.recipe import load_recipe
+from surgical_peft.experiments.recipe import Recipe, load_recipe
 from surgical_peft.experiments.start import start as starting
 from surgical_peft.experiments.tasks import load_task
 from surgical_peft.experiments.training.cost import Timing
@@ -76,6 +76,22 @@ def test_it_says_what_comes_next_and_replaces_no_recipe(
     written = (tmp_path / "recipe.yaml").read_text()
     assert run(monkeypatch, "start", "model", "data") == 2 and "recipe.yaml" in capsys.readouterr().err
     assert (tmp_path / "recipe.yaml").read_text() == written
+
+
+@pytest.mark.parametrize("name", ["2024", "null", "1e-3", "a #b: c", "Fotos/Bücher 📚"])
+def test_a_folder_may_have_any_name(tmp_path: Path, name: str) -> None:
+    for folder in (tmp_path / name, tmp_path / "data"):
+        folder.mkdir(parents=True)
+    recipe = Recipe(
+        model=str(tmp_path / name),
+        data=str(tmp_path / "data"),
+        rates=[1e-3],
+        training={"learning_rate": 1e-3, "num_train_epochs": 3, "per_device_train_batch_size": 16},
+    )
+    start = starting.Start(recipe, {}, "a model", ["labels: one\ntwo, three"], [], 0)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(starting.recipe_text(start, path), encoding="utf-8")
+    assert Path(load_recipe(path).model) == tmp_path / name
 
 
 def test_data_that_fit_no_model_are_an_error(tmp_path: Path) -> None:

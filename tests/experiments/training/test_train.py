@@ -164,7 +164,9 @@ def test_an_earlier_run_loses_nothing_when_saving_fails(
     monkeypatch.setattr(PeftModel, "save_pretrained", full)
     with pytest.raises(OSError, match="no space left"):
         train(recipe, tmp_path)
-    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    after = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert before.items() <= after.items()
+    assert [path.name for path in after.keys() - before.keys()] == ["unfinished.json"]  # for the next start
 
 
 def test_a_new_head_is_trained_and_saved_with_any_block(tmp_path: Path, small_splits: None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import signal
 from collections.abc import Callable
@@ -12,12 +13,14 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 
 from surgical_peft import SurgicalCallback
 from surgical_peft.experiments.recipe import Recipe, load_recipe
 from surgical_peft.experiments.training import train as module
 from surgical_peft.experiments.training.train import train
 from tests.support.tiny import write_recipe
+from tests.support.toy_tasks import TOY_TASKS
 
 Interrupt = Callable[[int], None]
 
@@ -71,6 +74,18 @@ def test_a_rerun_goes_on_and_ends_the_same(
     assert (report.before, report.after, report.blocks) == (straight.before, straight.after, straight.blocks)
 
 
+def test_where_interrupts_are_ignored_it_goes_to_its_end(
+    recipe: Recipe, tmp_path: Path, interrupt_at: Interrupt
+) -> None:
+    """As in the background of a script, whose Ctrl-C is not for it."""
+    interrupt_at(3)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        assert "trained 12 steps" in told(recipe, tmp_path / "run")
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_another_recipe_does_not_go_on_from_it(recipe: Recipe, tmp_path: Path, interrupt_at: Interrupt) -> None:
     interrupt_at(3)
     with pytest.raises(KeyboardInterrupt):
@@ -81,12 +96,77 @@ def test_another_recipe_does_not_go_on_from_it(recipe: Recipe, tmp_path: Path, i
     assert "starts over" in text and "trained 12 steps" in text
 
 
+def test_another_model_at_the_same_place_does_not_go_on_from_it(
+    recipe: Recipe, tmp_path: Path, interrupt_at: Interrupt
+) -> None:
+    interrupt_at(3)
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe, tmp_path / "run")
+    interrupt_at(-1)
+    file = Path(recipe.model) / "model.safetensors"
+    save_file({name: 1.01 * weight for name, weight in load_file(file).items()}, file, {"format": "pt"})
+    text = told(recipe, tmp_path / "run")
+    assert "starts over" in text and "trained 12 steps" in text
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [{"save_strategy": "steps", "save_steps": 2, "save_only_model": True}, {"max_steps": 8}],
+    ids=["checkpoints without the optimizer", "interrupted at the last step"],
+)
+def test_it_ends_the_same_however_it_saves(
+    recipe: Recipe, tmp_path: Path, interrupt_at: Interrupt, keys: dict[str, Any]
+) -> None:
+    recipe = replace(recipe, training={**recipe.training, **keys})
+    train(recipe, tmp_path / "straight")
+    interrupt_at(keys.get("max_steps", 7))
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe, tmp_path / "stopped")
+    interrupt_at(-1)
+    train(recipe, tmp_path / "stopped")
+    assert weights(tmp_path / "stopped") == weights(tmp_path / "straight")
+
+
+def test_early_stopping_counts_on(tmp_path: Path, interrupt_at: Interrupt) -> None:
+    """The interrupt comes between two epochs without a lower loss; not only the best one's checkpoint stays."""
+    toy = TOY_TASKS["text_classification"](tmp_path / "texts")
+    training = {"use_cpu": True, "num_train_epochs": 12, "learning_rate": 0.1, "lr_scheduler_type": "constant"}
+    recipe = replace(toy, character_noise=None, blocks=["1", "head"], training=training, early_stopping_patience=2)
+    straight = train(recipe, tmp_path / "straight")
+    assert straight.rates.epochs < 12
+    per_epoch = round(straight.rates.steps / straight.rates.epochs)
+    last = straight.rates.steps - 1
+    assert per_epoch > 1
+    interrupt_at(last)
+    with pytest.raises(KeyboardInterrupt, match=f"checkpoint-{last}"):
+        train(recipe, tmp_path / "stopped")
+    interrupt_at(-1)
+    assert f"checkpoint-{last}" in told(recipe, tmp_path / "stopped")
+    assert weights(tmp_path / "stopped") == weights(tmp_path / "straight")
+    report = json.loads((tmp_path / "stopped" / "report.json").read_text())
+    assert report["rates"]["steps"] == straight.rates.steps
+
+
 def test_a_finished_training_begins_anew(recipe: Recipe, tmp_path: Path) -> None:
     """Also where its recipe saves checkpoints, which stay."""
     saving = replace(recipe, training={**recipe.training, "save_strategy": "epoch"})
     for _ in range(2):
         assert "trained 12 steps" in told(saving, tmp_path / "run")
     assert (tmp_path / "run" / "checkpoint-12").exists()
+
+
+def test_a_training_whose_adapter_cannot_be_saved_is_not_lost(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError("no space left")
+
+    saving = replace(recipe, training={**recipe.training, "save_strategy": "epoch"})
+    monkeypatch.setattr(module, "whole_folder", full)
+    with pytest.raises(OSError, match="space"):
+        train(saving, tmp_path / "run")
+    monkeypatch.undo()
+    assert "trained 0 steps" in told(saving, tmp_path / "run")
 
 
 def test_before_the_first_step_the_choice_is_kept(
