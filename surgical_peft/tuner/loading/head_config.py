@@ -63,8 +63,20 @@ def apply_head_config(model: nn.Module, config: SurgicalConfig) -> None:
     if not isinstance(base, PreTrainedModel) or base.config.num_labels != head.get("num_labels", len(names)):
         return
     if names:
-        base.config.id2label = {label: names[str(label)] for label in range(len(names))}
-        base.config.label2id = {name: label for label, name in base.config.id2label.items()}
+        name_labels(base, {label: names[str(label)] for label in range(len(names))})
     for key in _BESIDES:
         if getattr(base.config, key, None) is None and key in head:
             setattr(base.config, key, head[key])
+
+
+def labels_of(model: nn.Module) -> dict[int, str] | None:
+    """The names of a model's labels as its config has them now; None if it is not of transformers."""
+    base = unwrap_model(model)
+    return dict(base.config.id2label or {}) if isinstance(base, PreTrainedModel) else None
+
+
+def name_labels(model: nn.Module, names: dict[int, str]) -> None:
+    """Give the labels of a model of transformers these names."""
+    config = unwrap_model(model).config
+    config.id2label = dict(names)
+    config.label2id = {name: label for label, name in names.items()}
