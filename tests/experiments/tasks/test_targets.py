@@ -75,6 +75,14 @@ def test_label_sets_are_matched_by_name(texts: Recipe, tmp_path: Path) -> None:
     assert [examples[index]["labels"] for index in range(4)] == [[1, 0, 0], [0, 0, 0], [1, 0, 1], [0, 0, 1]]
 
 
+def test_a_label_that_training_lacks_is_told_with_its_row(texts: Recipe, tmp_path: Path) -> None:
+    recipe = replace(texts, data=label_sets(tmp_path / "data"), problem_type="multi_label_classification")
+    rows = [{"text": "now", "label": labels} for labels in (*TOPICS, ["sport", "war"])]
+    Dataset.from_list(rows).to_parquet(tmp_path / "data" / "validation.parquet")
+    with pytest.raises(SurgicalError, match=r"validation: 1 rows \(from 0: 4\).*'war'"):
+        load_task(replace(recipe, new_head=True), ("validation",))
+
+
 def test_images_have_numbers_too(tmp_path: Path) -> None:
     images = replace(TOY_TASKS["image_classification"](tmp_path / "toy"), corruption=None)
     recipe = replace(images, problem_type="regression", new_head=True)
