@@ -88,11 +88,14 @@ def _task_of(adapter: Path) -> str | None:
 def _lines(given: str) -> list[str]:
     try:
         is_file = Path(given).is_file()
-    except OSError:  # longer than a file's name can be
+    except (OSError, ValueError):  # longer than a file's name can be, or with a zero byte
         is_file = False
     if not is_file:
         return [given]
-    return [line for line in Path(given).read_text(encoding="utf-8").splitlines() if line.strip()]
+    try:
+        return [line for line in Path(given).read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise SurgicalError(f"{given!r} cannot be read as text ({error}): give one in UTF-8.") from error
 
 
 def _image(model: Any, processor: Any, given: str) -> Prediction:

@@ -81,6 +81,13 @@ def test_values_of_other_kinds_of_labels(kind: str, labels: int, tmp_path: Path)
     assert sum(scores.values()) != pytest.approx(1)  # no softmax over them
 
 
+def test_a_file_that_is_no_text(tmp_path: Path) -> None:
+    adapter = adapter_of("text_classification", tmp_path)
+    (tmp_path / "mails.doc").write_bytes(b"\xd0\xcf\x11\xe0")
+    with pytest.raises(SurgicalError, match="mails"):
+        predict(adapter, [str(tmp_path / "mails.doc")])
+
+
 @pytest.mark.parametrize("task", ["token_classification", "causal_lm", "seq2seq"])
 def test_what_is_marked_or_written(task: str, tmp_path: Path) -> None:
     prediction = predict(adapter_of(task, tmp_path), ["Ada lives in Berlin"])[0]
