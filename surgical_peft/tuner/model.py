@@ -185,9 +185,9 @@ class SurgicalModel(PeftHooks):
         for each in self.layers():
             each.check_set_adapter(adapter_name)
         reshard(self.model)
-        before, names = self.active_adapters, labels_of(self.model)
+        before, labels = self.active_adapters, labels_of(self.model)
         super().set_adapter(adapter_name, inference_mode)
-        self._labels |= {name: names for name in before if names and name not in self.active_adapters}
+        self._labels |= {name: labels for name in before if labels and name not in self.active_adapters}
         for layer in self._lora_layers():
             if layer.merged:
                 layer.unmerge()

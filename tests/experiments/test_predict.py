@@ -81,6 +81,24 @@ def test_values_of_other_kinds_of_labels(kind: str, labels: int, tmp_path: Path)
     assert sum(scores.values()) != pytest.approx(1)  # no softmax over them
 
 
+def test_the_problem_of_a_head_that_is_not_new_comes_along(tmp_path: Path) -> None:
+    """Also where the base says another one, as any classifier that Trainer has trained does."""
+    base = Path(TOY_TASKS["text_classification"](tmp_path).model)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "problem_type": "single_label_classification"}))
+    load = AutoModelForSequenceClassification.from_pretrained
+    model = load(base, problem_type="multi_label_classification")
+    tuned: Any = get_peft_model(model, SurgicalConfig(blocks=[-1]))
+    tuned.save_pretrained(tmp_path / "many")
+    get_peft_model(load(base), SurgicalConfig(blocks=[-1])).save_pretrained(tmp_path / "one")
+    totals = {name: sum(predict(tmp_path / name, ["win"])[0].labels.values()) for name in ("many", "one")}
+    assert totals["one"] == pytest.approx(1) and totals["many"] != pytest.approx(1)
+    tuned.load_adapter(tmp_path / "one", adapter_name="one")
+    tuned.set_adapter("one")
+    tuned.set_adapter("default")
+    assert tuned.config.problem_type == "multi_label_classification"
+
+
 def test_a_file_that_is_no_text(tmp_path: Path) -> None:
     adapter = adapter_of("text_classification", tmp_path)
     (tmp_path / "mails.doc").write_bytes(b"\xd0\xcf\x11\xe0")
