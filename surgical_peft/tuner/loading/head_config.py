@@ -16,7 +16,7 @@ from .saved_adapter import heads_of
 _BESIDES = ("problem_type", "pad_token_id")  # by the second a decoder finds the last token, whose output it classifies
 _USUAL = "single_label_classification"  # what is taken for granted where nothing is said
 _OF_ADAPTER = ("id2label", "problem_type")  # that adapters of one model may have each of its own
-Labels = tuple[dict[int, str], str | None]
+Labels = tuple[dict[Any, str], str | None]
 
 
 def head_config_of(model: nn.Module, config: SurgicalConfig) -> dict[str, Any] | None:
@@ -95,18 +95,22 @@ def apply_head_config(model: nn.Module, config: SurgicalConfig) -> None:
 def labels_of(model: nn.Module) -> Labels | None:
     """The names of a model's labels and its type of problem, as they are now; None if it is not of transformers."""
     base = unwrap_model(model)
-    return (dict(base.config.id2label or {}), base.config.problem_type) if isinstance(base, PreTrainedModel) else None
+    if not isinstance(base, PreTrainedModel):
+        return None
+    names: dict[Any, str] = dict(base.config.id2label or {})
+    return names, base.config.problem_type
 
 
-def name_labels(model: nn.Module, names: dict[int, str]) -> None:
+def name_labels(model: nn.Module, names: dict[Any, str]) -> None:
     """Give the labels of a model of transformers these names."""
-    config = unwrap_model(model).config
+    config: Any = unwrap_model(model).config
     config.id2label = dict(names)
     config.label2id = {name: label for label, name in names.items()}
 
 
 def restore_labels(model: nn.Module, labels: Labels) -> None:
     """Put back what `labels_of` told."""
-    names, unwrap_model(model).config.problem_type = labels
+    config: Any = unwrap_model(model).config
+    names, config.problem_type = labels
     if names:
         name_labels(model, names)
