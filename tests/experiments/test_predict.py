@@ -10,12 +10,16 @@ import numpy as np
 import pytest
 from peft import get_peft_model
 from PIL import Image
+from tokenizers import Tokenizer, decoders
+from tokenizers.models import WordPiece
+from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageClassification,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
+    PreTrainedTokenizerFast,
 )
 
 from surgical_peft import SurgicalConfig, SurgicalError
@@ -111,6 +115,16 @@ def test_what_is_marked_or_written(task: str, tmp_path: Path) -> None:
     prediction = predict(adapter_of(task, tmp_path), ["Ada lives in Berlin"])[0]
     assert (prediction.text is not None) == (task != "token_classification") and prediction.labels == {}
     assert all(word["label"] for word in prediction.words)
+
+
+def test_a_word_of_several_tokens_is_marked_once(tmp_path: Path) -> None:
+    """As in training, where its first token alone bears a tag."""
+    adapter = adapter_of("token_classification", tmp_path, id2label={label: f"kind {label}" for label in range(5)})
+    pieces = Tokenizer(WordPiece({"[PAD]": 0, "[UNK]": 1, "ber": 2, "##lin": 3}, unk_token="[UNK]"))
+    pieces.pre_tokenizer, pieces.decoder = WhitespaceSplit(), decoders.WordPiece()
+    PreTrainedTokenizerFast(tokenizer_object=pieces, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(adapter)
+    (word,) = predict(adapter, ["berlin"])[0].words
+    assert word["word"] == "berlin" and word["label"].startswith("kind")
 
 
 def test_what_cannot_be_predicted_is_said(tmp_path: Path) -> None:
