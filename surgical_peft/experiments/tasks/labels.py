@@ -210,7 +210,8 @@ def class_numbers(feature: Any, cells: Any, classes: list[str], where: str) -> l
         rows = np.asarray(pc.list_parent_indices(cells))
         feature, cells = feature.feature, pc.list_flatten(cells)
     if isinstance(feature, ClassLabel):
-        names = pc.take(pa.array(feature.names), cells)
+        known = pc.if_else(pc.less(cells, 0), None, cells)  # -1 stands for no label
+        names = pc.take(pa.array(feature.names), known)
     elif _is_text(cells.type):
         names = cells
     else:
