@@ -33,7 +33,8 @@ class Prediction:
         labels: names of labels and their scores, highest first: probabilities, or of a regression the values. Empty
             where the model writes or marks text.
         text: what it has written, or None.
-        words: the words that it has marked, each with its label and score.
+        words: what it has marked, each with its label and score; words of one kind in a row are one, and its label
+            has no `B-` or `I-`.
     """
 
     input: str
@@ -88,11 +89,14 @@ def _task_of(adapter: Path) -> str | None:
 def _lines(given: str) -> list[str]:
     try:
         is_file = Path(given).is_file()
-    except OSError:  # longer than a file's name can be
+    except (OSError, ValueError):  # longer than a file's name can be, or with a zero byte
         is_file = False
     if not is_file:
         return [given]
-    return [line for line in Path(given).read_text(encoding="utf-8").splitlines() if line.strip()]
+    try:
+        return [line for line in Path(given).read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise SurgicalError(f"{given!r} cannot be read as text ({error}): give one in UTF-8.") from error
 
 
 def _image(model: Any, processor: Any, given: str) -> Prediction:
@@ -122,8 +126,10 @@ def _label(model: Any, features: Any, given: str) -> Prediction:
 
 
 def _mark(model: Any, processor: Any, given: str) -> Prediction:
-    marked = pipeline("token-classification", model=model, tokenizer=processor)(given)
-    words = [{"word": part["word"], "label": part["entity"], "score": float(part["score"])} for part in marked]
+    # by the first token of a word, as in training: nothing was learned of what the others say
+    mark = pipeline("token-classification", model=model, tokenizer=processor, aggregation_strategy="first")
+    parts = mark(given)
+    words = [{"word": part["word"], "label": part["entity_group"], "score": float(part["score"])} for part in parts]
     return Prediction(given, {}, words=words)
 
 

@@ -86,8 +86,8 @@ class SurgicalConfig(PeftConfig):
         new_weights: filled in by the library: which weights of the adapter the base's checkpoint does not hold, so
             that they are others in every process. They are the adapter's, whatever `blocks` says.
         head_config: filled in by the library: what the model's config says of the head, where the base's checkpoint
-            does not: `id2label`, and of a new head `num_labels`, `problem_type` and `pad_token_id`. Loading names the
-            model's labels by it.
+            does not: `id2label` and `problem_type`, and of a new head `num_labels` and `pad_token_id`. Loading names
+            the model's labels by it.
         strict_base: refuse another base instead, as in `PeftModel.from_pretrained(base, folder, strict_base=True)`; it
             holds for all adapters that are loaded into this model later, too. Not saved.
         read_from: filled in by the library: the file that the config comes from. Not saved.

@@ -18,6 +18,7 @@ from .attach import restore_requires_grad
 from .eval_mode import eval_frozen
 from .gradient_checkpointing import pause_prefix_skipping, restore_checkpointing, skip_frozen_prefix
 from .layer import NO_BASE, SurgicalLayer
+from .loading.head_config import labels_of
 from .mixed_batches import check_rows, rows_by_adapter
 from .peft_hooks import PeftHooks
 from .quantization import FloatLinear, note_float_layers, unpack
@@ -172,6 +173,7 @@ class SurgicalModel(PeftHooks):
         reshard(self.model)
         was_active, loras = adapter_name in self.active_adapters, self._lora_layers()
         super().delete_adapter(adapter_name)
+        self._labels.pop(adapter_name, None)
         for layer in loras:
             layer.delete_adapter(adapter_name)
         if was_active and self.peft_config:  # PEFT lets each layer choose by itself, and believes the first
@@ -183,7 +185,9 @@ class SurgicalModel(PeftHooks):
         for each in self.layers():
             each.check_set_adapter(adapter_name)
         reshard(self.model)
+        before, labels = self.active_adapters, labels_of(self.model)
         super().set_adapter(adapter_name, inference_mode)
+        self._labels |= {name: labels for name in before if labels and name not in self.active_adapters}
         for layer in self._lora_layers():
             if layer.merged:
                 layer.unmerge()

@@ -66,7 +66,7 @@ def check_head_config(value: dict[str, Any] | None) -> None:
         return
     names, kinds = value.get("id2label", {}), {"problem_type": str, "pad_token_id": int}
     is_dict = isinstance(names, dict)
-    count = value.get("num_labels", len(names) if is_dict else 0)
+    count = value.get("num_labels", len(names) or int("problem_type" in value) if is_dict else 0)
     is_count = isinstance(count, int) and 0 < count < 10**6
     are_names = is_dict and all(isinstance(name, str) for name in names.values())
     if names and is_count and are_names:

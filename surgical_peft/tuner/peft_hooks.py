@@ -18,9 +18,9 @@ from .attach import AdapterPlan, attach, plan_adapter, requires_grad_by_name
 from .config import SurgicalConfig
 from .gradient_checkpointing import skip_frozen_prefix
 from .layer import SurgicalLayer
-from .loading.adapter_weights import adapter_weights, load_weights
+from .loading.adapter_weights import adapter_weights, layers_by_path, load_weights
 from .loading.compatibility import check_fit, names_today, prepare_loading, recorded
-from .loading.head_config import apply_head_config, head_config_of
+from .loading.head_config import Labels, apply_head_config, head_config_of, head_config_to_save, restore_labels
 from .loading.new_weights import newly_initialized, note_new_weights
 from .loading.same_base import check_base
 from .loading.saved_adapter import heads_of
@@ -51,6 +51,7 @@ class PeftHooks(BaseTuner):
     ) -> None:
         # As transformers does by add_adapter, which keeps the model and not us: its train() does not ask ours
         self._for_others_to_train = isinstance(peft_config, PeftConfig)
+        self._labels: dict[str, Labels] = {}  # of each adapter that was active before, as they were then
         super().__init__(model, peft_config, adapter_name, low_cpu_mem_usage, state_dict)
 
     def _prepare_adapter_config(self, peft_config: SurgicalConfig, model_config: dict[str, Any]) -> SurgicalConfig:
@@ -136,7 +137,9 @@ class PeftHooks(BaseTuner):
     def _name_labels(self) -> None:
         for name in self.active_adapters:
             config = self.peft_config.get(name)
-            if isinstance(config, SurgicalConfig) and config.read_from is not None:
+            if labels := self._labels.get(name):  # it was active before, and has those of then
+                restore_labels(self.model, labels)
+            elif isinstance(config, SurgicalConfig) and config.read_from is not None:
                 apply_head_config(self.model, config)
 
     def _post_injection_hook(self, model: nn.Module, config: SurgicalConfig, adapter_name: str) -> None:
@@ -186,8 +189,8 @@ class PeftHooks(BaseTuner):
         state_dict: dict[str, torch.Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, torch.Tensor]:
-        # again: a problem_type that nobody gave is set in the first forward pass
-        config.head_config = head_config_of(model, config) or config.head_config
+        is_active = any(adapter_name in layer.active_adapters for layer in layers_by_path(model).values())
+        config.head_config = head_config_to_save(model, config, is_active)
         weights = adapter_weights(model, config, adapter_name, state_dict)
         lora = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         return {**weights, **lora}

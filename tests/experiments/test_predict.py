@@ -10,12 +10,16 @@ import numpy as np
 import pytest
 from peft import get_peft_model
 from PIL import Image
+from tokenizers import Tokenizer, decoders
+from tokenizers.models import WordPiece
+from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageClassification,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
+    PreTrainedTokenizerFast,
 )
 
 from surgical_peft import SurgicalConfig, SurgicalError
@@ -81,11 +85,46 @@ def test_values_of_other_kinds_of_labels(kind: str, labels: int, tmp_path: Path)
     assert sum(scores.values()) != pytest.approx(1)  # no softmax over them
 
 
+def test_the_problem_of_a_head_that_is_not_new_comes_along(tmp_path: Path) -> None:
+    """Also where the base says another one, as any classifier that Trainer has trained does."""
+    base = Path(TOY_TASKS["text_classification"](tmp_path).model)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "problem_type": "single_label_classification"}))
+    load = AutoModelForSequenceClassification.from_pretrained
+    model = load(base, problem_type="multi_label_classification")
+    tuned: Any = get_peft_model(model, SurgicalConfig(blocks=[-1]))
+    tuned.save_pretrained(tmp_path / "many")
+    get_peft_model(load(base), SurgicalConfig(blocks=[-1])).save_pretrained(tmp_path / "one")
+    totals = {name: sum(predict(tmp_path / name, ["win"])[0].labels.values()) for name in ("many", "one")}
+    assert totals["one"] == pytest.approx(1) and totals["many"] != pytest.approx(1)
+    tuned.load_adapter(tmp_path / "one", adapter_name="one")
+    tuned.set_adapter("one")
+    tuned.set_adapter("default")
+    assert tuned.config.problem_type == "multi_label_classification"
+
+
+def test_a_file_that_is_no_text(tmp_path: Path) -> None:
+    adapter = adapter_of("text_classification", tmp_path)
+    (tmp_path / "mails.doc").write_bytes(b"\xd0\xcf\x11\xe0")
+    with pytest.raises(SurgicalError, match="mails"):
+        predict(adapter, [str(tmp_path / "mails.doc")])
+
+
 @pytest.mark.parametrize("task", ["token_classification", "causal_lm", "seq2seq"])
 def test_what_is_marked_or_written(task: str, tmp_path: Path) -> None:
     prediction = predict(adapter_of(task, tmp_path), ["Ada lives in Berlin"])[0]
     assert (prediction.text is not None) == (task != "token_classification") and prediction.labels == {}
     assert all(word["label"] for word in prediction.words)
+
+
+def test_a_word_of_several_tokens_is_marked_once(tmp_path: Path) -> None:
+    """As in training, where its first token alone bears a tag."""
+    adapter = adapter_of("token_classification", tmp_path, id2label={label: f"kind {label}" for label in range(5)})
+    pieces = Tokenizer(WordPiece({"[PAD]": 0, "[UNK]": 1, "ber": 2, "##lin": 3}, unk_token="[UNK]"))
+    pieces.pre_tokenizer, pieces.decoder = WhitespaceSplit(), decoders.WordPiece()
+    PreTrainedTokenizerFast(tokenizer_object=pieces, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(adapter)
+    (word,) = predict(adapter, ["berlin"])[0].words
+    assert word["word"] == "berlin" and word["label"].startswith("kind")
 
 
 def test_what_cannot_be_predicted_is_said(tmp_path: Path) -> None:

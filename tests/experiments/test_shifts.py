@@ -202,5 +202,8 @@ def test_a_share_of_a_class_is_kept() -> None:
 
 def test_classes_by_name_and_number() -> None:
     assert class_number("imbalance", "b", ["a", "b"]) == 1 == class_number("imbalance", 1, ["a", "b"])
+    assert class_number("label_map", 2, ["1", "2", "3"]) == 1 == class_number("label_map", "2", ["1", "2", "3"])
+    with pytest.raises(SurgicalError, match="no class 0"):  # of stars from 1 to 3 there is none with 0
+        class_number("label_map", 0, ["1", "2", "3"])
     with pytest.raises(SurgicalError, match=r"imbalance.*True"):
         class_number("imbalance", True, ["a", "b"])

@@ -169,6 +169,25 @@ def test_the_active_adapter_names_the_labels(tmp_path: Path) -> None:
     assert model.config.id2label[0] == "a"
     model.set_adapter("xyz")
     assert model.config.id2label[0] == "x" and model.config.label2id["z"] == 2
+    model.save_pretrained(tmp_path / "both")  # each with names of its own, whichever is active
+    for letters in ("abc", "xyz"):
+        saved = json.loads((tmp_path / "both" / letters / "adapter_config.json").read_text())
+        assert list(saved["head_config"]["id2label"].values()) == list(letters)
+
+
+def test_an_adapter_that_is_active_again_has_its_names_again(tmp_path: Path) -> None:
+    """Also one that was made here, whose names were the model's before any adapter was loaded."""
+    toy = TOYS["bert"]
+    for letters in ("xyz", "abc"):
+        model: Any = toy.model()
+        model.config.id2label = dict(enumerate(letters))
+        model = get_peft_model(model, SurgicalConfig(blocks=[0], modules_to_save=["classifier"]))
+        model.save_pretrained(tmp_path / letters)
+    model.load_adapter(tmp_path / "xyz", adapter_name="xyz")
+    for name, letters in (("xyz", "xyz"), ("default", "abc"), ("xyz", "xyz")):
+        model.set_adapter(name)
+        assert list(model.config.id2label.values()) == list(letters)
+        assert list(model.config.label2id) == list(letters)
 
 
 @pytest.mark.parametrize("names", [{"x": "y"}, {"0": 1}, {"1": "y"}, ["y"]])

@@ -69,12 +69,19 @@ def keep_share(labels: Sequence[int], shares: Mapping[int, float], seed: int) ->
 
 
 def class_number(key: str, given: Any, classes: Sequence[str]) -> int:
-    """The number of a class that the recipe's `key` gives by name or number."""
-    if given in classes:
-        return list(classes).index(given)
-    if isinstance(given, int) and not isinstance(given, bool) and 0 <= given < len(classes):
-        return given
+    """The number of a class that the recipe's `key` gives by name or number; where names are numbers, by name.
+
+    Example:
+        >>> class_number("imbalance", 5, ["1", "3", "5"])
+        2
+    """
+    name = str(given) if isinstance(given, int) and not isinstance(given, bool) else given
+    if name in classes:
+        return list(classes).index(name)
+    are_numbers = all(other.removeprefix("-").isdecimal() for other in classes)
+    if name is not given and not are_numbers and 0 <= given < len(classes):
+        return int(given)
+    numbers = "" if are_numbers else f", or 0 to {len(classes) - 1}"
     raise SurgicalError(
-        f"{key}: there is no class {given!r}: {nearest(str(given), classes)}There are: {', '.join(classes)}, or 0 to "
-        f"{len(classes) - 1}."
+        f"{key}: there is no class {given!r}: {nearest(str(given), classes)}There are: {', '.join(classes)}{numbers}."
     )

@@ -27,7 +27,7 @@ def _is_chat(feature: Any) -> bool:
     return (
         isinstance(feature, List | LargeList)
         and isinstance(feature.feature, dict)
-        and {"role", "content"} <= feature.feature.keys()
+        and all(TEXT.fits(feature.feature.get(key)) for key in ("role", "content"))
     )
 
 
@@ -46,7 +46,7 @@ def chat_faults(rows: Any, column: str) -> list[Fault]:
     return [Fault("chat{s} without an answer of the assistant", silent)] if len(silent) else []
 
 
-CHAT = ColumnType("chats: lists of messages with role and content", _is_chat, chat_faults)
+CHAT = ColumnType("chats: lists of messages, with role and content as text", _is_chat, chat_faults)
 FORMS: tuple[Mapping[str, ColumnType], ...] = (
     {"text": TEXT},
     {"messages": CHAT},

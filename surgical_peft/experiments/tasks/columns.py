@@ -57,7 +57,8 @@ def whole_numbers(rows: Any) -> Any:
         if isinstance(feature, Value) and feature.dtype == "float64":
             cells = cells_of(rows, name)
             numbers = cells.drop_null()
-            if cells.null_count and len(numbers) and pc.all(pc.equal(numbers, pc.round(numbers))).as_py():
+            is_whole = pc.and_(pc.is_finite(numbers), pc.equal(numbers, pc.round(numbers)))
+            if cells.null_count and len(numbers) and pc.all(is_whole).as_py():
                 rows = rows.cast_column(name, Value("int64"))
     return rows
 

@@ -62,7 +62,8 @@ def open_data(
     is_held_out = names["validation"] is None and bool({"train", "validation"} & set(splits))
     is_held_out &= recipe.folds is None or "validation" in splits  # folds of train need no other split
     asked = [split for split in splits if names[split] is not None or split == "train"]
-    needed = [*asked, *(["train"] if "train" not in asked and (classes or is_held_out) else [])]
+    is_needed = classes or is_held_out or not asked  # columns are found in some split, also if none is to be had
+    needed = [*asked, *(["train"] if "train" not in asked and is_needed else [])]
     if "train" in needed and names["train"] is None:
         raise SurgicalError(
             f"{source.name} has the splits {', '.join(source.splits)}, and none is called train: say which one is, "

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import ClassLabel
+from datasets import ClassLabel, LargeList, List
 
 from ...errors import SurgicalError
 from ...validation import check_number, nearest
@@ -200,13 +200,18 @@ def class_names(feature: Any, cells: Any) -> list[str]:
 
 
 def class_numbers(feature: Any, cells: Any, classes: list[str], where: str) -> list[int]:
-    """The class of each cell of a column, as a number in `classes`.
+    """The class of each cell of a column, as a number in `classes`; of a column of lists that of each entry.
 
     Raises:
         SurgicalError: there is a class that is none of them.
     """
+    rows = None
+    if isinstance(feature, List | LargeList):
+        rows = np.asarray(pc.list_parent_indices(cells))
+        feature, cells = feature.feature, pc.list_flatten(cells)
     if isinstance(feature, ClassLabel):
-        names = pc.take(pa.array(feature.names), cells)
+        known = pc.if_else(pc.less(cells, 0), None, cells)  # -1 stands for no label
+        names = pc.take(pa.array(feature.names), known)
     elif _is_text(cells.type):
         names = cells
     else:
@@ -215,9 +220,10 @@ def class_numbers(feature: Any, cells: Any, classes: list[str], where: str) -> l
     if numbers.null_count:
         missing = np.flatnonzero(np.asarray(pc.is_null(numbers)))
         name = names[int(missing[0])].as_py()
+        places = missing if rows is None else np.unique(rows[missing])
         raise SurgicalError(
-            f"{where}: {listed(missing.tolist())} of the rows have a class, such as {name!r}, which no row of the "
-            f"split train has: {nearest(str(name), classes)}There are: {listed(classes)}."
+            f"{where}: {len(places):,} rows (from 0: {listed(places.tolist())}) have a class, such as {name!r}, that "
+            f"no row of the split train has: {nearest(str(name), classes)}There are: {listed(classes)}."
         )
     return np.asarray(numbers).tolist()
 

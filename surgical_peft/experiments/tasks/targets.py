@@ -131,7 +131,7 @@ def _label_sets(recipe: Recipe, data: OpenedData, config: Any) -> LabeledRows:
     for split, split_rows in data.splits.items():
         cells = cells_of(split_rows, column).combine_chunks()
         where = f"{recipe.data}, split {split}"
-        numbers = class_numbers(split_rows.features[column].feature, pc.list_flatten(cells), classes, where)
+        numbers = class_numbers(split_rows.features[column], cells, classes, where)
         matrix = np.zeros((len(split_rows), count))
         matrix[np.asarray(pc.list_parent_indices(cells)), np.array(label_map, dtype=int)[numbers]] = 1
         rows[split], labels[split] = list(range(len(split_rows))), matrix.tolist()

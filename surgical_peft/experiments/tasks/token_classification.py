@@ -108,7 +108,7 @@ def token_classification(recipe: Recipe, splits: Sequence[str]) -> Task:
 
 
 def _tags(data: Any, columns: dict[str, str], classes: list[str], label_map: list[Any], where: str) -> list[list[int]]:
-    tokens, tags = (cells_of(data, columns[role]) for role in ("tokens", "tags"))
+    tokens, tags = (cells_of(data, columns[role]).combine_chunks() for role in ("tokens", "tags"))
     words, sizes = (np.asarray(pc.list_value_length(cells)) for cells in (tokens, tags))
     if len(different := np.flatnonzero(words != sizes)):
         row = different[0]
@@ -116,7 +116,7 @@ def _tags(data: Any, columns: dict[str, str], classes: list[str], label_map: lis
             f"{where}: {len(different):,} rows have another number of words than of tags; row {row} has {words[row]} "
             f"words and {sizes[row]} tags."
         )
-    numbers = class_numbers(data.features[columns["tags"]].feature, pc.list_flatten(tags), classes, where)
+    numbers = class_numbers(data.features[columns["tags"]], tags, classes, where)
     labels = [label_map[number] for number in numbers]
     ends = np.cumsum(sizes)
     return [labels[end - size : end] for end, size in zip(ends, sizes, strict=True)]

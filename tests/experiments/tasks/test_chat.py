@@ -91,6 +91,7 @@ def test_a_chat_is_trained_and_measured(toy: Recipe, tmp_path: Path) -> None:
         (FORGETFUL, [{"messages": CHAT}], {}, "generation"),
         ("{{ raise_exception('no system') }}", [{"messages": CHAT}], {}, "no system"),
         (PLAIN, [{"messages": CHAT}, {"messages": CHAT[:1]}], {}, "5 chats without an answer.*rows 1, 3"),
+        (PLAIN, [{"messages": [{**CHAT[1], "content": [{"text": "now"}]}]}], {}, "messages of causal_lm.*as text"),
         (PLAIN, [{"messages": CHAT}], {"max_length": 3}, "no answer within 3 tokens.*max_length"),
         (None, [{"prompt": "now", "completion": ""}], {}, "completion has empty cells"),
     ],

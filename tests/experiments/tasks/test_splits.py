@@ -120,6 +120,13 @@ def test_train_and_test_only(tmp_path: Path, images: Recipe) -> None:
     assert measured_split(replace(recipe, splits={"validation": "test"}))[0] == "validation"
 
 
+@pytest.mark.parametrize("task", ["causal_lm", "seq2seq"])
+def test_data_without_classes_are_measured_on_validation_where_there_is_no_test_split(
+    task: str, tmp_path: Path
+) -> None:
+    assert measured_split(replace(TOY_TASKS[task](tmp_path), splits={"test": None}))[0] == "validation"
+
+
 @pytest.mark.parametrize(
     ("splits", "message"),
     [

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import ClassLabel, Dataset, Features, List, Value
 from transformers import BertForSequenceClassification, Trainer
 
 from surgical_peft import SurgicalConfig, SurgicalError, get_surgical_model
@@ -73,6 +73,24 @@ def test_label_sets_are_matched_by_name(texts: Recipe, tmp_path: Path) -> None:
     )
     examples = load_task(recipe, ("train",)).splits["train"]
     assert [examples[index]["labels"] for index in range(4)] == [[1, 0, 0], [0, 0, 0], [1, 0, 1], [0, 0, 1]]
+
+
+def test_a_label_that_training_lacks_is_told_with_its_row(texts: Recipe, tmp_path: Path) -> None:
+    recipe = replace(texts, data=label_sets(tmp_path / "data"), problem_type="multi_label_classification")
+    rows = [{"text": "now", "label": labels} for labels in (*TOPICS, ["sport", "war"])]
+    Dataset.from_list(rows).to_parquet(tmp_path / "data" / "validation.parquet")
+    with pytest.raises(SurgicalError, match=r"validation: 1 rows \(from 0: 4\).*'war'"):
+        load_task(replace(recipe, new_head=True), ("validation",))
+
+
+def test_a_list_with_an_entry_without_label(texts: Recipe, tmp_path: Path) -> None:
+    features = Features({"text": Value("string"), "label": List(ClassLabel(names=["news", "sport"]))})
+    rows = [{"text": "now", "label": labels} for labels in ([0], [1], [0, -1])]
+    for split in ("train", "validation"):
+        Dataset.from_list(rows, features=features).to_parquet(tmp_path / f"{split}.parquet")
+    recipe = replace(texts, data=str(tmp_path), problem_type="multi_label_classification", new_head=True)
+    with pytest.raises(SurgicalError, match=r"from 0: 2\)"):
+        load_task(recipe, ("train",))
 
 
 def test_images_have_numbers_too(tmp_path: Path) -> None:
