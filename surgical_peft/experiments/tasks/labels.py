@@ -184,8 +184,11 @@ def _in_words(labels: list[int | None], classes: list[str], known: list[str] | N
     return listed(pairs)
 
 
+_MOST_GAPS = 1000  # a column of numbers up to this has classes, if they begin with 0; else it may be of ids
+
+
 def class_names(feature: Any, cells: Any) -> list[str]:
-    """The names of the classes in a column, in the order of their numbers.
+    """The names of the classes in a column, in the order of their numbers; of numbers from 0 all up to the largest.
 
     Args:
         feature: the type of the column.
@@ -196,7 +199,10 @@ def class_names(feature: Any, cells: Any) -> list[str]:
     values = pc.unique(cells).drop_null()
     if _is_text(values.type):
         return sorted(values.to_pylist())
-    return [str(number) for number in sorted(int(value) for value in values.to_pylist())]
+    numbers = sorted(int(value) for value in values.to_pylist())
+    if numbers and numbers[0] == 0 and numbers[-1] < _MOST_GAPS:  # few examples may lack some of the classes
+        numbers = list(range(numbers[-1] + 1))
+    return [str(number) for number in numbers]
 
 
 def class_numbers(feature: Any, cells: Any, classes: list[str], where: str) -> list[int]:
