@@ -91,9 +91,10 @@ class Unfinished:
 
 def _read(path: Path) -> dict[str, Any] | None:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):  # none, or what is no longer whole: then the training starts over
         return None
+    return values if isinstance(values, dict) else None
 
 
 def _step(path: Path) -> int:
