@@ -44,4 +44,4 @@ def test_the_picture_has_a_row_for_each_block_and_counts_steps(tmp_path: Path) -
         with Image.open(tmp_path / f"{blocks}.png") as image:
             sizes.append(image.size)
     assert sizes[0][0] == sizes[1][0] == 1500
-    assert sizes[1][1] > 3 * sizes[0][1]
+    assert sizes[1][1] > 2 * sizes[0][1]

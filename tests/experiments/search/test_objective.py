@@ -75,9 +75,8 @@ def test_examples_are_made_once(tmp_path: Path) -> None:
     assert train[3] is train[3]
 
 
-def test_beyond_its_room_nothing_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "ROOM", 700)
-    train = objective_of(tmp_path)._runner.examples["train"]
+def test_beyond_its_room_nothing_is_kept(tmp_path: Path) -> None:
+    train = module.Remembered(objective_of(tmp_path)._runner.task.splits["train"], room=700)
     assert train[0] is train[0]
     assert train[1] is not train[1]
     assert torch.equal(train[1]["pixel_values"], train[1]["pixel_values"])
