@@ -227,9 +227,11 @@ def class_numbers(feature: Any, cells: Any, classes: list[str], where: str) -> l
         missing = np.flatnonzero(np.asarray(pc.is_null(numbers)))
         name = names[int(missing[0])].as_py()
         places = missing if rows is None else np.unique(rows[missing])
+        rows_of_it = "1 row has" if len(places) == 1 else f"{len(places):,} rows have"
+        hint = nearest(str(name), classes)
         raise SurgicalError(
-            f"{where}: {len(places):,} rows (from 0: {listed(places.tolist())}) have a class, such as {name!r}, that "
-            f"no row of the split train has: {nearest(str(name), classes)}There are: {listed(classes)}."
+            f"{where}: {rows_of_it} a class, such as {name!r}, that no row of the split train has (from 0: "
+            f"{listed(places.tolist())}). {hint[:1].upper()}{hint[1:]}There are: {listed(classes)}."
         )
     return np.asarray(numbers).tolist()
 

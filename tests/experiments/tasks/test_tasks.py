@@ -350,7 +350,7 @@ def test_classes_of_image_folders_are_those_of_training(tmp_path: Path, toy_imag
     assert [int(validation[0]["labels"])] == [1]  # c, by the classes of training
     (data / "validation" / "d").mkdir()
     Image.fromarray(COLOUR).save(data / "validation" / "d" / "0.png")
-    with pytest.raises(SurgicalError, match=r"validation: 1 of the rows.*'d'.*b, c"):
+    with pytest.raises(SurgicalError, match=r"validation: 1 row.*'d'.*b, c"):
         load_task(recipe, ("train", "validation"))
 
 
