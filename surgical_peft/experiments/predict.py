@@ -19,8 +19,7 @@ from ..export.adapter_card import pipeline_of
 from ..export.processor import processor_of
 from ..tuner.loading.saved_adapter import load_base, read_adapter, read_json
 from .tasks.image_classification import MODES
-
-REPORT = "report.json"
+from .training.report import REPORT
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,16 @@ import pytest
 import torch
 from peft import get_peft_model
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from surgical_peft import SurgicalCallback, SurgicalConfig, SurgicalError, policies, surgical_optimizer
+from surgical_peft import (
+    SurgicalCallback,
+    SurgicalConfig,
+    SurgicalError,
+    create_surgical_optimizer,
+    policies,
+    surgical_optimizer,
+)
 from surgical_peft.optim.history import History, read_history
 from surgical_peft.policies.policy import Policy
 from tests.support.toys import TOYS, Toy
@@ -79,6 +86,23 @@ def test_without_a_policy_nothing_is_logged_or_written(vit: Toy, tmp_path: Path)
     trainer = trained(vit, None, tmp_path, [SurgicalCallback()])
     assert not any(key.startswith("surgical/") for log in trainer.state.log_history for key in log)
     assert not list(tmp_path.glob("surgical_history*"))
+
+
+def test_a_loop_of_ones_own_that_begins_again_begins_its_schedule_again(vit: Toy, tmp_path: Path) -> None:
+    """Without Trainer, whose end of training would have ended the schedule."""
+    model = get_peft_model(vit.model(), SurgicalConfig(blocks=[0, 5, "head"]))
+    optimizer = create_surgical_optimizer(model, torch.optim.AdamW, lr=1e-3, policy=policies.lisa(1, every=1))
+    callback, state = SurgicalCallback(), TrainerState(max_steps=3, num_train_epochs=1)
+    given: Any = (TrainingArguments(str(tmp_path), use_cpu=True), state, TrainerControl())
+    begun = []
+    for _ in range(2):
+        callback.on_train_begin(*given, optimizer=optimizer, model=model)
+        begun.append(optimizer.param_groups[0]["surgical"]["step"])
+        for _ in range(2):
+            model(**vit.batch()).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert begun == [0, 0] and optimizer.param_groups[0]["surgical"]["step"] == 2
 
 
 def test_probes_use_the_loss_they_are_given(vit: Toy, tmp_path: Path) -> None:

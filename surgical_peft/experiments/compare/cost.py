@@ -7,11 +7,13 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from ...criteria.budget import SHARE as CHOOSING
 from ...errors import SurgicalError
 from ...rendering import clock
 from ...scoring.selection import Selection
 from ..recipe.recipe import Recipe
 from ..training.cost import Timing, depth_of, memory_in_words, shared, time_in_words, timed_at_once
+from ..training.profiling import SECONDS, SHARE
 from ..training.runner import RecipeRunner
 from .comparison import FULL, Comparison
 from .jobs import JobRunner
@@ -19,9 +21,7 @@ from .lr_grid import MOST
 from .methods import MethodContext, make_method
 from .preflight import context_of
 
-_CHOOSING = 0.5  # of a training: what `auto` takes at most
 _TIMED = 15  # steps of each method that are timed, or counted, at least
-_ROUNDS = 0.05  # of all trainings: what further rounds of that may cost
 
 
 @dataclass(frozen=True)
@@ -81,11 +81,11 @@ def estimate(job_runner: JobRunner, jobs: int) -> CostEstimate:
             seconds += len(left) * each
             longest = max([longest, *[each] * len(left)])
             if method.choose and method.preview(context) is None:
-                choosing += len(comparison.trainings(title)) * _CHOOSING * timing.whole
+                choosing += len(comparison.trainings(title)) * CHOOSING * timing.whole
     tests = len(comparison.methods) * len(comparison.trainings(FULL)) * timing.measure
     timed = 0.0
     if not findings.is_done(comparison.costs):
-        timed = len(comparison.methods) * _TIMED * timing.step + min(_ROUNDS * seconds, 60.0)
+        timed = len(comparison.methods) * _TIMED * timing.step + min(SHARE * seconds, SECONDS)
     whole = timing.start + timed + shared(seconds + choosing + tests, jobs, longest)
     return CostEstimate(trainings, done, more, timing.whole, whole, timing.memory, jobs)
 

@@ -61,7 +61,7 @@ def empty_cells(rows: Any, column: str) -> list[Fault]:
 def text_faults(rows: Any, column: str) -> list[Fault]:
     """Texts that are missing, of white space alone, or beyond all measure."""
     cells = cells_of(rows, column)
-    if not _is_text(cells.type):  # a column without any text
+    if not is_text(cells.type):  # a column without any text
         return empty_cells(rows, column)
     too_long = pc.greater(pc.utf8_length(cells), LONGEST)
     return _faults({"empty cell{s}": _is_blank(cells), f"text{{s}} of more than {LONGEST:,} characters": too_long})
@@ -70,7 +70,7 @@ def text_faults(rows: Any, column: str) -> list[Fault]:
 def label_faults(rows: Any, column: str) -> list[Fault]:
     """Labels that are missing; a `ClassLabel` has -1 for it."""
     cells, feature = cells_of(rows, column), rows.features[column]
-    if _is_text(cells.type):
+    if is_text(cells.type):
         return _faults({"empty cell{s}": _is_blank(cells)})
     if not isinstance(feature, ClassLabel):
         return empty_cells(rows, column)
@@ -90,7 +90,7 @@ def list_faults(rows: Any, column: str) -> list[Fault]:
         return empty_cells(rows, column)
     is_empty = pc.fill_null(pc.equal(pc.list_value_length(cells), 0), True)
     entries = pc.list_flatten(cells)
-    is_bad = _is_blank(entries) if _is_text(entries.type) else pc.is_null(entries)
+    is_bad = _is_blank(entries) if is_text(entries.type) else pc.is_null(entries)
     parents = np.unique(pc.list_parent_indices(cells).filter(is_bad).to_numpy(zero_copy_only=False))
     faults = _faults({"empty cell{s}": is_empty})
     return [*faults, Fault("list{s} with an empty entry", parents)] if len(parents) else faults
@@ -133,7 +133,8 @@ def _why_unreadable(feature: Image, cell: Mapping[str, Any] | None) -> str | Non
     return f"{cell['path']} ({reason})" if reason and cell["path"] else reason
 
 
-def _is_text(kind: pa.DataType) -> bool:
+def is_text(kind: pa.DataType) -> bool:
+    """True for a column of texts, as Arrow has it."""
     return pa.types.is_string(kind) or pa.types.is_large_string(kind)
 
 

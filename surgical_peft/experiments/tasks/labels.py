@@ -16,7 +16,7 @@ from ...validation import check_number, nearest
 from ..recipe.recipe import Recipe
 from ..shifts import keep_share, read_label_map
 from ..shifts.classes import class_number
-from .cells import cells_of
+from .cells import cells_of, is_text
 from .dataset import OpenedData
 from .summary import DataSummary, listed
 
@@ -197,7 +197,7 @@ def class_names(feature: Any, cells: Any) -> list[str]:
     if isinstance(feature, ClassLabel):
         return list(feature.names)
     values = pc.unique(cells).drop_null()
-    if _is_text(values.type):
+    if is_text(values.type):
         return sorted(values.to_pylist())
     numbers = sorted(int(value) for value in values.to_pylist())
     if numbers and numbers[0] == 0 and numbers[-1] < _MOST_GAPS:  # few examples may lack some of the classes
@@ -218,7 +218,7 @@ def class_numbers(feature: Any, cells: Any, classes: list[str], where: str) -> l
     if isinstance(feature, ClassLabel):
         known = pc.if_else(pc.less(cells, 0), None, cells)  # -1 stands for no label
         names = pc.take(pa.array(feature.names), known)
-    elif _is_text(cells.type):
+    elif is_text(cells.type):
         names = cells
     else:
         names = pc.cast(pc.cast(cells, pa.int64()), pa.string())
@@ -234,10 +234,6 @@ def class_numbers(feature: Any, cells: Any, classes: list[str], where: str) -> l
             f"{listed(places.tolist())}). {hint[:1].upper()}{hint[1:]}There are: {listed(classes)}."
         )
     return np.asarray(numbers).tolist()
-
-
-def _is_text(kind: Any) -> bool:
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
 
 
 def _read_weights(recipe: Recipe, labels: list[int], count: int) -> list[float]:

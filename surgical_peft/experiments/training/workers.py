@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import multiprocessing
 import os
 import signal
@@ -38,18 +37,17 @@ def shared_threads(jobs: int) -> Iterator[None]:
 
 
 def start_worker(threads: int, setup: Callable[..., None] | None = None, *settings: Any) -> None:
-    """Begin a worker process: limit its threads, silence it, end it with its parent, then call `setup(*settings)`.
+    """Begin a worker process: limit its threads, end it with its parent, call `setup(*settings)`, then silence it.
 
-    All that is imported by then is out of the garbage collection with which Trainer begins: it took as long as half of
-    a training of 40 small steps.
+    All that is imported by then is out of the garbage collection with which Trainer begins, see `quieten`: it took as
+    long as half of a training of 40 small steps.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches it too, but its parent ends it
     threading.Thread(target=_leave_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
-    quieten()
     if setup:
         setup(*settings)
-    gc.freeze()
+    quieten()
 
 
 def _leave_with_parent() -> None:
