@@ -482,7 +482,7 @@ def test_dry_run_keeps_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     found = plan(recipe, jobs=2)
     assert (found.trainings, found.done, found.more) == (2 * 2 + 3 * 2, 0, 2 * 2 * 2)
     shared = (10 * 10.0 + 3 * 2 * 1.0) / min(2, os.cpu_count() or 1)  # trainings, and the test data of each method
-    assert found.seconds == pytest.approx(2.0 + 3 * cost._TIMED * 0.1 + cost._ROUNDS * 100.0 + shared)
+    assert found.seconds == pytest.approx(2.0 + 3 * cost._TIMED * 0.1 + cost.SHARE * 100.0 + shared)
     assert "2 jobs" in found.lines()[1] and "2.0 GB" in found.lines()[3]
     assert not (tmp_path / "run").exists()
     monkeypatch.setattr(Findings, "is_done", lambda findings, job: True)
