@@ -18,10 +18,10 @@ from .attach import restore_requires_grad
 from .eval_mode import eval_frozen
 from .gradient_checkpointing import pause_prefix_skipping, restore_checkpointing, skip_frozen_prefix
 from .layer import NO_BASE, SurgicalLayer
-from .loading.head_config import labels_of
 from .mixed_batches import check_rows, rows_by_adapter
 from .peft_hooks import PeftHooks
 from .quantization import FloatLinear, note_float_layers, unpack
+from .tensors.slots import BASE
 
 _NO_HOOKS = nullcontext()  # entered at every call of the model
 
@@ -81,12 +81,17 @@ class SurgicalModel(PeftHooks):
         """
         self.check_base_kept()
         reshard(self.model)
+        self._keep_labels(self.active_adapters)
+        self._name_labels([BASE])
         super().disable_adapter_layers()
 
     def enable_adapter_layers(self) -> None:
         """As PEFT's."""
         reshard(self.model)
+        was_disabled = self._is_disabled()
         super().enable_adapter_layers()
+        if was_disabled:
+            self._name_labels(self.active_adapters)
 
     @contextmanager
     def base_standing(self) -> Iterator[None]:
@@ -147,6 +152,7 @@ class SurgicalModel(PeftHooks):
     ) -> nn.Module:
         if not merge:
             self.check_base_kept()
+            self._name_labels([BASE])
             for module in self.model.modules():
                 if isinstance(module, SurgicalLayer):
                     module.merged_adapters.clear()
@@ -154,6 +160,8 @@ class SurgicalModel(PeftHooks):
                     module._active_adapter = []  # PEFT would leave the tuned head in the base
         else:  # first, so that nothing is unwrapped yet when a layer refuses
             self.merge_adapter(adapter_names, safe_merge)
+            if adapter_names:
+                self._name_labels(adapter_names)
         reshard(self.model)
         layers = list(self.layers())
         in_float = [layer.get_base_layer() for layer in layers if layer.merged]
@@ -176,6 +184,8 @@ class SurgicalModel(PeftHooks):
         self._labels.pop(adapter_name, None)
         for layer in loras:
             layer.delete_adapter(adapter_name)
+        if was_active:
+            self._name_labels(self.active_adapters or [BASE])
         if was_active and self.peft_config:  # PEFT lets each layer choose by itself, and believes the first
             self.set_adapter(self.active_adapters or [next(iter(self.peft_config))])
 
@@ -185,14 +195,14 @@ class SurgicalModel(PeftHooks):
         for each in self.layers():
             each.check_set_adapter(adapter_name)
         reshard(self.model)
-        before, labels = self.active_adapters, labels_of(self.model)
+        before = self.active_adapters
         super().set_adapter(adapter_name, inference_mode)
-        self._labels |= {name: labels for name in before if labels and name not in self.active_adapters}
+        self._keep_labels(name for name in before if name not in self.active_adapters)
         for layer in self._lora_layers():
             if layer.merged:
                 layer.unmerge()
             layer.set_adapter(adapter_name, inference_mode)
-        self._name_labels()
+        self._name_labels(name for name in self.active_adapters if name not in before)
         self._renew_modes()
 
     def _lora_layers(self) -> list[LoraLayer]:

@@ -5,7 +5,7 @@ A test compares their signatures with those of the installed PEFT.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, ClassVar
 
 import torch
@@ -20,7 +20,14 @@ from .gradient_checkpointing import skip_frozen_prefix
 from .layer import SurgicalLayer
 from .loading.adapter_weights import adapter_weights, layers_by_path, load_weights
 from .loading.compatibility import check_fit, names_today, prepare_loading, recorded
-from .loading.head_config import Labels, apply_head_config, head_config_of, head_config_to_save, restore_labels
+from .loading.head_config import (
+    Labels,
+    apply_head_config,
+    head_config_of,
+    head_config_to_save,
+    labels_of,
+    restore_labels,
+)
 from .loading.new_weights import newly_initialized, note_new_weights
 from .loading.same_base import check_base
 from .loading.saved_adapter import heads_of
@@ -51,7 +58,8 @@ class PeftHooks(BaseTuner):
     ) -> None:
         # As transformers does by add_adapter, which keeps the model and not us: its train() does not ask ours
         self._for_others_to_train = isinstance(peft_config, PeftConfig)
-        self._labels: dict[str, Labels] = {}  # of each adapter that was active before, as they were then
+        labels = labels_of(model)  # of the base, and of each adapter that was active before, as they were then
+        self._labels: dict[str, Labels] = {} if labels is None else {BASE: labels}
         super().__init__(model, peft_config, adapter_name, low_cpu_mem_usage, state_dict)
 
     def _prepare_adapter_config(self, peft_config: SurgicalConfig, model_config: dict[str, Any]) -> SurgicalConfig:
@@ -131,15 +139,25 @@ class PeftHooks(BaseTuner):
         if config.lora:
             inject_lora(model, config, config.tuned_modules or {}, adapter_name)
             self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
-        self._name_labels()
+        if adapter_name in self.active_adapters:
+            self._name_labels([adapter_name])
         self._renew_modes()  # the model may be in train mode already
 
-    def _name_labels(self) -> None:
-        for name in self.active_adapters:
+    def _is_disabled(self) -> bool:
+        return any(layer.disable_adapters for layer in self.layers())
+
+    def _keep_labels(self, adapters: Iterable[str]) -> None:
+        labels = labels_of(self.model)
+        if labels is not None and not self._is_disabled():
+            self._labels |= dict.fromkeys(adapters, labels)
+
+    def _name_labels(self, adapters: Iterable[str]) -> None:
+        if BASE not in self._labels or self._is_disabled():
+            return
+        for name in adapters:
             config = self.peft_config.get(name)
-            if labels := self._labels.get(name):  # it was active before, and has those of then
-                restore_labels(self.model, labels)
-            elif isinstance(config, SurgicalConfig) and config.read_from is not None:
+            restore_labels(self.model, self._labels.get(name, self._labels[BASE]))
+            if name not in self._labels and isinstance(config, SurgicalConfig) and config.read_from is not None:
                 apply_head_config(self.model, config)
 
     def _post_injection_hook(self, model: nn.Module, config: SurgicalConfig, adapter_name: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import shutil
@@ -188,6 +189,55 @@ def test_an_adapter_that_is_active_again_has_its_names_again(tmp_path: Path) -> 
         model.set_adapter(name)
         assert list(model.config.id2label.values()) == list(letters)
         assert list(model.config.label2id) == list(letters)
+
+
+def shown(model: Any) -> str:
+    return "".join(model.config.id2label.values())
+
+
+@pytest.fixture
+def two_named(tmp_path: Path) -> Any:
+    """A model whose labels are called "mno", with a loaded adapter of its own names and one without."""
+    model: Any = TOYS["bert"].model()
+    model.config.id2label = dict(enumerate("abc"))
+    config = SurgicalConfig(blocks=[0], modules_to_save=["classifier"])
+    get_peft_model(model, config).save_pretrained(tmp_path / "named")
+    get_peft_model(TOYS["bert"].model(), SurgicalConfig(blocks=[0])).save_pretrained(tmp_path / "unnamed")
+    base: Any = TOYS["bert"].model()
+    base.config.id2label = dict(enumerate("mno"))
+    model = PeftModel.from_pretrained(base, tmp_path / "named", adapter_name="named")
+    model.load_adapter(tmp_path / "unnamed", adapter_name="unnamed")
+    return model
+
+
+def test_an_adapter_without_names_has_those_of_the_base(two_named: Any) -> None:
+    assert shown(two_named) == "abc"
+    two_named.set_adapter("unnamed")
+    assert shown(two_named) == "mno"
+    two_named.delete_adapter("unnamed")
+    assert shown(two_named) == "abc"
+
+
+@pytest.mark.parametrize("switched", [None, "unnamed"])
+def test_the_base_has_its_names_while_adapters_are_disabled(two_named: Any, switched: str | None) -> None:
+    two_named.config.id2label = dict(enumerate("uvw"))  # by the user, for the active adapter
+    with two_named.disable_adapter():
+        assert shown(two_named) == "mno"
+        if switched:
+            two_named.set_adapter(switched)
+            assert shown(two_named) == "mno"
+    assert shown(two_named) == ("mno" if switched else "uvw")
+    two_named.set_adapter("named")
+    assert shown(two_named) == "uvw"
+
+
+def test_an_unwrapped_model_has_the_names_of_what_is_left_in_it(two_named: Any) -> None:
+    assert shown(copy.deepcopy(two_named).unload()) == "mno"
+    assert shown(copy.deepcopy(two_named).merge_and_unload()) == "abc"
+    assert shown(copy.deepcopy(two_named).merge_and_unload(adapter_names=["unnamed"])) == "mno"
+    two_named.delete_adapter("unnamed")
+    two_named.delete_adapter("named")
+    assert shown(two_named) == "mno"
 
 
 @pytest.mark.parametrize("names", [{"x": "y"}, {"0": 1}, {"1": "y"}, ["y"]])
