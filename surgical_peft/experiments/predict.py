@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Image
 from peft import PeftModel
 from peft.utils.constants import CONFIG_NAME
-from PIL import Image, UnidentifiedImageError
+from PIL import Image as PILImage
 from torch import nn
 from transformers import pipeline
 
@@ -18,8 +19,10 @@ from ..errors import SurgicalError
 from ..export.adapter_card import pipeline_of
 from ..export.processor import processor_of
 from ..tuner.loading.saved_adapter import load_base, read_adapter, read_json
-from .tasks.image_classification import MODES
+from .tasks.image_classification import MODES, convert
 from .training.report import REPORT
+
+NEW_TOKENS = 64  # that are written at most
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,7 @@ def predict(folder: str | Path, inputs: Sequence[str], base_model: str | None = 
     Args:
         folder: what `surgical-peft train` wrote, or an adapter's folder.
         inputs: paths of images; texts, or paths of text files, of which each line is one. A language model with a chat
-            template is asked them as by a user, any other continues them.
+            template is asked them as by a user, any other continues them; it writes 64 tokens at most.
         base_model: folder or Hub id; default is what the adapter names.
 
     Raises:
@@ -98,9 +101,10 @@ def _lines(given: str) -> list[str]:
 
 
 def _image(model: Any, processor: Any, given: str) -> Prediction:
-    try:
-        image = Image.open(given).convert(MODES.get(getattr(model.config, "num_channels", 3), "RGB"))
-    except (OSError, UnidentifiedImageError) as error:
+    mode = MODES.get(getattr(model.config, "num_channels", 3), "RGB")
+    try:  # as in training, where `datasets` turns a photograph as its camera says
+        image = convert(Image().decode_example({"path": given, "bytes": None}), mode)
+    except (OSError, SyntaxError, ValueError, PILImage.DecompressionBombError) as error:
         raise SurgicalError(f"{given!r} cannot be read as an image ({error}): give the path of one.") from error
     return _label(model, processor(image, return_tensors="pt"), given)
 
@@ -139,7 +143,7 @@ def _write(model: Any, processor: Any, given: str) -> Prediction:
     special = not processor.chat_template  # which has them itself
     tokens = processor(text, return_tensors="pt", return_token_type_ids=False, add_special_tokens=special)
     tokens = tokens.to(model.device)
-    written = model.generate(**tokens, max_new_tokens=64, do_sample=False)[0]
+    written = model.generate(**tokens, max_new_tokens=NEW_TOKENS, do_sample=False)[0]
     if not model.config.is_encoder_decoder:
         written = written[tokens["input_ids"].shape[1] :]
     return Prediction(given, {}, text=processor.decode(written, skip_special_tokens=True))

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from peft import get_peft_model
 from PIL import Image
+from PIL.ExifTags import Base
 from tokenizers import Tokenizer, decoders
 from tokenizers.models import WordPiece
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -24,6 +27,7 @@ from transformers import (
 
 from surgical_peft import SurgicalConfig, SurgicalError
 from surgical_peft.experiments.predict import predict
+from surgical_peft.experiments.tasks import load_task
 from tests.support.cli import run
 from tests.support.toy_tasks import TOY_TASKS
 
@@ -44,6 +48,32 @@ def adapter_of(task: str, folder: Path, **config: Any) -> Path:
     to_save = ["classifier"] if config else None
     get_peft_model(model, SurgicalConfig(blocks=blocks, modules_to_save=to_save)).save_pretrained(folder / "adapter")
     return folder / "adapter"
+
+
+def test_images_are_read_as_in_training(tmp_path: Path) -> None:
+    """A photograph is turned as its camera says, 16 bits a pixel become 8, what is transparent becomes white."""
+    recipe = TOY_TASKS["image_classification"](tmp_path)
+    adapter = adapter_of("image_classification", tmp_path / "model")
+    rng = np.random.default_rng(0)
+    turned = Image.Exif()
+    turned[Base.Orientation] = 6
+    images: dict[str, tuple[Image.Image, dict[str, Any]]] = {
+        "a/turned.jpg": (Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)), {"exif": turned}),
+        "b/deep.png": (Image.fromarray(rng.integers(0, 2**16, (8, 8), dtype=np.uint16)), {}),
+        "c/clear.png": (Image.fromarray(rng.integers(0, 256, (8, 8, 4), dtype=np.uint8)), {}),
+    }
+    for split in ("train", "validation"):
+        for name, (image, options) in images.items():
+            file = tmp_path / "photos" / split / name
+            file.parent.mkdir(parents=True)
+            image.save(file, **options)
+    task = load_task(replace(recipe, data=str(tmp_path / "photos"), corruption=None), ["validation"])
+    base = task.load_model().eval()
+    for name, example in zip(images, task.splits["validation"], strict=True):
+        with torch.no_grad():
+            scores = base(pixel_values=example["pixel_values"][None]).logits[0].softmax(-1)
+        predicted = predict(adapter, [str(tmp_path / "photos" / "validation" / name)])[0].labels
+        assert sorted(predicted.values()) == pytest.approx(scores.sort().values.tolist(), abs=1e-6)
 
 
 def test_images(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq
 from ...errors import SurgicalError
 from ..metrics import load_metric
 from ..recipe.recipe import Recipe
-from .chat import form_of, read_chat, read_prompt, rows_without_answer
+from .chat import form_of, read_chat, read_prompt, rows_without_answer, unused_forms
 from .dataset import open_data
 from .evaluation import Measure, check_metric, read_tokens
 from .source_model import model_loader
@@ -49,6 +49,8 @@ def causal_lm(recipe: Recipe, splits: Sequence[str]) -> Task:
     how = tokenizing(recipe)
     data = open_data(recipe, splits, partial(form_of, recipe.columns))
     collate = plain(DataCollatorForSeq2Seq(how.tokenizer))  # unlike that for language models it pads labels as such
+    features = next((rows.features for rows in data.splits.values()), {})  # none is asked for by who asks which there are
+    unused = unused_forms(recipe.columns, data.columns, features)
     examples, lines = {}, []
     for split, rows in data.splits.items():
         texts = Texts(rows, list(range(len(rows))), partial(_read, how, data.columns), partial(how.rng, split))
@@ -69,7 +71,7 @@ def causal_lm(recipe: Recipe, splits: Sequence[str]) -> Task:
         processor=how.tokenizer,
         metric=metric,
         measure=Measure(load_metric(metric), partial(read_tokens, metric, 1), collate, BATCH_SIZE),
-        summary=data.summary + DataSummary(tuple(f"left out by drop_empty: {line}" for line in lines)),
+        summary=data.summary + DataSummary((*unused, *(f"left out by drop_empty: {line}" for line in lines))),
     )
 
 

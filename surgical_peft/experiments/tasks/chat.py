@@ -68,6 +68,20 @@ def form_of(columns: Mapping[str, Any], features: Mapping[str, Any]) -> Mapping[
     return FORMS[1] if any(map(_is_chat, features.values())) else FORMS[0]
 
 
+def unused_forms(named: Mapping[str, Any], columns: Mapping[str, str], features: Mapping[str, Any]) -> tuple[str, ...]:
+    """What data say that could be learned too and is not, in a line; none where the recipe names columns.
+
+    Args:
+        named: the columns that the recipe names.
+        columns: those that are used.
+        features: of the data.
+    """
+    others = [" and ".join(form) for form in FORMS if set(form) <= set(features) and set(form) != set(columns)]
+    if named or not others:
+        return ()
+    return (f"learned: {' and '.join(columns)}; the data have {', '.join(others)} too: name in columns what to learn",)
+
+
 def read_chat(how: Tokenizing, messages: Sequence[Message], rng: Generator) -> dict[str, Any]:
     """The tokens of a chat, with labels for what the assistant says; a shift changes what others say.
 

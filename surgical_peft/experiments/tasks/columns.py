@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pyarrow.compute as pc
-from datasets import ClassLabel, LargeList, List, Value
+from datasets import ClassLabel, Image, LargeList, List, Value
 
 from ...errors import SurgicalError
 from ...validation import nearest
@@ -60,6 +60,14 @@ def whole_numbers(rows: Any) -> Any:
             is_whole = pc.and_(pc.is_finite(numbers), pc.equal(numbers, pc.round(numbers)))
             if cells.null_count and len(numbers) and pc.all(is_whole).as_py():
                 rows = rows.cast_column(name, Value("int64"))
+    return rows
+
+
+def stored_images(rows: Any) -> Any:
+    """The rows with columns of stored images as such: in Parquet `datasets` notes which they are, pandas does not."""
+    for name, feature in rows.features.items():
+        if isinstance(feature, dict) and feature.keys() == {"bytes", "path"}:
+            rows = rows.cast_column(name, Image())
     return rows
 
 

@@ -13,7 +13,7 @@ from datasets import LargeList, List, Value
 from ...errors import SurgicalError
 from ..recipe.recipe import Recipe
 from .cells import Fault, cells_of
-from .columns import ColumnType, empty_columns, find_columns, whole_numbers
+from .columns import ColumnType, empty_columns, find_columns, stored_images, whole_numbers
 from .splits import SHARE, DataSource, assign_splits, held_out, unused_splits
 from .summary import DataSummary, listed
 
@@ -69,7 +69,7 @@ def open_data(
             f"{source.name} has the splits {', '.join(source.splits)}, and none is called train: say which one is, "
             f"splits: {{train: {source.splits[0]}}}."
         )
-    opened = {split: whole_numbers(source.open(str(names[split]))) for split in needed}
+    opened = {split: stored_images(whole_numbers(source.open(str(names[split])))) for split in needed}
     if callable(roles):
         roles = roles(opened[needed[0]].features)
     columns = find_columns(recipe, opened, roles, empty_columns(opened))

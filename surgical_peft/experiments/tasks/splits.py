@@ -90,11 +90,11 @@ class DataSource:
 
     @classmethod
     def _of_file(cls, path: Path, config: str | None) -> DataSource:
-        if path.suffix not in _FORMATS:
+        if (suffix := path.suffix.lower()) not in _FORMATS:
             raise SurgicalError(f"{path} is no data: give a file that ends in {', '.join(_FORMATS)}, or a folder.")
         if config is not None:
             raise SurgicalError(f"data_config={config!r}: {path} is one file, which has none: leave it out.")
-        kind, options = _FORMATS[path.suffix]
+        kind, options = _FORMATS[suffix]
         return cls(str(path), kind, None, {"train": [str(path.resolve())]}, ("train",), options, None)
 
     def open(self, split: str) -> Any:

@@ -74,6 +74,17 @@ def test_columns_of_other_names_are_named(toy: Recipe, tmp_path: Path) -> None:
     assert load_task(recipe, ("train",)).splits["train"][0]["labels"][:2] == [-100, -100]
 
 
+def test_it_is_said_what_else_could_be_learned(toy: Recipe, tmp_path: Path) -> None:
+    recipe = chats(toy, tmp_path, PLAIN, [{"text": "meet us", "messages": CHAT}] * 10)
+    task = load_task(recipe, ("train",))
+    assert task.splits["train"][0]["labels"] == task.splits["train"][0]["input_ids"]
+    assert any("text" in line and "messages" in line for line in task.summary)
+    named = load_task(replace(recipe, columns={"messages": "messages"}), ("train",))
+    assert -100 in named.splits["train"][0]["labels"]
+    assert not any("text" in line for line in named.summary)
+    assert not any("learned" in line for line in load_task(toy, ("train",)).summary)
+
+
 def test_a_chat_is_trained_and_measured(toy: Recipe, tmp_path: Path) -> None:
     training = {"use_cpu": True, "max_steps": 2, "learning_rate": 1e-3}
     recipe = chats(

@@ -9,6 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset
 from PIL import Image
@@ -50,6 +52,10 @@ def one_csv(folder: Path) -> Path:
     return write_csv(folder / "reviews.csv")
 
 
+def one_csv_of_windows(folder: Path) -> Path:
+    return write_csv(folder / "REVIEWS.CSV")
+
+
 def one_tsv(folder: Path) -> Path:
     return write_csv(folder / "reviews.tsv", between="\t")
 
@@ -73,7 +79,7 @@ def a_folder(folder: Path) -> Path:
     return write_csv(folder / "reviews.csv").parent
 
 
-@pytest.mark.parametrize("make", [one_csv, one_tsv, one_json, one_jsonl, one_parquet, a_folder])
+@pytest.mark.parametrize("make", [one_csv, one_csv_of_windows, one_tsv, one_json, one_jsonl, one_parquet, a_folder])
 def test_a_share_of_a_single_file_is_held_out(tmp_path: Path, texts: Recipe, make: Callable[[Path], Path]) -> None:
     task = load_task(replace(texts, data=str(make(tmp_path))))
     labels = {
@@ -101,6 +107,16 @@ def test_a_held_out_share_is_the_same_every_time_and_in_no_other_split(tmp_path:
 def test_a_folder_of_images_without_splits(tmp_path: Path, images: Recipe) -> None:
     task = load_task(replace(images, data=str(write_images(tmp_path, "a", "b", "c"))))
     assert {split: len(examples) for split, examples in task.splits.items()} == {"train": 24, "validation": 6}
+
+
+def test_images_that_pandas_wrote(tmp_path: Path, images: Recipe) -> None:
+    """Bytes and path of each, without the types of `datasets`."""
+    stored = [file.read_bytes() for file in sorted(write_images(tmp_path, "a", "b").rglob("*.png"))]
+    cells = [{"bytes": image, "path": None} for image in stored]
+    table = pa.table({"image": pa.array(cells), "label": [index // 10 for index in range(len(cells))]})
+    pq.write_table(table, tmp_path / "images.parquet")
+    task = load_task(replace(images, data=str(tmp_path / "images.parquet"), new_head=True))
+    assert {split: len(examples) for split, examples in task.splits.items()} == {"train": 16, "validation": 4}
 
 
 def test_train_and_test_only(tmp_path: Path, images: Recipe) -> None:
