@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 import time
 from dataclasses import dataclass
@@ -16,12 +17,13 @@ from ..training.cost import Timing, depth_of, memory_in_words, shared, time_in_w
 from ..training.profiling import SECONDS, SHARE
 from ..training.runner import RecipeRunner
 from .comparison import FULL, Comparison
-from .jobs import JobRunner
+from .jobs import TIMED, JobRunner
 from .lr_grid import MOST
 from .methods import MethodContext, make_method
+from .methods.method import no_policy
 from .preflight import context_of
 
-_TIMED = 15  # steps of each method that are timed, or counted, at least
+_UNKNOWN = 0.5  # where the first layer lies that a method would choose: in the middle
 
 
 @dataclass(frozen=True)
@@ -66,14 +68,18 @@ def estimate(job_runner: JobRunner, jobs: int) -> CostEstimate:
     timing = timed_at_once(
         jobs, *((time_trainings, comparison.recipe, runner) if jobs == 1 else (time_trainings, comparison.recipe))
     )
+    steps, epochs = runner.steps(), math.ceil(runner.args.num_train_epochs)
+    base = timing.whole - timing.measure - steps * timing.step
     trainings = done = more = 0
-    seconds = choosing = longest = 0.0
+    seconds = choosing = longest = short = 0.0
     with tempfile.TemporaryDirectory() as folder:
         context = context_of(comparison, first, runner, Path(folder))
         for title, method in comparison.methods.items():
             grid, each = comparison.grid(title), timing.measure
             if method.is_trained:
                 each = max(each, timing.seconds(_depth(comparison, title, context)))
+                few = TIMED * (1 if method.policy is no_policy else epochs)
+                short += base + few * (each - timing.measure - base) / steps
             begun = [job for rate in grid for job in comparison.trainings(title, rate)]
             left = [job for job in begun if not findings.is_done(job)]
             trainings, done = trainings + len(begun), done + len(begun) - len(left)
@@ -85,17 +91,18 @@ def estimate(job_runner: JobRunner, jobs: int) -> CostEstimate:
     tests = len(comparison.methods) * len(comparison.trainings(FULL)) * timing.measure
     timed = 0.0
     if not findings.is_done(comparison.costs):
-        timed = len(comparison.methods) * _TIMED * timing.step + min(SHARE * seconds, SECONDS)
+        timed = max(2 * short, min(SHARE * seconds, SECONDS))  # a round that counts memory, and one that is timed
     whole = timing.start + timed + shared(seconds + choosing + tests, jobs, longest)
     return CostEstimate(trainings, done, more, timing.whole, whole, timing.memory, jobs)
 
 
 def _depth(comparison: Comparison, title: str, context: MethodContext) -> float:
-    """Of the first layer that a method trains; the first of all where it does not say."""
-    method = comparison.methods[title]
-    known = method.preview(context) if method.choose else None
-    blocks = context.blocks
-    return depth_of(known.blocks, blocks.names, blocks.layers) if known else 0.0
+    """Of the first layer that a method trains."""
+    method, blocks = comparison.methods[title], context.blocks
+    if not method.choose:
+        return 0.0
+    known = method.preview(context)
+    return depth_of(known.blocks, blocks.names, blocks.layers) if known else _UNKNOWN
 
 
 def time_trainings(recipe: Recipe, runner: RecipeRunner | None = None) -> Timing:
@@ -109,6 +116,7 @@ def time_trainings(recipe: Recipe, runner: RecipeRunner | None = None) -> Timing
     began = time.perf_counter()
     measure(runner.model, validation)
     measuring = time.perf_counter() - began
+    start += runner.reading()
     last = Selection(runner.blocks.layers[-1:])
     base, step, peak = runner.timed(lambda model: full.wrap(model, Selection(()), recipe))
     try:

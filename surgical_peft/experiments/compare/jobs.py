@@ -22,7 +22,7 @@ from .loaded import LoadedData
 from .methods.method import no_policy
 from .preflight import context_of, misfit_message
 
-_TIMED = 3  # batches of an epoch whose steps are timed
+TIMED = 3  # batches of an epoch whose steps are timed
 _AT_MOST = 12  # steps, where a recipe counts them and a policy may change between them
 _MARKER = "finding.txt"  # by which the weights of a training are known
 
@@ -148,7 +148,7 @@ def measure_source(job_runner: JobRunner, job: Job) -> dict[str, Any]:
 def time_steps(job_runner: JobRunner, job: Job) -> dict[str, Any]:
     """What a training step of each method costs, the methods taking turns in this process."""
     comparison, runner = job_runner.comparison, job_runner.data.runner(job)
-    count = min(len(runner.examples["train"]), _TIMED * runner.args.train_batch_size)
+    count = min(len(runner.examples["train"]), TIMED * runner.args.train_batch_size)
     jobs = {
         title: replace(job, kind="training", method=title, rate=comparison.grid(title)[0])
         for title, method in comparison.methods.items()
@@ -161,7 +161,7 @@ def time_steps(job_runner: JobRunner, job: Job) -> dict[str, Any]:
         how = {"places": range(count), "skips": False}
         method, shorter = comparison.methods[training.method], {}
         if method.policy is no_policy:  # all its steps are alike
-            shorter = {"max_steps": _TIMED}
+            shorter = {"max_steps": TIMED}
         elif runner.args.max_steps > 0:
             shorter = {"max_steps": min(runner.args.max_steps, _AT_MOST)}
         return lambda watch: job_runner.train(training, {**how, "watch": watch}, **shorter)

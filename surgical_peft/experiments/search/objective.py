@@ -119,11 +119,12 @@ class RecipeObjective:
         measuring = time.perf_counter() - began
         reports = math.ceil(runner.args.num_train_epochs) - 1 if self.recipe.pruner else 0
         places = self._places(seed)
+        start = self._load_seconds + runner.reading(places)
         ends = [self._layers(), Selection(self.blocks.layers[-1:])]
         (base, step, peak), (late_base, late_step, _) = (runner.timed(self._wrap(end), places) for end in ends)
         steps, measuring = runner.steps(places), (1 + reports) * measuring
         late = late_base + steps * late_step + measuring
-        return Timing(base + steps * step + measuring, late, step, measuring, self._load_seconds, peak)
+        return Timing(base + steps * step + measuring, late, step, measuring, start, peak)
 
     def _layers(self) -> Selection:
         """All repeated layers."""

@@ -49,7 +49,7 @@ def causal_lm(recipe: Recipe, splits: Sequence[str]) -> Task:
     how = tokenizing(recipe)
     data = open_data(recipe, splits, partial(form_of, recipe.columns))
     collate = plain(DataCollatorForSeq2Seq(how.tokenizer))  # unlike that for language models it pads labels as such
-    features = next((rows.features for rows in data.splits.values()), {})  # none is asked for by who asks which there are
+    features: Any = next((rows.features for rows in data.splits.values()), {})  # no split may be asked for
     unused = unused_forms(recipe.columns, data.columns, features)
     examples, lines = {}, []
     for split, rows in data.splits.items():

@@ -128,8 +128,12 @@ class RecipeRunner:
         return base + self.steps(places) * step
 
     def timed(self, wrap: Wrap, places: Sequence[int] | None = None) -> tuple[float, float, int]:
-        """Seconds of such a training but its steps, seconds of a step, and bytes at the peak; from a few steps."""
-        taken = []
+        """Seconds of such a training but its steps, seconds of a step, and bytes at the peak; from a few steps.
+
+        Examples are made before, as they are once for all trainings: `reading` tells what that costs.
+        """
+        self.reading(places)
+        places, taken = self._few(places), []
         self.train(wrap, places, max_steps=1)  # the first one of a process also loads what all need
         for steps in (_FEW, _MANY):
             began = time.perf_counter()
@@ -137,6 +141,18 @@ class RecipeRunner:
             taken.append(time.perf_counter() - began)
         step = max(0.0, taken[1] - taken[0]) / (_MANY - _FEW)
         return max(0.0, taken[0] - _FEW * step), step, peak
+
+    def reading(self, places: Sequence[int] | None = None) -> float:
+        """The seconds that making the examples of such a training takes, estimated from those that `timed` uses."""
+        train, few = self.examples["train"], self._few(places)
+        began = time.perf_counter()
+        for place in few:
+            train[place]
+        return (time.perf_counter() - began) * len(train if places is None else places) / len(few)
+
+    def _few(self, places: Sequence[int] | None) -> Sequence[int]:
+        args, every = self.args, range(len(self.examples["train"])) if places is None else places
+        return every[: _MANY * args.train_batch_size * args.gradient_accumulation_steps]
 
     def steps(self, places: Sequence[int] | None = None) -> int:
         """The number of steps of one such training."""
