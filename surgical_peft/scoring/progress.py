@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 EVERY = 10.0  # seconds to the next line of a stage in a log; later a fifth of what it has taken so far
 _BAR = 10  # characters
+_ROUNDING = 1e-6  # of shares that together are one
 AT_MOST = 300.0  # seconds between two lines
 
 
@@ -56,7 +57,7 @@ class _Stage:
         if not self.total:
             return ""
         if isinstance(self.total, int):
-            return f"{min(self.total, round(self.done))} of {self.total}"
+            return f"{min(self.total, int(self.done + _ROUNDING))} of {self.total}"
         return f"{min(1.0, self.done / self.total):.0%}"
 
     @property

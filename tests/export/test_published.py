@@ -146,6 +146,21 @@ def test_names_that_the_checkpoint_lacks_come_along(tmp_path: Path) -> None:
     assert "Labels of the model: ham, spam" in text and "num_labels" not in text
 
 
+def test_the_problem_that_the_checkpoint_does_not_name_comes_along(tmp_path: Path) -> None:
+    """It says what the outputs of a head mean that the base has already."""
+    TOYS["bert"].model().save_pretrained(tmp_path / "base")  # type: ignore[operator]
+    load = AutoModelForSequenceClassification.from_pretrained
+    model = load(tmp_path / "base")
+    model.config.problem_type = "multi_label_classification"
+    get_peft_model(model, SurgicalConfig(blocks=[0])).save_pretrained(tmp_path / "adapter")
+    base = load(tmp_path / "base")
+    assert base.config.problem_type is None
+    again = PeftModel.from_pretrained(base, tmp_path / "adapter")
+    assert again.config.problem_type == "multi_label_classification"
+    with again.disable_adapter():
+        assert again.config.problem_type is None
+
+
 def test_more_than_ten_labels_keep_their_order(tmp_path: Path) -> None:
     """The file sorts its keys as text: 0, 1, 10, 11, 2."""
     names = {label: f"kind {label}" for label in range(12)}

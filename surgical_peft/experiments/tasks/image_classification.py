@@ -144,7 +144,7 @@ class _Images(Dataset[dict[str, torch.Tensor]]):
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         place = self.rows[index]
-        image = self._opened(place)
+        image = convert(self.data[place][self.column], self.mode)  # each was read when the cells were checked
         if self.corrupt is not None:
             split, seed = self.seeds
             rng = np.random.default_rng((split, place, seed))  # with seed 0 the same as without it
@@ -157,20 +157,6 @@ class _Images(Dataset[dict[str, torch.Tensor]]):
                 "preprocessor_config.json."
             )
         return {"pixel_values": pixels, "labels": torch.tensor(self.labels[index])}
-
-    def _opened(self, place: int) -> PILImage.Image:
-        try:
-            image = self.data[place][self.column]
-            if image is not None:
-                return convert(image, self.mode)
-        except SurgicalError as error:
-            raise SurgicalError(f"{self._named(place)}: {error}") from error
-        except (OSError, SyntaxError) as error:  # Pillow's for a file that is cut off, and for a broken PNG
-            reason = str(error).partition(" <_io.")[0]  # not the address of the open file
-            raise SurgicalError(
-                f"{self._named(place)} cannot be read: {reason}. Put a whole file in its place, or drop the row."
-            ) from error
-        raise SurgicalError(f"{self.where}: row {place} has no image: drop such rows first.")
 
     def _named(self, place: int) -> str:
         """An image in words: data set, split, row, and its file where it has one."""

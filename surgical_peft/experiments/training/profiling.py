@@ -18,6 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from .job_progress import part_of_job
+
 _EVERY = 0.02  # seconds between two looks at the process
 SHARE = 0.05  # of the trainings, that the timing of their steps may cost; one round there always is
 FEW, MOST = 3, 9  # rounds
@@ -45,13 +47,17 @@ def step_costs(trainings: Mapping[str, Train], planned_steps: float = math.inf) 
         >>> step_costs({"full": lambda watch: runner.train(wrap, range(96), watch=watch)})["full"]["ms"]
         33.1
     """
-    start = time.perf_counter()
-    peaks = {name: float(_peak(train)) for name, train in trainings.items()}
+    start, peaks = time.perf_counter(), {}
+    few = 2 * len(trainings)  # a round that counts memory, and one that there always is; whether more is seen then
+    for place, name in enumerate(trainings):
+        with part_of_job(place / few, (place + 1) / few):
+            peaks[name] = float(_peak(trainings[name]))
     rounds: dict[str, list[float]] = {name: [] for name in trainings}
     order, began = list(trainings), time.perf_counter()
     for count in range(1, MOST + 1):
-        for name in order:
-            rounds[name].append(_milliseconds(trainings[name]))
+        for place, name in enumerate(order, len(order)):
+            with part_of_job(place / few, (place + 1) / few):
+                rounds[name].append(_milliseconds(trainings[name]))
         order.reverse()
         now = time.perf_counter()
         allowed = SHARE * planned_steps * statistics.fmean(map(min, rounds.values())) / 1000

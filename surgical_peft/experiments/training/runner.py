@@ -25,6 +25,7 @@ from ...tuner.model import SurgicalModel
 from ..recipe.recipe import Recipe
 from ..tasks import Examples, load_task
 from .activation_cache import AT, ROOM, PrefixCache
+from .job_progress import ReportedSteps
 from .profiling import PeakMemory
 from .train import fit
 
@@ -108,7 +109,7 @@ class RecipeRunner:
         is_ours = isinstance(getattr(wrapped, "base_model", None), SurgicalModel)
         prefix = self.prefix if skips and is_ours else None
         train = self.part("train", places)
-        callbacks: list[TrainerCallback] = [_Unrecorded()] if policy else []
+        callbacks: list[TrainerCallback] = [ReportedSteps(), *([_Unrecorded()] if policy else [])]
         if watch:
             callbacks.append(watch(wrapped))
         changed |= {"disable_tqdm": True, "save_strategy": "no", "push_to_hub": False}

@@ -41,8 +41,7 @@ def last_lines(report: TrainingReport) -> list[str]:
         f"{clock(report.seconds)}.",
         f"Adapter: {report.adapter}",
     ]
-    *_, split = report.after
-    if report.metric == "accuracy":
+    for split in [*report.after][-1:] if report.metric == "accuracy" else ():  # a task of one's own may measure none
         lines.append(noise(report.after[split], report.dataset.examples[split], split))
     return [*lines, QUESTIONS["train"]]
 

@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from functools import partial
@@ -21,6 +21,7 @@ from ...errors import SurgicalError
 from ...quiet import quieten
 from ...rendering import clock
 from ...scoring.progress import Stages
+from .job_progress import telling
 
 SPAWN = multiprocessing.get_context("spawn")  # a forked process would share torch's threads and locks
 
@@ -36,12 +37,18 @@ def shared_threads(jobs: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def start_worker(threads: int, setup: Callable[..., None] | None = None, *settings: Any) -> None:
+_EVERY = 0.5  # seconds between two looks at what the workers have done
+_done: Any = None  # in a worker: jobs that all have done, and parts of jobs; shared with their parent
+
+
+def start_worker(threads: int, done: Any, setup: Callable[..., None] | None = None, *settings: Any) -> None:
     """Begin a worker process: limit its threads, end it with its parent, call `setup(*settings)`, then silence it.
 
     All that is imported by then is out of the garbage collection with which Trainer begins, see `quieten`: it took as
     long as half of a training of 40 small steps.
     """
+    global _done
+    _done = done
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches it too, but its parent ends it
     threading.Thread(target=_leave_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
@@ -56,6 +63,16 @@ def _leave_with_parent() -> None:
     if parent is not None:
         parent.join()
         os._exit(1)
+
+
+def _add(share: float) -> None:
+    with _done.get_lock():
+        _done.value += share
+
+
+def _do(function: Callable[..., Any], given: tuple[Any, ...]) -> Any:
+    with telling(_add):
+        return function(*given)
 
 
 class WorkerPool:
@@ -74,7 +91,8 @@ class WorkerPool:
 
     def __init__(self, jobs: int, console: Console, setup: Callable[..., None] | None = None, *settings: Any) -> None:
         self._console = console
-        initargs = (torch.get_num_threads(), setup, *settings)
+        self._done = SPAWN.Value("d", 0.0)
+        initargs = (torch.get_num_threads(), self._done, setup, *settings)
         self._pool = ProcessPoolExecutor(jobs, SPAWN, start_worker, initargs) if jobs > 1 else None
 
     def __enter__(self) -> Self:
@@ -101,8 +119,8 @@ class WorkerPool:
     def _here(self, function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], stages: Stages) -> list[Any]:
         results = []
         for given in arguments:
-            results.append(function(*given))
-            stages.advance()
+            with telling(stages.advance):
+                results.append(function(*given))
         return results
 
     def _shared(
@@ -114,10 +132,14 @@ class WorkerPool:
     ) -> list[Any]:
         futures = []
         try:
-            futures += [pool.submit(function, *given) for given in arguments]
-            for future in as_completed(futures):
-                future.result()
-                stages.advance()
+            self._done.value = 0.0
+            futures += [pool.submit(_do, function, given) for given in arguments]
+            left = set(futures)
+            while left:
+                finished, left = wait(left, _EVERY, FIRST_EXCEPTION)
+                for future in finished:
+                    future.result()
+                stages.reach(self._done.value)
         except BrokenProcessPool as error:
             raise SurgicalError(
                 "a worker process was killed, perhaps for want of memory: free some, or let fewer processes share "

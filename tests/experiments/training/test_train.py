@@ -15,6 +15,7 @@ from surgical_peft import BlockScores, SurgicalError
 from surgical_peft.experiments.recipe import Recipe, load_recipe
 from surgical_peft.experiments.tasks import load_task
 from surgical_peft.experiments.training.report import TrainingReport
+from surgical_peft.experiments.training.summary import last_lines, table
 from surgical_peft.experiments.training.train import score, train
 
 SHIPPED = Path(__file__).parents[3] / "recipes" / "fashion_mnist"
@@ -50,6 +51,20 @@ def test_training_learns_saves_and_reports(tmp_path: Path, small_splits: None) -
     task = load_task(RECIPE)
     model = PeftModel.from_pretrained(task.load_model(), report.adapter)
     assert task.measure(model, [task.splits["test"][i] for i in range(200)]) == report.after["test"]
+
+
+def test_a_task_that_measures_nothing_is_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one of a user may be."""
+
+    def only_train(recipe: Recipe) -> Any:
+        task = load_task(recipe)
+        return replace(task, splits={"train": [task.splits["train"][i] for i in range(32)]})
+
+    monkeypatch.setattr("surgical_peft.experiments.training.train.load_task", only_train)
+    report = train(replace(RECIPE, training={**RECIPE.training, "max_steps": 1}), tmp_path / "run")
+    assert report.after == {}
+    assert not any("accuracy" in line for line in last_lines(report))
+    assert table(report).rows == []
 
 
 def test_auto_writes_down_why(tmp_path: Path, small_splits: None) -> None:

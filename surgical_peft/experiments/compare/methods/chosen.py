@@ -23,6 +23,7 @@ from ....tuner.config import SurgicalConfig
 from ....validation import check_count, resolve
 from ...search.objective import RecipeObjective
 from ...tasks.source_model import modules_to_save
+from ...training.job_progress import part_of_job, report_progress
 from ...training.train import budget_of
 from .method import Method, MethodContext, of_known_blocks, parsed
 
@@ -97,7 +98,8 @@ def _check_auto(config: SurgicalConfig, context: MethodContext) -> None:
 def _auto(config: SurgicalConfig, num_batches: int | None, context: MethodContext) -> Selection:
     config = _with_recipe(config, context)
     batches = context.batches()
-    budget = Budget(budget_of(context.recipe.arguments(), batches))  # the command shows its own bar
+    limit = budget_of(context.recipe.arguments(), batches)  # the command shows its own bar
+    budget = Budget(limit, on_spend=lambda _: report_progress(budget.spent / limit))
     chosen, _ = choose_blocks(context.model, config, batches, num_batches, budget=budget)
     return Selection(context.blocks.parse(chosen.blocks or []), chosen.selection or {})
 
@@ -139,11 +141,12 @@ def _check_search(procedure: Procedure, context: MethodContext) -> None:
 
 def _searched(procedure: Procedure, context: MethodContext) -> Selection:
     objective = RecipeObjective(replace(context.recipe, seeds=[context.seed], folds=None, policy=None, divide=None))
-    result = run_search(
-        procedure,
-        objective,
-        rates=objective.rates,
-        seeds=objective.seeds,
-        storage=f"sqlite:///{context.folder / 'study.db'}",
-    )
+    with part_of_job(0.0, 0.0):  # how many trainings there will be is not known: one of them is not the job
+        result = run_search(
+            procedure,
+            objective,
+            rates=objective.rates,
+            seeds=objective.seeds,
+            storage=f"sqlite:///{context.folder / 'study.db'}",
+        )
     return result.best
