@@ -23,7 +23,7 @@ from ...scoring.progress import Stages
 from ...search.proposals import count_trainings, planned_candidates
 from ...search.result import SearchResult, SearchTrial, candidate_of, state_of
 from ...search.run import optuna_classes, run_search
-from ...validation import resolve
+from ..recipe.code import resolve_key
 from ..recipe.recipe import Recipe
 from ..training.cost import Timing, depth_of, memory_in_words, shared, time_in_words, timed_at_once
 from ..training.provenance import machine, today, versions
@@ -124,6 +124,7 @@ def search(
     """
     if jobs < 1:
         raise SurgicalError(f"jobs={jobs} is too few: 1 or more.")
+    recipe.check()
     folder = Path(str(output or recipe.arguments().output_dir))
     check_replaceable(folder / "search", _RESULT)
     _quieten_optuna()
@@ -199,7 +200,7 @@ def _quieten_optuna() -> None:
 
 def _with_scores(recipe: Recipe, console: Console | None = None) -> Recipe:
     """The recipe with the scores that its procedure asks for, by the recipe's criterion."""
-    wanted = inspect.signature(resolve(recipe.procedure, procedures)).parameters
+    wanted = inspect.signature(resolve_key(recipe, "procedure", procedures)).parameters
     if "scores" not in wanted or "scores" in recipe.procedure_options:
         return recipe
     if recipe.divide:
