@@ -18,7 +18,7 @@ from ... import procedures
 from ...atomic_files import check_replaceable, whole_folder
 from ...blocks.block_map import blocks_in_words, kind_of
 from ...errors import SurgicalError
-from ...rendering import clock, markdown_row
+from ...rendering import clock, markdown_code, markdown_row, markdown_text
 from ...scoring.progress import Stages
 from ...search.proposals import count_trainings, planned_candidates
 from ...search.result import SearchResult, SearchTrial, candidate_of, state_of
@@ -242,13 +242,13 @@ def _short(blocks: tuple[str, ...]) -> str:
 def search_markdown(result: SearchResult, metric: str) -> str:
     """The candidates of a search as Markdown, the chosen one bold, with a line on what it cost."""
     lines = [
-        markdown_row(["blocks", f"validation {metric}", "rate", "tuned parameters", "state"]),
+        markdown_row(["blocks", f"validation {markdown_text(metric)}", "rate", "tuned parameters", "state"]),
         markdown_row(["---", *["---:"] * 3, "---"]),
     ]
     for candidate in result.candidates:
         trials = [trial for trial in result.trials if trial.blocks == candidate.blocks]
         spread = "" if candidate.deviation is None else f" ± {candidate.deviation:.4f}"
-        cells = ["all" if candidate.blocks == result.blocks else ", ".join(candidate.blocks)]
+        cells = ["all" if candidate.blocks == result.blocks else markdown_text(", ".join(candidate.blocks))]
         cells.append("-" if math.isnan(candidate.metric) else f"{candidate.metric:.4f}{spread}")
         if candidate.blocks == result.best.blocks:
             cells = [f"**{cell}**" for cell in cells]
@@ -261,7 +261,8 @@ def search_markdown(result: SearchResult, metric: str) -> str:
     packages = ", ".join(f"{name} {number}" for name, number in versions().items())
     lines += [
         "",
-        f"`{result.procedure}`: {result.trainings} trainings; {means}. {today()}, {packages}; {machine()}.",
+        f"{markdown_code(result.procedure)}: {result.trainings} trainings; {means}. "
+        f"{today()}, {packages}; {machine()}.",
     ]
     return "\n".join(lines) + "\n"
 
