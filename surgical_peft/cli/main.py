@@ -257,6 +257,8 @@ def push(
     else:
         access = "private" if pushed.private else "public"
         console.print(f"{pushed.repository} ({access}): {pushed.commit}", soft_wrap=True)
+        if pushed.left_out:
+            print_lines([f"Not pushed, as no part of an adapter: {', '.join(pushed.left_out)}."])
 
 
 @app.command(cls=Command)
