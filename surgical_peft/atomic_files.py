@@ -49,6 +49,14 @@ def is_plain_file(path: str | Path) -> bool:
         return False
 
 
+def lies_in(path: str | Path, folder: str | Path) -> bool:
+    """True for a file of a folder, also through a link that stays there, or in the repository in the Hub's cache."""
+    root, file = Path(folder).resolve(), Path(path).resolve()
+    if root.parent.name == "snapshots":  # the cache keeps the files of all snapshots beside them
+        root = root.parents[1]
+    return file.is_file() and file.is_relative_to(root)
+
+
 def copy_file(source: str | Path, target: str | Path) -> None:
     """Copy a file with its mode, whole or not at all.
 

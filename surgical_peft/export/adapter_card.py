@@ -19,7 +19,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..atomic_files import write_text
+from ..atomic_files import lies_in, write_text
 from ..tuner.config import SurgicalPeftType
 from ..tuner.loading.head_config import head_config_of
 from ..tuner.loading.saved_adapter import SavedAdapter
@@ -153,7 +153,11 @@ def write_exported_card(adapter: SavedAdapter, base: nn.Module, format: str, fol
         in_pipeline: as in `AdapterInfo`.
     """
     own = adapter.folder / "README.md"
-    card = ModelCard.load(own) if own.is_file() else ModelCard("---\ntags: []\n---\n\n# Surgical fine-tuning\n")
+    card = (
+        ModelCard.load(own)
+        if lies_in(own, adapter.folder)
+        else ModelCard("---\ntags: []\n---\n\n# Surgical fine-tuning\n")
+    )
     info, data = replace(adapter_info(adapter.config, base), in_pipeline=in_pipeline), card.data
     head, task = adapter.config.head_config or info.head, data.get("pipeline_tag") or info.pipeline
     info = replace(info, head=head, pipeline=task)

@@ -173,3 +173,22 @@ def test_names_of_this_package_are_no_code(tmp_path: Path) -> None:
     methods = ["full", {"blocks": {"names": ["0:2"]}}, {"top_k": {"criterion": "rgn"}}]
     recipe = load_recipe(write_recipe(tmp_path, metric="macro_f1", methods=methods, **keys))
     assert code_of(recipe) == [] and sys.modules.get("marked") is None
+
+
+@pytest.mark.parametrize("key", ["output_dir", "push_to_hub", "hub_model_id"])
+def test_a_recipe_from_elsewhere_writes_and_pushes_nowhere_else(
+    key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = {"push_to_hub": True, "hub_model_id": "someone/one"}
+    path = write_recipe(tmp_path / "fetched", **{key: values.get(key, "../theirs"), "methods": ["full"]})
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    recipe = load_recipe(path)
+    for begin in (train, search, compare, advise):
+        with pytest.raises(SurgicalError, match=key if key in values else "theirs"):
+            begin(recipe)
+    assert not (tmp_path / "theirs").exists()
+    if key == "output_dir":
+        recipe.check(tmp_path / "elsewhere")
+    monkeypatch.chdir(tmp_path)
+    load_recipe(path).check()

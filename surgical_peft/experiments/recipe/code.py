@@ -19,6 +19,7 @@ from ...validation import is_reference, nearest, resolve
 from ..metrics import SHIPPED
 
 _KEYS = ("task", "criterion", "procedure", "policy", "methods", "metric")  # each with its `_options`
+_PUSHING = ("push_to_hub", "hub_", "trackio_")  # how keys begin by which results go out
 _FETCHED = Path(".cache", "huggingface", "download")  # where `hf download --local-dir` notes what it has fetched
 ALLOW = "look at what it does, and then allow it: --allow-code, or allow_code=True in Python"
 
@@ -90,10 +91,37 @@ def check_code(recipe: Any, *keys: str) -> None:
             raise SurgicalError(f"{where}, and brings code with its {code.key}, {code.name!r}: {ALLOW}.")
 
 
+def check_writes(recipe: Any, output: Any = None) -> None:
+    """Make sure that a recipe from elsewhere pushes nothing, and writes where it lies or below the working directory.
+
+    Args:
+        recipe: to check.
+        output: the folder for the results, where it is not the recipe that says so.
+
+    Raises:
+        SurgicalError: it would.
+    """
+    if recipe.path is None or is_own(recipe.path):
+        return
+    folder = recipe.training.get("output_dir") if _is_from_file(recipe, "output_dir") else None
+    rooms = recipe.path.resolve().parent, Path.cwd().resolve()
+    if folder and not output and not any(map(Path(str(folder)).resolve().is_relative_to, rooms)):
+        raise SurgicalError(
+            f"{recipe.path} is not below the working directory, or was fetched, and would write to {str(folder)!r}, "
+            "which is neither: give another folder, --output, or copy the recipe here and look at it."
+        )
+    for key, value in recipe.training.items():
+        if value and key.startswith(_PUSHING) and _is_from_file(recipe, key):
+            raise SurgicalError(
+                f"{recipe.path} is not below the working directory, or was fetched, and would publish what is trained "
+                f"({key}): take that out, or copy the recipe here and look at it."
+            )
+
+
 def _is_from_file(recipe: Any, key: str) -> bool:
     """True unless the value was put in its place later: it was given on the command line, or in Python."""
-    both = (key, f"{key}_options")
-    return any(name in recipe.given and recipe.given[name][1] == getattr(recipe, name) for name in both)
+    both = (name for name in (key, f"{key}_options") if name in recipe.given)
+    return any(recipe.given[name][1] == getattr(recipe, name, recipe.training.get(name)) for name in both)
 
 
 def is_own(path: Path) -> bool:

@@ -97,7 +97,7 @@ def recipe_of(keys: Mapping[Any, Any], path: Path | None = None, *, allow_code: 
     recipe = Recipe(**own, training=training, given=given, path=path, allow_code=allow_code)
     # What is wrong with blocks, policy or arguments is said now, not after the data are loaded; of code when it runs.
     check_training(recipe.training, recipe.arguments())
-    replace(without_code(recipe)[0], given={}).check()
+    replace(without_code(recipe)[0], given={}, path=None).check()
     _check_search(recipe)
     return recipe
 

@@ -10,7 +10,7 @@ import torch
 from transformers import TrainingArguments
 
 from ...policies.stages import check_length, planned_length
-from .code import check_code
+from .code import check_code, check_writes
 from .sections import CompareSection, DataSection, PolicySection, SearchSection, SelectionSection, names_of
 from .training_arguments import make_arguments
 
@@ -66,13 +66,18 @@ class Recipe(CompareSection, SearchSection, PolicySection, SelectionSection, Dat
             keys[key] = written if value == read else value
         return keys
 
-    def check(self) -> None:
+    def check(self, output: str | Path | None = None) -> None:
         """Import the code that the recipe brings, and make its criterion and its policy.
 
+        Args:
+            output: the folder for the results, where it is not the recipe that says so.
+
         Raises:
-            SurgicalError: they do not fit, or the code may not run, see `check_code`.
+            SurgicalError: they do not fit, the code may not run, or results may not go there: see `check_code` and
+                `check_writes`.
         """
         check_code(self)
+        check_writes(self, output)
         self.config()
         check_length(self.make_policy(), *planned_length(self.arguments()))
 

@@ -116,7 +116,7 @@ def train(recipe: Recipe, output: str | Path | None = None, console: Console | N
     """
     args = recipe.arguments(**_losses(recipe), **({} if output is None else {"output_dir": str(output)}))
     folder = Path(str(args.output_dir))
-    recipe.check()
+    recipe.check(output)
     policy = recipe.make_policy()
     check_replaceable(folder / "adapter", _ADAPTER)
     with only_writer(folder):
