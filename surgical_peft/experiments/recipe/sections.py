@@ -33,7 +33,8 @@ class DataSection:
         task: the kind of model and data, a name from `tasks` or `package.module:name`.
         columns: which column is what, e.g. `{text: body, label: y}`, where their names and types do not say it.
         metric: what to measure, larger is better: one that ships in `metrics`, a folder (relative to the recipe) with
-            a script for `evaluate`, or, with a network, one of the Hub; default is the task's.
+            a script for `evaluate`, or, with a network and `--allow-code`, one of the Hub; default is the
+            task's.
         max_length: of a text, in tokens; default is what the model takes.
         new_head: whether the head is made anew, with as many labels as the data have classes; it is then trained and
             saved whatever blocks are chosen.
