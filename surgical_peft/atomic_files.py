@@ -10,6 +10,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 import sys
 import tempfile
 import time
@@ -33,9 +34,40 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     try:
         yield temporary
         _flush(temporary)
+        if is_plain_file(target):  # as private as the one that it replaces
+            temporary.chmod(stat.S_IMODE(target.lstat().st_mode))
         temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def is_plain_file(path: str | Path) -> bool:
+    """True for a file that is there itself: no link, no folder, no pipe."""
+    try:
+        return stat.S_ISREG(os.lstat(path).st_mode)
+    except (OSError, ValueError):  # none, or a name that none can have
+        return False
+
+
+def lies_in(path: str | Path, folder: str | Path) -> bool:
+    """True for a file of a folder, also through a link that stays there, or in the repository in the Hub's cache."""
+    root, file = Path(folder).resolve(), Path(path).resolve()
+    if root.parent.name == "snapshots":  # the cache keeps the files of all snapshots beside them
+        root = root.parents[1]
+    return file.is_file() and file.is_relative_to(root)
+
+
+def copy_file(source: str | Path, target: str | Path) -> None:
+    """Copy a file with its mode, whole or not at all.
+
+    Raises:
+        SurgicalError: the source is a link, which may lead anywhere, or no file.
+    """
+    if not is_plain_file(source):
+        raise SurgicalError(f"{str(source)!r} is no file, or a link to one: put the file itself there.")
+    with whole_file(target) as temporary:
+        shutil.copyfile(source, temporary, follow_symlinks=False)
+        shutil.copymode(source, temporary)
 
 
 def _temporary(target: Path, suffix: str) -> Path:

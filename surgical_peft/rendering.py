@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .atomic_files import whole_file
 from .errors import SurgicalError
@@ -20,6 +21,12 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 NO_FIGURES = "drawing needs matplotlib, which is not installed: pip install 'surgical-peft[experiments]'."
+_ESCAPED = r"\\\g<0>"
+_BAR = r"(?<!\\)\|"
+# Where an underscore is no part of a word, an ampersand begins an entity, and a colon or a point an address.
+_MARKUP = r"[\\`*\[\]<>|~$]|(?<![^\W_])_|_(?![^\W_])|&(?=[\w#])|:(?=//)|(?<=www)\."
+_LIST = r"^(\d*)([.)]|[-+=]+|#{1,6})(?=\s|$)"  # how a list, a heading or a rule begins
+_KEPT = "\u00a0\u202f\u200c\u200d"  # spaces and joiners that hold words together
 
 
 def can_draw() -> bool:
@@ -61,8 +68,52 @@ def mark_cut(axes: Axes, name: str) -> None:
 
 
 def markdown_row(cells: Sequence[str]) -> str:
-    """`| a | b |`."""
-    return f"| {' | '.join(cells)} |"
+    """`| a | b |`, whatever is in the cells: lines become one, and bars are no bounds of columns.
+
+    Example:
+        >>> markdown_row(["a|b", "**c**"])
+        '| a\\|b | **c** |'
+    """
+    return f"| {' | '.join(re.sub(_BAR, _ESCAPED, _one_line(cell)) for cell in cells)} |"
+
+
+def markdown_text(text: Any) -> str:
+    """Text for Markdown as it stands, in one line: nothing in it is markup, a link, HTML or the start of a list.
+
+    Example:
+        >>> markdown_text("my_run: <b>[x](y)</b>")
+        'my_run: \\<b\\>\\[x\\](y)\\</b\\>'
+    """
+    line = re.sub(_MARKUP, _ESCAPED, _one_line(text).strip())
+    return re.sub(_LIST, r"\1\\\2", line)
+
+
+def markdown_code(text: Any) -> str:
+    """Text as a code span of Markdown, whatever is in it.
+
+    Example:
+        >>> markdown_code("a`b")
+        '``a`b``'
+    """
+    line = _one_line(text).strip() or " "
+    ticks = "`" * (_longest_run(line) + 1)
+    space = " " * ("`" in (line[0], line[-1]))
+    return f"{ticks}{space}{line}{space}{ticks}"
+
+
+def markdown_block(text: str, language: str) -> str:
+    """Lines of code as a block of Markdown, fenced by more backticks than are in it."""
+    fence = "`" * max(3, _longest_run(text) + 1)
+    return f"{fence}{language}\n{text}\n{fence}"
+
+
+def _longest_run(text: str) -> int:
+    return max(map(len, re.findall("`+", text)), default=0)
+
+
+def _one_line(text: Any) -> str:
+    """Without breaks of lines and control characters."""
+    return "".join(char if char.isprintable() or char in _KEPT else " " for char in str(text))
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,8 @@ def resolve(name: str, package: ModuleType) -> Callable[..., Any]:
     if name in package.__all__:
         return getattr(package, name)
     if ":" in name:
+        if not is_reference(name):
+            raise SurgicalError(f"{name!r} cannot be imported: write 'package.module:name'.")
         module_name, _, attribute = name.partition(":")
         try:
             value = getattr(importlib.import_module(module_name), attribute)
@@ -48,8 +50,24 @@ def resolve(name: str, package: ModuleType) -> Callable[..., Any]:
     )
 
 
+def is_reference(text: str) -> bool:
+    """True for `package.module:name`, by which code of the user's own is named.
+
+    Example:
+        >>> [is_reference(text) for text in ("mine.rates:warm", "lisa", "0:3")]
+        [True, False, False]
+    """
+    module, _, attribute = text.partition(":")
+    return attribute.isidentifier() and all(part.isidentifier() for part in module.split("."))
+
+
 def call_with_options(
-    key: str, name: str, function: Callable[..., Any], options: Mapping[str, Any], *more: str
+    key: str,
+    name: str,
+    function: Callable[..., Any],
+    options: Mapping[str, Any],
+    *more: str,
+    gives: type = object,
 ) -> Any:
     """Call a function with options from a recipe.
 
@@ -59,19 +77,21 @@ def call_with_options(
         function: to call.
         options: its arguments.
         more: further names that are allowed beside its arguments.
+        gives: what the function has to return.
 
     Raises:
-        SurgicalError: options that do not fit; the message gives the nearest name and lists all.
+        SurgicalError: options that do not fit, in a message that gives the nearest name and lists all; or the function
+            returned something else.
 
     Example:
-        >>> call_with_options("policy_options", "lisa", policies.lisa, {"every": 5})
+        >>> call_with_options("policy_options", "lisa", policies.lisa, {"every": 5}, gives=Policy)
     """
     signature = inspect.signature(function)
     known = [*signature.parameters, *more]
     try:
         signature.bind_partial(**options)  # an unknown option is named before a missing one
         signature.bind(**options)
-        return function(**options)
+        made = function(**options)
     except (TypeError, ValueError) as error:
         if isinstance(error, SurgicalError):
             raise
@@ -80,6 +100,11 @@ def call_with_options(
             f"{key}: {dict(options)} does not fit {name}: {error}. {wrong[:1].upper()}{wrong[1:]}{name} has: "
             f"{', '.join(known)}."
         ) from error
+    if not isinstance(made, gives):
+        raise SurgicalError(
+            f"{key}: {name!r} makes a {type(made).__name__}, not a {gives.__name__}: it has to return one."
+        )
+    return made
 
 
 def is_number(value: Any) -> bool:

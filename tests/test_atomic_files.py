@@ -12,7 +12,15 @@ from pathlib import Path
 import pytest
 
 from surgical_peft import SurgicalError, atomic_files
-from surgical_peft.atomic_files import check_replaceable, only_writer, whole_file, whole_folder, write_text
+from surgical_peft.atomic_files import (
+    check_replaceable,
+    copy_file,
+    lies_in,
+    only_writer,
+    whole_file,
+    whole_folder,
+    write_text,
+)
 
 
 def tree(folder: Path) -> dict[str, str]:
@@ -203,3 +211,38 @@ def test_a_folder_without_results_is_removed_and_one_that_cannot_be_written_to_i
     (tmp_path / "file").write_text("mine")
     with pytest.raises(OSError, match="file"), only_writer(tmp_path / "file"):
         pytest.fail("it cannot be written to")
+
+
+def test_a_file_that_is_written_again_is_as_private_as_before(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    write_text(path, "old")
+    path.chmod(0o600)
+    write_text(path, "new")
+    assert path.read_text() == "new" and path.stat().st_mode & 0o777 == 0o600
+
+
+def test_what_is_copied_is_a_file_with_its_mode(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("a")
+    (tmp_path / "a").chmod(0o640)
+    copy_file(tmp_path / "a", tmp_path / "b")
+    assert (tmp_path / "b").read_text() == "a" and (tmp_path / "b").stat().st_mode & 0o777 == 0o640
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("link", "pipe", "none", "\0"):
+        with pytest.raises(SurgicalError):
+            copy_file(tmp_path / name, tmp_path / "c")
+    assert not (tmp_path / "c").exists()
+
+
+def test_which_files_lie_in_a_folder(tmp_path: Path) -> None:
+    snapshot, blobs = tmp_path / "models--a--b" / "snapshots" / "c", tmp_path / "models--a--b" / "blobs"
+    for folder in (snapshot, blobs):
+        folder.mkdir(parents=True)
+    (tmp_path / "secret").touch()
+    (blobs / "1").touch()
+    (snapshot / "own").touch()
+    (snapshot / "cached").symlink_to("../../blobs/1")
+    (snapshot / "led").symlink_to(tmp_path / "secret")
+    assert lies_in(snapshot / "own", snapshot) and lies_in(snapshot / "cached", snapshot)
+    assert not lies_in(snapshot / "led", snapshot) and not lies_in(snapshot / "none", snapshot)
+    assert not lies_in(snapshot, snapshot)

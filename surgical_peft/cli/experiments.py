@@ -11,22 +11,32 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from .options import AsJson, DryRun, RecipeFile, Tiny, console, print_json, print_lines
+from .options import AllowCode, AsJson, DryRun, RecipeFile, Tiny, console, print_json, print_lines
 
 if TYPE_CHECKING:
     from ..experiments.recipe.recipe import Recipe
 
 
-def open_recipe(path: Path, tiny: bool, output: Path | None) -> tuple[Recipe, Path | None]:
-    """The recipe in a file and the folder for its results; with `tiny` one that needs no network, said plainly."""
-    from ..experiments.recipe import load_recipe
+def open_recipe(
+    path: Path, allow_code: bool, tiny: bool = False, output: Path | None = None, dry_run: bool = False
+) -> tuple[Recipe, Path | None]:
+    """The recipe in a file and the folder for its results; with `tiny` one that needs no network.
 
-    recipe = load_recipe(path)
+    That, and which code the recipe brings, is said plainly; with `dry_run` it is left without its code.
+    """
+    from ..experiments.recipe import load_recipe
+    from ..experiments.recipe.code import for_dry_run, told
+
+    notes = Console(stderr=True, soft_wrap=True)
+    recipe = load_recipe(path, allow_code=allow_code)
+    recipe, lines = for_dry_run(recipe) if dry_run else (recipe, told(recipe))
+    for line in lines:
+        notes.print(line, style="bold yellow", markup=False, highlight=False)
     if not tiny:
         return recipe, output
     from ..experiments.training.tiny import NOTICE, make_tiny
 
-    Console(stderr=True).print(NOTICE, style="bold yellow")
+    notes.print(NOTICE, style="bold yellow")
     return make_tiny(recipe, output), None
 
 
@@ -50,6 +60,7 @@ def search(
     ] = None,
     output: Annotated[Path | None, typer.Option(help="Folder for the results; default is the recipe's.")] = None,
     dry_run: DryRun = False,
+    allow_code: AllowCode = False,
     tiny: Tiny = False,
     as_json: AsJson = False,
 ) -> None:
@@ -59,7 +70,7 @@ def search(
     from ..experiments.training.questions import QUESTIONS
     from ..tuner.config import SurgicalConfig
 
-    loaded, output = open_recipe(recipe, tiny, output)
+    loaded, output = open_recipe(recipe, allow_code, tiny, output, dry_run)
     if procedure and procedure != loaded.procedure:
         loaded = replace(loaded, procedure=procedure, procedure_options={})
     if dry_run:
@@ -107,6 +118,7 @@ def compare(
     jobs: Annotated[int, typer.Option(min=1, help="Processes that share the trainings.")] = 1,
     output: Annotated[Path | None, typer.Option(help="Folder for the results; default is the recipe's.")] = None,
     dry_run: DryRun = False,
+    allow_code: AllowCode = False,
     tiny: Tiny = False,
     as_json: AsJson = False,
 ) -> None:
@@ -122,7 +134,7 @@ def compare(
     from ..experiments.compare.tables import table
     from ..experiments.training.questions import QUESTIONS
 
-    loaded, output = open_recipe(recipe, tiny, output)
+    loaded, output = open_recipe(recipe, allow_code, tiny, output, dry_run)
     if not loaded.methods:
         loaded, left_out = with_default_methods(loaded)
         notes = Console(stderr=True, quiet=as_json)
@@ -146,6 +158,7 @@ def advise(
     recipe: RecipeFile,
     output: Annotated[Path | None, typer.Option(help="Folder for the results; default is the recipe's.")] = None,
     dry_run: DryRun = False,
+    allow_code: AllowCode = False,
     tiny: Tiny = False,
     as_json: AsJson = False,
 ) -> None:
@@ -155,7 +168,7 @@ def advise(
     from ..experiments.advise.report import not_tried, recipe_lines, table
     from ..experiments.training.questions import QUESTIONS
 
-    loaded, output = open_recipe(recipe, tiny, output)
+    loaded, output = open_recipe(recipe, allow_code, tiny, output, dry_run)
     if dry_run:
         costs = plan(loaded)
         _print_cost(costs, as_json)

@@ -20,7 +20,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from ..errors import SurgicalError
 from .experiments import advise, compare, open_recipe, search
-from .options import AsJson, RecipeFile, Tiny, console, print_json, print_lines
+from .options import AllowCode, AsJson, RecipeFile, Tiny, console, print_json, print_lines
 from .predict import predict
 from .recipes import recipe, start
 
@@ -125,18 +125,18 @@ def score(
         str | None, typer.Option(help="Criterion, instead of the recipe's: a name, or package.module:name.")
     ] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the scores to this file as well (png, pdf or svg).")] = None,
+    allow_code: AllowCode = False,
     as_json: AsJson = False,
 ) -> None:
     """Score the blocks of a recipe's model on its training data."""
     from .. import criteria
-    from ..experiments.recipe import load_recipe
     from ..experiments.training.questions import QUESTIONS
     from ..experiments.training.train import score as score_recipe
     from ..validation import resolve
 
     if plot and plot.suffix not in (".png", ".pdf", ".svg"):
         raise SurgicalError(f"--plot {str(plot)!r}: the name must end in .png, .pdf or .svg.")
-    loaded = load_recipe(recipe)
+    loaded, _ = open_recipe(recipe, allow_code)
     if criterion:
         resolve(criterion, criteria)  # an unknown name is said now, not after the data are loaded
         loaded = replace(loaded, criterion=criterion, criterion_options={})
@@ -162,6 +162,7 @@ def train(
     recipe: RecipeFile,
     output: Annotated[Path | None, typer.Option(help="Folder for the results; default is the recipe's.")] = None,
     tiny: Tiny = False,
+    allow_code: AllowCode = False,
     as_json: AsJson = False,
 ) -> None:
     """Choose the blocks, tune them, measure, and save the adapter; the same command goes on after Ctrl-C."""
@@ -169,7 +170,7 @@ def train(
     from ..experiments.training.train import train as train_recipe
 
     with contextlib.redirect_stdout(sys.stderr):  # what Trainer prints must not come between the JSON
-        report = train_recipe(*open_recipe(recipe, tiny, output), Console(stderr=True, quiet=as_json))
+        report = train_recipe(*open_recipe(recipe, allow_code, tiny, output), Console(stderr=True, quiet=as_json))
     if as_json:
         print_json(report.to_json())
         return
@@ -256,6 +257,8 @@ def push(
     else:
         access = "private" if pushed.private else "public"
         console.print(f"{pushed.repository} ({access}): {pushed.commit}", soft_wrap=True)
+        if pushed.left_out:
+            print_lines([f"Not pushed, as no part of an adapter: {', '.join(pushed.left_out)}."])
 
 
 @app.command(cls=Command)

@@ -35,6 +35,13 @@ def _alone(context: typer.Context, value: bool) -> bool:
 
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.", callback=_alone)]
+AllowCode = Annotated[
+    bool,
+    typer.Option(
+        "--allow-code",
+        help="Run code that is not yours: what a recipe from elsewhere names, a Hub metric, code beside a model.",
+    ),
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Only say how many trainings it takes, and how long about.")]
 Tiny = Annotated[
     bool,

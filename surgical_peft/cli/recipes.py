@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from .options import AsJson, console, print_json, print_lines
+from .options import AllowCode, AsJson, console, print_json, print_lines
 
 
 def start(
@@ -19,6 +19,7 @@ def start(
     task: Annotated[
         str | None, typer.Option(help="Task, a name or package.module:name; default is what model and data speak for.")
     ] = None,
+    allow_code: AllowCode = False,
     as_json: AsJson = False,
 ) -> None:
     """Begin here: read a model and data, say what each command will cost, and write a first recipe."""
@@ -31,7 +32,7 @@ def start(
 
     if recipe.exists():
         raise SurgicalError(f"{recipe} is there already and is not replaced: give another name, --recipe NAME.yaml.")
-    found = start_on(model, data, task, Console(stderr=True, quiet=as_json))
+    found = start_on(model, data, task, Console(stderr=True, quiet=as_json), allow_code=allow_code)
     write_text(recipe, recipe_text(found, recipe))
     if as_json:
         print_json(to_json(found, recipe))

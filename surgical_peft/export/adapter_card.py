@@ -19,12 +19,13 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..atomic_files import write_text
+from ..atomic_files import lies_in, write_text
 from ..tuner.config import SurgicalPeftType
 from ..tuner.loading.head_config import head_config_of
 from ..tuner.loading.saved_adapter import SavedAdapter
 from ..tuner.tensors.tuned_tensors import TensorMap
 from .card_text import BEGIN, END, HERE, TAG, AdapterInfo, describe, describe_export
+from .private import configs_without_bases
 
 # What Trainer says of a model that was loaded from a folder, which is not so.
 _FROM_SCRATCH = ("This model was trained from scratch on", "This model was fine-tuned, as said above, on")
@@ -64,7 +65,8 @@ def _upload(theirs: Any, model: PeftModel, working_dir: str, repo_id: str, *args
         model.create_or_update_model_card(working_dir)
         path = Path(working_dir) / "README.md"
         write_text(path, path.read_text(encoding="utf-8").replace(f'"{HERE}"', f'"{repo_id}"'))
-    return theirs(working_dir, repo_id, *args, **kwargs)
+    with configs_without_bases(working_dir):
+        return theirs(working_dir, repo_id, *args, **kwargs)
 
 
 def _complete(path: Path, before: ModelCardData, tuned: Sequence[AdapterInfo]) -> None:
@@ -151,7 +153,11 @@ def write_exported_card(adapter: SavedAdapter, base: nn.Module, format: str, fol
         in_pipeline: as in `AdapterInfo`.
     """
     own = adapter.folder / "README.md"
-    card = ModelCard.load(own) if own.is_file() else ModelCard("---\ntags: []\n---\n\n# Surgical fine-tuning\n")
+    card = (
+        ModelCard.load(own)
+        if lies_in(own, adapter.folder)
+        else ModelCard("---\ntags: []\n---\n\n# Surgical fine-tuning\n")
+    )
     info, data = replace(adapter_info(adapter.config, base), in_pipeline=in_pipeline), card.data
     head, task = adapter.config.head_config or info.head, data.get("pipeline_tag") or info.pipeline
     info = replace(info, head=head, pipeline=task)

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+from ..rendering import markdown_block, markdown_code, markdown_row, markdown_text
 
 TAG = "surgical-fine-tuning"
 HERE = "this folder or repository"  # in the place of a repository's name, until it is known
@@ -69,6 +75,15 @@ def describe_export(info: AdapterInfo, format: str) -> str:
     return _part([info], "", [_code(lines)])
 
 
+def hub_link(name: str, kind: str = "") -> str:
+    """A link to a model on the Hub, with `kind="datasets/"` to a data set; the name alone if none can have it."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return markdown_code(name)
+    return f"[{name}](https://huggingface.co/{kind}{name})"
+
+
 def is_pipeline(task: str | None) -> bool:
     """True if transformers has a pipeline of that name."""
     from transformers.pipelines import SUPPORTED_TASKS  # slow to import
@@ -85,7 +100,7 @@ def _part(tuned: Sequence[AdapterInfo], warning: str, loading: Sequence[str]) ->
     parts = [BEGIN]
     for info in tuned:
         text = _tuned_parts(info)
-        parts.append(text if info.subfolder is None else f"Adapter `{info.subfolder}`: {text}")
+        parts.append(text if info.subfolder is None else f"Adapter {markdown_code(info.subfolder)}: {text}")
         parts += filter(None, [_choice(info)])
     base = " ".join(filter(None, [_base(tuned[0]), warning]))
     return "\n\n".join([*parts, base, "## How to load", *loading, END])
@@ -108,26 +123,36 @@ def _choice(tuned: AdapterInfo) -> str:
     plain = {name: value for name, value in record.items() if isinstance(value, str | int | float)}
     if not plain:
         return ""
-    text = f"How the blocks were chosen: {', '.join(f'{name} `{value}`' for name, value in plain.items())}."
-    if isinstance(loss := record.get("joint_loss"), dict) and loss:
-        left = ", with ".join(f"`{name}` {value:.3g}" for name, value in loss.items())
+    facts = (f"{markdown_text(name)} {markdown_code(value)}" for name, value in plain.items())
+    text = f"How the blocks were chosen: {', '.join(facts)}."
+    if loss := _numbers(record.get("joint_loss")):
+        left = ", with ".join(f"{markdown_code(name)} {value:.3g}" for name, value in loss.items())
         text += f" How many: by the loss on held-out batches after short joint trainings: {left}."
-    if isinstance(cost := record.get("cost"), dict):
+    if {"steps", "budget"} <= (cost := _numbers(record.get("cost"))).keys():
         text += f" That cost {cost['steps']:.3g} training steps, of at most {cost['budget']:.3g}."
-    scores = record.get("scores")
-    if not isinstance(scores, dict):
+    if not (scores := _numbers(record.get("scores"))):
         return text
-    rows = "\n".join(f"| `{name}` | {value:.4g} |" for name, value in scores.items() if isinstance(value, int | float))
-    return f"{text}\n\n| block | score |\n| --- | ---: |\n{rows}"
+    rows = [markdown_row([markdown_code(name), f"{value:.4g}"]) for name, value in scores.items()]
+    return "\n".join([text, "", "| block | score |", "| --- | ---: |", *rows])
+
+
+def _numbers(record: Any) -> dict[str, float]:
+    """The numbers in a record, of which nobody knows who wrote it."""
+    values = record.items() if isinstance(record, dict) else ()
+    return {name: value for name, value in values if isinstance(value, int | float)}
 
 
 def _base(tuned: AdapterInfo) -> str:
     if tuned.on_hub:
-        name = f"[{tuned.base}](https://huggingface.co/{tuned.base})"
-        name += f", commit `{tuned.commit}`" if tuned.commit else ""
+        name = hub_link(tuned.base or "")
+        name += f", commit {markdown_code(tuned.commit)}" if tuned.commit else ""
     else:
-        name = f"`{tuned.base}`, which is not from the Hub" if tuned.base else "without a name"
-    mark = f"; fingerprint of the weights that were tuned: `{tuned.fingerprint}`" if tuned.fingerprint else ""
+        name = f"{markdown_code(tuned.base)}, which is not from the Hub" if tuned.base else "without a name"
+    mark = (
+        f"; fingerprint of the weights that were tuned: {markdown_code(tuned.fingerprint)}"
+        if tuned.fingerprint
+        else ""
+    )
     return f"Base model: {name}{mark}."
 
 
@@ -154,7 +179,7 @@ def _with_us(tuned: AdapterInfo) -> str:
 
 
 def _load_adapter(tuned: AdapterInfo) -> str:
-    folder = f', subfolder="{tuned.subfolder}"' if tuned.subfolder else ""
+    folder = f", subfolder={_quoted(tuned.subfolder)}" if tuned.subfolder else ""
     return f'model = PeftModel.from_pretrained(base_model, "{HERE}"{folder})'
 
 
@@ -166,7 +191,7 @@ def _without_us(tuned: AdapterInfo) -> str:
         "",
         *(_load_base(tuned) or ["# base_model: one that PEFT has not wrapped, as it does above"]),
         *_names_of_labels(tuned),
-        f'tensors = load_file("{path}")  # from {HERE}',
+        f"tensors = load_file({_quoted(path)})  # from {HERE}",
         'tensors = {name.removeprefix("base_model.model."): tensor for name, tensor in tensors.items()}',
         "assert not base_model.load_state_dict(tensors, strict=False).unexpected_keys",
     ]
@@ -190,7 +215,7 @@ def _load_base(tuned: AdapterInfo) -> list[str]:
     if tuned.base_class is None:
         return []
     name = tuned.base if tuned.on_hub else "folder of the base model"
-    arguments = [f'"{name}"', *([f'revision="{tuned.commit}"'] if tuned.commit else [])]
+    arguments = [_quoted(name), *([f"revision={_quoted(tuned.commit)}"] if tuned.commit else [])]
     if labels := (tuned.head or {}).get("num_labels"):
         arguments += [f"num_labels={labels}", "ignore_mismatched_sizes=True"]
     return [f"base_model = {tuned.base_class}.from_pretrained({', '.join(arguments)})"]
@@ -208,11 +233,16 @@ def _names_of_labels(tuned: AdapterInfo) -> list[str]:
     ]
 
 
+def _quoted(text: Any) -> str:
+    """Text as Python has it, whatever is in it."""
+    return f'"{text}"' if re.fullmatch(r"[\w ./-]*", str(text)) else repr(str(text))
+
+
 def _code(lines: Sequence[str]) -> str:
-    return "\n".join(["```python", *lines, "```"])
+    return markdown_block("\n".join(lines), "python")
 
 
 def _listed(names: Any) -> str:
     if isinstance(names, dict):
-        return "; ".join(f"in `{block}`: {_listed(parts)}" for block, parts in names.items())
-    return ", ".join(f"`{name}`" for name in ([names] if isinstance(names, str) else names))
+        return "; ".join(f"in {markdown_code(block)}: {_listed(parts)}" for block, parts in names.items())
+    return ", ".join(map(markdown_code, [names] if isinstance(names, str) else names))

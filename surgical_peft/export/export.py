@@ -18,7 +18,7 @@ from peft.utils.constants import CONFIG_NAME
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..atomic_files import check_replaceable, whole_folder
+from ..atomic_files import check_replaceable, lies_in, whole_folder
 from ..errors import SurgicalError, first_of
 from ..tuner.loading.saved_adapter import (
     Base,
@@ -33,6 +33,7 @@ from ..validation import check_choice
 from .adapter_card import write_exported_card
 from .delta import DELTA_CONFIG, read_delta, write_delta, write_restored
 from .low_rank import write_lora
+from .private import without_paths
 from .processor import fits_pipeline, processor_of
 from .stock_peft import stock_config, whole_modules
 
@@ -79,8 +80,8 @@ def export(
         rank: for `lora`.
 
     Returns:
-        The report, also in `export.json`: `format`, `source`, `bytes` of weights, and what the format has to say
-        (`ratio` of a delta, `error` of a LoRA).
+        The report, also in `export.json`: `format`, `source` (of an absolute path the last part),
+        `bytes` of weights, and what the format has to say (`ratio` of a delta, `error` of a LoRA).
 
     Raises:
         SurgicalError: what cannot be read, does not fit together, or cannot be held. Nothing is written.
@@ -121,7 +122,7 @@ def export(
             report = {}
         _add_what_goes_with_it(source, adapter, model, format, temporary)
         size = sum(file.stat().st_size for file in temporary.glob("*.safetensors"))
-        report = {"format": format, "source": str(source), "bytes": size, **report}
+        report = {"format": format, "source": without_paths(str(source)), "bytes": size, **report}
         (temporary / _REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return report
 
@@ -135,10 +136,11 @@ def _add_what_goes_with_it(
     if processor is not None:
         processor.save_pretrained(folder)
     for picture in adapter.folder.glob("*.png"):
-        shutil.copyfile(picture, folder / picture.name)
+        if lies_in(picture, adapter.folder):
+            shutil.copyfile(picture, folder / picture.name)
     if format in ("peft", "merged") and model is not None:
         write_exported_card(adapter, model, format, folder, fits_pipeline(model, processor))
-    elif format == "adapter" and (adapter.folder / "README.md").is_file():
+    elif format == "adapter" and lies_in(adapter.folder / "README.md", adapter.folder):
         shutil.copyfile(adapter.folder / "README.md", folder / "README.md")
 
 

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError  # type: ignore[attr-defined]
+from peft.utils.constants import CONFIG_NAME
 
+from ..atomic_files import is_plain_file
 from ..errors import SurgicalError
+from ..tuner.loading.saved_adapter import read_json
 from .card_text import HERE
+from .private import is_absolute, without_base
+
+REPORT = "report.json"  # of a training, beside its adapter
+# Of what `save_pretrained` of adapters, tokenizers and image processors writes, and `train`.
+_SUFFIXES = (".json", ".jinja", ".md", ".model", ".png", ".safetensors", ".spm", ".tiktoken", ".txt", ".bpe", ".codes")
 
 
 @dataclass(frozen=True)
@@ -22,17 +32,20 @@ class Pushed:
         repository: its name, `user/name`.
         commit: its address.
         private: whether only its owner sees it.
+        left_out: files of the adapter's folder that are not of a kind which belongs there, or links; they stay here.
     """
 
     repository: str
     commit: str
     private: bool
+    left_out: tuple[str, ...] = ()
 
 
 def push(run: str | Path, repository: str, *, public: bool = False) -> Pushed:
     """Create a repository on the Hub and put a training's adapter and card into it, in one commit.
 
     The token is that of huggingface_hub's own login. In the card, the repository's name stands where it is loaded.
+    Where a base model lies that is not from the Hub is left out of the config.
 
     Args:
         run: the folder that `surgical-peft train` wrote.
@@ -41,36 +54,85 @@ def push(run: str | Path, repository: str, *, public: bool = False) -> Pushed:
 
     Raises:
         SurgicalError: no adapter with a card in `run`, a name that cannot be or is taken, no token or one without the
-            right to write there, no network, or metadata that the Hub refuses.
+            right to write there, no network, metadata that the Hub refuses, or a card that says where
+            things lie on this machine.
 
     Example:
         >>> push("runs/label_map", "me/label-map").repository
         'me/label-map'
     """
     folder = Path(run) / "adapter"
+    if folder.is_symlink():
+        raise SurgicalError(f"{str(folder)!r} is a link, which may lead anywhere: put the folder itself there.")
     for name in ("adapter_config.json", "adapter_model.safetensors", "README.md"):
-        if not (folder / name).is_file():
+        if not is_plain_file(folder / name):
             remedy = f"make it with `surgical-peft card {run}`" if name == "README.md" else "train first"
-            raise SurgicalError(f"{str(folder)!r} has no {name}: {remedy}.")
+            raise SurgicalError(f"{str(folder)!r} has no {name}, or only a link: {remedy}.")
     if constants.HF_HUB_OFFLINE:
         raise SurgicalError("HF_HUB_OFFLINE is set, so nothing can be pushed: unset it for this command.")
     if get_token() is None:
         raise SurgicalError("there is no token for the Hub: log in with `hf auth login`, or set HF_TOKEN.")
+    files, left_out = _files(folder)
+    texts = _texts(folder, files)
+    _check_private(Path(run), texts)
     api = HfApi()
     with _clear_errors(repository):
         name = _create(api, repository, public)
-        files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-        card = (folder / "README.md").read_text(encoding="utf-8").replace(f'"{HERE}"', f'"{name}"').encode()
+        contents = {path: text.replace(f'"{HERE}"', f'"{name}"') for path, text in texts.items()}
         commit = api.create_commit(
             name,
             [
-                CommitOperationAdd(path, card if path == "README.md" else file)
-                for file in files
-                for path in [file.relative_to(folder).as_posix()]
+                CommitOperationAdd(path, contents[path].encode() if path in contents else folder / path)
+                for path in files
             ],
             commit_message="Adapter trained with surgical-peft",
         )
-    return Pushed(name, str(commit.commit_url), not public)
+    return Pushed(name, str(commit.commit_url), not public, left_out)
+
+
+def _files(folder: Path) -> tuple[list[str], tuple[str, ...]]:
+    """What belongs to an adapter, by its kind, and what else lies there; links, which may lead anywhere, too."""
+    files: list[str] = []
+    others: list[str] = []
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder)
+        if path.is_dir() and not path.is_symlink():
+            continue
+        is_known = path.suffix in _SUFFIXES and not any(part.startswith(".") for part in name.parts)
+        (files if is_known and is_plain_file(path) else others).append(name.as_posix())
+    return files, tuple(others)
+
+
+def _texts(folder: Path, files: Iterable[str]) -> dict[str, str]:
+    """The card and the configs, as they are published."""
+    texts = {}
+    for path in files:
+        if path.endswith(CONFIG_NAME):
+            texts[path] = json.dumps(without_base(read_json(folder / path, "adapter")), indent=2) + "\n"
+        elif path.endswith(("README.md", "config.json")):
+            try:
+                texts[path] = (folder / path).read_text(encoding="utf-8")
+            except UnicodeDecodeError as error:
+                raise SurgicalError(f"{path} cannot be read as text ({error}): write it in UTF-8.") from error
+    return texts
+
+
+def _check_private(run: Path, texts: Mapping[str, str]) -> None:
+    """Refuse a token, and places on this machine; a card of an earlier version may say them."""
+    places = [str(run.resolve()), str(Path.home())]
+    if (run / REPORT).is_file():
+        recipe = read_json(run / REPORT, "training").get("recipe")
+        places += filter(is_absolute, recipe.values()) if isinstance(recipe, dict) else []
+    token = get_token()
+    for path, text in texts.items():
+        if token and token in text:
+            raise SurgicalError(f"{path} holds your token for the Hub: take it out, and make a new one.")
+        for place in places:
+            if len(place) > 1 and re.search(rf"(?<![\w/.:-]){re.escape(place)}(?![\w-])", text):
+                raise SurgicalError(
+                    f"{path} says {place!r}, which would be published: `surgical-peft card {run}` writes the card "
+                    "without, or take it out by hand."
+                )
 
 
 def _create(api: HfApi, repository: str, public: bool) -> str:

@@ -99,9 +99,7 @@ def as_procedure(given: Procedure | Callable[..., Any] | str, settings: Mapping[
             f"{given!r} is not a procedure: give one, such as procedures.sweep() with its brackets, a generator "
             "function such as `def mine(blocks): metric = yield blocks.parse([0])`, or a name."
         )
-    made = call_with_options("procedure", name, source, settings)
-    if not isinstance(made, Procedure):
-        raise SurgicalError(f"{name!r} makes a {type(made).__name__}, not a procedure.")
+    made: Procedure = call_with_options("procedure", name, source, settings, gives=Procedure)
     return made
 
 

@@ -8,6 +8,7 @@ same waiting trial (there is no SELECT FOR UPDATE), and the lock of its journal 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
@@ -46,6 +47,7 @@ def lock_and_storage(url: str | None, name: str) -> tuple[Lock, Callable[[], Bas
         patient = {"connect_args": {"timeout": 60}}  # a dashboard may be reading
         return lambda: _beside(path, lock), lambda: RDBStorage(url, engine_kwargs=patient)
     if url.startswith("postgresql"):
+        _check_url(url)
         engine = cache(lambda: create_engine(url))  # made when first used: its driver may be missing
         return lambda: _in_postgresql(engine(), name), lambda: RDBStorage(url)
     raise SurgicalError(
@@ -54,6 +56,20 @@ def lock_and_storage(url: str | None, name: str) -> tuple[Lock, Callable[[], Bas
         "(any workers), or None to keep nothing. A path after three slashes is relative to the working directory, "
         "after four it is absolute."
     )
+
+
+def _check_url(url: str) -> None:
+    """Refuse a URL that is read otherwise than it was meant, by which a part of its password may reach a message."""
+    try:
+        host = make_url(url).host or ""
+    except (SQLAlchemyError, ValueError):
+        host = "@"
+    if "@" in host:
+        raise SurgicalError(
+            f"storage={shown(url)!r} is no URL that can be read: write "
+            "postgresql+psycopg://user:password@host:5432/database, special characters of the password in percent, "
+            "such as %40 for @."
+        ) from None
 
 
 @contextmanager
@@ -86,9 +102,4 @@ def _in_postgresql(engine: Engine, name: str) -> Iterator[None]:
 
 def shown(url: str | None) -> str:
     """The storage for a message, without its password."""
-    if url is None:
-        return "memory"
-    try:
-        return make_url(url).render_as_string(hide_password=True)
-    except SQLAlchemyError:
-        return url
+    return "memory" if url is None else re.sub(r"(//[^:/@]*):.*@", r"\1:***@", url)

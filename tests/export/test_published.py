@@ -267,3 +267,20 @@ def test_names_that_are_none_of_a_head_are_refused(names: Any) -> None:
 def test_what_is_no_head_is_refused(head: dict[str, Any]) -> None:
     with pytest.raises(SurgicalError, match="head_config"):
         SurgicalConfig(blocks=[0], head_config=head)
+
+
+def test_an_export_follows_no_link_out_of_the_adapter_and_says_not_where_it_was(
+    run: tuple[str, Recipe, Path], tmp_path: Path
+) -> None:
+    _, recipe, folder = run
+    hidden = tmp_path / "Secret-Client" / "adapter"
+    shutil.copytree(folder / "run" / "adapter", hidden)
+    (tmp_path / "secret.png").write_text("secret")
+    (hidden / "scores.png").symlink_to(tmp_path / "secret.png")
+    (hidden / "README.md").unlink()
+    (hidden / "README.md").symlink_to(tmp_path / "secret.png")
+    for out in ("merged", "adapter", "peft"):
+        export(hidden, tmp_path / out, out, base_model=recipe.model)
+        assert not (tmp_path / out / "scores.png").exists()
+        texts = [path.read_text() for path in (tmp_path / out).iterdir() if path.suffix in (".json", ".md")]
+        assert not any("secret" in text for text in texts) and not any("Secret-Client" in text for text in texts)

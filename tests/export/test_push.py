@@ -15,14 +15,19 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import HfApi, constants
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from transformers import AutoModelForImageClassification
 
 from surgical_peft import SurgicalConfig, SurgicalError, export_to_peft
 from surgical_peft.cli.main import main
+from surgical_peft.experiments.recipe import load_recipe
+from surgical_peft.experiments.training.train import train
+from surgical_peft.export import adapter_card
 from surgical_peft.export.card_text import END, HERE
+from surgical_peft.export.export import export
 from surgical_peft.export.push import push
 from tests.support.hub_server import TOKEN, Hub, running_hub
+from tests.support.tiny import write_recipe
 
 VIT = Path(__file__).parents[2] / "recipes" / "fashion_mnist" / "vit"
 
@@ -254,3 +259,105 @@ def test_an_error_of_the_command_is_one_line(made: Path, monkeypatch: pytest.Mon
     with pytest.raises(SystemExit) as stop:
         main()
     assert stop.value.code == 2 and capsys.readouterr().err.startswith("error: HF_HUB_OFFLINE is set")
+
+
+@pytest.fixture(scope="module")
+def hidden(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose model, data and results lie in a folder that nobody is to know of, by a recipe that says where."""
+    folder = tmp_path_factory.mktemp("Secret-Client")
+    path = write_recipe(folder, model=str(folder / "model"), data=str(folder / "data"), blocks=["head"], max_steps=1)
+    train(load_recipe(path))
+    assert "Secret-Client" in (folder / "run" / "adapter" / "adapter_config.json").read_text()
+    return folder / "run"
+
+
+def test_where_things_lie_is_not_published(online: Hub, hidden: Path) -> None:
+    push(hidden, "someone/one")
+    files = online.repositories["someone/one"].files
+    assert {
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "preprocessor_config.json",
+    } <= files.keys()
+    for name, content in files.items():
+        assert b"Secret-Client" not in content and TOKEN.encode() not in content, name
+    assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] is None
+    kept = json.loads((hidden / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert kept == str(hidden.parent / "model")  # by which it is still loaded here
+
+
+def test_what_is_published_loads_on_its_base(online: Hub, hidden: Path, tmp_path: Path) -> None:
+    push(hidden, "someone/one")
+    for name, content in online.repositories["someone/one"].files.items():
+        (tmp_path / name).write_bytes(content)
+    base = AutoModelForImageClassification.from_pretrained(hidden.parent / "model")
+    PeftModel.from_pretrained(base, tmp_path)
+    with pytest.raises(SurgicalError, match="--base"):
+        export(tmp_path, tmp_path / "merged", "merged")
+    export(tmp_path, tmp_path.with_name("merged"), "merged", base_model=hidden.parent / "model")
+
+
+def test_a_name_of_the_hub_stays(online: Hub, made: Path, tmp_path: Path) -> None:
+    shutil.copytree(made, tmp_path / "run")
+    path = tmp_path / "run" / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": "google/vit"}))
+    push(tmp_path / "run", "someone/one")
+    pushed = online.repositories["someone/one"].files["adapter_config.json"]
+    assert json.loads(pushed)["base_model_name_or_path"] == "google/vit"
+
+
+def test_pushing_a_model_says_as_little(hidden: Path, tmp_path: Path) -> None:
+    base = AutoModelForImageClassification.from_pretrained(hidden.parent / "model")
+    model = PeftModel.from_pretrained(base, hidden / "adapter")
+    model.save_pretrained(tmp_path)
+    uploaded: dict[str, bytes] = {}
+
+    def upload(folder: str, repository: str) -> None:
+        uploaded.update({path.name: path.read_bytes() for path in Path(folder).iterdir()})
+
+    adapter_card._upload(upload, model, str(tmp_path), "someone/one")
+    assert uploaded.keys() >= {"README.md", "adapter_config.json"}
+    assert all(b"Secret-Client" not in content for content in uploaded.values())
+    assert "Secret-Client" in (tmp_path / "adapter_config.json").read_text()  # the one at home is as it was
+
+
+def test_only_files_of_an_adapter_are_pushed(
+    online: Hub, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(made, tmp_path / "run")
+    (tmp_path / "secrets").mkdir()
+    (tmp_path / "secrets" / "key.json").write_text('"secret"')
+    adapter = tmp_path / "run" / "adapter"
+    (adapter / "link.json").symlink_to(tmp_path / "secrets" / "key.json")
+    (adapter / "folder").symlink_to(tmp_path / "secrets")
+    (adapter / "training_args.bin").write_bytes(b"secret")
+    (adapter / ".env.txt").write_text("secret")
+    (adapter / "vocab.txt").write_text("a")
+    monkeypatch.setattr("sys.argv", ["surgical-peft", "push", str(tmp_path / "run"), "someone/one"])
+    with pytest.raises(SystemExit):
+        main()
+    files = online.repositories["someone/one"].files
+    assert "vocab.txt" in files and not any(b"secret" in content for content in files.values())
+    told = " ".join(capsys.readouterr().out.split())
+    assert all(name in told for name in ("link.json", "folder", "training_args.bin", ".env.txt"))
+    weights = adapter / "adapter_model.safetensors"
+    shutil.move(weights, tmp_path / "weights")
+    weights.symlink_to(tmp_path / "weights")
+    with pytest.raises(SurgicalError, match=r"adapter_model\.safetensors.*link"):
+        push(tmp_path / "run", "someone/two")
+    shutil.move(adapter, tmp_path / "elsewhere")
+    adapter.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(SurgicalError, match="link"):
+        push(tmp_path / "run", "someone/two")
+
+
+@pytest.mark.parametrize("line", ["It lies in {run}.", "See {home}/notes.txt", f"token: {TOKEN}"])
+def test_a_card_that_says_too_much_is_refused(online: Hub, made: Path, tmp_path: Path, line: str) -> None:
+    """As one of an earlier version, or one that was written by hand."""
+    shutil.copytree(made, tmp_path / "run")
+    card = tmp_path / "run" / "adapter" / "README.md"
+    card.write_text(f"{card.read_text()}\n{line.format(run=tmp_path / 'run', home=Path.home())}\n")
+    with pytest.raises(SurgicalError, match=r"README\.md"):
+        push(tmp_path / "run", "someone/one")
+    assert online.repositories == {}

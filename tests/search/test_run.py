@@ -625,6 +625,16 @@ def test_a_server_that_does_not_answer_is_named_without_its_password(tmp_path: P
     assert "secret" not in str(caught.value)
 
 
+@pytest.mark.parametrize("rest", ["s3cret@host:port/db", "s3@cret@host/db", "s3/cret@host/db", "s3:cret@host:x/db"])
+@pytest.mark.parametrize("kind", ["postgresql+psycopg", "mysql"])
+def test_a_url_that_is_read_otherwise_than_meant_is_named_without_its_password(
+    kind: str, rest: str, tmp_path: Path
+) -> None:
+    with pytest.raises(SurgicalError) as caught:
+        run_search(SWEEP, Objective(tmp_path), storage=f"{kind}://me:{rest}")
+    assert "me:***@" in str(caught.value) and "cret" not in str(caught.value) and "s3" not in str(caught.value)
+
+
 def test_an_unfinished_last_line_of_a_journal_is_cut_off(tmp_path: Path) -> None:
     storage = FILES["journal"].format(tmp_path)
     with pytest.raises(KeyboardInterrupt):

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from fractions import Fraction
 from pathlib import Path
 
 from ...blocks.block_map import blocks_in_words
-from ...rendering import TextTable, markdown_row, new_figure
+from ...rendering import TextTable, markdown_block, markdown_row, markdown_text, new_figure
 from ...scoring.plot import draw_bars, words_of
 from .advice import Advice, CandidateReport, Difference
 
@@ -55,11 +55,11 @@ def _shown(advice: Advice) -> str:
 def markdown(advice: Advice) -> str:
     """The advice as Markdown: what to do, what to write into the recipe, the table and the signature."""
     recommended = advice.recommended
-    lines = [" ".join(advice.sentences), ""]
+    lines = [markdown_text(" ".join(advice.sentences)), ""]
     if recommended is not None and recommended.lines:
-        lines += ["```yaml", *recipe_lines(advice), "```", ""]
-    lines += [markdown_row(_header(advice)), markdown_row(["---", *["---:"] * 4, "---"])]
-    lines += [markdown_row(row) for row in _rows(advice, "**{}**")]
+        lines += [markdown_block("\n".join(recipe_lines(advice)), "yaml"), ""]
+    lines += [markdown_row(_header(advice, markdown_text)), markdown_row(["---", *["---:"] * 4, "---"])]
+    lines += [markdown_row(row) for row in _rows(advice, "**{}**", markdown_text)]
     cost, signature = advice.cost, advice.signature
     lines += [
         "",
@@ -69,18 +69,21 @@ def markdown(advice: Advice) -> str:
         f"long as {cost.full_trainings:.1f}.",
         "",
     ]
-    lines += not_tried(advice)
+    lines += map(markdown_text, not_tried(advice))
     lines += [""] if advice.unfit else []
     scores, moved, floor = advice.scores.values, signature.moved or {}, signature.floor or {}
-    header = ["block", f"score ({advice.scores.criterion})", "gradient (rgn)"]
+    header = ["block", f"score ({markdown_text(advice.scores.criterion)})", "gradient (rgn)"]
     lines += [markdown_row([*header, *(["features moved", "chance"] if moved else [])])]
     lines += [markdown_row(["---", *["---:"] * (2 + 2 * bool(moved))])]
     for name, gradient in signature.gradients.items():
         values = [scores.get(name), gradient, *([moved.get(name), floor.get(name)] if moved else [])]
-        lines.append(markdown_row([name, *("-" if value is None else f"{value:.3g}" for value in values)]))
+        lines.append(
+            markdown_row([markdown_text(name), *("-" if value is None else f"{value:.3g}" for value in values)])
+        )
     lines += ["", "![signature](signature.png)", ""]
     versions = ", ".join(f"{name} {number}" for name, number in advice.versions.items())
-    return "\n".join([*lines, f"{advice.date}, {versions}; {advice.machine}."]) + "\n"
+    made = markdown_text(f"{advice.date}, {versions}; {advice.machine}.")
+    return "\n".join([*lines, made]) + "\n"
 
 
 def not_tried(advice: Advice) -> list[str]:
@@ -238,11 +241,11 @@ def _title(advice: Advice) -> str:
     return f"After {_part(advice.share)} of the steps, on {advice.validation_examples} validation examples"
 
 
-def _header(advice: Advice) -> list[str]:
-    return [name.format(metric=advice.metric + ", %" * advice.is_share) for name in _COLUMNS]
+def _header(advice: Advice, shown: Callable[[str], str] = str) -> list[str]:
+    return [name.format(metric=shown(advice.metric) + ", %" * advice.is_share) for name in _COLUMNS]
 
 
-def _rows(advice: Advice, bold: str) -> list[list[str]]:
+def _rows(advice: Advice, bold: str, shown: Callable[[str], str] = str) -> list[list[str]]:
     scale = 100 if advice.is_share else 1
     rows = []
     for row in advice.methods:
@@ -250,12 +253,12 @@ def _rows(advice: Advice, bold: str) -> list[list[str]]:
         difference = "-" if gap is None else f"{scale * gap.mean:+.3g}{_plus_minus(gap, scale)}"
         is_chosen = row.method == advice.chosen
         cells = [
-            row.title,
+            shown(row.title),
             "-" if row.validation is None else f"{scale * row.validation:.4g}",
             difference,
             "-" if row.rate is None else f"{row.rate:g}{'*' * row.at_edge}",
             f"{row.tuned_parameters:,}",
-            _state(row, advice),
+            shown(_state(row, advice)),
         ]
         rows.append([bold.format(cell) for cell in cells[:2]] + cells[2:] if is_chosen else cells)
     return rows

@@ -15,6 +15,7 @@ from transformers import TrainingArguments
 from ...atomic_files import digest_of
 from ...errors import SurgicalError
 from ...validation import nearest
+from ..recipe.code import check_code
 from ..recipe.recipe import Recipe
 from ..tasks import load_task, measured_split
 from .methods import Method, make_method
@@ -55,12 +56,13 @@ class Comparison:
         rates: the grid of the recipe.
 
     Raises:
-        SurgicalError: methods, rates, draws or data of the recipe do not fit.
+        SurgicalError: methods, rates, draws or data of the recipe do not fit; methods that are code which may not run.
     """
 
     def __init__(self, recipe: Recipe) -> None:
         if not recipe.methods:
             raise SurgicalError("there is nothing to compare: write methods into the recipe, such as [full, head].")
+        check_code(recipe, "methods")
         self.recipe = recipe
         methods = [make_method(entry) for entry in recipe.methods]
         self.methods: dict[str, Method] = {method.title: method for method in methods}

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Callable
 
-from ...rendering import TextTable, markdown_row
+from ...rendering import TextTable, markdown_row, markdown_text
 from .report import ComparisonReport, MethodRow
 
 _COLUMNS = ["method", "{metric}", "to full", "rate", "tuned", "step", "memory, MB", "file, kB", "choosing, s"]
@@ -51,23 +52,24 @@ def _marks(report: ComparisonReport) -> list[str]:
 
 def markdown(report: ComparisonReport) -> str:
     """The report as Markdown: what won, the table, and how to read it."""
-    header, rows = _cells(report, "**{}**")
+    header, rows = _cells(report, "**{}**", markdown_text)
     ruler = ["---", *["---:"] * (len(header) - 1)]
-    lines = [" ".join(report.sentences), "", markdown_row(header), markdown_row(ruler)]
+    lines = [markdown_text(" ".join(report.sentences)), "", markdown_row(header), markdown_row(ruler)]
     lines += map(markdown_row, rows)
     versions = ", ".join(f"{name} {number}" for name, number in report.versions.items())
     starred = " (* still there)" if any(row.at_edge for row in report.methods) else ""
     added = " (+ a rate added so)" if any(row.is_rate_added for row in report.methods) else ""
     lines += [
         "",
-        f"{report.split.capitalize()} {report.metric}: mean ± standard deviation of {trainings_of(report)}. To full: "
-        f"the paired difference to full fine-tuning. {interval_in_words(report)} Each rate has the best mean on "
+        f"{report.split.capitalize()} {markdown_text(report.metric)}: mean ± standard deviation of "
+        f"{trainings_of(report)}. To full: the paired difference to full fine-tuning. {interval_in_words(report)} "
+        "Each rate has the best mean on "
         f"validation data of its grid, extended where that was at the edge{added}{starred}. Tuned: parameters. Step: "
         "its time, as a part of full fine-tuning's: all take turns in one process, and the median over the rounds "
         "counts. Memory: the most that is alive at once in a step. Choosing: of the blocks, once for each training."
         + (" Forgets: what is lost on the source model's own data." if _tells_forgetting(report) else ""),
         "",
-        f"{report.date}, {versions}; {report.machine}.",
+        markdown_text(f"{report.date}, {versions}; {report.machine}."),
     ]
     return "\n".join(lines) + "\n"
 
@@ -147,7 +149,9 @@ def interval_in_words(report: ComparisonReport) -> str:
     return f"{text}: it covers {' and '.join(covered)}, not which examples are in the test set."
 
 
-def _cells(report: ComparisonReport, bold: str) -> tuple[list[str], list[list[str]]]:
+def _cells(
+    report: ComparisonReport, bold: str, shown: Callable[[str], str] = str
+) -> tuple[list[str], list[list[str]]]:
     best = max(row.mean for row in report.methods if not row.has_diverged)
     rows = []
     for row in report.methods:
@@ -162,7 +166,7 @@ def _cells(report: ComparisonReport, bold: str) -> tuple[list[str], list[list[st
         counts = sorted(set(row.tuned_parameters))
         sizes = [size for size in row.bytes if size is not None]
         cells = [
-            row.method,
+            shown(row.method),
             result,
             difference,
             "-" if row.rate is None else f"{row.rate:g}{_mark(row)}",
@@ -179,7 +183,7 @@ def _cells(report: ComparisonReport, bold: str) -> tuple[list[str], list[list[st
             cells[:2] = [bold.format(cell) for cell in cells[:2]]
         rows.append(cells)
     header = [*_COLUMNS, *["forgets"] * _tells_forgetting(report)]
-    return [name.format(metric=report.metric + ", %" * scale_of(report)[0]) for name in header], rows
+    return [name.format(metric=shown(report.metric) + ", %" * scale_of(report)[0]) for name in header], rows
 
 
 def _tells_forgetting(report: ComparisonReport) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from types import NoneType
 from typing import Any, get_type_hints
@@ -12,14 +12,14 @@ from typing import Any, get_type_hints
 from transformers import TrainingArguments
 
 from ...errors import SurgicalError
-from ...policies.stages import check_length, planned_length
 from ...validation import check_count, check_number, nearest
 from ..metrics import SHIPPED
-from .recipe import Recipe
+from .code import without_code
+from .recipe import NOT_KEYS, Recipe
 from .training_arguments import check_training
 from .yaml_file import read_yaml
 
-_TYPES = {f.name: get_type_hints(Recipe)[f.name] for f in fields(Recipe) if f.name not in ("training", "given")}
+_TYPES = {f.name: get_type_hints(Recipe)[f.name] for f in fields(Recipe) if f.name not in NOT_KEYS}
 _TRAINING = {f.name: get_type_hints(TrainingArguments)[f.name] for f in fields(TrainingArguments) if f.init}
 _REFUSED = {
     "hub_token": "it is a secret, and what a recipe says stands in reports and cards; log in with `hf auth login`",
@@ -50,8 +50,12 @@ _LONGEST = 4096  # characters of one text
 _FOLDERS = ("model", "data", "sources", "draws", "test_data", "source_data")
 
 
-def load_recipe(path: str | Path) -> Recipe:
-    """Read and check a recipe; folders named in it are looked up beside the file.
+def load_recipe(path: str | Path, *, allow_code: bool = False) -> Recipe:
+    """Read and check a recipe; folders named in it are looked up beside the file. Nothing that it names is imported.
+
+    Args:
+        path: of the file.
+        allow_code: see `Recipe`; a file below the working directory that was not fetched brings its code without.
 
     Raises:
         SurgicalError: no such file, not YAML, an unknown, duplicate, renamed or missing key, or a value of the wrong
@@ -61,15 +65,16 @@ def load_recipe(path: str | Path) -> Recipe:
         >>> load_recipe("recipes/noise.yaml").corruption
         'gaussian_noise'
     """
-    return recipe_of(read_yaml(Path(path)), Path(path))
+    return recipe_of(read_yaml(Path(path)), Path(path), allow_code=allow_code)
 
 
-def recipe_of(keys: Mapping[Any, Any], path: Path = Path("recipe")) -> Recipe:
+def recipe_of(keys: Mapping[Any, Any], path: Path | None = None, *, allow_code: bool = False) -> Recipe:
     """The recipe with these keys, such as the `recipe` of a report.
 
     Args:
         keys: as a file has them.
         path: of the file; folders are looked up beside it, by default in the current one.
+        allow_code: as for `load_recipe`; without a path, any code needs it.
 
     Raises:
         SurgicalError: as `load_recipe`.
@@ -78,22 +83,21 @@ def recipe_of(keys: Mapping[Any, Any], path: Path = Path("recipe")) -> Recipe:
         >>> recipe_of({"model": "vit", "data": "target-0", "learning_rate": 1e-3}).training
         {'learning_rate': 0.001}
     """
-    written = dict(keys)
+    written, name = dict(keys), str(path or "recipe")
     for key, value in written.items():
-        _check_plain(key, value, str(path))
-        _check_key(key, value, str(path))
+        _check_plain(key, value, name)
+        _check_key(key, value, name)
     missing = {"model", "data"} - written.keys()
     if missing:
-        raise SurgicalError(f"{path}: the key {' and '.join(sorted(missing))} is missing.")
-    read = find_folders(path, written)
+        raise SurgicalError(f"{name}: the key {' and '.join(sorted(missing))} is missing.")
+    read = find_folders(path or Path(name), written)
     training = {key: value for key, value in read.items() if key not in _TYPES}
     own = {key: value for key, value in read.items() if key in _TYPES}
-    recipe = Recipe(**own, training=training, given={key: (written[key], read[key]) for key in written})
-    # What is wrong with blocks, policy or arguments is said now, not after the data are loaded.
-    recipe.config()
-    arguments = recipe.arguments()
-    check_training(recipe.training, arguments)
-    check_length(recipe.make_policy(), *planned_length(arguments))
+    given = {key: (written[key], read[key]) for key in written}
+    recipe = Recipe(**own, training=training, given=given, path=path, allow_code=allow_code)
+    # What is wrong with blocks, policy or arguments is said now, not after the data are loaded; of code when it runs.
+    check_training(recipe.training, recipe.arguments())
+    replace(without_code(recipe)[0], given={}, path=None).check()
     _check_search(recipe)
     return recipe
 

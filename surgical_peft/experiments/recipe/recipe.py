@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import MISSING, Field, dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import TrainingArguments
 
+from ...policies.stages import check_length, planned_length
+from .code import check_code, check_writes
 from .sections import CompareSection, DataSection, PolicySection, SearchSection, SelectionSection, names_of
 from .training_arguments import make_arguments
 
-NOT_KEYS = ("training", "given")
+NOT_KEYS = ("training", "given", "path", "allow_code")
 _NO_SETTINGS = {  # of a training: where its results go, and what is searched for
     *("output_dir", "blocks", "criterion", "criterion_options", "num_blocks", "num_batches", "tiny"),
     *("procedure", "procedure_options", "rates", "seeds", *names_of(CompareSection)),
@@ -30,6 +33,9 @@ class Recipe(CompareSection, SearchSection, PolicySection, SelectionSection, Dat
         tiny: for `--tiny`: the config of a small model, e.g. `{model_type: bert, hidden_size: 32}`, see `make_tiny`.
         training: keys for `TrainingArguments`.
         given: for each key of the file its value as written there, and as read: folders are found beside the file.
+        path: of the file; None if it is not known.
+        allow_code: run code that is not the user's own: what a recipe from elsewhere names, metrics of the Hub, and
+            what lies beside a model (the `trust_remote_code` of transformers).
 
     Example:
         >>> recipe = Recipe(model="vit", data="target-0", blocks=[0], training={"learning_rate": 1e-3})
@@ -40,6 +46,8 @@ class Recipe(CompareSection, SearchSection, PolicySection, SelectionSection, Dat
     tiny: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
     given: dict[str, tuple[Any, Any]] = field(default_factory=dict, compare=False)
+    path: Path | None = field(default=None, compare=False)
+    allow_code: bool = field(default=False, compare=False)
 
     def settings(self) -> dict[str, Any]:
         """The keys that a training depends on, in plain data: not what is searched for, nor where the results go."""
@@ -57,6 +65,21 @@ class Recipe(CompareSection, SearchSection, PolicySection, SelectionSection, Dat
             written, read = self.given.get(key, (value, value))
             keys[key] = written if value == read else value
         return keys
+
+    def check(self, output: str | Path | None = None) -> None:
+        """Import the code that the recipe brings, and make its criterion and its policy.
+
+        Args:
+            output: the folder for the results, where it is not the recipe that says so.
+
+        Raises:
+            SurgicalError: they do not fit, the code may not run, or results may not go there: see `check_code` and
+                `check_writes`.
+        """
+        check_code(self)
+        check_writes(self, output)
+        self.config()
+        check_length(self.make_policy(), *planned_length(self.arguments()))
 
     def arguments(self, **overrides: Any) -> TrainingArguments:
         """The training arguments: the recipe's, over quiet defaults, under `overrides`.

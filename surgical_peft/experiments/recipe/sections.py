@@ -15,6 +15,7 @@ from ...policies.policy import Policy
 from ...procedures.procedure import Procedure, as_procedure
 from ...tuner.config import SurgicalConfig
 from ...validation import call_with_options, nearest, resolve
+from .code import check_code, resolve_key
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +33,8 @@ class DataSection:
         task: the kind of model and data, a name from `tasks` or `package.module:name`.
         columns: which column is what, e.g. `{text: body, label: y}`, where their names and types do not say it.
         metric: what to measure, larger is better: one that ships in `metrics`, a folder (relative to the recipe) with
-            a script for `evaluate`, or, with a network, one of the Hub; default is the task's.
+            a script for `evaluate`, or, with a network and `--allow-code`, one of the Hub; default is the
+            task's.
         max_length: of a text, in tokens; default is what the model takes.
         new_head: whether the head is made anew, with as many labels as the data have classes; it is then trained and
             saved whatever blocks are chosen.
@@ -109,8 +111,10 @@ class SelectionSection:
         """The criterion with its options, or None.
 
         Raises:
-            SurgicalError: options without a criterion, an unknown criterion, or an option that it does not have.
+            SurgicalError: options without a criterion, an unknown criterion, an option that it does not have, or
+                code that may not run.
         """
+        check_code(self, "criterion")
         if not self.criterion_options:
             return self.criterion
         if self.criterion is None:
@@ -146,11 +150,13 @@ class PolicySection:
         """The policy, or None.
 
         Raises:
-            SurgicalError: an unknown policy, or options that it does not take.
+            SurgicalError: an unknown policy, options that it does not take, something else than a policy, or code
+                that may not run.
         """
         if self.policy is None:
             return None
-        return call_with_options("policy_options", self.policy, resolve(self.policy, policies), self.policy_options)
+        function = resolve_key(self, "policy", policies)
+        return call_with_options("policy_options", self.policy, function, self.policy_options, gives=Policy)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,8 +188,9 @@ class SearchSection:
         """The procedure of a search.
 
         Raises:
-            SurgicalError: an unknown procedure, or options that it does not take.
+            SurgicalError: an unknown procedure, options that it does not take, or code that may not run.
         """
+        check_code(self, "procedure")
         return as_procedure(self.procedure, self.procedure_options)
 
     def make_pruner(self) -> Any:

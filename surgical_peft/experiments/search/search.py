@@ -18,12 +18,12 @@ from ... import procedures
 from ...atomic_files import check_replaceable, whole_folder
 from ...blocks.block_map import blocks_in_words, kind_of
 from ...errors import SurgicalError
-from ...rendering import clock, markdown_row
+from ...rendering import clock, markdown_code, markdown_row, markdown_text
 from ...scoring.progress import Stages
 from ...search.proposals import count_trainings, planned_candidates
 from ...search.result import SearchResult, SearchTrial, candidate_of, state_of
 from ...search.run import optuna_classes, run_search
-from ...validation import resolve
+from ..recipe.code import resolve_key
 from ..recipe.recipe import Recipe
 from ..training.cost import Timing, depth_of, memory_in_words, shared, time_in_words, timed_at_once
 from ..training.provenance import machine, today, versions
@@ -124,6 +124,7 @@ def search(
     """
     if jobs < 1:
         raise SurgicalError(f"jobs={jobs} is too few: 1 or more.")
+    recipe.check(output)
     folder = Path(str(output or recipe.arguments().output_dir))
     check_replaceable(folder / "search", _RESULT)
     _quieten_optuna()
@@ -199,7 +200,7 @@ def _quieten_optuna() -> None:
 
 def _with_scores(recipe: Recipe, console: Console | None = None) -> Recipe:
     """The recipe with the scores that its procedure asks for, by the recipe's criterion."""
-    wanted = inspect.signature(resolve(recipe.procedure, procedures)).parameters
+    wanted = inspect.signature(resolve_key(recipe, "procedure", procedures)).parameters
     if "scores" not in wanted or "scores" in recipe.procedure_options:
         return recipe
     if recipe.divide:
@@ -241,13 +242,13 @@ def _short(blocks: tuple[str, ...]) -> str:
 def search_markdown(result: SearchResult, metric: str) -> str:
     """The candidates of a search as Markdown, the chosen one bold, with a line on what it cost."""
     lines = [
-        markdown_row(["blocks", f"validation {metric}", "rate", "tuned parameters", "state"]),
+        markdown_row(["blocks", f"validation {markdown_text(metric)}", "rate", "tuned parameters", "state"]),
         markdown_row(["---", *["---:"] * 3, "---"]),
     ]
     for candidate in result.candidates:
         trials = [trial for trial in result.trials if trial.blocks == candidate.blocks]
         spread = "" if candidate.deviation is None else f" ± {candidate.deviation:.4f}"
-        cells = ["all" if candidate.blocks == result.blocks else ", ".join(candidate.blocks)]
+        cells = ["all" if candidate.blocks == result.blocks else markdown_text(", ".join(candidate.blocks))]
         cells.append("-" if math.isnan(candidate.metric) else f"{candidate.metric:.4f}{spread}")
         if candidate.blocks == result.best.blocks:
             cells = [f"**{cell}**" for cell in cells]
@@ -260,7 +261,8 @@ def search_markdown(result: SearchResult, metric: str) -> str:
     packages = ", ".join(f"{name} {number}" for name, number in versions().items())
     lines += [
         "",
-        f"`{result.procedure}`: {result.trainings} trainings; {means}. {today()}, {packages}; {machine()}.",
+        f"{markdown_code(result.procedure)}: {result.trainings} trainings; {means}. "
+        f"{today()}, {packages}; {machine()}.",
     ]
     return "\n".join(lines) + "\n"
 

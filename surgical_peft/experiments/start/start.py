@@ -24,7 +24,7 @@ from ..compare.default_methods import DEFAULT
 from ..recipe.recipe import Recipe
 from ..tasks import load_task
 from ..tasks.splits import DataSource, assign_splits
-from ..tasks.task import load_or_raise
+from ..tasks.task import load_pretrained
 from ..training.cost import Timing, depth_of
 from ..training.runner import RecipeRunner
 from ..training.train import budget_of, loader
@@ -72,7 +72,9 @@ class Start:
     memory: int
 
 
-def start(model: str, data: str, task: str | None = None, console: Console | None = None) -> Start:
+def start(
+    model: str, data: str, task: str | None = None, console: Console | None = None, *, allow_code: bool = False
+) -> Start:
     """Read a model and data, and time a few steps.
 
     Args:
@@ -80,6 +82,7 @@ def start(model: str, data: str, task: str | None = None, console: Console | Non
         data: folder, file or Hub id.
         task: a name from `tasks`; default is what the columns and the model speak for.
         console: where to show progress; default is the standard error.
+        allow_code: see `Recipe`.
 
     Raises:
         SurgicalError: model or data cannot be read, or do not fit each other.
@@ -92,7 +95,8 @@ def start(model: str, data: str, task: str | None = None, console: Console | Non
     with Stages(console) as stages:
         stages.begin(f"read {model} and {data}")
         training = {"per_device_train_batch_size": _BATCH}
-        recipe = Recipe(model=model, data=data, task=task or guess_task(model, data), training=training)
+        task = task or guess_task(model, data, allow_code)
+        recipe = Recipe(model=model, data=data, task=task, training=training, allow_code=allow_code)
         recipe, runner, reasons = _fitting(recipe)
         recipe = replace(recipe, training={**recipe.training, **_training(runner)})
         recipe = replace(recipe, rates=_rates(recipe.training["learning_rate"]))
@@ -107,13 +111,14 @@ def start(model: str, data: str, task: str | None = None, console: Console | Non
     return Start(recipe, reasons, described, understood, _steps(recipe, runner, timing), timing.memory)
 
 
-def guess_task(model: str, data: str) -> str:
+def guess_task(model: str, data: str, allow_code: bool = False) -> str:
     """The task that the columns of the data and the kind of the model speak for.
 
     Raises:
         SurgicalError: model or data cannot be read.
     """
-    config = load_or_raise(AutoConfig.from_pretrained, model, "model")
+    recipe = Recipe(model=model, data=data, allow_code=allow_code)
+    config = load_pretrained(AutoConfig.from_pretrained, recipe, "model")
     source = DataSource.find(data)
     train = assign_splits(source, {})["train"] or source.splits[0]
     features = list(source.open(train).features.values())

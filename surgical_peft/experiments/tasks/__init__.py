@@ -9,7 +9,8 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from ...validation import resolve
+from ...errors import SurgicalError
+from ..recipe.code import check_code, resolve_key
 from ..recipe.recipe import Recipe
 from .causal_lm import causal_lm
 from .image_classification import image_classification
@@ -34,17 +35,23 @@ def load_task(recipe: Recipe, splits: Sequence[str] = SPLITS) -> Task:
         splits: which splits to load; the others are not opened.
 
     Raises:
-        SurgicalError: unknown task; model or data that cannot be found or do not fit the task.
+        SurgicalError: unknown task, or one that gives no `Task`; code of the recipe that may not run; model or data
+            that cannot be found or do not fit the task.
 
     Example:
         >>> load_task(recipe, ("train", "validation")).splits.keys()
         dict_keys(['train', 'validation'])
     """
     task = task_of(recipe)
+    check_code(recipe, "metric")
     info = info_of(task)
     if info.keys is not None:
         check_keys(recipe, info.keys)
     loaded = task(recipe, tuple(splits))
+    if not isinstance(loaded, Task):
+        raise SurgicalError(
+            f"task: {recipe.task!r} gives a {type(loaded).__name__}, not a Task: it has to return one."
+        )
     sizes = ", ".join(f"{len(examples):,} {split}" for split, examples in loaded.splits.items())
     return replace(loaded, summary=DataSummary((f"examples: {sizes or 'none'}",)) + loaded.summary)
 
@@ -65,6 +72,6 @@ def task_of(recipe: Recipe) -> Callable[..., Task]:
     """The function of a recipe's task.
 
     Raises:
-        SurgicalError: there is none of that name.
+        SurgicalError: there is none of that name, or it is code that may not run.
     """
-    return resolve(recipe.task, sys.modules[__name__])
+    return resolve_key(recipe, "task", sys.modules[__name__])

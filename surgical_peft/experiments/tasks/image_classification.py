@@ -69,8 +69,8 @@ def image_classification(recipe: Recipe, splits: Sequence[str]) -> Task:
     """
     target = target_of(recipe)
     measure = target.measure(recipe.metric)
-    config = load_pretrained(AutoConfig.from_pretrained, recipe.model, "model")
-    processor = load_pretrained(AutoImageProcessor.from_pretrained, recipe.model, "image processor of", backend="pil")
+    config = load_pretrained(AutoConfig.from_pretrained, recipe, "model")
+    processor = load_pretrained(AutoImageProcessor.from_pretrained, recipe, "image processor of", backend="pil")
     corrupt = corruption(recipe.corruption, recipe.severity) if recipe.corruption else None
     data = open_data(recipe, splits, {"image": IMAGE, "label": target.column}, target.classes)
     labeled = target.label_rows(recipe, data, config)
@@ -112,7 +112,7 @@ def image_classification(recipe: Recipe, splits: Sequence[str]) -> Task:
 def _check_shape(config: Any, shape: tuple[int, ...], recipe: Recipe) -> None:
     """Have the model, without its weights, say whether it takes images of that shape."""
     with torch.device("meta"):
-        model = AutoModelForImageClassification.from_config(config)
+        model = AutoModelForImageClassification.from_config(config, trust_remote_code=recipe.allow_code)
         pixels = torch.zeros(1, *shape)
     try:
         model(pixel_values=pixels)

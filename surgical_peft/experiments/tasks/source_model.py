@@ -31,7 +31,7 @@ def model_loader(
     def load() -> nn.Module:
         if recipe.new_head:
             return _with_new_head(auto, recipe, count, names)
-        model, loading = load_pretrained(auto.from_pretrained, recipe.model, "model", output_loading_info=True)
+        model, loading = load_pretrained(auto.from_pretrained, recipe, "model", output_loading_info=True)
         if loading["missing_keys"]:
             raise SurgicalError(
                 f"{recipe.model} has no weights for {', '.join(sorted(loading['missing_keys']))}: it was not trained "
@@ -60,15 +60,13 @@ def modules_to_save(recipe: Recipe, model: nn.Module) -> list[str] | None:
 
 def _with_new_head(auto: Any, recipe: Recipe, count: int | None, names: list[str] | None) -> nn.Module:
     labels = {"num_labels": count} | ({"id2label": dict(enumerate(names))} if names else {})
-    config = load_pretrained(AutoConfig.from_pretrained, recipe.model, "model", **labels)
+    config = load_pretrained(AutoConfig.from_pretrained, recipe, "model", **labels)
     with torch.random.fork_rng(devices=[]):  # what the caller draws does not depend on it
         # A stream of its own: the source model may have begun with the very head that this seed gives.
         seed = recipe.training.get("seed", TrainingArguments.seed)
         torch.manual_seed(random.Random(f"new head {seed}").getrandbits(63))
-        model = auto.from_config(config)
-        source = load_pretrained(
-            auto.from_pretrained, recipe.model, "model", config=config, ignore_mismatched_sizes=True
-        )
+        model = auto.from_config(config, trust_remote_code=recipe.allow_code)
+        source = load_pretrained(auto.from_pretrained, recipe, "model", config=config, ignore_mismatched_sizes=True)
     if source.base_model is source:
         raise SurgicalError(f"new_head: {type(source).__name__} does not tell its head from the rest.")
     model.base_model.load_state_dict(source.base_model.state_dict())

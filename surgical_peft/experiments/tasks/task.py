@@ -17,6 +17,7 @@ from numpy.random import Generator
 from torch import Tensor, nn
 
 from ...errors import SurgicalError, reason_of
+from ..recipe.code import ALLOW
 from ..recipe.recipe import Recipe
 from .summary import DataSummary
 
@@ -154,12 +155,17 @@ def load_or_raise(load: Callable[..., Any], name: str, kind: str, **kwargs: Any)
         raise SurgicalError(f"the {kind} {name!r} cannot be loaded: {missing}{_reason(error)}") from error
 
 
-def load_pretrained(load: Callable[..., Any], name: str, kind: str, **kwargs: Any) -> Any:
-    """`load_or_raise` for what transformers loads: code that lies beside a model is not run, nor asked about.
+def load_pretrained(load: Callable[..., Any], recipe: Recipe, kind: str, **kwargs: Any) -> Any:
+    """`load_or_raise` for what transformers loads of a recipe's model: code beside it runs if the recipe allows it.
 
-    Asked at a prompt, which is what transformers does otherwise, a script answers yes.
+    Else it is not even asked about: at a prompt, which is what transformers does otherwise, a script answers yes.
     """
-    return load_or_raise(load, name, kind, trust_remote_code=False, **kwargs)
+    try:
+        return load_or_raise(load, recipe.model, kind, trust_remote_code=recipe.allow_code, **kwargs)
+    except SurgicalError as error:
+        if recipe.allow_code or "custom code" not in str(error):
+            raise
+        raise SurgicalError(f"{error} Or {ALLOW}.") from error
 
 
 def _reason(error: BaseException) -> str:

@@ -63,8 +63,8 @@ def tokenizing(recipe: Recipe) -> Tokenizing:
         SurgicalError: no such model or tokenizer, a `max_length` that the model does not take, a rate that is no
             percentage, or `casing` for a tokenizer that does not see case.
     """
-    config = load_pretrained(AutoConfig.from_pretrained, recipe.model, "model")
-    tokenizer = load_pretrained(AutoTokenizer.from_pretrained, recipe.model, "tokenizer of")
+    config = load_pretrained(AutoConfig.from_pretrained, recipe, "model")
+    tokenizer = load_pretrained(AutoTokenizer.from_pretrained, recipe, "tokenizer of")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
         if tokenizer.pad_token is None:

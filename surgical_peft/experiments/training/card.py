@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import json
-import shutil
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from ...atomic_files import whole_file, write_text
+from ...atomic_files import copy_file, is_plain_file, write_text
 from ...errors import SurgicalError
-from ...export.card_text import TAG, AdapterInfo, describe
+from ...export.card_text import TAG, AdapterInfo, describe, hub_link
+from ...export.private import is_absolute, name_of, without_paths
+from ...rendering import markdown_block, markdown_code, markdown_row, markdown_text
 from .. import tasks
 from .provenance import PACKAGES
 from .report import REPORT, DataReport, RateReport, TrainingReport
 
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
+_YAML: dict[str, Any] = {"default_flow_style": None, "width": 100}
 
 
 def write_card(run: str | Path) -> Path:
@@ -44,16 +46,18 @@ def write_card(run: str | Path) -> Path:
         raise SurgicalError(f"{str(run)!r} has no {missing}: give the folder that `surgical-peft train` wrote.")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise SurgicalError(f"{str(path)!r} is not readable as JSON ({error}): train again.") from error
     report = TrainingReport.from_json(values)
+    adapter = run / "adapter"
+    if adapter.is_symlink():
+        raise SurgicalError(f"{str(adapter)!r} is a link, which may lead anywhere: put the folder itself there.")
     card = f"{make_card(report)}\n"
     if report.plot:
-        if not (run / report.plot).is_file():
+        if not is_plain_file(run / report.plot):
             raise SurgicalError(f"{str(run)!r} has no {report.plot}, which its {REPORT} names: train again.")
-        with whole_file(run / "adapter" / report.plot) as temporary:
-            shutil.copyfile(run / report.plot, temporary)
-    write_text(run / "adapter" / "README.md", card)
+        copy_file(run / report.plot, adapter / report.plot)
+    write_text(adapter / "README.md", card)
     return run / "adapter" / "README.md"
 
 
@@ -64,43 +68,75 @@ def make_card(report: TrainingReport) -> ModelCard:
         >>> make_card(TrainingReport.from_json(json.loads(Path("runs/auto/report.json").read_text()))).data.metrics
         ['accuracy']
     """
+    report = _published(report)
     model, data = _names(report)
-    on_hub = report.base_model.on_hub
-    rates, examples = asdict(report.rates), report.dataset.examples
+    examples = report.dataset.examples
     return ModelCard.from_template(
         _metadata(report),
         template_path=str(TEMPLATE),
-        name=report.name,
-        model=f"[{model}](https://huggingface.co/{model})" if on_hub else f"`{model}`",
+        name=markdown_text(report.name),
+        model=hub_link(model) if report.base_model.on_hub else markdown_code(model),
         share=f"{report.tuned_parameters:,} of {report.all_parameters:,} parameters, "
         f"{report.tuned_parameters / report.all_parameters:.1%}",
-        data_name=data,
+        data_name=markdown_code(data),
         adapter=describe([_adapter(report)]),
         plot=report.plot if report.is_chosen else None,
-        metric=report.metric,
-        rows=[
-            {"split": split, "examples": examples[split], "before": report.before[split], "after": report.after[split]}
-            for split in report.splits
-        ],
+        results=_results(report),
+        seed=report.rates.seed,
         data=_data(data, report.dataset),
-        sizes=", ".join(f"{examples[split]:,} {split}" for split in ("train", *report.splits)),
-        shift=", ".join(f"`{key}: {value}`" for key, value in report.dataset.shift.items()),
-        labels=", ".join(report.dataset.labels) if report.dataset.labels else None,
-        summary=[line for line in report.dataset.summary or [] if not line.startswith("examples:")],
-        policy=_policy(report.rates),
-        rates=rates,
-        seconds=f"{report.seconds:.0f}",
-        recipe=yaml.safe_dump(report.recipe, sort_keys=False, default_flow_style=None, width=100).rstrip(),
-        versions={package: report.versions[package] for package in PACKAGES},
-        date=report.date,
+        sizes=", ".join(f"{examples[split]:,} {markdown_text(split)}" for split in ("train", *report.splits)),
+        shift=", ".join(markdown_code(f"{key}: {value}") for key, value in report.dataset.shift.items()),
+        labels=", ".join(map(markdown_text, report.dataset.labels or ())),
+        summary=[markdown_text(line) for line in report.dataset.summary or ()],
+        rates=_rates(report),
+        recipe=markdown_block(yaml.safe_dump(report.recipe, sort_keys=False, **_YAML).rstrip(), "yaml"),
+        versions={package: markdown_text(report.versions[package]) for package in PACKAGES},
+        date=markdown_text(report.date),
+    )
+
+
+def _published(report: TrainingReport) -> TrainingReport:
+    """The report without where things lie: of an absolute path its last part."""
+    summary = [line for line in report.dataset.summary or [] if not line.startswith("examples:")]
+    for path in filter(is_absolute, report.recipe.values()):
+        summary = [line.replace(path, name_of(path)) for line in summary]
+    return replace(
+        report,
+        recipe=without_paths(report.recipe),
+        metric=without_paths(report.metric),
+        dataset=replace(report.dataset, summary=summary),
+        rates=replace(report.rates, policy_options=without_paths(report.rates.policy_options)),
     )
 
 
 def _names(report: TrainingReport) -> tuple[str, str]:
-    """Model and data: a Hub id, or a path as the recipe gives it; of an absolute one the last part, for privacy."""
-    given = (report.recipe["model"], report.base_model.on_hub), (report.recipe["data"], report.dataset.on_hub)
-    model, data = (Path(n).name if not on_hub and Path(n).is_absolute() else n for n, on_hub in given)
-    return model, data
+    """Model and data."""
+    return str(report.recipe["model"]), str(report.recipe["data"])
+
+
+def _results(report: TrainingReport) -> str:
+    """The metric before and after on each split, as the rows of a table."""
+    rows = [[markdown_text(report.metric), "examples", "before", "after"], ["---", "---:", "---:", "---:"]]
+    for split in report.splits:
+        before, after = report.before[split], report.after[split]
+        rows.append([markdown_text(split), f"{report.dataset.examples[split]:,}", f"{before:.4f}", f"{after:.4f}"])
+    return "\n".join(map(markdown_row, rows))
+
+
+def _rates(report: TrainingReport) -> str:
+    """Learning rates and steps, as the rows of a table."""
+    rates = report.rates
+    rows = {
+        "learning rate": rates.learning_rate,
+        "policy": _policy(rates),
+        "schedule": markdown_text(rates.schedule),
+        "optimizer": f"{markdown_text(rates.optimizer)}, weight decay {rates.weight_decay}",
+        "epochs": f"{rates.epochs} ({rates.steps:,} steps)",
+        "examples in a step": rates.batch_size,
+        "seed": rates.seed,
+        "time, with choosing and measuring": f"{report.seconds:.0f} s",
+    }
+    return "\n".join(markdown_row([key, str(value)]) for key, value in rows.items())
 
 
 def _metadata(report: TrainingReport) -> ModelCardData:
@@ -146,7 +182,7 @@ def _adapter(report: TrainingReport) -> AdapterInfo:
         selection=report.selection if report.is_chosen else None,
         fingerprint=base.fingerprint,
         base=_names(report)[0],
-        base_class=base.class_,
+        base_class=base.class_ if base.class_.isidentifier() else None,
         on_hub=base.on_hub,
         commit=base.commit,
         head=_head(base.new_labels, report.dataset.labels),
@@ -164,11 +200,13 @@ def _head(count: int | None, names: list[str] | None) -> dict[str, Any] | None:
 
 def _data(name: str, dataset: DataReport) -> str:
     if dataset.on_hub:
-        return f"[{name}](https://huggingface.co/datasets/{name}), commit `{dataset.commit}`"
-    return f"`{name}`, which is not from the Hub; digest of its files: `{dataset.fingerprint}`"
+        return f"{hub_link(name, 'datasets/')}, commit {markdown_code(dataset.commit)}"
+    digest = markdown_code(dataset.fingerprint)
+    return f"{markdown_code(name)}, which is not from the Hub; digest of its files: {digest}"
 
 
 def _policy(rates: RateReport) -> str:
     if rates.policy is None:
         return "none: every block at the learning rate"
-    return f"`{rates.policy}({', '.join(f'{key}={value!r}' for key, value in rates.policy_options.items())})`"
+    options = ", ".join(f"{key}={value!r}" for key, value in rates.policy_options.items())
+    return markdown_code(f"{rates.policy}({options})")

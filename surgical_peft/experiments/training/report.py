@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from .typed_json import JsonReader, to_json
 REPORT = "report.json"
 RANDOM_SHIFTS = ("corruption", "character_noise", "casing", "imbalance")
 _JSON = JsonReader(REPORT, "train again")
+_PLOT = re.compile(r"\w[\w.-]*\.png", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -147,6 +149,8 @@ class TrainingReport:
             _JSON.member(report.after, split, "after")
         for package in PACKAGES:
             _JSON.member(report.versions, package, "versions")
+        if report.plot is not None and not _PLOT.fullmatch(report.plot):
+            _JSON.refuse("plot", report.plot, "a picture in the folder of the training, such as scores.png")
         report._check_shift()
         report._check_policy()
         if report.is_chosen:

@@ -55,6 +55,7 @@ def score(recipe: Recipe, console: Console | None = None) -> BlockScores:
 
     It costs at most half of the planned training; `console` is where to tell of it, as for `train`.
     """
+    recipe.check()
     args = recipe.arguments()
     criterion = recipe.make_criterion() or CRITERION
     with Stages(console) as stages:
@@ -115,6 +116,7 @@ def train(recipe: Recipe, output: str | Path | None = None, console: Console | N
     """
     args = recipe.arguments(**_losses(recipe), **({} if output is None else {"output_dir": str(output)}))
     folder = Path(str(args.output_dir))
+    recipe.check(output)
     policy = recipe.make_policy()
     check_replaceable(folder / "adapter", _ADAPTER)
     with only_writer(folder):

@@ -62,25 +62,25 @@ class JsonReader:
             return None if value is None else self._read(arguments[0], value, path)
         if kind in (int, float):
             if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-                self._refuse(path, value, "a number")
+                self.refuse(path, value, "a number")
         elif kind in (str, bool):
             if not isinstance(value, kind) or value == "":
-                self._refuse(path, value, "text" if kind is str else "true or false")
+                self.refuse(path, value, "text" if kind is str else "true or false")
         elif is_dataclass(kind):
             return self._record(kind, value, path)
         elif get_origin(kind) is list:
             if not isinstance(value, list):
-                self._refuse(path, value, "a list")
+                self.refuse(path, value, "a list")
             return [self._read(arguments[0], entry, path) for entry in value]
         elif get_origin(kind) is dict:
             if not isinstance(value, dict):
-                self._refuse(path, value, "keys with values")
+                self.refuse(path, value, "keys with values")
             return {key: self._read(arguments[1], entry, _join(path, key)) for key, entry in value.items()}
         return value
 
     def _record(self, kind: Any, value: Any, path: str) -> Any:
         if not isinstance(value, dict):
-            self._refuse(path, value, "keys with values")
+            self.refuse(path, value, "keys with values")
         hints = get_type_hints(kind)
         keys = {entry.name: entry.name.rstrip("_") for entry in fields(kind)}
         optional = {entry.name for entry in fields(kind) if default_of(entry) is not MISSING}
@@ -88,7 +88,8 @@ class JsonReader:
         members = {name: self.member(value, key, path) for name, key in asked.items()}
         return kind(**{name: self._read(hints[name], members[name], _join(path, keys[name])) for name in asked})
 
-    def _refuse(self, path: str, value: Any, wanted: str) -> None:
+    def refuse(self, path: str, value: Any, wanted: str) -> None:
+        """Raise a `SurgicalError` about the value at `path`, which has to be something else."""
         raise SurgicalError(f"{path} is {value!r} in {self.file}, and has to be {wanted}: {self.remedy}.")
 
 

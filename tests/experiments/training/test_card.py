@@ -313,6 +313,69 @@ def test_a_folder_that_is_no_run_is_refused(run: Path, tmp_path: Path, damage: A
         write_card(tmp_path / "run")
 
 
+@pytest.mark.parametrize(
+    "name", ["/etc/hostname", "../scores.png", "adapter/x.png", "README.md", ".x.png", "a b.png", "x.png\n", "x.png)"]
+)
+def test_a_plot_is_a_picture_in_the_folder_of_the_run(report: dict[str, Any], name: str) -> None:
+    """It was a path: absolute, it was written to; through a link, what that led to was copied into what is pushed."""
+    with pytest.raises(SurgicalError, match="plot"):
+        make_card({**report, "plot": name})
+
+
+def test_a_card_does_not_follow_links(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "secret").write_text("secret")
+    plot = tmp_path / "run" / "scores.png"
+    plot.unlink()
+    plot.symlink_to(tmp_path / "secret")
+    with pytest.raises(SurgicalError, match=r"scores\.png"):
+        write_card(tmp_path / "run")
+    plot.unlink()
+    shutil.copyfile(run / "scores.png", plot)
+    copied = tmp_path / "run" / "adapter" / "scores.png"
+    copied.unlink()
+    copied.symlink_to(tmp_path / "secret")
+    card = tmp_path / "run" / "adapter" / "README.md"
+    card.unlink()
+    card.symlink_to(tmp_path / "secret")
+    write_card(tmp_path / "run")
+    assert (tmp_path / "secret").read_text() == "secret" and not copied.is_symlink() and not card.is_symlink()
+    shutil.move(tmp_path / "run" / "adapter", tmp_path / "elsewhere")
+    (tmp_path / "run" / "adapter").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(SurgicalError, match="link"):
+        write_card(tmp_path / "run")
+
+
+def test_a_card_is_as_private_as_before(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    files = [
+        tmp_path / "run" / "scores.png",
+        *(tmp_path / "run" / "adapter" / name for name in ("README.md", "scores.png")),
+    ]
+    for file in files:
+        file.chmod(0o600)
+    write_card(tmp_path / "run")
+    assert [file.stat().st_mode & 0o777 for file in files] == [0o600] * 3
+    files[2].unlink()
+    write_card(tmp_path / "run")
+    assert files[2].stat().st_mode & 0o777 == 0o600
+
+
+def test_a_card_says_no_absolute_path(report: dict[str, Any]) -> None:
+    hidden = "/home/someone/Secret-Client"
+    report["recipe"] |= {"model": f"{hidden}/vit", "data": f"{hidden}/photos", "output_dir": f"{hidden}/runs"}
+    report["recipe"] |= {
+        "metric": f"{hidden}/mine:first",
+        "source_data": {"data": f"{hidden}/old"},
+        "hub_token": "hf_x",
+    }
+    report["dataset"]["summary"] = [f"read from {hidden}/photos"]
+    report["metric"] = f"{hidden}/mine:first"
+    text = str(make_card(report))
+    assert "Secret" not in text and "hf_x" not in text
+    assert "`vit`" in text and "read from photos" in text and "| mine:first |" in text
+
+
 def test_the_command_writes_it_again(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

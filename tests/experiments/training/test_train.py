@@ -112,7 +112,7 @@ def test_a_metric_beside_the_recipe_is_reported_as_it_is_written(tmp_path: Path,
         f"model: {RECIPE.model}\ndata: {RECIPE.data}\nblocks: [0]\nmetric: mine:first\nmax_steps: 1\nuse_cpu: true\n"
     )
     (tmp_path / "recipe.yaml").write_text(text)
-    assert train(load_recipe(tmp_path / "recipe.yaml"), tmp_path / "run").metric == "mine:first"
+    assert train(load_recipe(tmp_path / "recipe.yaml", allow_code=True), tmp_path / "run").metric == "mine:first"
     assert str(tmp_path / "mine") not in (tmp_path / "run" / "adapter" / "README.md").read_text()
 
 

@@ -36,9 +36,7 @@ def policy(name: str, options: Mapping[str, Any] | None = None, blocks: Any = No
             f"policy: name={name!r}, options={options!r}: give the name of a policy and a mapping of its arguments, "
             "such as {name: lisa, options: {num_blocks: 1}}."
         )
-    made = call_with_options("policy", name, resolve(name, policies), options or {})
-    if not isinstance(made, Policy):
-        raise SurgicalError(f"policy: {name!r} makes a {type(made).__name__}, not a policy.")
+    made = call_with_options("policy", name, resolve(name, policies), options or {}, gives=Policy)
     title = (
         f"{name.rpartition(':')[2]}({', '.join(f'{key}={value!r}' for key, value in sorted((options or {}).items()))})"
     )

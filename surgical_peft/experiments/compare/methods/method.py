@@ -124,9 +124,7 @@ def make_method(given: Any) -> Method:
     function = resolve(name, package)
     options = dict(options)
     rates = options.pop("rates", None)
-    made = call_with_options("methods", name, function, options, "rates")
-    if not isinstance(made, Method):
-        raise SurgicalError(f"methods: {name!r} makes a {type(made).__name__}, not a Method.")
+    made = call_with_options("methods", name, function, options, "rates", gives=Method)
     return made if rates is None else replace(made, rates=check_rates(name, rates))
 
 
