@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -17,7 +18,7 @@ from torch.utils.data import Dataset
 from transformers import Trainer
 
 from . import criteria
-from .blocks.block_map import BlockMap
+from .blocks.block_map import BlockMap, blocks_in_words
 from .criteria.budget import FORWARD, GRADIENTS, Budget, half_of
 from .criteria.criterion import Criterion, needs_of, of_model
 from .criteria.probe import PACE
@@ -30,7 +31,7 @@ from .scoring.block_scores import BlockScores
 from .scoring.gradients import name_of
 from .scoring.progress import Stages, counted
 from .scoring.score import score_blocks
-from .scoring.selection import top_k
+from .scoring.selection import best
 from .tuner.config import SurgicalConfig
 from .tuner.target_modules import block_map_for, modules_to_tune
 from .validation import check_count, resolve
@@ -153,7 +154,14 @@ def choose_blocks(
     candidates = replace(scores, values=left, unscored=(*scores.unscored, *refused))
     # by the last block of each joint training
     loss = {name: loss[name] for name in _ranking(left, ()) if name in loss}
-    chosen = top_k(candidates, config.num_blocks or how_many(list(loss.values())))
+    chosen = best(candidates, config.num_blocks or how_many(list(loss.values())))
+    if below := [name for name in chosen.blocks if candidates.values[name] < 0]:
+        warnings.warn(
+            f'blocks="auto" takes {blocks_in_words(below)} with a {candidates.criterion} score below zero, for want '
+            "of better ones: tuning may be worth nothing there. Score on more batches (num_batches), plan for a "
+            "longer training, or name the blocks.",
+            stacklevel=2,
+        )
     record: dict[str, Any] = {**chosen.record, "scores": dict(scores.values)}
     if refused:
         record["refused"] = refused

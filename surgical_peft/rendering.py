@@ -212,8 +212,11 @@ def _wrapped(cell: str, width: int) -> list[str]:
     return textwrap.wrap(cell, width, break_long_words=False, break_on_hyphens=False) or [""]
 
 
+_EXACT = 600  # seconds, from which on a time has no seconds
+
+
 def clock(seconds: float) -> str:
-    """A time for people: `42 s`, `1:30 min` or `1:02:03 h`.
+    """A time for people: `42 s`, `1:30 min`, `26 min` or `1:02 h`.
 
     Example:
         >>> clock(90)
@@ -222,6 +225,7 @@ def clock(seconds: float) -> str:
     whole = round(seconds)
     if whole < 60:
         return f"{seconds:.1f} s" if seconds < 9.95 else f"{whole} s"
-    minutes, rest = divmod(whole, 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02} h" if hours else f"{minutes}:{rest:02} min"
+    if whole < _EXACT:
+        return f"{whole // 60}:{whole % 60:02} min"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours}:{minutes:02} h" if hours else f"{minutes} min"

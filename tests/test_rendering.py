@@ -45,7 +45,8 @@ def test_it_prints_in_a_terminal_as_wide_as_it_is() -> None:
 
 
 @pytest.mark.parametrize(
-    ("seconds", "text"), [(0.04, "0.0 s"), (9.96, "10 s"), (59.7, "1:00 min"), (90, "1:30 min"), (3723, "1:02:03 h")]
+    ("seconds", "text"),
+    [(0.04, "0.0 s"), (9.96, "10 s"), (59.7, "1:00 min"), (90, "1:30 min"), (1599, "27 min"), (3723, "1:02 h")],
 )
 def test_times(seconds: float, text: str) -> None:
     assert clock(seconds) == text

@@ -74,7 +74,7 @@ def search(
     if procedure and procedure != loaded.procedure:
         loaded = replace(loaded, procedure=procedure, procedure_options={})
     if dry_run:
-        _print_cost(plan(loaded, jobs), as_json)
+        _print_cost(plan(loaded, jobs, console=_notes(as_json)), as_json)
         return
     name = name or f"{recipe.stem} {loaded.procedure}"
     result = search_recipe(loaded, output, jobs=jobs, storage=storage, name=name, console=_progress_console(as_json))
@@ -96,6 +96,10 @@ def _print_cost(cost: Any, as_json: bool) -> None:
         print_json(asdict(cost))
     else:
         print_lines(cost.lines())
+
+
+def _notes(as_json: bool) -> Console:
+    return Console(stderr=True, quiet=as_json)
 
 
 def _progress_console(as_json: bool) -> Console:
@@ -137,12 +141,12 @@ def compare(
     loaded, output = open_recipe(recipe, allow_code, tiny, output, dry_run)
     if not loaded.methods:
         loaded, left_out = with_default_methods(loaded)
-        notes = Console(stderr=True, quiet=as_json)
+        notes = _notes(as_json)
         notes.print(f"No methods in the recipe, so: {json.dumps(loaded.methods)}.", markup=False, highlight=False)
         for why in left_out.values():
             notes.print(f"Left out: {why}", markup=False, highlight=False)
     if dry_run:
-        costs = plan(loaded, output, jobs)
+        costs = plan(loaded, output, jobs, console=_notes(as_json))
         _print_cost(costs, as_json)
         return
     report = compare_recipe(loaded, output, jobs=jobs, console=_progress_console(as_json))
@@ -170,7 +174,7 @@ def advise(
 
     loaded, output = open_recipe(recipe, allow_code, tiny, output, dry_run)
     if dry_run:
-        costs = plan(loaded)
+        costs = plan(loaded, console=_notes(as_json))
         _print_cost(costs, as_json)
         return
     advice = advise_on(loaded, output, console=_progress_console(as_json))

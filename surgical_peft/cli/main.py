@@ -25,7 +25,9 @@ from .predict import predict
 from .recipes import recipe, start
 
 for _library in ("torchao", "bitsandbytes", "torch.utils._pytree", "DeepSpeed"):
-    # What they say when they are imported is not about the command; one of them sets its own level then.
+    # What they say when they are imported is not about the command. Loggers below them have the level from them; one
+    # of them sets its own then.
+    logging.getLogger(_library).setLevel(logging.ERROR)
     logging.getLogger(_library).addFilter(lambda record: record.levelno >= logging.ERROR)
 
 _RANK = 16  # of a LoRA made of an adapter
@@ -114,7 +116,8 @@ def blocks(
         for name, size in sizes.items()
     ]
     title = f"{block_map.model_name}: {len(sizes)} blocks, {total:,} parameters"
-    note = 'In recipes and SurgicalConfig: blocks: [0, -1, "0:3", head], by number, slice or name.'
+    named = list(sizes)[-1]
+    note = f'In recipes and SurgicalConfig: blocks: [0, -1, "0:3", {named}], by number, slice or name.'
     console.print(TextTable(title, ["block", "parameters", "share", "modules"], rows, [note], left=(0, 3)))
 
 

@@ -38,7 +38,7 @@ def start(
         print_json(to_json(found, recipe))
         return
     print_lines([f"Model: {found.model}.", f"Task: {found.recipe.task}.", *(f"Data: {line}." for line in found.data)])
-    print_lines(f"{key}: true, since: {reason}" for key, reason in found.reasons.items())
+    print_lines(f"Written for you: {key}: true. Without it: {reason}" for key, reason in found.reasons.items())
     rows = [[f"surgical-peft {step.command} {recipe}", clock(step.seconds), step.answers] for step in found.steps]
     notes = ["Time: about, at most, on this machine as it is now.", memory_in_words(found.memory, 1)]
     console.print(TextTable("What you can do next", ["command", "time", "what for"], rows, notes, left=(0, 2)))

@@ -13,6 +13,7 @@ from peft import PeftModel
 from peft.utils.constants import CONFIG_NAME
 from PIL import Image as PILImage
 from torch import nn
+from transformers import CONFIG_NAME as MODEL_CONFIG
 from transformers import pipeline
 
 from ..errors import SurgicalError
@@ -62,7 +63,13 @@ def predict(folder: str | Path, inputs: Sequence[str], base_model: str | None = 
         {'bad': 0.93, 'good': 0.07}
     """
     run = Path(folder)
-    adapter = read_adapter(run / "adapter" if (run / "adapter" / CONFIG_NAME).is_file() else run)
+    is_run = (run / "adapter" / CONFIG_NAME).is_file()
+    if not is_run and not (run / CONFIG_NAME).is_file() and (run / MODEL_CONFIG).is_file():
+        raise SurgicalError(
+            f"{str(folder)!r} is a whole model and no adapter: ask it by "
+            f"transformers, pipeline(task, model={str(folder)!r})."
+        )
+    adapter = read_adapter(run / "adapter" if is_run else run)
     base = load_base(adapter.config, adapter.tensors, base_model)
     name = base_model or adapter.config.base_model_name_or_path
     processor = processor_of(adapter.folder, name)

@@ -72,14 +72,18 @@ class BlockScores:
 
     def table(self) -> TextTable:
         """A table of unit, parameters, score and a bar, which prints anywhere and fits the terminal."""
-        low, high = min(0.0, *self.values.values()), max(self.values.values())
+        high = max(0.0, *self.values.values())
+        low = max(min(0.0, *self.values.values()), -high if high else -math.inf)  # of -14 a bar says little
         length = 20 / ((high - low) or 1.0)
+        below = round(-low * length)  # characters left of zero
         rows = [
             [
                 blocks_in_words([name]) if self.granularity == "block" else name,
                 f"{self.sizes[name]:,}",
                 f"{value:.4g}{_MARKS.get(self.basis.get(name, ''), ' ')}",
-                "█" * round((value - low) * length),
+                ("█" * round(-max(value, low) * length)).rjust(below)
+                if value < 0
+                else " " * below + "█" * round(value * length),
             ]
             for name, value in self.values.items()
         ]

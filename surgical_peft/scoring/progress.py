@@ -62,7 +62,7 @@ class _Stage:
 
     @property
     def left(self) -> str:
-        if not self.total or self.done <= self.before:
+        if not self.total or not self.before < self.done < self.total:
             return ""
         left = self.seconds / (self.done - self.before) * max(0.0, self.total - self.done)
         return f"{'at most ' * self.is_bound}about {clock(left)} left"

@@ -37,15 +37,20 @@ def top_k(scores: BlockScores, k: int) -> Selection:
         >>> top_k(scores, 2).blocks
         ('embeddings', 'head')
     """
-    check_count("top_k", "k", k, "of the scored blocks", at_most=len(scores.values))
-    chosen = _ranked(scores)[:k]
-    if below := [name for name in chosen if scores.values[name] < 0]:
+    chosen = best(scores, k)
+    if below := [name for name in chosen.blocks if scores.values[name] < 0]:
         warnings.warn(
             f"top_k takes {blocks_in_words(below)} with a {scores.criterion} score below zero: the least bad, which "
             "may be worth nothing. Take fewer blocks, or score on more batches.",
             stacklevel=2,
         )
-    return _selection(scores, chosen, rule="top_k", k=k)
+    return chosen
+
+
+def best(scores: BlockScores, k: int) -> Selection:
+    """As `top_k`, without a warning."""
+    check_count("top_k", "k", k, "of the scored blocks", at_most=len(scores.values))
+    return _selection(scores, _ranked(scores)[:k], rule="top_k", k=k)
 
 
 def top_fraction(scores: BlockScores, fraction: float) -> Selection:

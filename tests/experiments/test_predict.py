@@ -76,6 +76,11 @@ def test_images_are_read_as_in_training(tmp_path: Path) -> None:
         assert sorted(predicted.values()) == pytest.approx(scores.sort().values.tolist(), abs=1e-6)
 
 
+def test_a_whole_model_is_told_from_an_adapter(tmp_path: Path) -> None:
+    with pytest.raises(SurgicalError, match="pipeline"):
+        predict(TOY_TASKS["text_classification"](tmp_path).model, ["now"])
+
+
 def test_images(tmp_path: Path) -> None:
     """Of any mode, as in training; the pixels that the processor makes, and probabilities."""
     adapter = adapter_of("image_classification", tmp_path)

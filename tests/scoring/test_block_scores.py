@@ -107,6 +107,15 @@ def test_the_bars_are_in_proportion() -> None:
     assert (lines["head"], lines["embeddings"], lines["block 0"]) == (20, 1, 0)
 
 
+def test_the_bars_begin_at_zero() -> None:
+    """Those below zero go to the left, and none is so long that nothing else is seen."""
+    lines = str(scores_of({"0": -14.0, "1": -0.25, "2": 0.5, "3": 1.0})).splitlines()
+    bars = [(line.index("█"), line.rindex("█") + 1) for line in lines if "█" in line]
+    (first, zero), (half, end), *above = bars
+    assert end == zero and all(start == zero for start, _ in above)
+    assert (zero - first, zero - half, *(end - zero for _, end in above)) == (10, 2, 5, 10)
+
+
 def test_max_divides_by_the_largest_outside_the_head() -> None:
     assert scores_of(VALUES).normalized() == pytest.approx({"embeddings": 1, "0": 0.25, "1": 0.5, "head": 1})
 

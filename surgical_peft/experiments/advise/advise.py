@@ -26,6 +26,7 @@ from ..compare.comparison import Comparison
 from ..compare.methods import MethodContext
 from ..recipe.recipe import Recipe
 from ..tasks import Examples, measured_split
+from ..training.job_progress import telling
 from ..training.provenance import machine, today, versions
 from ..training.runner import RecipeRunner
 from ..training.train import loader
@@ -42,7 +43,7 @@ _TEXT = "advice.md"  # by which earlier advice is known
 _BATCH = 64  # of the signature
 
 
-def plan(recipe: Recipe) -> CostEstimate:
+def plan(recipe: Recipe, *, console: Console | None = None) -> CostEstimate:
     """Estimate the cost of advice on a recipe; trains a few steps to tell the time, and keeps nothing.
 
     Raises:
@@ -53,9 +54,13 @@ def plan(recipe: Recipe) -> CostEstimate:
         24
     """
     comparison = comparison_of(recipe)
-    runner = RecipeRunner(comparison.recipe)
-    ValidationJudge(runner)  # says so if there is too little to judge by
-    return estimate(comparison, runner)
+    with Stages(console) as stages:
+        stages.begin("load model and data")
+        runner = RecipeRunner(comparison.recipe)
+        ValidationJudge(runner)  # says so if there is too little to judge by
+        stages.begin("time a few steps", 1.0)
+        with telling(stages.advance):
+            return estimate(comparison, runner)
 
 
 def advise(recipe: Recipe, output: str | Path | None = None, *, console: Console | None = None) -> Advice:
@@ -100,8 +105,9 @@ def advise(recipe: Recipe, output: str | Path | None = None, *, console: Console
         stages.end()
         runner.task.summary.show(stages.console)
         judge = ValidationJudge(runner)
-        stages.begin("time a few steps")
-        trial = _Trial(comparison, runner, judge, estimate(comparison, runner))
+        stages.begin("time a few steps", 1.0)
+        with telling(stages.advance):
+            trial = _Trial(comparison, runner, judge, estimate(comparison, runner))
         for line in trial.cost.lines():
             stages.say(line)
         stages.begin("signature of the shift")

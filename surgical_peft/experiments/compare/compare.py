@@ -16,6 +16,7 @@ from rich.console import Console
 
 from ...atomic_files import check_replaceable, only_writer, whole_folder
 from ...errors import SurgicalError
+from ...scoring.progress import Stages
 from ..recipe.recipe import Recipe
 from ..training.workers import WorkerPool, shared_threads
 from .comparison import FULL, Comparison
@@ -33,7 +34,9 @@ from .tables import markdown
 _TABLE = "table.md"  # by which an earlier comparison is known
 
 
-def plan(recipe: Recipe, output: str | Path | None = None, jobs: int = 1) -> CostEstimate:
+def plan(
+    recipe: Recipe, output: str | Path | None = None, jobs: int = 1, *, console: Console | None = None
+) -> CostEstimate:
     """What a recipe's comparison would cost; trains a few steps to tell the time, and keeps nothing.
 
     Raises:
@@ -45,8 +48,9 @@ def plan(recipe: Recipe, output: str | Path | None = None, jobs: int = 1) -> Cos
     """
     job_runner = _job_runner(recipe, output, jobs)
     comparison = job_runner.comparison
-    check(comparison, job_runner.data, WorkerPool(1, Console(quiet=True)))
-    return estimate(job_runner, jobs)
+    console = Stages(console).console
+    check(comparison, job_runner.data, WorkerPool(1, console))
+    return estimate(job_runner, jobs, console)
 
 
 def compare(

@@ -8,12 +8,15 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from rich.console import Console
+
 from ...criteria.budget import SHARE as CHOOSING
 from ...errors import SurgicalError
 from ...rendering import clock
 from ...scoring.selection import Selection
 from ..recipe.recipe import Recipe
 from ..training.cost import Timing, depth_of, memory_in_words, shared, time_in_words, timed_at_once
+from ..training.job_progress import part_of_job
 from ..training.profiling import SECONDS, SHARE
 from ..training.runner import RecipeRunner
 from .comparison import FULL, Comparison
@@ -60,14 +63,13 @@ class CostEstimate:
         ]
 
 
-def estimate(job_runner: JobRunner, jobs: int) -> CostEstimate:
+def estimate(job_runner: JobRunner, jobs: int, console: Console) -> CostEstimate:
     """The cost of the jobs of a comparison that are not done; trains a few steps."""
     comparison, findings = job_runner.comparison, job_runner.findings
     first = comparison.firsts[0]
     runner = job_runner.data.runner(first)
-    timing = timed_at_once(
-        jobs, *((time_trainings, comparison.recipe, runner) if jobs == 1 else (time_trainings, comparison.recipe))
-    )
+    here = [runner] if jobs == 1 else []  # a process of its own loads its own
+    timing = timed_at_once(jobs, console, time_trainings, comparison.recipe, *here)
     steps, epochs = runner.steps(), math.ceil(runner.args.num_train_epochs)
     base = timing.whole - timing.measure - steps * timing.step
     trainings = done = more = 0
@@ -118,9 +120,11 @@ def time_trainings(recipe: Recipe, runner: RecipeRunner | None = None) -> Timing
     measuring = time.perf_counter() - began
     start += runner.reading()
     last = Selection(runner.blocks.layers[-1:])
-    base, step, peak = runner.timed(lambda model: full.wrap(model, Selection(()), recipe))
+    with part_of_job(0.0, 0.6):
+        base, step, peak = runner.timed(lambda model: full.wrap(model, Selection(()), recipe))
     try:
-        late_base, late_step, _ = runner.timed(lambda model: make_method("last").wrap(model, last, recipe))
+        with part_of_job(0.6, 1.0):
+            late_base, late_step, _ = runner.timed(lambda model: make_method("last").wrap(model, last, recipe))
     except SurgicalError:  # a layer that cannot be tuned alone
         late_base, late_step = base, step
     steps = runner.steps()

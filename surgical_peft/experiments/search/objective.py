@@ -21,6 +21,7 @@ from ...tuner.loading.fingerprint import fingerprint
 from ..recipe.recipe import Recipe
 from ..tasks.source_model import modules_to_save
 from ..training.cost import Timing
+from ..training.job_progress import part_of_job
 from ..training.provenance import identity
 from ..training.runner import Part, RecipeRunner
 
@@ -121,7 +122,11 @@ class RecipeObjective:
         places = self._places(seed)
         start = self._load_seconds + runner.reading(places)
         ends = [self._layers(), Selection(self.blocks.layers[-1:])]
-        (base, step, peak), (late_base, late_step, _) = (runner.timed(self._wrap(end), places) for end in ends)
+        timed = []
+        for place, end in enumerate(ends):
+            with part_of_job(place / len(ends), (place + 1) / len(ends)):
+                timed.append(runner.timed(self._wrap(end), places))
+        (base, step, peak), (late_base, late_step, _) = timed
         steps, measuring = runner.steps(places), (1 + reports) * measuring
         late = late_base + steps * late_step + measuring
         return Timing(base + steps * step + measuring, late, step, measuring, start, peak)

@@ -68,7 +68,7 @@ class CostEstimate:
         return [*lines, memory_in_words(self.memory, self.jobs)]
 
 
-def plan(recipe: Recipe, jobs: int = 1) -> CostEstimate:
+def plan(recipe: Recipe, jobs: int = 1, *, console: Console | None = None) -> CostEstimate:
     """Estimate the cost of the search of a recipe; trains a few steps to tell the time, and keeps nothing.
 
     Raises:
@@ -78,12 +78,14 @@ def plan(recipe: Recipe, jobs: int = 1) -> CostEstimate:
         >>> plan(load_recipe("recipes/sweep_noise.yaml"), jobs=2).trainings
         90
     """
-    recipe = _with_scores(recipe)
-    objective = RecipeObjective(recipe)
+    with Stages(console) as stages:
+        stages.begin("load model and data")
+        recipe = _with_scores(recipe)
+        objective = RecipeObjective(recipe)
     procedure, blocks = recipe.make_procedure(), objective.blocks
     times = len(objective.rates) * len(objective.seeds)
     candidates = planned_candidates(procedure, blocks, times=times)
-    timing = timed_at_once(jobs, *((objective.timing,) if jobs == 1 else (_timing, recipe)))
+    timing = timed_at_once(jobs, stages.console, *((objective.timing,) if jobs == 1 else (_timing, recipe)))
     if candidates is None:
         return CostEstimate(repr(procedure), None, timing.whole, None, timing.memory, jobs)
     each = [timing.seconds(depth_of(candidate, blocks.names, blocks.layers)) for candidate in candidates]

@@ -26,6 +26,7 @@ from ..tasks import load_task
 from ..tasks.splits import DataSource, assign_splits
 from ..tasks.task import load_pretrained
 from ..training.cost import Timing, depth_of
+from ..training.job_progress import telling
 from ..training.runner import RecipeRunner
 from ..training.train import budget_of, loader
 
@@ -101,8 +102,9 @@ def start(
         recipe = replace(recipe, training={**recipe.training, **_training(runner)})
         recipe = replace(recipe, rates=_rates(recipe.training["learning_rate"]))
         runner = RecipeRunner(recipe)
-        stages.begin("time a few steps")
-        timing = time_trainings(replace(recipe, methods=DEFAULT), runner)
+        stages.begin("time a few steps", 1.0)
+        with telling(stages.advance):
+            timing = time_trainings(replace(recipe, methods=DEFAULT), runner)
     size = sum(parameter.numel() for parameter in runner.model.parameters())
     layers = len(runner.blocks.layers)
     count = len(runner.blocks.names)
@@ -192,7 +194,7 @@ def recipe_text(start: Start, path: Path) -> str:
         f"task: {recipe.task}",
     ]
     for key, reason in start.reasons.items():
-        lines += [f"# {reason}", f"{key}: true"]
+        lines += [f"# Without it: {reason}", f"{key}: true"]
     lines += [
         "",
         '# The blocks to tune: auto = by short trainings of each; or by number, slice or name, as [0, "-2:", head]',

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -99,6 +100,8 @@ def _check_cells(
         for fault in roles[role].faults(rows, column)
     ]
     described = [f"split {split}: {fault.describe(column, len(opened[split]))}" for split, column, fault in faults]
+    folder = f"{Path(recipe.data).resolve()}/"  # what is left out stands in cards, which say nothing of this machine
+    described = [line.replace(folder, "") for line in described]
     if faults and not recipe.drop_empty:
         several = len(described) > 1
         lines = "".join(f"\n- {line}" for line in described) if several else f", {described[0]}"

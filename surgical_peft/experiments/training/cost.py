@@ -59,16 +59,17 @@ def depth_of(blocks: Sequence[str], names: Sequence[str], layers: Sequence[str])
     return min(1.0, max(0.0, (at - first) / max(1, last - first)))
 
 
-def timed_at_once(jobs: int, time_one: Callable[..., Timing], *arguments: Any) -> Timing:
+def timed_at_once(jobs: int, console: Console, time_one: Callable[..., Timing], *arguments: Any) -> Timing:
     """What `time_one(*arguments)` finds in as many processes at once: the mean, with the time that they take to start.
 
     Args:
         jobs: processes; of one alone this process is it.
+        console: where to show progress.
         time_one: a function that a worker process can import.
         arguments: for it.
     """
     began = time.perf_counter()
-    with shared_threads(jobs), WorkerPool(jobs, Console(quiet=True)) as pool:
+    with shared_threads(jobs), WorkerPool(jobs, console) as pool:
         timings = pool.run("time a few steps", _with_seconds, [(time_one, arguments)] * jobs)
     whole = time.perf_counter() - began
     found = [timing for timing, _ in timings]

@@ -25,7 +25,7 @@ from ...tuner.model import SurgicalModel
 from ..recipe.recipe import Recipe
 from ..tasks import Examples, load_task
 from .activation_cache import AT, ROOM, PrefixCache
-from .job_progress import ReportedSteps
+from .job_progress import ReportedSteps, part_of_job
 from .profiling import PeakMemory
 from .train import fit
 
@@ -135,10 +135,13 @@ class RecipeRunner:
         """
         self.reading(places)
         places, taken = self._few(places), []
-        self.train(wrap, places, max_steps=1)  # the first one of a process also loads what all need
-        for steps in (_FEW, _MANY):
+        whole = 1 + _FEW + _MANY
+        with part_of_job(0.0, 1 / whole):  # the first one of a process also loads what all need
+            self.train(wrap, places, max_steps=1)
+        for steps, done in ((_FEW, 1), (_MANY, 1 + _FEW)):
             began = time.perf_counter()
-            _, peak = self.train(wrap, places, max_steps=steps)
+            with part_of_job(done / whole, (done + steps) / whole):
+                _, peak = self.train(wrap, places, max_steps=steps)
             taken.append(time.perf_counter() - began)
         step = max(0.0, taken[1] - taken[0]) / (_MANY - _FEW)
         return max(0.0, taken[0] - _FEW * step), step, peak

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
+from pathlib import Path
 
 from ...blocks.block_map import blocks_in_words
 from ...rendering import TextTable, clock
@@ -16,21 +18,23 @@ def table(report: TrainingReport) -> TextTable:
         [split, f"{report.dataset.examples[split]:,}", *_numbers([before, report.after[split]])]
         for split, before in report.before.items()
     ]
+    new = ", with an untrained new head," if report.recipe.get("new_head") else ""
     return TextTable(
         f"Tuned: {tuned_in_words(report)}",
         ["split", "examples", "before", "after"],
         rows,
-        [f"Before, after: {report.metric} of the model as it was and as it is tuned; higher is better."],
+        [f"Before, after: {report.metric} of the model as it was{new} and as it is tuned; higher is better."],
         bold=range(len(rows)),
     )
 
 
 def tuned_in_words(report: TrainingReport) -> str:
     """What was tuned: blocks, or modules by name."""
+    whole = f" and {', '.join(report.modules_to_save)}" if report.modules_to_save else ""
     if report.blocks:
-        return blocks_in_words(report.blocks)
+        return f"{blocks_in_words(report.blocks)}{whole}"
     targets = report.target_modules
-    return f"modules {targets if isinstance(targets, str) else ', '.join(targets)}"
+    return f"modules {targets if isinstance(targets, str) else ', '.join(targets)}{whole}"
 
 
 def last_lines(report: TrainingReport) -> list[str]:
@@ -39,8 +43,10 @@ def last_lines(report: TrainingReport) -> list[str]:
     lines = [
         f"{report.tuned_parameters:,} of {report.all_parameters:,} parameters tuned ({share:.1%}), in "
         f"{clock(report.seconds)}.",
-        f"Adapter: {report.adapter}",
+        f"Adapter, with its card in README.md: {report.adapter}",
     ]
+    if report.pipeline:
+        lines.append(f"To use it: surgical-peft predict {shlex.quote(str(Path(report.adapter).parent))} INPUT")
     for split in [*report.after][-1:] if report.metric == "accuracy" else ():  # a task of one's own may measure none
         lines.append(noise(report.after[split], report.dataset.examples[split], split))
     return [*lines, QUESTIONS["train"]]

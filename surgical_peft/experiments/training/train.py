@@ -127,6 +127,8 @@ def _train(
     recipe: Recipe, args: TrainingArguments, policy: Policy | None, folder: Path, console: Console | None
 ) -> TrainingReport:
     with Stages(console) as stages:
+        if (folder / REPORT).is_file():
+            stages.say(f"{folder} has the report of a training that is done: this one takes its place at its end.")
         stages.begin("load the data")
         task, beginning = load_task(recipe), start(recipe)
         processor = task.processor or processor_of(recipe.model)

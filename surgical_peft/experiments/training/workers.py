@@ -41,14 +41,12 @@ _EVERY = 0.5  # seconds between two looks at what the workers have done
 _done: Any = None  # in a worker: jobs that all have done, and parts of jobs; shared with their parent
 
 
-def start_worker(threads: int, done: Any, setup: Callable[..., None] | None = None, *settings: Any) -> None:
+def start_worker(threads: int, setup: Callable[..., None] | None = None, *settings: Any) -> None:
     """Begin a worker process: limit its threads, end it with its parent, call `setup(*settings)`, then silence it.
 
     All that is imported by then is out of the garbage collection with which Trainer begins, see `quieten`: it took as
     long as half of a training of 40 small steps.
     """
-    global _done
-    _done = done
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches it too, but its parent ends it
     threading.Thread(target=_leave_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
@@ -63,6 +61,12 @@ def _leave_with_parent() -> None:
     if parent is not None:
         parent.join()
         os._exit(1)
+
+
+def _start_in_pool(done: Any, *arguments: Any) -> None:
+    global _done
+    _done = done
+    start_worker(*arguments)
 
 
 def _add(share: float) -> None:
@@ -92,8 +96,8 @@ class WorkerPool:
     def __init__(self, jobs: int, console: Console, setup: Callable[..., None] | None = None, *settings: Any) -> None:
         self._console = console
         self._done = SPAWN.Value("d", 0.0)
-        initargs = (torch.get_num_threads(), self._done, setup, *settings)
-        self._pool = ProcessPoolExecutor(jobs, SPAWN, start_worker, initargs) if jobs > 1 else None
+        initargs = (self._done, torch.get_num_threads(), setup, *settings)
+        self._pool = ProcessPoolExecutor(jobs, SPAWN, _start_in_pool, initargs) if jobs > 1 else None
 
     def __enter__(self) -> Self:
         return self

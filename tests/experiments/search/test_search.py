@@ -231,7 +231,8 @@ def test_dry_run_and_json_on_the_command_line(
     path = str(write_recipe(tmp_path))
     capsys.readouterr()
     assert run(monkeypatch, "search", path, "--procedure", "prefix", "--dry-run") == 0
-    said = capsys.readouterr().out
+    said, progress = capsys.readouterr()
+    assert "time a few steps" in progress and "time a few steps" not in said
     assert "prefix(): at most 3 trainings." in said and "With 1 job: at most about" in said and "Memory" in said
     assert run(monkeypatch, "search", path, "--json", "--output", str(tmp_path / "there")) == 0
     assert json.loads(capsys.readouterr().out)["cost"]["trainings"] == 4

@@ -8,6 +8,7 @@ import time
 import pytest
 
 from surgical_peft.experiments.training.cost import Timing, depth_of, memory_in_words, shared, timed_at_once
+from tests.support.cli import QUIET
 
 NAMES = ["embeddings", "0", "1", "2", "final_norm", "head"]
 LAYERS = NAMES[1:4]
@@ -44,7 +45,7 @@ def one(begun: float) -> Timing:
 
 def test_it_is_timed_in_as_many_processes_as_will_share_the_work() -> None:
     """The time of one alone was told, divided by the processes, which hold each other up and have to start."""
-    alone, both = timed_at_once(1, one, time.time()), timed_at_once(2, one, time.time())
+    alone, both = (timed_at_once(jobs, QUIET, one, time.time()) for jobs in (1, 2))
     assert alone.memory == os.getpid() and both.memory != os.getpid()
     assert alone.start < 1.0 < both.start  # a process imports torch first
     assert (both.last, both.step, both.measure) == (1.0, 0.1, 0.2)

@@ -62,7 +62,7 @@ def test_a_task_that_measures_nothing_is_trained(tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr("surgical_peft.experiments.training.train.load_task", only_train)
     report = train(replace(RECIPE, training={**RECIPE.training, "max_steps": 1}), tmp_path / "run")
-    assert report.after == {}
+    assert report.after == {} and report.tuned_parameters == 2 * 33_472
     assert not any("accuracy" in line for line in last_lines(report))
     assert table(report).rows == []
 
