@@ -163,6 +163,8 @@ def choose_blocks(
             stacklevel=2,
         )
     record: dict[str, Any] = {**chosen.record, "scores": dict(scores.values)}
+    if scores.basis:
+        record["basis"] = dict(scores.basis)
     if refused:
         record["refused"] = refused
     if loss:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
 
 from .options import AsJson, console, print_json
 
@@ -26,7 +27,7 @@ def predict(
     """Say what a tuned model makes of new images or texts: labels with their scores, or what it writes."""
     from ..experiments.predict import predict as predict_inputs
 
-    predictions = predict_inputs(folder, inputs, base)
+    predictions = predict_inputs(folder, inputs, base, Console(stderr=True, quiet=as_json))
     if as_json:
         print_json([asdict(prediction) for prediction in predictions])
         return

@@ -19,6 +19,9 @@ def start(
     task: Annotated[
         str | None, typer.Option(help="Task, a name or package.module:name; default is what model and data speak for.")
     ] = None,
+    column: Annotated[
+        list[str] | None, typer.Option(metavar="ROLE=NAME", help="A column that cannot be told, as label=stars.")
+    ] = None,
     allow_code: AllowCode = False,
     as_json: AsJson = False,
 ) -> None:
@@ -32,12 +35,22 @@ def start(
 
     if recipe.exists():
         raise SurgicalError(f"{recipe} is there already and is not replaced: give another name, --recipe NAME.yaml.")
-    found = start_on(model, data, task, Console(stderr=True, quiet=as_json), allow_code=allow_code)
+    columns = {}
+    for given in column or []:
+        role, is_pair, name = given.partition("=")
+        if not is_pair or not name:
+            raise SurgicalError(f"--column {given}: write ROLE=NAME, as --column label=stars.")
+        columns[role] = name
+    progress = Console(stderr=True, quiet=as_json)
+    found = start_on(model, data, task, progress, columns=columns, allow_code=allow_code)
     write_text(recipe, recipe_text(found, recipe))
     if as_json:
         print_json(to_json(found, recipe))
         return
-    print_lines([f"Model: {found.model}.", f"Task: {found.recipe.task}.", *(f"Data: {line}." for line in found.data)])
+    other = "" if task else " Another is named by --task."
+    print_lines(
+        [f"Model: {found.model}.", f"Task: {found.recipe.task}.{other}", *(f"Data: {line}." for line in found.data)]
+    )
     print_lines(f"Written for you: {key}: true. Without it: {reason}" for key, reason in found.reasons.items())
     rows = [[f"surgical-peft {step.command} {recipe}", clock(step.seconds), step.answers] for step in found.steps]
     notes = ["Time: about, at most, on this machine as it is now.", memory_in_words(found.memory, 1)]

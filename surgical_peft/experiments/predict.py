@@ -12,6 +12,7 @@ from datasets import Image
 from peft import PeftModel
 from peft.utils.constants import CONFIG_NAME
 from PIL import Image as PILImage
+from rich.console import Console
 from torch import nn
 from transformers import CONFIG_NAME as MODEL_CONFIG
 from transformers import pipeline
@@ -19,10 +20,13 @@ from transformers import pipeline
 from ..errors import SurgicalError
 from ..export.adapter_card import pipeline_of
 from ..export.processor import processor_of
+from ..scoring.progress import Stages
 from ..tuner.loading.saved_adapter import load_base, read_adapter, read_json
 from .tasks.image_classification import MODES, convert
+from .tasks.splits import FILE_FORMATS
 from .training.report import REPORT
 
+_FILES = (".txt", *FILE_FORMATS)
 NEW_TOKENS = 64  # that are written at most
 
 
@@ -45,7 +49,9 @@ class Prediction:
     words: Sequence[dict[str, Any]] = ()
 
 
-def predict(folder: str | Path, inputs: Sequence[str], base_model: str | None = None) -> list[Prediction]:
+def predict(
+    folder: str | Path, inputs: Sequence[str], base_model: str | None = None, console: Console | None = None
+) -> list[Prediction]:
     """Predict images or texts with a tuned model.
 
     Args:
@@ -53,6 +59,7 @@ def predict(folder: str | Path, inputs: Sequence[str], base_model: str | None = 
         inputs: paths of images; texts, or paths of text files, of which each line is one. A language model with a chat
             template is asked them as by a user, any other continues them; it writes 64 tokens at most.
         base_model: folder or Hub id; default is what the adapter names.
+        console: where to show progress, as for `train`.
 
     Raises:
         SurgicalError: no adapter, no base model or tokenizer for it, an input that cannot be read, or a model that
@@ -84,8 +91,13 @@ def predict(folder: str | Path, inputs: Sequence[str], base_model: str | None = 
     if read is None:
         raise SurgicalError(f"{type(model).__name__} does {task}; predict knows: {', '.join(_READERS)}, and seq2seq.")
     texts = inputs if task == _IMAGES else [line for given in inputs for line in _lines(given)]
-    with torch.inference_mode():
-        return [read(model, processor, given) for given in texts]
+    predictions = []
+    with torch.inference_mode(), Stages(console) as stages:
+        stages.begin("predict", len(texts))
+        for given in texts:
+            predictions.append(read(model, processor, given))
+            stages.advance()
+    return predictions
 
 
 def _task_of(adapter: Path) -> str | None:
@@ -100,7 +112,13 @@ def _lines(given: str) -> list[str]:
     except (OSError, ValueError):  # longer than a file's name can be, or with a zero byte
         is_file = False
     if not is_file:
+        if not given.strip():
+            raise SurgicalError(f"{given!r} is no text: give some words, or a text file.")
+        if Path(given).suffix.lower() in _FILES and not any(char.isspace() for char in given):
+            raise SurgicalError(f"there is no file {given!r}: give the path of one, or a text of several words.")
         return [given]
+    if Path(given).suffix.lower() in FILE_FORMATS:
+        raise SurgicalError(f"{given!r} is a table: give its texts in a text file, one in each line, or as arguments.")
     try:
         return [line for line in Path(given).read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:

@@ -11,6 +11,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from ..rendering import markdown_block, markdown_code, markdown_row, markdown_text
+from ..scoring.block_scores import LEGEND, MARKS
 
 TAG = "surgical-fine-tuning"
 HERE = "this folder or repository"  # in the place of a repository's name, until it is known
@@ -125,15 +126,31 @@ def _choice(tuned: AdapterInfo) -> str:
         return ""
     facts = (f"{markdown_text(name)} {markdown_code(value)}" for name, value in plain.items())
     text = f"How the blocks were chosen: {', '.join(facts)}."
+    scores = _numbers(record.get("scores"))
     if loss := _numbers(record.get("joint_loss")):
-        left = ", with ".join(f"{markdown_code(name)} {value:.3g}" for name, value in loss.items())
+        order = sorted(loss, key=lambda name: -scores.get(name, 0.0))  # as they joined: JSON has them by name
+        left = ", with ".join(f"{markdown_code(name)} {loss[name]:.3g}" for name in order)
         text += f" How many: by the loss on held-out batches after short joint trainings: {left}."
     if {"steps", "budget"} <= (cost := _numbers(record.get("cost"))).keys():
         text += f" That cost {cost['steps']:.3g} training steps, of at most {cost['budget']:.3g}."
-    if not (scores := _numbers(record.get("scores"))):
+    if not scores:
         return text
-    rows = [markdown_row([markdown_code(name), f"{value:.4g}"]) for name, value in scores.items()]
-    return "\n".join([text, "", "| block | score |", "| --- | ---: |", *rows])
+    given = record.get("basis")
+    marks = {name: MARKS.get(str(basis), "") for name, basis in (given.items() if isinstance(given, dict) else ())}
+    rows = [
+        markdown_row([markdown_code(name), f"{scores[name]:.4g}{marks.get(name, '')}"])
+        for name in (sorted(scores, key=_natural) if list(scores) == sorted(scores) else scores)
+    ]
+    legend = [f"{mark} {LEGEND[basis]}" for basis, mark in MARKS.items() if mark in marks.values()]
+    notes = ["", " ".join(legend)] if legend else []
+    return "\n".join([text, "", "| block | score |", "| --- | ---: |", *rows, *notes])
+
+
+def _natural(name: str) -> list[tuple[int, int, str]]:
+    """For sorting by number, and as a model computes: what stands before and after the layers by its name."""
+    places = {"embeddings": -1, "final_norm": 1, "head": 2}
+    parts = re.split(r"[./]", name)
+    return [(places.get(part, 0), int(part) if part.isdecimal() else -1, part) for part in parts]
 
 
 def _numbers(record: Any) -> dict[str, float]:

@@ -15,8 +15,8 @@ from ..errors import SurgicalError
 from ..rendering import TextTable
 from ..validation import check_choice
 
-_MARKS = {GIVEN_UP: "~", GUESSED: "?"}
-_LEGEND = {
+MARKS = {GIVEN_UP: "~", GUESSED: "?"}
+LEGEND = {
     GIVEN_UP: "given up after a shorter training than that of the best, and capped at their lowest score",
     GUESSED: "never trained: guessed from gradients",
 }
@@ -80,7 +80,7 @@ class BlockScores:
             [
                 blocks_in_words([name]) if self.granularity == "block" else name,
                 f"{self.sizes[name]:,}",
-                f"{value:.4g}{_MARKS.get(self.basis.get(name, ''), ' ')}",
+                f"{value:.4g}{MARKS.get(self.basis.get(name, ''), ' ')}",
                 ("█" * round(-max(value, low) * length)).rjust(below)
                 if value < 0
                 else " " * below + "█" * round(value * length),
@@ -94,7 +94,7 @@ class BlockScores:
         """What the scores mean."""
         notes = [f"Score: higher = tune it first; {_range_of(self.criterion)}."]
         marked = set(self.basis.values())
-        notes += [f"{mark} {_LEGEND[basis]}" for basis, mark in _MARKS.items() if basis in marked]
+        notes += [f"{mark} {LEGEND[basis]}" for basis, mark in MARKS.items() if basis in marked]
         if max(self.values.values()) < 0:
             notes.append("All scores are below zero: no block looks worth tuning, the highest is the least bad.")
         if self.unscored:

@@ -76,6 +76,16 @@ def test_images_are_read_as_in_training(tmp_path: Path) -> None:
         assert sorted(predicted.values()) == pytest.approx(scores.sort().values.tolist(), abs=1e-6)
 
 
+@pytest.mark.parametrize("given", ["", " \n", "nothere.txt", "nothere.CSV", "here.csv"])
+def test_what_is_no_text_is_told(given: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter = adapter_of("text_classification", tmp_path)
+    (tmp_path / "here.csv").write_text("text\nnow\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SurgicalError, match=r"no text|no file|table"):
+        predict(adapter, [given])
+    assert predict(adapter, ["now in nothere.txt"])[0].labels
+
+
 def test_a_whole_model_is_told_from_an_adapter(tmp_path: Path) -> None:
     with pytest.raises(SurgicalError, match="pipeline"):
         predict(TOY_TASKS["text_classification"](tmp_path).model, ["now"])

@@ -23,6 +23,9 @@ from ..compare.cost import time_trainings
 from ..compare.default_methods import DEFAULT
 from ..recipe.recipe import Recipe
 from ..tasks import load_task
+from ..tasks.cells import cells_of
+from ..tasks.chat import FORMS
+from ..tasks.columns import LABEL
 from ..tasks.splits import DataSource, assign_splits
 from ..tasks.task import load_pretrained
 from ..training.cost import Timing, depth_of
@@ -34,7 +37,9 @@ _REMEDIES = ("new_head", "drop_empty")  # keys that an error may ask for, and th
 _STEPS = 150  # of a training, about: few enough to wait for, enough to learn from
 _EPOCHS = (3, 20)  # at least and at most
 _SMALL = 10_000_000  # parameters: models of fewer take higher rates
+_APART = 5  # factor between two rates; a few blocks take higher ones than a whole model
 _BATCH = 16
+_CLASSES = 20  # at most, of a column that is taken for them where nobody says so
 
 
 @dataclass(frozen=True)
@@ -74,7 +79,13 @@ class Start:
 
 
 def start(
-    model: str, data: str, task: str | None = None, console: Console | None = None, *, allow_code: bool = False
+    model: str,
+    data: str,
+    task: str | None = None,
+    console: Console | None = None,
+    *,
+    columns: Mapping[str, str] | None = None,
+    allow_code: bool = False,
 ) -> Start:
     """Read a model and data, and time a few steps.
 
@@ -83,6 +94,7 @@ def start(
         data: folder, file or Hub id.
         task: a name from `tasks`; default is what the columns and the model speak for.
         console: where to show progress; default is the standard error.
+        columns: by role, where they cannot be told: `{"label": "stars"}`.
         allow_code: see `Recipe`.
 
     Raises:
@@ -96,8 +108,10 @@ def start(
     with Stages(console) as stages:
         stages.begin(f"read {model} and {data}")
         training = {"per_device_train_batch_size": _BATCH}
-        task = task or guess_task(model, data, allow_code)
-        recipe = Recipe(model=model, data=data, task=task, training=training, allow_code=allow_code)
+        task = task or guess_task(model, data, columns or {}, allow_code)
+        recipe = Recipe(
+            model=model, data=data, task=task, columns=dict(columns or {}), training=training, allow_code=allow_code
+        )
         recipe, runner, reasons = _fitting(recipe)
         recipe = replace(recipe, training={**recipe.training, **_training(runner)})
         recipe = replace(recipe, rates=_rates(recipe.training["learning_rate"]))
@@ -113,7 +127,7 @@ def start(
     return Start(recipe, reasons, described, understood, _steps(recipe, runner, timing), timing.memory)
 
 
-def guess_task(model: str, data: str, allow_code: bool = False) -> str:
+def guess_task(model: str, data: str, columns: Mapping[str, str], allow_code: bool = False) -> str:
     """The task that the columns of the data and the kind of the model speak for.
 
     Raises:
@@ -123,7 +137,8 @@ def guess_task(model: str, data: str, allow_code: bool = False) -> str:
     config = load_pretrained(AutoConfig.from_pretrained, recipe, "model")
     source = DataSource.find(data)
     train = assign_splits(source, {})["train"] or source.splits[0]
-    features = list(source.open(train).features.values())
+    rows = source.open(train)
+    features = list(rows.features.values())
     if any(isinstance(feature, Image) for feature in features):
         return "image_classification"
     if any(isinstance(feature, List | LargeList) and isinstance(feature.feature, Value) for feature in features):
@@ -131,7 +146,17 @@ def guess_task(model: str, data: str, allow_code: bool = False) -> str:
     if config.is_encoder_decoder:
         return "seq2seq"
     kinds = " ".join(config.architectures or [])
-    return "causal_lm" if "CausalLM" in kinds or "LMHead" in kinds else "text_classification"
+    if "CausalLM" not in kinds and "LMHead" not in kinds:
+        return "text_classification"
+    names = {*rows.features, *columns}
+    forms = [form for form in FORMS if set(form) <= names and not ("text" in form and "label" in names)]
+    has_classes = "label" in names or any(_are_classes(rows, name) for name in rows.features)
+    return "text_classification" if has_classes and not forms else "causal_lm"
+
+
+def _are_classes(rows: Any, column: str) -> bool:
+    most = min(_CLASSES, len(rows) // 2)
+    return LABEL.fits(rows.features[column]) and 1 < len(cells_of(rows, column).drop_null().unique()) <= most
 
 
 def _fitting(recipe: Recipe) -> tuple[Recipe, RecipeRunner, dict[str, str]]:
@@ -144,7 +169,7 @@ def _fitting(recipe: Recipe) -> tuple[Recipe, RecipeRunner, dict[str, str]]:
             asked = [key for key in _REMEDIES if f"{key}: true" in str(error) and key not in reasons]
             if not asked:
                 raise
-            reasons[asked[0]] = str(error).splitlines()[0]
+            reasons[asked[0]] = " ".join(str(error).split())
             keys: dict[str, Any] = {asked[0]: True}
             recipe = replace(recipe, **keys)
 
@@ -153,11 +178,11 @@ def _training(runner: RecipeRunner) -> dict[str, Any]:
     size = sum(parameter.numel() for parameter in runner.model.parameters())
     steps = math.ceil(len(runner.examples["train"]) / _BATCH)
     epochs = min(_EPOCHS[1], max(_EPOCHS[0], math.ceil(_STEPS / steps)))
-    return {"learning_rate": 1e-3 if size < _SMALL else 5e-5, "num_train_epochs": epochs}
+    return {"learning_rate": 1e-3 if size < _SMALL else 1e-4, "num_train_epochs": epochs}
 
 
 def _rates(middle: float) -> list[float]:
-    return [float(f"{middle * factor:.1g}") for factor in (1 / 3, 1, 3)]
+    return [float(f"{middle * factor:.1g}") for factor in (1 / _APART, 1, _APART)]
 
 
 def _steps(recipe: Recipe, runner: RecipeRunner, timing: Timing) -> list[Step]:
@@ -192,6 +217,7 @@ def recipe_text(start: Start, path: Path) -> str:
         *(f"# {' '.join(line.split())}" for line in start.data),
         f"data: {_beside(recipe.data, path)}",
         f"task: {recipe.task}",
+        *([f"columns: {json.dumps(recipe.columns, ensure_ascii=False)}"] if recipe.columns else []),
     ]
     for key, reason in start.reasons.items():
         lines += [f"# Without it: {reason}", f"{key}: true"]

@@ -30,6 +30,9 @@ class ColumnType:
     faults: Callable[[Any, str], list[Fault]] = empty_cells
 
 
+_OF_NUMBERS = "; to predict numbers, write problem_type: regression and new_head: true"
+
+
 def _is_text(feature: Any) -> bool:
     return isinstance(feature, Value) and feature.dtype in ("string", "large_string")
 
@@ -111,6 +114,8 @@ def find_columns(
     for role, kind in roles.items():
         if role not in columns:
             free = [name for name in fit[role] if name not in columns.values()]
+            if kind is LABEL and len(free) > 1:
+                free = [name for name in free if not _is_identifier(data, name)] or free
             columns[role] = _only(role, kind, [name for name in free if name not in empty] or free, recipe, features)
     for split, rows in data.items():
         for role, column in columns.items():
@@ -120,12 +125,20 @@ def find_columns(
                     f"{nearest(column, rows.features)}It has: {_shown(rows.features)}."
                 )
             if column not in empty and not roles[role].fits(rows.features[column]):
+                numbers = _OF_NUMBERS if role == "label" and _is_float(rows.features[column]) else ""
                 raise SurgicalError(
                     f"{recipe.data}: the column {column!r} cannot be the {role} of {recipe.task}: it is "
-                    f"{_type(rows.features[column])}, and it takes {roles[role].description}. The split {split} has: "
-                    f"{_shown(rows.features)}."
+                    f"{_type(rows.features[column])}, and it takes {roles[role].description}"
+                    f"{numbers}. The split {split} has: {_shown(rows.features)}."
                 )
     return columns
+
+
+def _is_identifier(data: Mapping[str, Any], column: str) -> bool:
+    """Whether no two rows of a split have the same in a column: a number of the row, say."""
+    rows = next(iter(data.values()))
+    cells = cells_of(rows, column).drop_null()
+    return not isinstance(rows.features[column], ClassLabel) and len(cells.unique()) == len(cells) > 1
 
 
 def _only(role: str, kind: ColumnType, fitting: list[str], recipe: Recipe, features: Any) -> str:
@@ -141,6 +154,10 @@ def _only(role: str, kind: ColumnType, fitting: list[str], recipe: Recipe, featu
 
 def _is_int(feature: Any) -> bool:
     return isinstance(feature, Value) and (feature.dtype.startswith(("int", "uint")) or feature.dtype == "bool")
+
+
+def _is_float(feature: Any) -> bool:
+    return isinstance(feature, Value) and feature.dtype.startswith("float")
 
 
 def _shown(features: Any) -> str:

@@ -78,6 +78,8 @@ def open_data(
     if classes:
         _check_classes(recipe, opened["train"], columns[classes])
     named = [f"{role} = {column}" for role, column in columns.items() if role != column]
+    unused = [column for column in opened[needed[0]].features if column not in columns.values()]
+    lines = [*([f"not used: {listed(unused)}"] if unused else []), *lines]
     lines = [*([f"columns: {', '.join(named)}"] if named else []), *lines]
     lines += [f"split {role}: the data's {name}" for role, name in recipe.splits.items() if name and role in splits]
     if is_held_out:

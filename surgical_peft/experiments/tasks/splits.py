@@ -20,7 +20,7 @@ from .task import SPLITS, load_or_raise
 
 SHARE = 0.2  # of the training split, held out where there is no validation split
 _EVERY = round(1 / SHARE)
-_FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
+FILE_FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
     ".csv": ("csv", {}),
     ".tsv": ("csv", {"sep": "\t"}),
     ".json": ("json", {}),
@@ -28,7 +28,7 @@ _FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
     ".ndjson": ("json", {}),
     ".parquet": ("parquet", {}),
 }
-_TABLES = (*_FORMATS.keys() - {".json"},)  # a .json may be some tool's settings
+_TABLES = (*FILE_FORMATS.keys() - {".json"},)  # a .json may be some tool's settings
 
 
 @dataclass(frozen=True)
@@ -90,11 +90,11 @@ class DataSource:
 
     @classmethod
     def _of_file(cls, path: Path, config: str | None) -> DataSource:
-        if (suffix := path.suffix.lower()) not in _FORMATS:
-            raise SurgicalError(f"{path} is no data: give a file that ends in {', '.join(_FORMATS)}, or a folder.")
+        if (suffix := path.suffix.lower()) not in FILE_FORMATS:
+            raise SurgicalError(f"{path} is no data: give a file that ends in {', '.join(FILE_FORMATS)}, or a folder.")
         if config is not None:
             raise SurgicalError(f"data_config={config!r}: {path} is one file, which has none: leave it out.")
-        kind, options = _FORMATS[suffix]
+        kind, options = FILE_FORMATS[suffix]
         return cls(str(path), kind, None, {"train": [str(path.resolve())]}, ("train",), options, None)
 
     def open(self, split: str) -> Any:

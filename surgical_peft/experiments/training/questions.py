@@ -13,19 +13,23 @@ QUESTIONS = {
     "validation data? Trust it over score; where search or compare differ, which train to the end, trust them.",
     "compare": "Question answered: which method is best on test data, each at its best rate? Where other commands "
     "differ, trust this one, as far as its interval is clear of zero.",
-    "train": "Question answered: what does this one training reach? Whether other blocks would do better it does not "
-    "tell: advise asks that in short, compare in full.",
+    "train": "Question answered: what does this one training reach? Whether other blocks or another rate would do "
+    "better it does not tell: advise asks that in short, compare in full.",
 }
 
 
 def standard_error(share: float, count: int) -> float:
     """The standard error of a share, such as an accuracy, that was measured on so many examples.
 
+    Of the share with two successes and two failures added (Agresti and Coull 1998, "Approximate is better than
+    'exact'"), so that it is not 0 where all went well.
+
     Example:
         >>> round(standard_error(0.9, 100), 3)
-        0.03
+        0.031
     """
-    return math.sqrt(share * (1 - share) / count)
+    added = (share * count + 2) / (count + 4)
+    return math.sqrt(added * (1 - added) / (count + 4))
 
 
 def noise(share: float, count: int, split: str) -> str:

@@ -16,7 +16,7 @@ from surgical_peft.experiments.tasks import load_task
 from surgical_peft.experiments.training.cost import Timing
 from tests.support import tiny
 from tests.support.cli import run
-from tests.support.toy_tasks import bert, write_model
+from tests.support.toy_tasks import TOY_TASKS, bert, write_model
 
 TIMING = Timing(whole=10.0, last=4.0, step=0.1, measure=1.0, start=2.0, memory=10**9)
 
@@ -27,12 +27,17 @@ def nothing_is_trained(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def started(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], model: str, data: str
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    model: str,
+    data: str,
+    *arguments: str,
 ) -> dict[str, Any]:
     """What the command prints as JSON; the recipe is in the folder."""
     monkeypatch.chdir(folder)
     capsys.readouterr()
-    assert run(monkeypatch, "start", model, data, "--recipe", "mine/recipe.yaml", "--json") == 0
+    assert run(monkeypatch, "start", model, data, "--recipe", "mine/recipe.yaml", "--json", *arguments) == 0
     return json.loads(capsys.readouterr().out)
 
 
@@ -50,6 +55,35 @@ def test_images_without_a_split_become_a_recipe(
     recipe = load_recipe(tmp_path / "mine" / "recipe.yaml")
     assert Path(recipe.model) == tmp_path / "a model" and recipe.blocks == "auto"
     assert set(load_task(recipe).splits) == {"train", "validation", "test"}
+
+
+@pytest.mark.parametrize(
+    ("header", "arguments", "task"),
+    [
+        ("id,review,stars", (), "text_classification"),
+        ("id,text,stars", (), "causal_lm"),
+        ("id,text,label", (), "text_classification"),
+        ("id,text,stars", ("--column", "label=stars"), "text_classification"),
+    ],
+)
+def test_classes_in_a_table_are_seen_also_where_the_model_is_of_language(
+    header: str,
+    arguments: tuple[str, ...],
+    task: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A column with another number in each row is none of them."""
+    TOY_TASKS["causal_lm"](tmp_path / "toy")
+    rows = [f"{at},money at noon {at},{1 + at % 3}" for at in range(60)]
+    (tmp_path / "reviews.csv").write_text("\n".join([header, *rows]) + "\n")
+    said = started(tmp_path, monkeypatch, capsys, "toy/model", "reviews.csv", *arguments)
+    assert said["task"] == task
+    if task != "causal_lm":
+        assert said["keys"]["new_head"] and any("not used: id" in line for line in said["data"])
+        keys = load_recipe(tmp_path / "mine" / "recipe.yaml")
+        assert keys.columns == dict(pair.split("=") for pair in arguments[1:])
 
 
 def test_a_table_of_texts_whose_classes_are_others_gets_a_new_head(

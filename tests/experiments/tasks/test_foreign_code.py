@@ -51,7 +51,7 @@ def loaded(task: str, name: str, allow_code: bool = False) -> Any:
 LOADS: dict[str, Callable[[str], Any]] = {
     "blocks": model_of_config,
     **{task: partial(loaded, task) for task in tasks.__all__},
-    "start": lambda name: guess_task(name, str(DATA)),
+    "start": lambda name: guess_task(name, str(DATA), {}),
     "export": lambda name: load_base(SurgicalConfig(blocks=[0], base_model_name_or_path=name), {}),
 }
 

@@ -21,6 +21,7 @@ from transformers import Trainer, TrainingArguments, ViTForImageClassification
 
 from surgical_peft import SurgicalConfig, SurgicalError
 from surgical_peft.cli.main import main
+from surgical_peft.criteria.criterion import GIVEN_UP, GUESSED
 from surgical_peft.experiments import tasks
 from surgical_peft.experiments.recipe import Recipe, load_recipe
 from surgical_peft.experiments.tasks import load_task
@@ -31,7 +32,8 @@ from surgical_peft.experiments.training.report import TrainingReport
 from surgical_peft.experiments.training.train import train
 from surgical_peft.export import adapter_card
 from surgical_peft.export.adapter_card import keep_cards, origin
-from surgical_peft.export.card_text import BEGIN, END, HERE
+from surgical_peft.export.card_text import BEGIN, END, HERE, AdapterInfo, describe
+from surgical_peft.scoring.block_scores import MARKS
 from tests.support.families import FAMILIES
 from tests.support.toy_tasks import TOY_TASKS
 from tests.support.toys import Toy
@@ -85,7 +87,8 @@ def test_the_card_says_what_the_report_says(run: Path, report: dict[str, Any]) -
     share = report["tuned_parameters"] / 205_962
     assert f"{report['tuned_parameters']:,} of 205,962 parameters, {share:.1%}" in text
     for block, score in report["selection"]["scores"].items():
-        assert f"| `{block}` | {score:.4g} |" in text
+        mark = MARKS.get(report["selection"].get("basis", {}).get(block, ""), "")
+        assert f"| `{block}` | {score:.4g}{mark} |" in text
     for each in (
         f"Tuned in full: the block `{report['blocks'][0]}`**",
         "![The scores by which the blocks were chosen](scores.png)",
@@ -201,6 +204,20 @@ def test_no_number_is_guessed(report: dict[str, Any]) -> None:
             make_card(broken)
 
 
+def test_scores_stand_in_the_order_of_the_model_with_their_marks(report: dict[str, Any]) -> None:
+    """An adapter's config has them by name, and so 10 before 2."""
+    scores = {"embeddings": 0.1, **{str(layer): layer / 10 for layer in range(12)}, "head": 0.5}
+    loss = {"11": 1.0, "9": 0.9, "10": 0.8}  # as they joined would be 11, 10, 9
+    selection = {**report["selection"], "scores": scores, "joint_loss": loss, "basis": {"3": GUESSED, "10": GIVEN_UP}}
+    read = json.loads(json.dumps(selection, sort_keys=True))
+    text = describe([AdapterInfo(["11"], None, ["layer.11"], None, None, read, None, "base", None, False, None)])
+    rows = re.findall(r"^\| `(\w+)` \| (\S+) \|$", text, re.MULTILINE)
+    assert [name for name, _ in rows] == list(scores)
+    assert dict(rows)["3"] == "0.3?" and dict(rows)["10"] == "1~" and dict(rows)["4"] == "0.4"
+    assert "guessed" in text and "given up" in text
+    assert text.index("`11` 1") < text.index("`10` 0.8") < text.index("`9` 0.9")
+
+
 def test_nothing_else_is_guessed(report: dict[str, Any]) -> None:
     """Any other key of the report that the card reads, missing: an error that names it, not an empty place."""
     for key in report.keys() - {"adapter", "pipeline", "in_pipeline"}:
@@ -212,7 +229,7 @@ def test_nothing_else_is_guessed(report: dict[str, Any]) -> None:
         "rates": {"policy_options"},
         "dataset": {"commit", "summary"},
         "versions": {},
-        "selection": {"cost"},
+        "selection": {"basis", "cost"},
     }
     for part, keys in parts.items():
         for key in report[part].keys() - keys:  # for a policy, for data of the Hub, and for a budget
