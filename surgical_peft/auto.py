@@ -32,6 +32,7 @@ from .scoring.progress import Stages, counted
 from .scoring.score import score_blocks
 from .scoring.selection import top_k
 from .tuner.config import SurgicalConfig
+from .tuner.loading.compatibility import check_expressions
 from .tuner.target_modules import block_map_for, modules_to_tune
 from .validation import check_count, resolve
 
@@ -261,6 +262,7 @@ def _with_weights(model: nn.Module, blocks: BlockMap) -> list[str]:
 
 def _refused(model: nn.Module, config: SurgicalConfig, blocks: BlockMap) -> dict[str, str]:
     """The blocks that cannot be tuned, and why; some can."""
+    check_expressions(model, config)  # once, and not for each block
     names = _with_weights(model, blocks)
     refused = {name: reason for name in names if (reason := _refusal(model, config, blocks, name))}
     if len(refused) == len(names):

@@ -84,7 +84,12 @@ def call_with_options(
 
 def is_number(value: Any) -> bool:
     """Whether it is a finite number; a bool, a text or None is not."""
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    if not isinstance(value, Real) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number beyond all floats
+        return False
 
 
 def check_choice(owner: str, name: str, value: Any, known: Collection[Any]) -> None:

@@ -17,7 +17,8 @@ from transformers import pipeline
 from ..errors import SurgicalError
 from ..export.adapter_card import pipeline_of
 from ..export.processor import processor_of
-from ..tuner.loading.saved_adapter import load_base, read_adapter, read_json
+from ..tuner.loading.saved_adapter import load_base, read_adapter
+from ..typed_json import read_json
 from .tasks.image_classification import MODES
 from .training.report import REPORT
 
@@ -81,7 +82,7 @@ def predict(folder: str | Path, inputs: Sequence[str], base_model: str | None = 
 def _task_of(adapter: Path) -> str | None:
     """The Hub's name for the task of a training; None if its report is not there."""
     report = adapter.parent / REPORT
-    return read_json(report, "training").get("pipeline") if report.is_file() else None
+    return read_json(report, "train again").get("pipeline") if report.is_file() else None
 
 
 def _lines(given: str) -> list[str]:

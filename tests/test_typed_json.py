@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from surgical_peft import SurgicalError
-from surgical_peft.experiments.training.typed_json import JsonReader, to_json
+from surgical_peft.typed_json import JsonReader, to_json
 
 
 @dataclass(frozen=True)
