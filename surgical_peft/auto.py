@@ -132,6 +132,8 @@ def choose_blocks(
     needs, joint = needs_of(score), needs_of(together)
     is_open = config.num_blocks is None
     wanted = needs.batches if num_batches is None else num_batches
+    if num_batches is not None:
+        check_count("blocks='auto'", "num_batches", num_batches, "batches to choose by")
     batches = list(islice(dataloader, max(wanted, joint.batches if is_open else 0)))
     if is_open:
         _check_enough(len(batches))

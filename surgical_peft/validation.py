@@ -6,6 +6,7 @@ import difflib
 import importlib
 import inspect
 import math
+import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from numbers import Real
 from types import ModuleType
@@ -110,7 +111,7 @@ def check_choice(owner: str, name: str, value: Any, known: Collection[Any]) -> N
 
 
 def check_count(
-    owner: str, name: str, value: Any, what: str, *, at_least: float = 1, at_most: float = math.inf
+    owner: str, name: str, value: Any, what: str, *, at_least: float = 1, at_most: float = sys.maxsize
 ) -> None:
     """Refuse what is not a whole number within the bounds; `what` says what is counted.
 
@@ -122,7 +123,7 @@ def check_count(
     """
     if isinstance(value, bool) or not isinstance(value, int) or not at_least <= value <= at_most:
         low = f" from {at_least}" if math.isfinite(at_least) else ""
-        high = f" to {at_most}" if math.isfinite(at_most) else " upwards" if low else ""
+        high = f" to {at_most}" if at_most < sys.maxsize else " upwards" if low else ""
         raise SurgicalError(f"{name}={value!r} is out of range for {owner}: {what}, a whole number{low}{high}.")
 
 

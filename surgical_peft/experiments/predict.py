@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from peft.utils.constants import CONFIG_NAME
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import nn
 from transformers import pipeline
 
@@ -100,8 +100,10 @@ def _lines(given: str) -> list[str]:
 
 def _image(model: Any, processor: Any, given: str) -> Prediction:
     try:
+        if not Path(given).is_file():  # a named pipe would be waited for
+            raise OSError("there is no such file")
         image = Image.open(given).convert(MODES.get(getattr(model.config, "num_channels", 3), "RGB"))
-    except (OSError, UnidentifiedImageError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise SurgicalError(f"{given!r} cannot be read as an image ({error}): give the path of one.") from error
     return _label(model, processor(image, return_tensors="pt"), given)
 

@@ -8,6 +8,7 @@ same waiting trial (there is no SELECT FOR UPDATE), and the lock of its journal 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
@@ -59,6 +60,8 @@ def lock_and_storage(url: str | None, name: str) -> tuple[Lock, Callable[[], Bas
 @contextmanager
 def _beside(path: str, lock: FileLock, mend: bool = False) -> Iterator[None]:
     Path(path).parent.mkdir(parents=True, exist_ok=True)
+    if Path(path).exists() and not Path(path).is_file():  # a named pipe would be waited for
+        raise OSError("it is no file")
     with lock.acquire(poll_interval=0.01):
         if mend:
             _mend(Path(path))
@@ -90,5 +93,5 @@ def shown(url: str | None) -> str:
         return "memory"
     try:
         return make_url(url).render_as_string(hide_password=True)
-    except SQLAlchemyError:
-        return url
+    except (SQLAlchemyError, ValueError):  # such as a port that is no number
+        return re.sub(r"(://[^:/]*):[^@]*@", r"\1:***@", url)
