@@ -27,8 +27,9 @@ sys.path.append(str(ROOT))  # the generators are those of the tests
 from tests.support.fuzz.families import FAMILIES  # noqa: E402
 from tests.support.fuzz.outcomes import LONGEST, Tally, run  # noqa: E402
 
-CASES = {"recipes, values of keys": 700, "data tables": 200, "studies": 200}
-_USUAL = 350
+CASES = {"recipes, values of keys": 450, "recipes, text": 350, "adapters": 350, "files of results": 300, "deltas": 250}
+CASES |= {"SurgicalConfig, arguments": 130, "regular expressions": 80, "studies": 90, "data tables": 100}
+_USUAL = 200
 HEADER = ["| input | cases | clear error | accepted and right | else |", "| --- | ---: | ---: | ---: | ---: |"]
 
 

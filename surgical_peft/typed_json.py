@@ -190,3 +190,16 @@ def default_of(entry: Field[Any]) -> Any:
 
 def _join(path: str, key: str) -> str:
     return f"{path}.{key}" if path else key
+
+
+def is_plain(kind: Any) -> bool:
+    """True for a type of JSON, also nested: `JsonReader` looks at all of its values.
+
+    Example:
+        >>> is_plain(list[float] | None), is_plain(SchedulerType | str)
+        (True, False)
+    """
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin in (Union, types.UnionType, list, tuple, dict):
+        return all(map(is_plain, arguments))
+    return origin is Literal or kind in (int, float, str, bool, list, dict, NoneType)

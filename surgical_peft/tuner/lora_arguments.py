@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import types
 from dataclasses import fields
-from types import NoneType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, get_type_hints
 
 from peft import LoraConfig
 
 from ..errors import SurgicalError, reason_of
-from ..typed_json import JsonReader
+from ..typed_json import JsonReader, is_plain
 from ..validation import check_count, check_number
 
 _JSON = JsonReader("lora", "give what peft.LoraConfig takes")
@@ -42,7 +40,7 @@ def lora_arguments(lora: LoraConfig | dict[str, Any]) -> dict[str, Any]:
     changed = {name: value for name, value in given.items() if _is_changed(value, as_list(getattr(default, name)))}
     hints = {**get_type_hints(LoraConfig), **_WIDER}
     for name, value in changed.items():
-        if _is_plain(hints[name]):
+        if is_plain(hints[name]):
             _JSON.read(hints[name], value, name)
     check_count("lora", "r", config.r, "the rank")
     check_number("lora", "lora_dropout", config.lora_dropout, "a share", at_least=0, at_most=1)
@@ -55,14 +53,6 @@ def lora_arguments(lora: LoraConfig | dict[str, Any]) -> dict[str, Any]:
 
 def _is_changed(value: Any, default: Any) -> bool:
     return type(value) is not type(default) or bool(value != default)
-
-
-def _is_plain(hint: Any) -> bool:
-    """True for a type that JSON has, also nested; other objects see to themselves."""
-    origin, arguments = get_origin(hint), get_args(hint)
-    if origin in (Union, types.UnionType, list, tuple, dict):
-        return all(map(_is_plain, arguments))
-    return origin is Literal or hint in (int, float, str, bool, list, dict, NoneType)
 
 
 def as_list(choice: Any) -> Any:

@@ -102,8 +102,8 @@ def test_a_policy_with_its_options(tmp_path: Path) -> None:
         (MINIMAL + "lerning_rate: 1e-3\n", "'lerning_rate'.*'learning_rate'"),
         (MINIMAL + "block: [1]\n", "'block'.*'blocks'"),
         (MINIMAL + "blocks: [1]\n", "'blocks'.*twice"),
-        (MINIMAL + "learning_rate: fast\n", "learning_rate: 'fast'.*float"),
-        (MINIMAL + "seed: true\n", "seed: True.*int"),
+        (MINIMAL + "learning_rate: fast\n", "learning_rate is 'fast'.*number"),
+        (MINIMAL + "seed: true\n", "seed is True.*whole"),
         (MINIMAL + "policy_options: {decay: 1, decay: 2}\n", "'decay'.*twice"),
         ("model: m\n", "data.*missing"),
         ("model: 3\ndata: d\n", "model is 3 .*text"),
@@ -207,6 +207,7 @@ MEANINGLESS: dict[str, list[Any]] = {
     "accelerator_config": [{"nonsense": 3}],
     "debug": ["nonsense"],
     "fsdp": ["nonsense"],
+    "report_to": [53, "nonsense", [53]],
 }
 
 

@@ -6,14 +6,13 @@ import math
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
-from types import NoneType
 from typing import Any, get_type_hints
 
 from transformers import TrainingArguments
 
 from ...errors import SurgicalError
 from ...policies.stages import check_length, planned_length
-from ...typed_json import JsonReader
+from ...typed_json import JsonReader, is_plain
 from ...validation import check_count, check_number, nearest
 from ..metrics import SHIPPED
 from .recipe import Recipe
@@ -34,15 +33,6 @@ _RANGES = {
     "shift_seed": (0, 2**32 - 1),
     **dict.fromkeys(("max_length", "num_blocks", "num_batches", "early_stopping_patience"), (1, _MANY)),
     "folds": (2, _MANY),
-}
-_PLAIN: dict[Any, tuple[type, ...]] = {
-    float: (float, int),
-    int: (int,),
-    bool: (bool,),
-    str: (str,),
-    int | None: (int, NoneType),
-    float | None: (float, int, NoneType),
-    str | None: (str, NoneType),
 }
 _LISTS = {
     "rates": "[1e-3, 3e-3]",
@@ -116,16 +106,11 @@ def _check_key(key: Any, value: Any, path: str) -> None:
         )
     if key in _REFUSED:
         raise SurgicalError(f"{path}: {key} is not for recipes: {_REFUSED[key]}.")
-    if key in _TYPES:
-        JsonReader(path, "docs/recipes.md has all keys").read(_TYPES[key], value, key)
-        if key in _RANGES and value is not None:
-            least, most = _RANGES[key]
-            check_number(path, key, value, at_least=least, at_most=most)
-        return
-    expected = _PLAIN.get(known[key])
-    if expected and (not isinstance(value, expected) or (isinstance(value, bool) and bool not in expected)):
-        kind = getattr(known[key], "__name__", str(known[key]))
-        raise SurgicalError(f"{path}: {key}: {value!r} is not of the type {kind}.")
+    if key in _TYPES or is_plain(known[key]):
+        JsonReader(path, "docs/recipes.md has all keys").read(known[key], value, key)
+    if key in _RANGES and value is not None:
+        least, most = _RANGES[key]
+        check_number(path, key, value, at_least=least, at_most=most)
 
 
 def _check_plain(key: str, value: Any, path: str) -> None:

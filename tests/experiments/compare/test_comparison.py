@@ -76,5 +76,5 @@ def test_a_damaged_finding_is_named_with_what_to_do(content: str, comparison: Co
     findings, job = Findings(comparison, tmp_path), comparison.source(0)
     findings.path(job).parent.mkdir(parents=True)
     findings.path(job).write_text(content)
-    with pytest.raises(SurgicalError, match="runs/source-.*delete it"):
+    with pytest.raises(SurgicalError, match=r"runs/source-.*delete it"):
         findings.load(job)

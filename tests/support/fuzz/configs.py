@@ -35,13 +35,23 @@ KEYS = [entry.name for entry in fields(SurgicalConfig) if entry.init]
 LORA = [entry.name for entry in fields(LoraConfig) if entry.init]
 BERT = TOYS["bert"]
 
+usual_blocks = st.sampled_from(
+    [0, -1, "0:2", "head", "all", "embeddings", [0, "head"], [1, 2], [-1], ["embeddings", "1"]]
+)
 blocks = st.one_of(
+    usual_blocks,
     st.sampled_from(
         [0, -1, "0:2", ":", "-2:", "head", "all", "embeddings", "3", "-4", "0:0", "::-1", "auto", "1 ", "٣"]
     ),
     st.lists(st.sampled_from([0, 1, 2, -1, "0", "head", "0:2", "embeddings", 3, True]), max_size=3),
     st.sampled_from([np.array([0, 1]), np.array(0), (0, 1), {0}, range(2), [np.int64(1)], torch.tensor([0]), b"0"]),
     odd,
+)
+usual_choices = st.one_of(
+    st.lists(
+        st.sampled_from(["attention", "query", "output.dense", "LayerNorm"]), min_size=1, max_size=2, unique=True
+    ),
+    st.sampled_from(["all", "all-norm", "all-bias", ".*query", r"bert\.encoder\.layer\.\d\.output", r".*(key|value)"]),
 )
 choices = st.one_of(
     st.lists(
@@ -60,6 +70,16 @@ special |= {"lora": loras | odd, "keep_base": st.sampled_from(["device", "cpu", 
 
 @st.composite
 def _arguments(draw: st.DrawFn) -> dict[str, Any]:
+    if draw(st.integers(0, 2)):
+        given = {
+            "blocks": draw(usual_blocks),
+            "target_modules": draw(usual_choices),
+            "exclude_modules": draw(usual_choices),
+        }
+        given |= {"keep_base": draw(st.sampled_from(["device", "cpu", "none"])), "frozen_eval": draw(st.booleans())}
+        given |= {"lora": {"r": draw(st.integers(1, 3)), "target_modules": draw(usual_choices)}}
+        left_out = draw(st.lists(st.sampled_from(list(given)), unique=True, max_size=5))
+        return {key: value for key, value in given.items() if key not in left_out}
     chosen = draw(st.lists(st.sampled_from([*special, *KEYS]), max_size=2, unique=True))
     given = {"blocks": draw(blocks)} if draw(st.booleans()) else {}
     if "lora" in chosen and draw(st.booleans()):
@@ -74,8 +94,9 @@ def check_arguments(given: dict[str, Any], folder: Path) -> None:
     config = SurgicalConfig(**given)
     model: Any = BERT.model()
     names = {name for name, _ in model.named_parameters()}
-    expected = _named(BERT.model(), config)
+    asked = copy.deepcopy(config)
     wrapped = get_peft_model(model, config)
+    expected = _named(BERT.model(), asked)
     assert repr(before) == repr(given), "the arguments were changed"
     trained = {name.removeprefix("base_model.model.") for name, p in wrapped.named_parameters() if p.requires_grad}
     saved = {name.replace("modules_to_save.default.", "") for name in trained if ".lora_" not in name}
