@@ -33,6 +33,7 @@ from .scoring.progress import Stages, counted
 from .scoring.score import score_blocks
 from .scoring.selection import best
 from .tuner.config import SurgicalConfig
+from .tuner.loading.compatibility import check_expressions
 from .tuner.target_modules import block_map_for, modules_to_tune
 from .validation import check_count, resolve
 
@@ -132,6 +133,8 @@ def choose_blocks(
     needs, joint = needs_of(score), needs_of(together)
     is_open = config.num_blocks is None
     wanted = needs.batches if num_batches is None else num_batches
+    if num_batches is not None:
+        check_count("blocks='auto'", "num_batches", num_batches, "batches to choose by")
     batches = list(islice(dataloader, max(wanted, joint.batches if is_open else 0)))
     if is_open:
         _check_enough(len(batches))
@@ -271,6 +274,7 @@ def _with_weights(model: nn.Module, blocks: BlockMap) -> list[str]:
 
 def _refused(model: nn.Module, config: SurgicalConfig, blocks: BlockMap) -> dict[str, str]:
     """The blocks that cannot be tuned, and why; some can."""
+    check_expressions(model, config)  # once, and not for each block
     names = _with_weights(model, blocks)
     refused = {name: reason for name in names if (reason := _refusal(model, config, blocks, name))}
     if len(refused) == len(names):

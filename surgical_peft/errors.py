@@ -5,12 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+_LONGEST = 4000  # characters of a message
+
 
 class SurgicalError(ValueError):
     """Raised for a wrong block, score, recipe or checkpoint.
 
-    The message holds the value given, what is wrong with it, what to do, and what exists.
+    The message holds the value given, what is wrong with it, what to do, and what exists. One that a huge value makes
+    long is cut in the middle.
     """
+
+    def __init__(self, message: object = "") -> None:
+        text = str(message)
+        if len(text) > _LONGEST:
+            left, right = text[: _LONGEST - 500], text[-400:]
+            text = f"{left} ... ({len(text) - len(left) - len(right):,} characters more) ... {right}"
+        super().__init__(text)
 
 
 def reason_of(error: BaseException) -> str:

@@ -6,6 +6,7 @@ import difflib
 import importlib
 import inspect
 import math
+import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from numbers import Real
 from types import ModuleType
@@ -109,7 +110,12 @@ def call_with_options(
 
 def is_number(value: Any) -> bool:
     """Whether it is a finite number; a bool, a text or None is not."""
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    if not isinstance(value, Real) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number beyond all floats
+        return False
 
 
 def check_choice(owner: str, name: str, value: Any, known: Collection[Any]) -> None:
@@ -130,7 +136,7 @@ def check_choice(owner: str, name: str, value: Any, known: Collection[Any]) -> N
 
 
 def check_count(
-    owner: str, name: str, value: Any, what: str, *, at_least: float = 1, at_most: float = math.inf
+    owner: str, name: str, value: Any, what: str, *, at_least: float = 1, at_most: float = sys.maxsize
 ) -> None:
     """Refuse what is not a whole number within the bounds; `what` says what is counted.
 
@@ -142,7 +148,7 @@ def check_count(
     """
     if isinstance(value, bool) or not isinstance(value, int) or not at_least <= value <= at_most:
         low = f" from {at_least}" if math.isfinite(at_least) else ""
-        high = f" to {at_most}" if math.isfinite(at_most) else " upwards" if low else ""
+        high = f" to {at_most}" if at_most < sys.maxsize else " upwards" if low else ""
         raise SurgicalError(f"{name}={value!r} is out of range for {owner}: {what}, a whole number{low}{high}.")
 
 

@@ -20,7 +20,18 @@ PACKAGE = Path(surgical_peft.__file__).parent
 
 # A room imports from those before it, and within itself.
 ROOMS = [
-    *("errors", "quiet", "atomic_files", "validation", "rendering", "blocks", "precision", "masks", "criteria"),
+    *(
+        "errors",
+        "quiet",
+        "atomic_files",
+        "validation",
+        "typed_json",
+        "rendering",
+        "blocks",
+        "precision",
+        "masks",
+        "criteria",
+    ),
     *("scoring", "tuner", "policies", "procedures", "optim", "search", "export", "auto", "api", "experiments", "cli"),
     *("__init__", "__main__"),
 ]

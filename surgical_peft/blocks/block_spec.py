@@ -11,7 +11,8 @@ from ..errors import SurgicalError
 from ..validation import nearest
 
 _STACK_INDEX = re.compile(r"(?P<stack>[^\[\]]+)\[(?P<index>[^\[\]]*)\]")
-_SLICE = re.compile(r"-?\d*:-?\d*(?::-?\d+)?")
+_INDEX = re.compile(r"-?\d{1,18}")  # `int` refuses thousands of digits
+_SLICE = re.compile(r"-?\d{0,18}:-?\d{0,18}(?::-?\d{1,18})?")
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class BlockGrammar:
                     f"{part!r}: {self.model_name} has no stack {stack!r}. It has {self._stack_names()}."
                 )
             return self._index(inner, stack, part)
-        if isinstance(part, int) or re.fullmatch(r"-?\d+", part) or _SLICE.fullmatch(part):
+        if isinstance(part, int) or _INDEX.fullmatch(part) or _SLICE.fullmatch(part):
             if len(self.stacks) > 1:
                 example = f"{list(self.stacks)[-1]}[{part}]"
                 raise SurgicalError(
@@ -72,7 +73,7 @@ class BlockGrammar:
             if not (chosen := tuple(block for block in layers[start:stop:step] if block in self.names)):
                 raise SurgicalError(f"{given!r} selects no block: {where}. The end of a slice is not in it.")
             return chosen
-        if not re.fullmatch(r"-?\d+", text):
+        if not _INDEX.fullmatch(text):
             raise SurgicalError(f"{given!r} is not understood: put an index or a slice in the brackets. {where}.")
         if not -size <= int(text) < size:
             raise SurgicalError(f"block {given!r} does not exist: {where}. Negative numbers count from the last: -1.")

@@ -21,7 +21,8 @@ from ..errors import SurgicalError
 from ..export.adapter_card import pipeline_of
 from ..export.processor import processor_of
 from ..scoring.progress import Stages
-from ..tuner.loading.saved_adapter import load_base, read_adapter, read_json
+from ..tuner.loading.saved_adapter import load_base, read_adapter
+from ..typed_json import read_json
 from .tasks.image_classification import MODES, convert
 from .tasks.splits import FILE_FORMATS
 from .training.report import REPORT
@@ -103,7 +104,7 @@ def predict(
 def _task_of(adapter: Path) -> str | None:
     """The Hub's name for the task of a training; None if its report is not there."""
     report = adapter.parent / REPORT
-    return read_json(report, "training").get("pipeline") if report.is_file() else None
+    return read_json(report, "train again").get("pipeline") if report.is_file() else None
 
 
 def _lines(given: str) -> list[str]:
@@ -127,7 +128,10 @@ def _lines(given: str) -> list[str]:
 
 def _image(model: Any, processor: Any, given: str) -> Prediction:
     mode = MODES.get(getattr(model.config, "num_channels", 3), "RGB")
-    try:  # as in training, where `datasets` turns a photograph as its camera says
+    try:
+        if not Path(given).is_file():  # a named pipe would be waited for
+            raise OSError("there is no such file")
+        # as in training, where `datasets` turns a photograph as its camera says
         image = convert(Image().decode_example({"path": given, "bytes": None}), mode)
     except (OSError, SyntaxError, ValueError, PILImage.DecompressionBombError) as error:
         raise SurgicalError(f"{given!r} cannot be read as an image ({error}): give the path of one.") from error

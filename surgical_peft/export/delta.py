@@ -30,7 +30,7 @@ from torch import Tensor
 from ..errors import SurgicalError
 from ..tuner.config import SurgicalConfig
 from ..tuner.loading.fingerprint import fingerprint
-from ..tuner.loading.saved_adapter import PREFIX, Base, LoadedBase, SavedAdapter, check_fits, load_base, read_json
+from ..tuner.loading.saved_adapter import PREFIX, Base, LoadedBase, SavedAdapter, check_fits, load_base, read_config
 
 DELTA_CONFIG = "delta_config.json"  # the adapter's, under a name that makes it no adapter's folder
 DELTA_WEIGHTS = "delta.safetensors"
@@ -89,8 +89,10 @@ def read_delta(folder: Path, base_model: Base) -> tuple[SavedAdapter, LoadedBase
     Raises:
         SurgicalError: no delta, a corrupt one, or another base model than it was made with.
     """
-    values = read_json(folder / DELTA_CONFIG, "delta")
+    values = read_config(folder / DELTA_CONFIG, "delta")
     path = folder / DELTA_WEIGHTS
+    if not path.is_file():  # a named pipe would be waited for
+        raise SurgicalError(f"{str(folder)!r} has no {DELTA_WEIGHTS}: copy or export it again.")
     with _reading(path, SafetensorError, OSError, *_MALFORMED):
         config = SurgicalConfig.from_peft_type(**values)
         if not isinstance(config, SurgicalConfig):

@@ -188,7 +188,11 @@ def _check_finite(adapter: SavedAdapter) -> None:
 
 
 def _check_apart(out: Path, read: Iterable[Base]) -> None:
-    for name in read:
-        if isinstance(name, str | Path) and out.resolve() in (Path(name).resolve(), *Path(name).resolve().parents):
+    names = [name for name in read if isinstance(name, str | Path)]
+    for name in (out, *names):
+        if "\0" in str(name):
+            raise SurgicalError(f"{str(name)!r} cannot be the name of a folder: it holds a zero byte.")
+    for name in names:
+        if out.resolve() in (Path(name).resolve(), *Path(name).resolve().parents):
             raise SurgicalError(f"{str(out)!r} is or holds what the export reads ({str(name)!r}): give a new folder.")
     check_replaceable(out, _REPORT)

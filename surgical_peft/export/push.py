@@ -15,7 +15,7 @@ from peft.utils.constants import CONFIG_NAME
 
 from ..atomic_files import is_plain_file
 from ..errors import SurgicalError
-from ..tuner.loading.saved_adapter import read_json
+from ..typed_json import read_json
 from .card_text import HERE
 from .private import is_absolute, without_base
 
@@ -108,7 +108,9 @@ def _texts(folder: Path, files: Iterable[str]) -> dict[str, str]:
     texts = {}
     for path in files:
         if path.endswith(CONFIG_NAME):
-            texts[path] = json.dumps(without_base(read_json(folder / path, "adapter")), indent=2) + "\n"
+            texts[path] = (
+                json.dumps(without_base(read_json(folder / path, "copy or save the adapter again")), indent=2) + "\n"
+            )
         elif path.endswith(("README.md", "config.json")):
             try:
                 texts[path] = (folder / path).read_text(encoding="utf-8")
@@ -121,7 +123,7 @@ def _check_private(run: Path, texts: Mapping[str, str]) -> None:
     """Refuse a token, and places on this machine; a card of an earlier version may say them."""
     places = [str(run.resolve()), str(Path.home())]
     if (run / REPORT).is_file():
-        recipe = read_json(run / REPORT, "training").get("recipe")
+        recipe = read_json(run / REPORT, "train again").get("recipe")
         places += filter(is_absolute, recipe.values()) if isinstance(recipe, dict) else []
     token = get_token()
     for path, text in texts.items():

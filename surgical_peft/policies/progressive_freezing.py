@@ -80,5 +80,7 @@ class ProgressiveFreezing(Policy):
 def settled(changes: dict[str, float], percentile: float) -> list[str]:
     """The blocks before the first one whose change is at or above the percentile of all."""
     bound = np.percentile(list(changes.values()), percentile)
+    if not np.isfinite(bound):  # a gradient was not: nothing is known of what still changes
+        return []
     names = list(changes)
     return names[: next(at for at, name in enumerate(names) if changes[name] >= bound)]

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 from .. import criteria
 from ..atomic_files import write_text
 from ..blocks.block_map import blocks_in_words, kind_of
 from ..criteria.criterion import GIVEN_UP, GUESSED, range_of
-from ..errors import SurgicalError
+from ..errors import SurgicalError, first_of
 from ..rendering import TextTable
+from ..typed_json import JsonReader, parse_json, read_json
 from ..validation import check_choice
 
+_REMEDY = "score the blocks again, and save() the scores"
+_JSON = JsonReader("the JSON of block scores", _REMEDY)
 MARKS = {GIVEN_UP: "~", GUESSED: "?"}
 LEGEND = {
     GIVEN_UP: "given up after a shorter training than that of the best, and capped at their lowest score",
@@ -115,12 +119,7 @@ class BlockScores:
         Raises:
             SurgicalError: not JSON, or not that of scores.
         """
-        try:
-            data = json.loads(text)
-            paths = tuple(dict(data).get("layer_paths", ()))  # absent in files of earlier versions
-            return cls(**{**data, "unscored": tuple(data["unscored"]), "layer_paths": paths})
-        except (ValueError, TypeError, KeyError) as error:
-            raise SurgicalError(f"this is not the JSON of block scores, as to_json() writes it: {error}") from error
+        return cls._from_values(parse_json(text, "the JSON of block scores", _REMEDY))
 
     def save(self, path: str | Path) -> None:
         """Write the JSON to `path`, whole or not at all."""
@@ -129,7 +128,16 @@ class BlockScores:
     @classmethod
     def load(cls, path: str | Path) -> BlockScores:
         """Read what [`save`][surgical_peft.BlockScores.save] wrote."""
-        return cls.from_json(Path(path).read_text(encoding="utf-8"))
+        return cls._from_values(read_json(path, _REMEDY))
+
+    @classmethod
+    def _from_values(cls, values: dict[str, Any]) -> BlockScores:
+        if unknown := values.keys() - {entry.name for entry in fields(cls)}:
+            raise SurgicalError(f"{_JSON.file} has {first_of(sorted(unknown))}, which no scores have: {_REMEDY}.")
+        scores = _JSON.read(cls, values)
+        if not scores.values or not scores.values.keys() <= scores.sizes.keys() & scores.blocks.keys():
+            raise SurgicalError(f"block scores without a size and a block for each unit: {_REMEDY}.")
+        return scores
 
     def plot(self, path: str | Path) -> None:
         """Draw the scores as bars, first block at the top, and write them to `path` (png, pdf or svg)."""

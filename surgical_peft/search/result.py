@@ -6,7 +6,7 @@ import json
 import math
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,10 @@ from ..blocks.block_map import blocks_in_words
 from ..errors import SurgicalError
 from ..rendering import TextTable, clock
 from ..scoring.selection import Selection
+from ..typed_json import JsonReader, parse_json, read_json
+
+_JSON = JsonReader("the JSON of a search result", "search again, or copy it again")
+_STATES = ("complete", "failed", "pruned")
 
 
 @dataclass(frozen=True)
@@ -189,17 +193,18 @@ class SearchResult:
         Raises:
             SurgicalError: not JSON, or not that of a search.
         """
-        try:
-            data = json.loads(text)
-            return cls(
-                best=_selection(data["best"]),
-                metric=data["metric"],
-                trials=tuple(_trial(trial) for trial in data["trials"]),
-                blocks=tuple(data["blocks"]),
-                procedure=data["procedure"],
-            )
-        except (ValueError, TypeError, KeyError) as error:
-            raise SurgicalError(f"this is not the JSON of a search result, as to_json() writes it: {error}") from error
+        return cls._from_values(parse_json(text, _JSON.file, _JSON.remedy))
+
+    @classmethod
+    def _from_values(cls, values: dict[str, Any]) -> SearchResult:
+        read = [
+            trial_of(trial) for trial in _JSON.read(list[dict[str, Any]], _JSON.member(values, "trials"), "trials")
+        ]
+        result = replace(_JSON.read(cls, {**values, "trials": []}), trials=tuple(read))
+        chosen, known = set(result.best.blocks), {*result.blocks, *(name for trial in read for name in trial.blocks)}
+        if not chosen or not read or not known <= set(result.blocks) or not chosen <= known:
+            raise SurgicalError(f"{_JSON.file} chooses or tries other blocks than it has: {_JSON.remedy}.")
+        return result
 
     def save(self, path: str | Path) -> None:
         """Write the JSON to `path`, whole or not at all."""
@@ -208,7 +213,7 @@ class SearchResult:
     @classmethod
     def load(cls, path: str | Path) -> SearchResult:
         """Read what `save` wrote."""
-        return cls.from_json(Path(path).read_text(encoding="utf-8"))
+        return cls._from_values(read_json(path, _JSON.remedy))
 
     def plot(self, path: str | Path, metric: str = "validation metric") -> None:
         """Draw the profile: a bar for each block that was tuned alone, the head and all blocks together as lines.
@@ -234,10 +239,16 @@ def state_of(trials: Sequence[SearchTrial]) -> str:
     return ", ".join(f"{count} of {len(states)} {state}" for count, state in counts)
 
 
-def _selection(data: dict[str, Any]) -> Selection:
-    return Selection(tuple(data["blocks"]), data["record"], tuple(data.get("layer_paths", ())))  # not in every file
+def trial_of(values: dict[str, Any], reader: JsonReader = _JSON) -> SearchTrial:
+    """The trial that plain data describe.
 
-
-def _trial(data: dict[str, Any]) -> SearchTrial:
-    metric = math.nan if data["metric"] is None else data["metric"]
-    return SearchTrial(**{**data, "blocks": tuple(data["blocks"]), "metric": metric})
+    Raises:
+        SurgicalError: something is missing or of a wrong type.
+    """
+    lacks_metric = values.get("metric") is None and values.get("state") != "complete"
+    trial = reader.read(SearchTrial, {**values, "metric": 0.0} if lacks_metric else values, "trials")
+    if trial.state not in _STATES:
+        raise SurgicalError(
+            f"{_JSON.file} has a trial that is {trial.state!r}, not {', '.join(_STATES)}: search again."
+        )
+    return replace(trial, metric=math.nan) if lacks_metric else trial

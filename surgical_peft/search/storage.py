@@ -75,6 +75,8 @@ def _check_url(url: str) -> None:
 @contextmanager
 def _beside(path: str, lock: FileLock, mend: bool = False) -> Iterator[None]:
     Path(path).parent.mkdir(parents=True, exist_ok=True)
+    if Path(path).exists() and not Path(path).is_file():  # a named pipe would be waited for
+        raise OSError("it is no file")
     with lock.acquire(poll_interval=0.01):
         if mend:
             _mend(Path(path))

@@ -7,7 +7,6 @@ only in `Study.optimize`, and not on a journal.
 from __future__ import annotations
 
 import json
-import math
 import os
 import platform
 import threading
@@ -16,7 +15,7 @@ import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import optuna
 import psutil
@@ -25,9 +24,11 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
 from ..errors import SurgicalError
-from .result import SearchTrial
+from ..typed_json import JsonReader
+from .result import SearchTrial, trial_of
 from .storage import lock_and_storage, shown
 
+_UNUSABLE = (OSError, ImportError, RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError)
 _AT_WORK: set[str] = set()  # the searches that run in this process
 
 
@@ -214,7 +215,8 @@ class Study:
                 continue
             if "abandoned" in attributes:
                 continue
-            trials.setdefault(Task(tuple(attributes["blocks"]), attributes.get("rate"), attributes.get("seed")), trial)
+            done = _read(trial)
+            trials.setdefault(Task(done.blocks, done.rate, done.seed), trial)
         return trials
 
     def _is_ours(self, trial: FrozenTrial) -> bool:
@@ -246,7 +248,7 @@ class Study:
                 yield
         except SurgicalError:
             raise
-        except (OSError, ImportError, NotImplementedError, ValueError, KeyError) as error:
+        except _UNUSABLE as error:  # of Optuna, too, where the study is damaged
             raise self._unusable(error) from error
         except (SQLAlchemyError, optuna.exceptions.OptunaError) as error:
             raise self._unusable(error.__cause__ or error) from error
@@ -256,24 +258,20 @@ class Study:
         return SurgicalError(
             f"the {self._where} cannot be read or written: {type(error).__name__}: {reason}. See that the server runs "
             "and its driver is installed, or that the folder can be written to and the disk is not full; then run the "
-            "same again: finished trials are kept."
+            "same again: finished trials are kept. One that is damaged has to be deleted."
         )
 
 
 def _read(trial: FrozenTrial) -> SearchTrial:
-    attributes = trial.user_attrs
     failed = trial.state != TrialState.COMPLETE
     ended = "pruned" if trial.state == TrialState.PRUNED else "failed"
-    return SearchTrial(
-        blocks=tuple(attributes["blocks"]),
-        metric=math.nan if failed else cast(float, trial.value),
-        seconds=attributes.get("seconds", 0.0),
-        state=ended if failed else "complete",
-        rate=attributes.get("rate"),
-        seed=attributes.get("seed"),
-        error=attributes.get("error", "ended by hand") if failed else None,
-        notes=attributes.get("notes", {}),
-    )
+    known: dict[str, Any] = {
+        key: trial.user_attrs[key] for key in ("blocks", "rate", "seed", "notes") if key in trial.user_attrs
+    }
+    known |= {"metric": None if failed else trial.value, "state": ended if failed else "complete"}
+    known["seconds"] = trial.user_attrs.get("seconds", 0.0)
+    known["error"] = trial.user_attrs.get("error", "ended by hand") if failed else None
+    return trial_of(known, JsonReader("the study", "delete it, or give another name (name=...)"))
 
 
 def _differing(one: Any, other: Any) -> tuple[Any, Any]:

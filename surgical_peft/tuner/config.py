@@ -17,8 +17,9 @@ from peft.utils import CONFIG_NAME
 from ..atomic_files import write_text
 from ..blocks.block_map import PART
 from ..blocks.given_layers import as_paths
-from ..errors import SurgicalError
+from ..errors import SurgicalError, reason_of
 from ..scoring.selection import Selection
+from ..typed_json import JsonReader
 from ..validation import check_count
 from .lora_arguments import as_list, lora_arguments
 from .name_checks import check_head_config, check_names
@@ -30,6 +31,7 @@ class SurgicalPeftType(str, Enum):
     SURGICAL = "SURGICAL"
 
 
+_JSON = JsonReader("the adapter's config", "save or fetch the adapter again")
 KEEP_BASE = ("device", "cpu", "none")
 Choice = Union[str, list[str]]  # modules inside a block: "all", names, a regular expression, "all-norm", ...
 Targets = Optional[Union[Choice, dict[str, Choice]]]
@@ -139,7 +141,10 @@ class SurgicalConfig(PeftConfig):
     read_from: InitVar[Optional[ConfigSource]] = None
 
     def __post_init__(self, read_from: ConfigSource | None) -> None:
-        super().__post_init__()
+        try:
+            super().__post_init__()
+        except (ValueError, TypeError) as error:
+            raise SurgicalError(f"task_type={self.task_type!r} is none of PEFT's: {reason_of(error)}") from error
         self.peft_type = SurgicalPeftType.SURGICAL
         self.read_from = read_from
         self.buffers: dict[str, str] = {}  # digests of the base's statistics when it was wrapped; not saved
@@ -200,9 +205,13 @@ class SurgicalConfig(PeftConfig):
         """Refuse what a file made by hand, or by an attacker, may hold."""
         for name in ("target_modules", "exclude_modules", "modules_to_save", "new_weights"):
             check_names(name, getattr(self, name))
-        check_names("layers", list(as_paths(self.layers)))
-        check_names("blocks", [str(block) for block in self.blocks] if isinstance(self.blocks, list) else None)
         kinds: dict[str, Any] = {
+            "blocks": int | str | list | None,
+            "criterion": str | Callable | None,
+            "auto_mapping": dict | None,
+            "base_model_name_or_path": str | None,
+            "revision": str | None,
+            "inference_mode": bool,
             "num_blocks": int | None,
             "lora": LoraConfig | dict | None,
             "frozen_eval": bool,
@@ -216,6 +225,9 @@ class SurgicalConfig(PeftConfig):
         for name, kind in kinds.items():
             if not isinstance(value := getattr(self, name), kind):
                 raise SurgicalError(f"{name}={value!r} is a {type(value).__name__}: it should be {kind}.")
+        check_names("layers", list(as_paths(self.layers)))
+        check_names("blocks", [str(block) for block in self.blocks] if isinstance(self.blocks, list) else None)
+        _JSON.read(dict[str, list[str] | None], self.tuned_modules or {}, "tuned_modules")
         check_head_config(self.head_config)
 
     def __setattr__(self, name: str, value: Any) -> None:

@@ -13,9 +13,10 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
 from ..blocks.unwrap import bare_parameter_name, named_bare_modules, unwrap_model, unwrap_module
-from ..errors import SurgicalError, first_of
+from ..errors import SurgicalError, first_of, reason_of
 from .config import SurgicalConfig
 from .loading.saved_files import Shapes, saved_tensors
+from .quantization import is_packed
 
 _CHECKED = "surgical_checked"  # the adapter's name in a skeleton
 
@@ -32,11 +33,18 @@ def lora_config(config: SurgicalConfig, tuned: Iterable[str]) -> LoraConfig:
     return lora
 
 
-def check_lora(model: nn.Module, config: SurgicalConfig, tuned: Iterable[str]) -> None:
-    """Refuse a LoRA that would be nowhere, before anything is changed.
+def check_lora(model: nn.Module, config: SurgicalConfig, tuned: Iterable[str], saved: Shapes | None) -> None:
+    """Refuse a LoRA that would be nowhere, or that PEFT cannot make, before anything is changed.
+
+    Of a saved adapter its weights have to be, name by name and shape by shape, those that `config` asks for: PEFT
+    loads what it finds by name, leaves the rest at random, and sees a wrong rank once the model is wrapped.
+
+    Args:
+        saved: names and shapes from the header of the saved weights; None for a new adapter.
 
     Raises:
-        SurgicalError: its `target_modules` match nothing outside the tuned modules.
+        SurgicalError: its `target_modules` match nothing outside the tuned modules, or modules that LoRA does not
+            take; or saved weights are missing, too many, or of another shape.
     """
     lora = lora_config(config, tuned)
     by_kind = lora.target_modules is None or lora.target_modules == "all-linear"  # which PEFT looks up by itself
@@ -47,28 +55,32 @@ def check_lora(model: nn.Module, config: SurgicalConfig, tuned: Iterable[str]) -
             f"lora: target_modules={config.lora['target_modules'] if config.lora else None!r} match no module outside "
             f"the ones that are tuned in full ({', '.join(list(tuned)[:6])}): leave lora out, or name others."
         )
+    if saved is None and any(is_packed(parameter) for parameter in model.parameters()):
+        return  # a skeleton of quantized layers is none that PEFT knows
+    expected = _planned(model, lora)
+    if saved is not None:
+        _check_saved(model, config, lora, expected, {key: s for key, s in saved.items() if ".lora_" in key})
 
 
-def check_saved_lora(model: nn.Module, config: SurgicalConfig, tuned: Iterable[str], saved: Shapes) -> None:
-    """Refuse saved LoRA weights that are not, name by name and shape by shape, those that `config` asks for.
-
-    PEFT loads what it finds by name, leaves the rest at random, and sees a wrong rank once the model is wrapped.
-
-    Args:
-        saved: names and shapes from the header of the saved weights.
-
-    Raises:
-        SurgicalError: weights are missing, too many, or of another shape.
-    """
-    lora = lora_config(config, tuned)
-    with_magnitudes, lora.use_dora = lora.use_dora, False
-    lora.init_lora_weights = False  # as DoRA, other ways to begin read the weights, and a skeleton has none
+def _planned(model: nn.Module, lora: LoraConfig) -> Shapes:
+    """Names and shapes of the weights that PEFT will make, but DoRA's magnitudes."""
+    plan = copy.copy(lora)
+    plan.use_dora = False
+    plan.init_lora_weights = False  # as DoRA, other ways to begin read the weights, and a skeleton has none
     skeleton = _skeleton(unwrap_module(model))
-    LoraModel(skeleton, {_CHECKED: lora}, _CHECKED)
+    try:
+        LoraModel(skeleton, {_CHECKED: plan}, _CHECKED)
+    except Exception as error:  # whatever PEFT runs into
+        raise SurgicalError(
+            f"PEFT cannot make this LoRA in {type(unwrap_model(model)).__name__}: {reason_of(error)} Name other "
+            "modules in its target_modules, or leave lora out."
+        ) from error
     shapes = {key: tuple(value.shape) for key, value in skeleton.state_dict().items() if f".{_CHECKED}" in key}
-    expected = {bare_parameter_name(key.replace(f".{_CHECKED}", "")): shape for key, shape in shapes.items()}
-    given = {key: shape for key, shape in saved.items() if ".lora_" in key}
-    if with_magnitudes:  # one a module, and of the length that the module has
+    return {bare_parameter_name(key.replace(f".{_CHECKED}", "")): shape for key, shape in shapes.items()}
+
+
+def _check_saved(model: nn.Module, config: SurgicalConfig, lora: LoraConfig, expected: Shapes, given: Shapes) -> None:
+    if lora.use_dora:  # one a module, and of the length that the module has
         paths = {key.partition(".lora_")[0] for key in expected}
         magnitudes = {f"{path}.lora_magnitude_vector.weight" for path in paths}
         expected |= {key: given.get(key, ()) for key in magnitudes}

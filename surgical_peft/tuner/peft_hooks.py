@@ -31,7 +31,7 @@ from .loading.head_config import (
 from .loading.new_weights import newly_initialized, note_new_weights
 from .loading.same_base import check_base
 from .loading.saved_adapter import heads_of
-from .lora import check_lora, check_saved_lora, inject_lora
+from .lora import check_lora, inject_lora
 from .moved_buffers import note_buffers
 from .target_checks import check_adapter_names, check_no_container
 from .target_modules import modules_to_tune, with_modules_besides
@@ -95,12 +95,10 @@ class PeftHooks(BaseTuner):
         targets = modules_to_tune(model, peft_config)
         moving = not peft_config.frozen_eval or (self._for_others_to_train and not self._empty)
         every = with_modules_besides(model, peft_config, targets, new, moving, own)
-        if peft_config.lora:
-            check_lora(model, peft_config, every)
         if saved is not None:
             check_fit(model, peft_config, every, saved)
-        if saved is not None and peft_config.lora:
-            check_saved_lora(model, peft_config, every, saved)
+        if peft_config.lora:
+            check_lora(model, peft_config, every, saved)
         plan = plan_adapter(model, peft_config, every)
         configs = [config for config in self.peft_config.values() if isinstance(config, SurgicalConfig)]
         strict = any(config.strict_base for config in configs)

@@ -511,3 +511,10 @@ def test_a_part_of_a_layer_is_one_whatever_it_is_called() -> None:
     blocks = BlockMap.find(TOYS["vit"].model()).divided(["mlp.head", "final_norm"])
     assert {blocks.kind(name) for name in blocks.layers} == {"layer"}
     assert blocks.heads == ("head",)
+
+
+@pytest.mark.parametrize("part", ["9" * 5000, "-" + "9" * 5000, "9" * 5000 + ":", "::" + "9" * 5000], ids=range(4))
+def test_numbers_that_no_block_has(part: str, vit: Toy) -> None:
+    """Python turns at most 4,300 digits into a number."""
+    with pytest.raises(SurgicalError, match=r"exist|range"):
+        BlockMap.find(vit.model()).parse(part)

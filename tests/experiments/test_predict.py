@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -182,3 +183,13 @@ def test_what_cannot_be_predicted_is_said(tmp_path: Path) -> None:
         predict(tmp_path / "model", ["free money"])
     with pytest.raises(SurgicalError, match="base model"):
         predict(adapter, ["free money"], str(tmp_path / "none"))
+
+
+def test_what_is_no_image_is_not_waited_for(tmp_path: Path) -> None:
+    """A named pipe hung, a bomb and a zero byte ended in tracebacks."""
+    adapter = adapter_of("image_classification", tmp_path)
+    os.mkfifo(tmp_path / "pipe")
+    Image.new("1", (30_000, 30_000)).save(tmp_path / "bomb.png")
+    for name in ("pipe", "bomb.png", "a\0b", "none"):
+        with pytest.raises(SurgicalError, match="cannot be read as an image"):
+            predict(adapter, [str(tmp_path / name)])

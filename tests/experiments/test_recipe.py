@@ -102,16 +102,16 @@ def test_a_policy_with_its_options(tmp_path: Path) -> None:
         (MINIMAL + "lerning_rate: 1e-3\n", "'lerning_rate'.*'learning_rate'"),
         (MINIMAL + "block: [1]\n", "'block'.*'blocks'"),
         (MINIMAL + "blocks: [1]\n", "'blocks'.*twice"),
-        (MINIMAL + "learning_rate: fast\n", "learning_rate: 'fast'.*float"),
-        (MINIMAL + "seed: true\n", "seed: True.*int"),
+        (MINIMAL + "learning_rate: fast\n", "learning_rate is 'fast'.*number"),
+        (MINIMAL + "seed: true\n", "seed is True.*whole"),
         (MINIMAL + "policy_options: {decay: 1, decay: 2}\n", "'decay'.*twice"),
         ("model: m\n", "data.*missing"),
-        ("model: 3\ndata: d\n", "model: 3 .*str"),
+        ("model: 3\ndata: d\n", "model is 3 .*text"),
         (MINIMAL + "optim: adamw\n", "TrainingArguments"),
         (MINIMAL + "lr_scheduler_type: cosin\n", "TrainingArguments"),
-        (MINIMAL + "num_batches: many\n", "num_batches: 'many'.*int"),
-        (MINIMAL + "frozen_eval: nope\n", "frozen_eval: 'nope'.*bool"),
-        ("model: m\ndata: d\nblocks: auto\nnum_blocks: two\n", "num_blocks: 'two'"),
+        (MINIMAL + "num_batches: many\n", "num_batches is 'many'.*number"),
+        (MINIMAL + "frozen_eval: nope\n", "frozen_eval is 'nope'.*true"),
+        ("model: m\ndata: d\nblocks: auto\nnum_blocks: two\n", "num_blocks is 'two'"),
         (MINIMAL + "policy: layer_decai\n", "'layer_decay'"),
         (MINIMAL + "policy: static\npolicy_options: {multipliers: {0: x}}\n", "static"),
         (
@@ -207,6 +207,7 @@ MEANINGLESS: dict[str, list[Any]] = {
     "accelerator_config": [{"nonsense": 3}],
     "debug": ["nonsense"],
     "fsdp": ["nonsense"],
+    "report_to": [53, "nonsense", [53]],
 }
 
 

@@ -732,3 +732,18 @@ def test_what_is_no_whole_module_is_refused_by_name(tmp_path: Path) -> None:
         saved(Lone(), config, tmp_path / name)
         with pytest.raises(SurgicalError, match=name):
             export_to_peft(tmp_path / name, tmp_path / "stock", base_model=Lone())
+
+
+def test_a_named_pipe_in_the_place_of_a_delta_is_not_waited_for(tmp_path: Path) -> None:
+    toy_adapter(TOYS["vit"], tmp_path)
+    export(tmp_path / "adapter", tmp_path / "delta", "delta")
+    (tmp_path / "delta" / "delta.safetensors").unlink()
+    os.mkfifo(tmp_path / "delta" / "delta.safetensors")
+    with pytest.raises(SurgicalError, match=r"no delta\.safetensors"):
+        export(tmp_path / "delta", tmp_path / "back", "adapter")
+
+
+@pytest.mark.parametrize(("source", "out"), [("a\0b", "out"), ("adapter", "a\0b")])
+def test_a_folder_that_no_system_can_name(source: str, out: str, tmp_path: Path) -> None:
+    with pytest.raises(SurgicalError, match="zero byte"):
+        export(tmp_path / source, tmp_path / out)

@@ -45,6 +45,7 @@ from surgical_peft import (
 )
 from surgical_peft.policies import ClassBalancedLoss, Stage
 from surgical_peft.policies.policy import Policy
+from surgical_peft.policies.progressive_freezing import settled
 from tests.support.families import FAMILIES
 from tests.support.plain import PLAIN, Net
 from tests.support.steps import backward, used_rates
@@ -724,3 +725,10 @@ def test_a_copy_of_the_model_is_none_of_the_policys(through: Any, vit: Toy) -> N
     with pytest.raises(SurgicalError, match="labels"):
         model(**batch)
     del optimizer
+
+
+def test_progressive_freezing_freezes_nothing_by_a_gradient_that_is_no_number() -> None:
+    """It ended in StopIteration."""
+    changes = {"0": 0.1, "1": float("nan"), "2": 0.3}
+    assert settled(changes, 50) == []
+    assert settled({**changes, "1": 0.2}, 50) == ["0"]

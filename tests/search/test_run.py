@@ -635,6 +635,28 @@ def test_a_url_that_is_read_otherwise_than_meant_is_named_without_its_password(
     assert "me:***@" in str(caught.value) and "cret" not in str(caught.value) and "s3" not in str(caught.value)
 
 
+@pytest.mark.parametrize("url", ["postgresql://me:secret@host:port/db", "postgresql://me:secret@[::1/db"])
+def test_a_storage_whose_port_is_no_number(url: str, tmp_path: Path) -> None:
+    with pytest.raises(SurgicalError, match=r"me:\*\*\*@") as caught:
+        run_search(SWEEP, Objective(tmp_path), storage=url)
+    assert "secret" not in str(caught.value)
+
+
+def test_a_named_pipe_in_the_place_of_a_study_is_not_waited_for(storage: str, tmp_path: Path) -> None:
+    os.mkfifo(storage.split("///")[1])
+    with pytest.raises(SurgicalError, match="no file"):
+        run_search(SWEEP, Objective(tmp_path), storage=storage)
+
+
+@pytest.mark.parametrize("line", ["5", "null", '{"op_code": ""}', '{"op_code": 4}', "x"])
+def test_a_damaged_line_of_a_journal_is_an_error_that_names_the_study(line: str, journal: str, tmp_path: Path) -> None:
+    run_search(SWEEP, Objective(tmp_path), storage=journal)
+    with (tmp_path / "study.log").open("a") as file:
+        file.write(line + "\n")
+    with pytest.raises(SurgicalError, match="'search'"):
+        run_search(SWEEP, Objective(tmp_path), storage=journal)
+
+
 def test_an_unfinished_last_line_of_a_journal_is_cut_off(tmp_path: Path) -> None:
     storage = FILES["journal"].format(tmp_path)
     with pytest.raises(KeyboardInterrupt):
@@ -705,8 +727,14 @@ def test_through_json_and_back(result: SearchResult, tmp_path: Path) -> None:
     result.save(tmp_path / "deep" / "result.json")
     assert SearchResult.load(tmp_path / "deep" / "result.json").to_json() == text
     for wrong in ("{}", "[1]", "no"):
-        with pytest.raises(SurgicalError, match="not the JSON of a search result"):
+        with pytest.raises(SurgicalError, match="the JSON of a search result"):
             SearchResult.from_json(wrong)
+    for key, wrong in {"metric": "0.5", "blocks": "0", "trials": [5], "best": {}, "procedure": 5}.items():
+        with pytest.raises(SurgicalError, match=key if key != "best" else "blocks"):
+            SearchResult.from_json(json.dumps({**data, key: wrong}))
+    for wrong in ({"blocks": []}, {"blocks": ["99"]}, {"blocks": "11"}):
+        with pytest.raises(SurgicalError, match="blocks"):
+            SearchResult.from_json(json.dumps({**data, "best": {**data["best"], **wrong}}))
 
 
 def test_the_table_marks_the_chosen_one(result: SearchResult) -> None:

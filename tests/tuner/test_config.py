@@ -5,6 +5,7 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from peft import PeftConfig, get_peft_config
 
@@ -113,3 +114,41 @@ def test_parts_of_blocks_become_modules_by_block() -> None:
     assert config.blocks == ["0", "3", "head"]
     with pytest.raises(SurgicalError, match="parts of blocks"):
         SurgicalConfig.from_selection(Selection(("0/mlp",)), target_modules=["attention"])
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"blocks": np.array([0, 1])},
+        {"blocks": b"0"},
+        {"blocks": [0], "tuned_modules": {"x": 5}},
+        {"blocks": [0], "tuned_modules": {"x": [None]}},
+        {"blocks": [0], "inference_mode": "no"},
+        {"blocks": [0], "base_model_name_or_path": 5},
+        {"blocks": [0], "auto_mapping": [1]},
+        {"blocks": "auto", "criterion": 5},
+        {"target_modules": {1, "a"}},
+        {"target_modules": "x" * 10**6},
+        *(
+            {"blocks": [0], "lora": {"target_modules": ["q"], **lora}}
+            for lora in (
+                *(
+                    {"r": "8"},
+                    {"r": 0},
+                    {"r": 2.0},
+                    {"r": None},
+                    {"lora_alpha": "8"},
+                    {"lora_dropout": 2},
+                    {"bias": "x"},
+                ),
+                *({"rank_pattern": ["q"]}, {"rank_pattern": {"q": "8"}}, {"rank_pattern": {"q": 0}}, {"use_dora": 1}),
+                *({"target_modules": "q", "layers_to_transform": [0]}, {"target_modules": [["q"]]}, {"eva_config": 3}),
+            )
+        ),
+    ],
+    ids=lambda kwargs: repr(kwargs)[:60],
+)
+def test_values_of_another_type_are_refused_before_a_model_is_touched(kwargs: dict[str, Any]) -> None:
+    """They ended in errors of NumPy, re and torch, some of them in a model half wrapped."""
+    with pytest.raises(SurgicalError):
+        SurgicalConfig(**kwargs)

@@ -232,3 +232,14 @@ def test_every_kind_of_lora_passes_the_check(lora: dict[str, Any], tmp_path: Pat
     loaded.load_adapter(tmp_path, "second")
     if lora.get("init_lora_weights") != "pissa":  # which changes the base, and PEFT converts when it saves
         assert torch.allclose(answer(loaded, toy), answer(model, toy), atol=1e-6)
+
+
+def test_a_lora_that_peft_cannot_make_leaves_the_model_as_it_was() -> None:
+    """PEFT said so when the blocks were wrapped already."""
+    toy = TOYS["bert"]
+    model = toy.model()
+    before = list(model.state_dict())
+    with pytest.raises(SurgicalError, match="LayerNorm"):
+        get_peft_model(model, SurgicalConfig(blocks=["head"], lora={"target_modules": ["LayerNorm"]}))
+    assert list(model.state_dict()) == before
+    assert all(parameter.requires_grad for parameter in model.parameters())

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..training.typed_json import JsonReader, to_json
+from ...typed_json import JsonReader, to_json
 
 _JSON = JsonReader("advice.json", "ask for the advice again")
 

@@ -9,7 +9,8 @@ from typing import Any
 
 from ...atomic_files import finite
 from ...tuner.config import SurgicalConfig
-from ..recipe.recipe import Recipe, default_of
+from ...typed_json import default_of
+from ..recipe.recipe import Recipe
 from .advice import CandidateReport, Difference, ProbeReport, SignatureReport
 from .shift_signature import Signature
 from .successive_halving import ROUNDS, Candidate, ValidationJudge

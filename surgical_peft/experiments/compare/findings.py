@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from ...atomic_files import write_text
+from ...errors import SurgicalError
 from ...scoring.selection import Selection
+from ...typed_json import read_json
 from .comparison import Comparison, Job
 
+_REMEDY = "delete it, and run the same command again: only this job is done again"
 _AFTER_CHOICE = ("training", "test")  # jobs that need to know what the method chose
 
 
@@ -26,8 +29,15 @@ class Findings:
         self.comparison, self.folder = comparison, folder
 
     def load(self, job: Job) -> dict[str, Any]:
-        """What a job found that was done."""
-        return json.loads(self.path(job).read_text(encoding="utf-8"))["found"]
+        """What a job found that was done.
+
+        Raises:
+            SurgicalError: its file is damaged.
+        """
+        finding = read_json(self.path(job), _REMEDY).get("found")
+        if not isinstance(finding, dict):
+            raise SurgicalError(f"{str(self.path(job))!r} holds no finding: {_REMEDY}.")
+        return finding
 
     def save(self, job: Job, finding: dict[str, Any]) -> None:
         """Keep what a job found, with all that it depends on."""

@@ -7,7 +7,8 @@ import re
 from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
-from .recipe import NOT_KEYS, Recipe, default_of
+from ...typed_json import default_of
+from .recipe import NOT_KEYS, Recipe
 from .sections import CompareSection, DataSection, PolicySection, SearchSection, SelectionSection
 
 SECTIONS = {

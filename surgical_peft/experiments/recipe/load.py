@@ -6,12 +6,12 @@ import math
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
-from types import NoneType
 from typing import Any, get_type_hints
 
 from transformers import TrainingArguments
 
 from ...errors import SurgicalError
+from ...typed_json import JsonReader, is_plain
 from ...validation import check_count, check_number, nearest
 from ..metrics import SHIPPED
 from .code import without_code
@@ -26,16 +26,13 @@ _REFUSED = {
     "resume_from_checkpoint": "a training that was interrupted goes on by itself when it is run again",
 }
 RENAMED: dict[str, str] = {}  # a key of an earlier version, and what it is called now
-_PLAIN: dict[Any, tuple[type, ...]] = {
-    float: (float, int),
-    int: (int,),
-    bool: (bool,),
-    str: (str,),
-    int | None: (int, NoneType),
-    float | None: (float, int, NoneType),
-    str | None: (str, NoneType),
-    dict[str, Any]: (dict,),
-    dict[str, str | None]: (dict,),
+_MANY = 2**31 - 1
+_RANGES = {
+    "severity": (1, 5),
+    **dict.fromkeys(("character_noise", "casing"), (0, 100)),
+    "shift_seed": (0, 2**32 - 1),
+    **dict.fromkeys(("max_length", "num_blocks", "num_batches", "early_stopping_patience"), (1, _MANY)),
+    "folds": (2, _MANY),
 }
 _LISTS = {
     "rates": "[1e-3, 3e-3]",
@@ -113,10 +110,11 @@ def _check_key(key: Any, value: Any, path: str) -> None:
         )
     if key in _REFUSED:
         raise SurgicalError(f"{path}: {key} is not for recipes: {_REFUSED[key]}.")
-    expected = _PLAIN.get(known[key])
-    if expected and (not isinstance(value, expected) or (isinstance(value, bool) and bool not in expected)):
-        kind = getattr(known[key], "__name__", str(known[key]))
-        raise SurgicalError(f"{path}: {key}: {value!r} is not of the type {kind}.")
+    if key in _TYPES or is_plain(known[key]):
+        JsonReader(path, "docs/recipes.md has all keys").read(known[key], value, key)
+    if key in _RANGES and value is not None:
+        least, most = _RANGES[key]
+        check_number(path, key, value, at_least=least, at_most=most)
 
 
 def _check_plain(key: str, value: Any, path: str) -> None:
@@ -143,19 +141,15 @@ def _is_name(text: str) -> bool:
 def _check_search(recipe: Recipe) -> None:
     for key, example in _LISTS.items():
         values = getattr(recipe, key)
-        if values is not None and (not isinstance(values, list) or not values):
-            raise SurgicalError(f"{key}: {values!r} is not a list with at least one entry, such as {example}.")
+        if values == []:
+            raise SurgicalError(f"{key}: {values!r} is empty; give one entry or more, such as {example}.")
     for rate in recipe.rates or ():
         check_number("a recipe", "rates", rate, "learning rates such as 1e-3, each a finite number", above=0)
     for seed in recipe.seeds or ():
         check_count("a recipe", "seeds", seed, "each", at_least=0, at_most=2**32 - 1)
-    if recipe.early_stopping_patience is not None:
-        check_count("a recipe", "early_stopping_patience", recipe.early_stopping_patience, "epochs")
     for key in ("rates", "seeds"):
         if len(set(getattr(recipe, key) or ())) != len(getattr(recipe, key) or ()):
             raise SurgicalError(f"{key}: {getattr(recipe, key)} has an entry twice: name it once.")
-    if recipe.folds is not None and recipe.folds < 2:
-        raise SurgicalError(f"folds: {recipe.folds} is too few: 2 or more.")
     if recipe.folds is not None and recipe.seeds is not None:
         raise SurgicalError("seeds and folds are both given: a search takes the mean over one of them.")
     if recipe.pruner_options and recipe.pruner is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import MISSING, Field, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from transformers import TrainingArguments
 
 from ...policies.stages import check_length, planned_length
+from ...typed_json import default_of
 from .code import check_code, check_writes
 from .sections import CompareSection, DataSection, PolicySection, SearchSection, SelectionSection, names_of
 from .training_arguments import make_arguments
@@ -95,8 +96,3 @@ class Recipe(CompareSection, SearchSection, PolicySection, SelectionSection, Dat
         if {**quiet, **self.training, **overrides}.get("eval_strategy", "no") != "no":
             quiet["label_names"] = ["labels"]  # Trainer does not see them through an adapter
         return make_arguments({**self.training, **overrides}, {"output_dir": "runs", **quiet})
-
-
-def default_of(entry: Field[Any]) -> Any:
-    """The default of a field of a dataclass; `MISSING` if it has none."""
-    return entry.default_factory() if entry.default_factory is not MISSING else entry.default

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import Trainer, TrainingArguments, get_scheduler
+from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
 from ...errors import SurgicalError, reason_of
 
@@ -95,6 +96,10 @@ def check_training(keys: Mapping[str, Any], arguments: TrainingArguments) -> Non
         raise SurgicalError(
             f"train_sampling_strategy: {arguments.train_sampling_strategy!r} is unknown: one of {', '.join(known)}."
         )
+    try:
+        get_reporting_integration_callbacks(arguments.report_to)
+    except Exception as error:  # names that it does not know, and what is no name
+        raise SurgicalError(f"report_to: {keys.get('report_to')!r}: {reason_of(error)}") from error
     _try(arguments)
 
 

@@ -61,8 +61,10 @@ class RecipeObjective:
         if recipe.divide:
             self.blocks = self.blocks.divided(recipe.divide)
             get_surgical_model(copy.deepcopy(self._runner.model), self._config(self._layers()))  # the parts exist
+        count = len(self._runner.examples["train"])
+        self._folds = folds_of(count, recipe.folds, args.seed) if recipe.folds else []
         self.rates = tuple(recipe.rates or [args.learning_rate])
-        self.seeds = tuple(range(recipe.folds) if recipe.folds else recipe.seeds or [args.seed])
+        self.seeds = tuple(range(len(self._folds)) if recipe.folds else recipe.seeds or [args.seed])
         self.metric = self._runner.task.metric
         self.summary = self._runner.task.summary
         data = identity(recipe.data, recipe.data_config)
@@ -71,8 +73,6 @@ class RecipeObjective:
             "model": f"{Path(recipe.model).name} {fingerprint(self._runner.model.state_dict().values())}",
             "data": f"{Path(recipe.data).name} {data['commit'] or data['fingerprint']}",
         }
-        count = len(self._runner.examples["train"])
-        self._folds = folds_of(count, recipe.folds, args.seed) if recipe.folds else []
         self._load_seconds = time.perf_counter() - began
 
     def __call__(self, selection: Selection, rate: float, seed: int, report: Report | None = None) -> float:

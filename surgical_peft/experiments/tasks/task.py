@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from datasets.exceptions import DatasetsError
 from numpy.random import Generator
 from torch import Tensor, nn
 
@@ -149,7 +148,9 @@ def load_or_raise(load: Callable[..., Any], name: str, kind: str, **kwargs: Any)
         )
     try:
         return load(name, **kwargs)
-    except (OSError, ValueError, DatasetsError) as error:
+    except (SurgicalError, MemoryError):
+        raise
+    except Exception as error:  # whatever transformers and datasets run into, StopIteration of an empty file included
         is_missing = isinstance(error, OSError) and not Path(name).exists()
         missing = "it is neither a folder here nor to be had from the Hub now: " if is_missing else ""
         raise SurgicalError(f"the {kind} {name!r} cannot be loaded: {missing}{_reason(error)}") from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -44,11 +43,7 @@ def write_card(run: str | Path) -> Path:
     if not path.is_file() or not (run / "adapter" / "adapter_config.json").is_file():
         missing = "adapter" if path.is_file() else REPORT
         raise SurgicalError(f"{str(run)!r} has no {missing}: give the folder that `surgical-peft train` wrote.")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise SurgicalError(f"{str(path)!r} is not readable as JSON ({error}): train again.") from error
-    report = TrainingReport.from_json(values)
+    report = TrainingReport.load(path)
     adapter = run / "adapter"
     if adapter.is_symlink():
         raise SurgicalError(f"{str(adapter)!r} is a link, which may lead anywhere: put the folder itself there.")
@@ -65,7 +60,7 @@ def make_card(report: TrainingReport) -> ModelCard:
     """The model card of a report.
 
     Example:
-        >>> make_card(TrainingReport.from_json(json.loads(Path("runs/auto/report.json").read_text()))).data.metrics
+        >>> make_card(TrainingReport.load("runs/auto/report.json")).data.metrics
         ['accuracy']
     """
     report = _published(report)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ...auto import MOST
 from ...errors import SurgicalError
+from ...typed_json import JsonReader, read_json, to_json
 from .provenance import PACKAGES
-from .typed_json import JsonReader, to_json
 
 REPORT = "report.json"
 RANDOM_SHIFTS = ("corruption", "character_noise", "casing", "imbalance")
@@ -156,6 +157,15 @@ class TrainingReport:
         if report.is_chosen:
             report._check_selection()
         return report
+
+    @classmethod
+    def load(cls, path: str | Path) -> TrainingReport:
+        """The report in a file.
+
+        Raises:
+            SurgicalError: the file cannot be read, or as `from_json`.
+        """
+        return cls.from_json(read_json(path, _JSON.remedy))
 
     @property
     def splits(self) -> list[str]:

@@ -17,6 +17,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ...atomic_files import write_text
+from ...errors import SurgicalError
+from ...typed_json import read_json
 
 _FILE = "unfinished.json"  # in the folder of the results, and in each checkpoint
 
@@ -42,7 +44,8 @@ class Unfinished:
         self._began = time.monotonic()
         kept = _read(folder / _FILE)
         is_same = kept is not None and kept.get("identity") == self.identity
-        self.known: dict[str, Any] = dict(kept["known"]) if kept is not None and is_same else {}
+        known = kept.get("known") if kept is not None and is_same else None
+        self.known: dict[str, Any] = known if isinstance(known, dict) else {}
         self.checkpoint = self._newest() if is_same else None
         self.is_other = kept is not None and not is_same and bool(self._marked())
 
@@ -91,10 +94,9 @@ class Unfinished:
 
 def _read(path: Path) -> dict[str, Any] | None:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # none, or what is no longer whole: then the training starts over
+        return read_json(path, "")
+    except SurgicalError:  # none, or what is no longer whole: then the training starts over
         return None
-    return values if isinstance(values, dict) else None
 
 
 def _step(path: Path) -> int:

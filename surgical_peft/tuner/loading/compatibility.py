@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, dot_natural_key, rename_source_key
 
-from ...blocks.module_lists import inside, join
+from ...blocks.module_lists import inside, join, parents
 from ...blocks.unwrap import bare_parameter_name, named_bare_modules, unwrap_model
 from ...errors import SurgicalError, first_of
 from ..config import Choice, SurgicalConfig
@@ -22,7 +22,7 @@ from ..name_checks import check_matching
 from ..quantization import is_packed
 from ..tensors.tuned_tensors import Targets, TensorMap
 from .new_weights import embeddings
-from .saved_files import Shapes, saved_shapes
+from .saved_files import Shapes, saved_fractions, saved_shapes
 
 
 def prepare_loading(model: nn.Module, config: SurgicalConfig) -> Shapes | None:
@@ -36,7 +36,7 @@ def prepare_loading(model: nn.Module, config: SurgicalConfig) -> Shapes | None:
     """
     shapes = saved_shapes(config)
     saved = {name: (shapes or {})[key] for name, key in bare_names(shapes or {}).items()}
-    check_matching(_expressions(config), [*(path for path, _ in named_bare_modules(model)), *saved])
+    check_expressions(model, config, saved)
     if saved:
         config.new_weights = config.new_weights and sorted(names_today(model, config.new_weights).values())
     if saved and config.target_modules is not None:
@@ -44,14 +44,32 @@ def prepare_loading(model: nn.Module, config: SurgicalConfig) -> Shapes | None:
     return None if shapes is None else saved
 
 
+def check_expressions(model: nn.Module, config: SurgicalConfig, saved: Collection[str] = ()) -> None:
+    """Refuse a config whose regular expressions would match without end, before any is matched with `model`.
+
+    Args:
+        saved: names of the saved weights, which are matched, too, where modules have other names today.
+
+    Raises:
+        SurgicalError: see `check_matching`.
+    """
+    paths = [path for path, _ in named_bare_modules(model)]
+    check_matching(_expressions(config), [*paths, *saved, *(above for name in saved for above in parents(name))])
+
+
 def _expressions(config: SurgicalConfig) -> dict[str, str]:
+    """All that PEFT and this package match as a regular expression, by where it stands; as PEFT puts it together."""
     choices = config.target_modules if isinstance(config.target_modules, dict) else {"": config.target_modules}
     expressions: dict[str, Any] = {f"target_modules{key and f'[{key!r}]'}": choice for key, choice in choices.items()}
     expressions["exclude_modules"] = config.exclude_modules
+    lora = config.lora if isinstance(config.lora, dict) else {}
     for name in ("target_modules", "exclude_modules"):
-        expressions[f"lora: {name}"] = (config.lora or {}).get(name)
+        expressions[f"lora: {name}"] = lora.get(name)
     for name in ("rank_pattern", "alpha_pattern"):
-        expressions |= {f"lora: {name}": rf"(.*\.)?({key})" for key in (config.lora or {}).get(name, {})}
+        expressions |= {f"lora: {name}[{key!r}]": rf"(.*\.)?({key})" for key in lora.get(name) or {}}
+    layers = lora.get("layers_pattern") or []
+    for pattern in [layers] if isinstance(layers, str) else layers:
+        expressions[f"lora: layers_pattern {pattern!r}"] = rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\."
     return {field: choice for field, choice in expressions.items() if isinstance(choice, str)}
 
 
@@ -71,15 +89,25 @@ def check_fit(model: nn.Module, config: SurgicalConfig, targets: Targets, saved:
     to_save = [path for path in modules if any(path.endswith(name) for name in config.modules_to_save or [])]
     tensors = TensorMap.find(model)
     expected: Shapes = {}
+    fractions = saved_fractions(config)
+    floating: set[str] = set()
     for name in tensors.chosen(targets):
         tensor = tensors.places[name][0].tensor  # a quantized one is in the file in float, and whole
         packed = isinstance(tensor, nn.Parameter) and is_packed(tensor)
         expected[name] = saved.get(name, (0,)) if packed else tuple(tensor.shape)
+        if tensor.is_floating_point() or packed:
+            floating.add(name)
     for path in to_save:
-        expected |= {
-            join(path, key): tuple(value.shape) for key, value in _original(modules[path]).state_dict().items()
-        }
-    match(model, config, saved, expected, f"the adapter in {config.read_from and config.read_from.path.parent}")
+        heads = {join(path, key): value for key, value in _original(modules[path]).state_dict().items()}
+        expected |= {name: tuple(value.shape) for name, value in heads.items()}
+        floating |= {name for name, value in heads.items() if value.is_floating_point()}
+    where = f"the adapter in {config.read_from and config.read_from.path.parent}"
+    for key, name in match(model, config, saved, expected, where).items():
+        if (key in fractions) != (name in floating):
+            raise SurgicalError(
+                f"{where} is damaged: {key} holds another kind of numbers there than in "
+                f"{type(unwrap_model(model)).__name__}. Save or fetch it again."
+            )
 
 
 def match(model: nn.Module, config: SurgicalConfig, saved: Shapes, expected: Shapes, what: str) -> dict[str, str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +20,7 @@ from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 from ...blocks.module_lists import within
 from ...errors import SurgicalError
+from ...typed_json import read_json
 from ..config import SurgicalConfig, SurgicalPeftType
 
 PREFIX = "base_model.model."  # what PEFT puts before each name of the base model
@@ -72,7 +72,7 @@ def read_adapter(folder: str | Path) -> SavedAdapter:
         SurgicalError: no adapter there, one of another method, pickled, corrupt, or without the record of its modules.
     """
     folder = Path(folder)
-    values = read_json(folder / CONFIG_NAME, "adapter")
+    values = read_config(folder / CONFIG_NAME, "adapter")
     kind = values.get("peft_type")
     if kind != SurgicalPeftType.SURGICAL.value:
         raise SurgicalError(f"{str(folder)!r} is an adapter of the method {kind!r}; export takes those of SURGICAL.")
@@ -100,7 +100,7 @@ def read_adapter(folder: str | Path) -> SavedAdapter:
     return SavedAdapter(folder, config, {key.removeprefix(PREFIX): value for key, value in tensors.items()})
 
 
-def read_json(path: Path, kind: str) -> dict[str, Any]:
+def read_config(path: Path, kind: str) -> dict[str, Any]:
     """The dictionary in a JSON file of an adapter or a delta.
 
     Raises:
@@ -110,13 +110,7 @@ def read_json(path: Path, kind: str) -> dict[str, Any]:
         inside = sorted(file.parent.name for file in path.parent.glob(f"*/{path.name}"))
         hint = f" Its folders {', '.join(inside)} do: give one of them." if inside else ""
         raise SurgicalError(f"{str(path.parent)!r} is no {kind}'s folder: it has no {path.name}.{hint}")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise SurgicalError(f"{str(path)!r} is not readable as JSON ({error}): copy or save it again.") from error
-    if not isinstance(values, dict):
-        raise SurgicalError(f"{str(path)!r} holds a {type(values).__name__}, not a dictionary: save it again.")
-    return values
+    return read_json(path, "copy or save it again")
 
 
 def load_base(config: SurgicalConfig, tensors: Mapping[str, Tensor], base: Base = None) -> LoadedBase:

@@ -15,6 +15,7 @@ from typing import Any
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 from peft.config import PeftConfigMixin
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -24,6 +25,7 @@ from ...errors import SurgicalError
 from ..config import ConfigSource, SurgicalConfig, SurgicalPeftType
 
 Shapes = dict[str, tuple[int, ...]]
+_LONGEST_NAME = 1000  # characters
 
 
 def watch_reading() -> None:
@@ -45,14 +47,19 @@ def watch_reading() -> None:
 def _read_config(read: Callable[[], Any], cls: type, path: Path) -> Any:
     try:
         loaded = read()
-    except (ValueError, RecursionError) as error:  # JSON and encoding
+    except (ValueError, TypeError, RecursionError) as error:  # JSON and encoding
         if not issubclass(cls, SurgicalConfig) and b'"blocks"' not in path.read_bytes():
             raise  # not ours, as far as can be seen
         raise SurgicalError(
             f"{path} is not valid JSON: {error}. Save the adapter again, or fetch it again."
         ) from error
-    if not isinstance(loaded, dict) or loaded.get("peft_type", SurgicalPeftType.SURGICAL) != SurgicalPeftType.SURGICAL:
-        return loaded  # another method's, or PEFT's own error
+    kind = loaded.get("peft_type", SurgicalPeftType.SURGICAL) if isinstance(loaded, dict) else None
+    if isinstance(kind, str) and kind != SurgicalPeftType.SURGICAL and kind in PEFT_TYPE_TO_CONFIG_MAPPING:
+        return loaded  # another method's
+    if not isinstance(loaded, dict) or (kind != SurgicalPeftType.SURGICAL and "blocks" not in loaded):
+        return loaded  # PEFT's own error
+    if kind != SurgicalPeftType.SURGICAL:
+        raise SurgicalError(f"{path} has the 'peft_type' {kind!r}, which PEFT does not know: fetch the adapter again.")
     if "peft_type" not in loaded:
         if "blocks" not in loaded:
             return loaded
@@ -79,13 +86,30 @@ def _read_config(read: Callable[[], Any], cls: type, path: Path) -> Any:
 
 def _shapes(file: Path) -> Shapes:
     """Names and shapes in a file of weights, from its header; that also tells whether the file is whole."""
+    shapes = {key: tuple(part.get_shape()) for key, part in _header(file).items()}
+    if long := [key for key in shapes if len(key) > _LONGEST_NAME]:
+        raise SurgicalError(
+            f"{file} has a name of {len(long[0]):,} characters, which no weight has: save or fetch it again."
+        )
+    return shapes
+
+
+def _header(file: Path) -> dict[str, Any]:
+    """The tensors in a file of weights, none of them read."""
     try:
         with safe_open(file, framework="pt") as weights:
-            return {key: tuple(weights.get_slice(key).get_shape()) for key in weights.keys()}  # noqa: SIM118
+            return {key: weights.get_slice(key) for key in weights.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise SurgicalError(
             f"{file} is no whole safetensors file ({error}): it was cut short or changed. Save or fetch it again."
         ) from error
+
+
+def saved_fractions(config: SurgicalConfig) -> set[str]:
+    """Bare names of the saved weights that are fractions, in any precision; empty if it is not a saved adapter's."""
+    file = _weights_of(config)
+    header = {} if file is None else _header(file)
+    return {bare_parameter_name(key) for key, part in header.items() if part.get_dtype().startswith(("F", "BF"))}
 
 
 def saved_shapes(config: SurgicalConfig) -> Shapes | None:

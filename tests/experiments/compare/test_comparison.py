@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from surgical_peft import SurgicalError
 from surgical_peft.experiments.compare.comparison import Comparison, Job
+from surgical_peft.experiments.compare.findings import Findings
 from surgical_peft.experiments.compare.methods import make_method
 from surgical_peft.experiments.recipe.recipe import Recipe
 from surgical_peft.experiments.recipe.yaml_file import StrictLoader
@@ -67,3 +69,12 @@ def test_the_documented_form_of_a_policy_is_read() -> None:
     assert full == "full" and "mymodule" in str(own)
     titles = [make_method(entry).title for entry in named]
     assert titles == ["lisa(every=8, num_blocks=1)", "auto_rgn(every='epoch'), blocks -2:, head"]
+
+
+@pytest.mark.parametrize("content", ["", "5", "{}", '{"found": 5}', "[" * 100_000])
+def test_a_damaged_finding_is_named_with_what_to_do(content: str, comparison: Comparison, tmp_path: Path) -> None:
+    findings, job = Findings(comparison, tmp_path), comparison.source(0)
+    findings.path(job).parent.mkdir(parents=True)
+    findings.path(job).write_text(content)
+    with pytest.raises(SurgicalError, match=r"runs/source-.*delete it"):
+        findings.load(job)

@@ -117,7 +117,7 @@ def test_each_fold_is_measured_on_what_it_was_not_trained_on(tmp_path: Path, mon
     assert result.trainings == 4 * len(result.candidates)
 
 
-@pytest.mark.parametrize("folds", [49, 1000])
+@pytest.mark.parametrize("folds", [49, 1000, 2**31 - 1])
 def test_more_folds_than_examples(folds: int, tmp_path: Path) -> None:
     with pytest.raises(SurgicalError, match=f"folds={folds} .*48 training examples.*2 to 48"):
         objective_of(tmp_path, folds=folds)

@@ -191,12 +191,12 @@ def test_a_task_of_ones_own() -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("columns: text", "columns: 'text'.*dict"),
-        ("character_noise: much", "character_noise: 'much'.*float"),
-        ("casing: yes", "casing: True.*float"),
-        ("imbalance: [0.1]", "imbalance.*dict"),
-        ("shift_seed: 0.5", "shift_seed: 0.5.*int"),
-        ("new_head: 2", "new_head: 2.*bool"),
+        ("columns: text", "columns is 'text'.*keys"),
+        ("character_noise: much", "character_noise is 'much'.*number"),
+        ("casing: yes", "casing is True.*number"),
+        ("imbalance: [0.1]", "imbalance.*keys"),
+        ("shift_seed: 0.5", "shift_seed is 0.5.*whole"),
+        ("new_head: 2", "new_head is 2.*true"),
     ],
 )
 def test_keys_of_a_wrong_type(tmp_path: Path, line: str, message: str) -> None:

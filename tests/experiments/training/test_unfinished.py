@@ -19,6 +19,7 @@ from surgical_peft import SurgicalCallback
 from surgical_peft.experiments.recipe import Recipe, load_recipe
 from surgical_peft.experiments.training import train as module
 from surgical_peft.experiments.training.train import train
+from surgical_peft.experiments.training.unfinished import Unfinished
 from tests.support.tiny import write_recipe
 from tests.support.toy_tasks import TOY_TASKS
 
@@ -189,3 +190,11 @@ def test_before_the_first_step_the_choice_is_kept(
     monkeypatch.undo()
     monkeypatch.setattr(module, "choose_blocks", None)
     assert "goes on" in told(recipe, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    "content", [b"{", b"[" * 100_000, b"5", b'{"identity": {"a": 1}}', b'{"identity": {"a": 1}, "known": 5}']
+)
+def test_damaged_notes_of_an_earlier_start_count_for_nothing(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "unfinished.json").write_bytes(content)
+    assert Unfinished(tmp_path, {"a": 1}).known == {}

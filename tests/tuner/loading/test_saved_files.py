@@ -25,7 +25,7 @@ from torch import nn
 from transformers import AutoModelForImageClassification
 from transformers.conversion_mapping import get_model_conversion_mapping
 
-from surgical_peft import SurgicalConfig, SurgicalError
+from surgical_peft import SurgicalConfig, SurgicalError, get_surgical_model
 from surgical_peft.tuner import name_checks as patterns
 from surgical_peft.tuner.loading import saved_files as loading
 from tests.support.toys import TOYS
@@ -144,11 +144,17 @@ BAD: dict[str, tuple[Callable[[Path], None], str]] = {
     "a larger model": (of(larger), r"size.*\(.*32.*\).*\(.*16.*\)"),
     "pickled": (pickled, r"adapter_model\.bin.*safetensors\.torch\.save_file"),
     "no weights": (lambda folder: (folder / WEIGHTS).unlink(), f"no {WEIGHTS}"),
+    "whole numbers": (weights(lambda t: t.update({KEY: t[KEY].to(torch.int64)})), "layernorm_before.*kind"),
+    "truths": (weights(lambda t: t.update({KEY: t[KEY] > 0})), "kind"),
+    "a name without end": (weights(lambda t: t.update({"x" * 10**6: torch.ones(1)})), "1,000,000"),
 }
 BAD_CONFIG: dict[str, tuple[Callable[[Path], None], str]] = {
     "cut config": (cut(CONFIG, -100), f"{CONFIG} .*JSON"),
     "binary config": (lambda f: (f / CONFIG).write_bytes(b'{"blocks": "\xff"}'), f"{CONFIG} .*JSON"),
     "nested config": (lambda f: (f / CONFIG).write_text('{"blocks":' + "[" * 10**5), "JSON"),
+    "another type": (config(peft_type="SURGICA"), "SURGICA"),
+    "a type that is no name": (config(peft_type=[1]), "peft_type"),
+    "no task": (config(task_type="NO"), "task_type"),
     "no type": (lambda f: (f / CONFIG).write_text('{"blocks": ["0"]}'), "'peft_type'"),
     "an unknown block": (config(blocks=["0", "12"]), "'12'"),
     "a path as block": (config(blocks=["../../etc/passwd"]), "file path"),
@@ -471,6 +477,46 @@ def test_resized_embeddings_come_along(tmp_path: Path) -> None:
     )
     with pytest.raises(SurgicalError, match="resize_token_embeddings first"):
         PeftModel.from_pretrained(llama.model(), tmp_path / "adapter")
+
+
+def endless(**lora: Any) -> SurgicalConfig:
+    return SurgicalConfig(blocks=["head"], lora={"r": 2, "target_modules": ["query"], **lora})
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        endless(rank_pattern={HOSTILE: 4, "query": 2}),
+        endless(alpha_pattern={"x": 1, HOSTILE: 4, "query": 2}),
+        endless(layers_pattern=[HOSTILE], layers_to_transform=[0]),
+        endless(rank_pattern={f"layer{n}": 4 for n in range(3000)}),
+        endless(rank_pattern={"(": 4}),
+        SurgicalConfig(target_modules={"0": HOSTILE, "1": "all"}),
+    ],
+    ids=["rank", "alpha", "layers", "thousands", "none", "by block"],
+)
+def test_every_expression_of_a_config_is_tried(config: SurgicalConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the last of several ranks was, and thousands took an hour."""
+    monkeypatch.setattr(patterns, "LONGEST_MATCHING", 0.2)
+    with pytest.raises(SurgicalError):
+        get_peft_model(TOYS["bert"].model(), config)
+
+
+def test_expressions_are_tried_before_blocks_are_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each block was asked whether it can be tuned, without end."""
+    monkeypatch.setattr(patterns, "LONGEST_MATCHING", 0.2)
+    config = SurgicalConfig(blocks="auto", num_blocks=1, criterion="random", target_modules=HOSTILE)
+    with pytest.raises(SurgicalError, match="matched"):
+        get_surgical_model(VIT.model(), config, [VIT.batch()])
+
+
+def test_expressions_are_tried_on_parts_of_saved_names(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole name may match at once, and the part without its end never."""
+    monkeypatch.setattr(patterns, "LONGEST_MATCHING", 0.2)
+    weights(lambda t: t.update({f"base_model.model.{'a' * 60}.x.y": torch.ones(1)}))(folder)
+    config(target_modules=r".*y|(a+)+b")(folder)
+    with pytest.raises(SurgicalError, match="matched"):
+        PeftModel.from_pretrained(VIT.model(), folder)
 
 
 def test_plain_expressions_are_not_tried_in_another_process(monkeypatch: pytest.MonkeyPatch) -> None:
