@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from peft import get_peft_model
+from safetensors import SafetensorError
 from transformers import AutoModelForImageClassification
 
 from surgical_peft import SurgicalConfig, SurgicalError
@@ -173,3 +174,38 @@ def test_json_is_printed_also_outside_of_a_command(capsys: pytest.CaptureFixture
     """It was an IndexError in a command of one's own."""
     print_json({"a": 1})
     assert json.loads(capsys.readouterr().out) == {"a": 1}
+
+
+@pytest.mark.parametrize(
+    ("fault", "remedy"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "per_device_train_batch_size"),
+        (MemoryError(), "per_device_train_batch_size"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "per_device_train_batch_size"),
+        (RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly"), "dataloader_num_workers: 0"),
+        (RuntimeError("[enforce fail] . PytorchStreamWriter failed writing file data/0"), "disk"),
+        (SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"), "disk"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_the_machine_lacks_is_one_line_with_a_remedy(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], fault: Exception, remedy: str
+) -> None:
+    """It was a traceback."""
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise fault
+
+    monkeypatch.setattr("surgical_peft.experiments.recipe.load_recipe", fail)
+    assert run(monkeypatch, "train", "recipe.yaml") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and remedy in line
+
+
+def test_a_fault_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("of ours")
+
+    monkeypatch.setattr("surgical_peft.experiments.recipe.load_recipe", fail)
+    with pytest.raises(RuntimeError, match="of ours"):
+        run(monkeypatch, "train", "recipe.yaml")

@@ -18,6 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ...threads import in_background
+
 _EVERY = 0.02  # seconds between two looks at the process
 SHARE = 0.05  # of the trainings, that the timing of their steps may cost; one round there always is
 FEW, MOST = 3, 9  # rounds
@@ -209,8 +211,7 @@ class PeakMemory:
         self._process = psutil.Process()
         self._done = threading.Event()
         self._look()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
+        in_background(self._watch)
         return self
 
     def __exit__(
@@ -221,7 +222,6 @@ class PeakMemory:
             return
         self._look()
         self._done.set()
-        self._thread.join()
 
     def _watch(self) -> None:
         while not self._done.wait(_EVERY):
