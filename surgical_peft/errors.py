@@ -44,6 +44,7 @@ _OF_MACHINE = {  # words of errors that have no class of their own, and what to 
     "(os error": _DISK,  # safetensors
     "PytorchStreamWriter failed": _DISK,  # torch.save
     "unexpected pos": _DISK,
+    "iostream error": _DISK,
 }
 
 

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import _thread
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import typer
 from rich.console import Console
 
 from ..errors import SurgicalError, machine_fault, reason_of
+from ..threads import in_background
 
+_SOON = 0.05  # seconds
 _KEPT = {  # of a command that was interrupted
     "train": "What was kept before is still there.",
     "search": "Finished trainings are kept in the study: the same command goes on.",
@@ -26,6 +31,8 @@ def interrupts_in_one_line(context: Any = None) -> Iterator[None]:
     Args:
         context: of typer, once it is known which command runs.
     """
+    before = sys.unraisablehook
+    sys.unraisablehook = partial(_interrupt_again, before)
     try:
         yield
     except KeyboardInterrupt as stop:
@@ -33,6 +40,21 @@ def interrupts_in_one_line(context: Any = None) -> Iterator[None]:
         errors = Console(stderr=True, soft_wrap=True)
         errors.print(f"interrupted. {kept}", markup=False, highlight=False)
         raise typer.Exit(130) from None
+    finally:
+        sys.unraisablehook = before
+
+
+def _interrupt_again(otherwise: Callable[[Any], None], ignored: Any) -> None:
+    """Python ignores Ctrl-C in a finalizer and the like, which would go on as if nobody had pressed it."""
+    if not issubclass(ignored.exc_type, KeyboardInterrupt):
+        otherwise(ignored)
+        return
+
+    def press() -> None:
+        time.sleep(_SOON)  # not before the finalizer has ended
+        _thread.interrupt_main()
+
+    in_background(press)
 
 
 @contextmanager

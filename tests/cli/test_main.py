@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +161,30 @@ def test_an_interrupt_is_one_line_and_exit_code_130(
     assert run(monkeypatch, command, "recipe.yaml") == 130
     printed = capsys.readouterr()
     assert kept in printed.err and len(printed.err.splitlines()) == 1 and printed.out == ""
+
+
+def test_an_interrupt_that_python_ignores_is_heard(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In a finalizer; the command went on, with a traceback."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    class Finalized:
+        def __del__(self) -> None:
+            raise KeyboardInterrupt
+
+    def load(*_: Any) -> None:
+        Finalized()
+        for _ in range(1000):
+            time.sleep(0.01)
+        raise SurgicalError("nobody has interrupted it")
+
+    monkeypatch.setattr("surgical_peft.experiments.recipe.load_recipe", load)
+    try:
+        assert run(monkeypatch, "compare", "recipe.yaml") == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert len(capsys.readouterr().err.splitlines()) == 1
 
 
 def test_version_and_keys(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
