@@ -207,12 +207,7 @@ def main() -> None:
     lines = [
         *growth(found["modules"], before["modules"], "modules", ACTIONS),
         "",
-        *growth(
-            [{**row, "lists in lists": row["lists"]} for row in found["lists"]],
-            before["lists"],
-            "lists in lists",
-            ["find"],
-        ),
+        *growth(found["lists"], before["lists"], "lists in lists", ["find"]),
         "",
         *many(found, before),
         "",
