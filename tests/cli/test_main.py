@@ -228,10 +228,15 @@ def test_what_the_machine_lacks_is_one_line_with_a_remedy(
     assert line.startswith("error: ") and remedy in line
 
 
-def test_a_fault_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "fault",
+    [RuntimeError("of ours"), KeyError("Caught KeyError in DataLoader worker process 0.")],
+    ids=["ours", "theirs"],
+)
+def test_another_fault_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, fault: Exception) -> None:
     def fail(*_: Any, **__: Any) -> None:
-        raise RuntimeError("of ours")
+        raise fault
 
     monkeypatch.setattr("surgical_peft.experiments.recipe.load_recipe", fail)
-    with pytest.raises(RuntimeError, match="of ours"):
+    with pytest.raises(type(fault)):
         run(monkeypatch, "train", "recipe.yaml")
