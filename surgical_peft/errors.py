@@ -39,8 +39,8 @@ _MEMORY = "free memory, or take smaller batches (per_device_train_batch_size) or
 _DISK = "see that the disk is not full and can be written to, and that the network is there"
 _OF_MACHINE = {  # words of errors that have no class of their own, and what to do
     "can't start new thread": "end other processes, or allow more (ulimit -u)",
-    "DataLoader worker (pid": "a process that loads data was ended, often for want of memory: free some, or load in this "
-    "process (dataloader_num_workers: 0)",
+    "DataLoader worker (pid": "a process that loads data was ended, often for want of memory: free some, or load in "
+    "this process (dataloader_num_workers: 0)",
     "(os error": _DISK,  # safetensors
     "PytorchStreamWriter failed": _DISK,  # torch.save
     "unexpected pos": _DISK,
