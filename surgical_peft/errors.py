@@ -5,6 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+_MEMORY = "free memory, or take smaller batches (per_device_train_batch_size) or shorter texts (max_length)"
+_DISK = "see that the disk is not full and can be written to, and that the network is there"
+_OF_MACHINE = {  # words of errors that have no class of their own, and what to do
+    "can't start new thread": "end other processes, or allow more (ulimit -u)",
+    "DataLoader worker (pid": "a process that loads data was ended, often for want of memory: free some, or load in "
+    "this process (dataloader_num_workers: 0)",
+    "(os error": _DISK,  # safetensors
+    "PytorchStreamWriter failed": _DISK,  # torch.save
+    "unexpected pos": _DISK,
+    "iostream error": _DISK,
+}
+
 
 class SurgicalError(ValueError):
     """Raised for a wrong block, score, recipe or checkpoint.
@@ -33,19 +45,6 @@ def first_of(names: Iterable[Any], most: int = 5) -> str:
     """
     names = list(map(str, names))
     return ", ".join([*names[:most], "..."] if len(names) > most else names)
-
-
-_MEMORY = "free memory, or take smaller batches (per_device_train_batch_size) or shorter texts (max_length)"
-_DISK = "see that the disk is not full and can be written to, and that the network is there"
-_OF_MACHINE = {  # words of errors that have no class of their own, and what to do
-    "can't start new thread": "end other processes, or allow more (ulimit -u)",
-    "DataLoader worker (pid": "a process that loads data was ended, often for want of memory: free some, or load in "
-    "this process (dataloader_num_workers: 0)",
-    "(os error": _DISK,  # safetensors
-    "PytorchStreamWriter failed": _DISK,  # torch.save
-    "unexpected pos": _DISK,
-    "iostream error": _DISK,
-}
 
 
 def machine_fault(error: BaseException) -> str | None:
