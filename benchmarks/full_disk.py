@@ -42,8 +42,8 @@ from kills import (
 )
 from kills import write_case as write_toy
 
+from surgical_peft.__main__ import main as run_command
 from surgical_peft.cli.main import app
-from surgical_peft.cli.main import main as run_command
 from surgical_peft.experiments.training.provenance import machine, today, versions
 
 WORK = HERE / "work" / "full_disk.jsonl"
@@ -248,7 +248,8 @@ def judged(one: Try, ended: list[Ended]) -> list[str]:
     faults = []
     for end in ended:
         lines = end.words.splitlines() or [""]
-        is_interrupted = end.was_killed and end.code == 130 and lines[-1].startswith("interrupted.")
+        # -2 is 130 to a shell, too: so Python ends where it was interrupted in code that it had made itself
+        is_interrupted = end.was_killed and end.code in (130, -2) and lines[-1].startswith("interrupted.")
         is_error = end.code == 2 and sum(line.startswith("error: ") for line in lines) == 1
         if "Traceback" in end.words:
             faults.append("a traceback")
@@ -269,7 +270,8 @@ def tried(command: str, how: str, disturb: Callable[[], list[Ended]], disk: Disk
     before = contents(disk.folder / "out")
     ended = disturb()
     left = contents(disk.folder / "out")
-    one.code, one.words = [end.code for end in ended], " / ".join(last_line(end) for end in ended)
+    one.code = [130 if end.code == -2 else end.code for end in ended]
+    one.words = " / ".join(last_line(end) for end in ended)
     one.left = sum(end.left for end in ended)
     known = whole or {}
     one.half = [

@@ -183,7 +183,7 @@ def command_line(case: Case) -> Callable[[], int]:
             SelectionSection.config = lambda recipe: replace(config(recipe), lora=case.lora)  # type: ignore[method-assign]
         sys.argv = ["surgical-peft", case.command, "recipe.yaml", *case.options]
         try:
-            importlib.import_module("surgical_peft.cli.main").main()
+            importlib.import_module("surgical_peft.__main__").main()
         except SystemExit as end:
             return int(end.code or 0)
         return 0
