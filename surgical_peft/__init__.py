@@ -14,7 +14,10 @@ __version__ = "0.1.0"
 
 # `surgical-peft --help` answers without torch, transformers and PEFT, which take seconds to import: where that command
 # started the process, the public names come with the first that is used (`cli.main.Command` is the one that does so).
-_OF_COMMAND = Path(getattr(sys.modules["__main__"], "__file__", None) or "").stem == "surgical-peft"
+_OF_COMMAND = Path(getattr(sys.modules["__main__"], "__file__", None) or "").stem == "surgical-peft" or (
+    "-m",
+    __name__,
+) in zip(sys.orig_argv, sys.orig_argv[1:], strict=False)
 
 if TYPE_CHECKING or not _OF_COMMAND:
     from .api import *  # noqa: F403

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,10 +12,13 @@ import pytest
 import torch
 from datasets import Dataset
 from torch import nn
+from torch.utils.data import DataLoader, get_worker_info
+from torch.utils.data import Dataset as TorchDataset
 from transformers import Trainer, TrainingArguments
 
 from surgical_peft import SurgicalConfig, SurgicalError, criteria, get_surgical_model, score_blocks
 from surgical_peft.auto import choose_blocks, how_many, together
+from surgical_peft.errors import machine_fault
 from tests.support.toys import TOYS, Toy
 
 
@@ -158,3 +163,52 @@ def test_a_data_set_is_no_batches(vit: Toy) -> None:
     for given in (data, torch.utils.data.TensorDataset(torch.zeros(2)), None):
         with pytest.raises(SurgicalError, match="DataLoader"):
             get_surgical_model(vit.model(), SurgicalConfig(blocks="auto"), given)  # type: ignore[arg-type]
+
+
+class Dying(TorchDataset[dict[str, torch.Tensor]]):
+    """Its third example ends the process that loads it."""
+
+    def __init__(self, toy: Toy) -> None:
+        self.rows = [toy.batch(seed) for seed in range(4)]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, place: int) -> dict[str, torch.Tensor]:
+        if place == 2 and get_worker_info() is not None:
+            os._exit(1)
+        return self.rows[place]
+
+
+def score(model: nn.Module, loader: Any) -> None:
+    score_blocks(model, loader, "rgn")
+
+
+def choose(model: nn.Module, loader: Any) -> None:
+    get_surgical_model(model, SurgicalConfig(blocks="auto"), loader)
+
+
+@pytest.mark.parametrize("act", [score, choose])
+@pytest.mark.parametrize("fault", [torch.OutOfMemoryError("CUDA out of memory."), MemoryError(), None])
+def test_where_memory_or_a_loading_process_is_lost_the_model_is_as_it_was(
+    vit: Toy, act: Callable[[nn.Module, Any], None], fault: Exception | None
+) -> None:
+    model = vit.model().train()
+    frozen = next(model.parameters()).requires_grad_(False)
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    calls = []
+
+    def fail(*_: Any) -> None:
+        calls.append(1)
+        if fault is not None and len(calls) == 3:
+            raise fault
+
+    model.register_forward_hook(fail)
+    loader = DataLoader(Dying(vit), batch_size=None, num_workers=1) if fault is None else batches(vit, 8)
+    with pytest.raises(RuntimeError if fault is None else type(fault)) as caught:
+        act(model, loader)
+    assert machine_fault(caught.value)
+    assert all(parameter.requires_grad == (parameter is not frozen) for parameter in model.parameters())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert all(module.training for module in model.modules()) and not hasattr(model, "peft_config")
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())

@@ -20,20 +20,9 @@ PACKAGE = Path(surgical_peft.__file__).parent
 
 # A room imports from those before it, and within itself.
 ROOMS = [
-    *(
-        "errors",
-        "quiet",
-        "atomic_files",
-        "validation",
-        "typed_json",
-        "rendering",
-        "blocks",
-        "precision",
-        "masks",
-        "criteria",
-    ),
-    *("scoring", "tuner", "policies", "procedures", "optim", "search", "export", "auto", "api", "experiments", "cli"),
-    *("__init__", "__main__"),
+    *("errors", "threads", "quiet", "atomic_files", "validation", "typed_json", "rendering", "blocks", "precision"),
+    *("masks", "criteria", "scoring", "tuner", "policies", "procedures", "optim", "search", "export", "auto", "api"),
+    *("experiments", "cli", "__init__", "__main__"),
 ]
 LAB = [
     *("shifts", "metrics", "recipe", "tasks", "training", "search", "compare", "advise", "start", "quickstart"),

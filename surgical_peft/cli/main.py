@@ -19,6 +19,7 @@ from rich.console import Console
 from typer.core import TyperCommand, TyperGroup
 
 from ..errors import SurgicalError
+from .exits import errors_in_one_line, interrupts_in_one_line
 from .experiments import advise, compare, open_recipe, search
 from .options import AllowCode, AsJson, RecipeFile, Tiny, console, print_json, print_lines
 from .predict import predict
@@ -31,24 +32,18 @@ for _library in ("torchao", "bitsandbytes", "torch.utils._pytree", "DeepSpeed"):
     logging.getLogger(_library).addFilter(lambda record: record.levelno >= logging.ERROR)
 
 _RANK = 16  # of a LoRA made of an adapter
-_KEPT = {  # of a command that was interrupted
-    "train": "What was kept before is still there.",
-    "search": "Finished trainings are kept in the study: the same command goes on.",
-    "compare": "Finished trainings are kept in the folder of the results: the same command goes on.",
-}
 
 
 class _Commands(TyperGroup):
     """All commands; Ctrl-C ends each with one line and exit code 130."""
 
+    def make_context(self, *given: Any, **kwargs: Any) -> Any:
+        with interrupts_in_one_line():
+            return super().make_context(*given, **kwargs)
+
     def invoke(self, ctx: Any) -> Any:
-        try:
+        with interrupts_in_one_line(ctx):
             return super().invoke(ctx)
-        except KeyboardInterrupt as stop:
-            kept = str(stop) or _KEPT.get(ctx.invoked_subcommand, "Nothing is kept.")
-            errors = Console(stderr=True, soft_wrap=True)
-            errors.print(f"interrupted. {kept}", markup=False, highlight=False)
-            raise typer.Exit(130) from None
 
 
 app = typer.Typer(
@@ -282,13 +277,5 @@ def quickstart(
 def main() -> None:
     """Run the command line; an error of ours is one line and exit code 2, unless `--debug` asks for the traceback."""
     sys.path.append(str(Path.cwd()))  # for a criterion or policy given as package.module:name
-    debug = "--debug" in sys.argv
-    try:
+    with errors_in_one_line("--debug" in sys.argv):
         app([argument for argument in sys.argv[1:] if argument != "--debug"])  # it may stand anywhere
-    except (SurgicalError, OSError) as error:  # a folder that cannot be written to, say
-        if debug:
-            raise
-        errors = Console(stderr=True, soft_wrap=True)
-        errors.print("error:", style="bold red", end=" ")
-        errors.print(str(error), markup=False, highlight=False)
-        sys.exit(2)

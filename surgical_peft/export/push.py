@@ -9,12 +9,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token
+from huggingface_hub import CommitOperationAdd, HfApi, constants, get_session, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError  # type: ignore[attr-defined]
+from huggingface_hub.utils import logging
 from peft.utils.constants import CONFIG_NAME
 
 from ..atomic_files import is_plain_file
-from ..errors import SurgicalError
+from ..errors import SurgicalError, reason_of
 from ..typed_json import read_json
 from .card_text import HERE
 from .private import is_absolute, without_base
@@ -22,6 +23,8 @@ from .private import is_absolute, without_base
 REPORT = "report.json"  # of a training, beside its adapter
 # Of what `save_pretrained` of adapters, tokenizers and image processors writes, and `train`.
 _SUFFIXES = (".json", ".jinja", ".md", ".model", ".png", ".safetensors", ".spm", ".tiktoken", ".txt", ".bpe", ".codes")
+
+_PATIENCE = 6  # times what huggingface_hub waits for a download, HF_HUB_DOWNLOAD_TIMEOUT: a commit takes longer
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ def push(run: str | Path, repository: str, *, public: bool = False) -> Pushed:
 
     Raises:
         SurgicalError: no adapter with a card in `run`, a name that cannot be or is taken, no token or one without the
-            right to write there, no network, metadata that the Hub refuses, or a card that says where
+            right to write there, no network, no answer, metadata that the Hub refuses, or a card that says where
             things lie on this machine.
 
     Example:
@@ -76,7 +79,7 @@ def push(run: str | Path, repository: str, *, public: bool = False) -> Pushed:
     texts = _texts(folder, files)
     _check_private(Path(run), texts)
     api = HfApi()
-    with _clear_errors(repository):
+    with _clear_errors(repository), _with_limits():
         name = _create(api, repository, public)
         contents = {path: text.replace(f'"{HERE}"', f'"{name}"') for path, text in texts.items()}
         commit = api.create_commit(
@@ -158,27 +161,53 @@ def _create(api: HfApi, repository: str, public: bool) -> str:
 
 
 @contextmanager
+def _with_limits() -> Iterator[None]:
+    """Inside, an answer of the Hub is waited for a minute at most; huggingface_hub itself has no limit.
+
+    Retries are those of huggingface_hub, whose warnings would show where a file is uploaded, signature and all.
+    """
+    session, verbosity = get_session(), logging.get_verbosity()
+    waits = session.timeout
+    if waits.read is None:
+        session.timeout = _PATIENCE * constants.HF_HUB_DOWNLOAD_TIMEOUT
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        session.timeout = waits
+        logging.set_verbosity(verbosity)
+
+
+@contextmanager
 def _clear_errors(repository: str) -> Iterator[None]:
     """One kind of error for all the ways in which the Hub refuses or is not there."""
     try:
         yield
-    except HfHubHTTPError as error:
-        status = error.response.status_code
+    except SurgicalError:
+        raise
+    except (HTTPError, ValueError, RuntimeError, LookupError, TypeError, AttributeError) as error:
+        is_upload = isinstance(error, RuntimeError) and error.__cause__ is not None
+        raise SurgicalError(_in_words(error.__cause__ if is_upload else error, repository)) from error  # type: ignore[arg-type]
+
+
+def _in_words(error: BaseException, repository: str) -> str:
+    if isinstance(error, HfHubHTTPError):
         remedy = {
             401: "the token is not valid: log in again with `hf auth login`",
             403: "the token may not write there: give it that right, or push to a name of your own",
-        }.get(status, "try again later, nothing that was trained is lost")
-        reason = error.server_message or f"status {status}"
-        raise SurgicalError(f"the Hub refuses {repository!r} ({reason}): {remedy}.") from error
-    except HTTPError as error:
-        reason = str(error) or type(error).__name__
-        raise SurgicalError(
-            f"the Hub at {constants.ENDPOINT} cannot be reached ({reason}): look at the network and push again, "
-            "nothing that was trained is lost."
-        ) from error
-    except HFValidationError as error:
-        raise SurgicalError(f"{repository!r} cannot be a repository's name: {error}") from error
-    except ValueError as error:
-        if isinstance(error, SurgicalError) or "Invalid metadata" not in str(error):
-            raise
-        raise SurgicalError(f"the Hub refuses the card: {error} Mend adapter/README.md and push again.") from error
+        }.get(error.response.status_code, "try again later, nothing that was trained is lost")
+        reason = error.server_message or f"status {error.response.status_code}"
+        return f"the Hub refuses {repository!r} ({reason}): {remedy}."
+    if isinstance(error, HTTPError):
+        return (
+            f"the Hub at {constants.ENDPOINT} cannot be reached ({reason_of(error)}): look at the network and push "
+            "again, nothing that was trained is lost. If the repository is not empty then, this push got through."
+        )
+    if isinstance(error, HFValidationError):
+        return f"{repository!r} cannot be a repository's name: {error}"
+    if isinstance(error, ValueError) and "Invalid metadata" in str(error):
+        return f"the Hub refuses the card: {error} Mend adapter/README.md and push again."
+    return (
+        f"what answers at {constants.ENDPOINT} does not answer as the Hub does ({type(error).__name__}: "
+        f"{reason_of(error)}): see whether a proxy or a login page stands between, and what HF_ENDPOINT says."
+    )

@@ -6,7 +6,7 @@ import math
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.utils import logging
 
 from ..criteria.budget import Budget, check_steps
+from ..errors import SurgicalError
 from ..rendering import clock
+from ..threads import in_background
 from .distributed import is_first
 
 if TYPE_CHECKING:
@@ -137,7 +139,8 @@ class Stages:
             return
         if not self.console.is_interactive:
             self._print(words)
-            threading.Thread(target=self._log, args=(self._stage,), daemon=True).start()
+            with suppress(SurgicalError):  # no room for a thread: there will be fewer lines
+                in_background(self._log, self._stage)
             return
         from rich.live import Live
         from rich.text import Text

@@ -9,10 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-import torch
-from accelerate.utils.memory import should_reduce_batch_size
-
-from ..errors import SurgicalError, reason_of
+from ..errors import SurgicalError, machine_fault, reason_of
 from ..scoring.selection import Selection
 from .result import SearchTrial
 
@@ -46,11 +43,11 @@ def attempt(
     except TrialPruned as pruned:
         error, state = str(pruned) or "pruned by the objective", "pruned"
     except Exception as failure:
-        if _is_passing(failure):
+        if remedy := machine_fault(failure):
             raise SurgicalError(
                 f"blocks {list(task.blocks)}: {type(failure).__name__}: {reason_of(failure)}. That is of the machine, "
-                "not of the blocks, so no result of theirs is kept: see to the disk, the network or the memory, then "
-                "run the same again. Finished trials are kept."
+                f"not of the blocks, so no result of theirs is kept: {remedy}; then run the same again. Finished "
+                "trials are kept."
             ) from failure
         state = "failed"
         error = f"{type(failure).__name__}: {failure}"
@@ -65,12 +62,3 @@ def attempt(
         error=error,
         notes={key: value for key, value in selection.record.items() if key not in given},
     )
-
-
-def _is_passing(failure: BaseException) -> bool:
-    """True for what may be otherwise at the next try: a disk, a network, a lack of memory."""
-    if isinstance(failure, OSError | MemoryError | torch.OutOfMemoryError):
-        return True
-    if isinstance(failure, Exception) and should_reduce_batch_size(failure):  # the memory of a device, or of the CPU
-        return True
-    return failure.__cause__ is not None and _is_passing(failure.__cause__)

@@ -24,12 +24,14 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
 from ..errors import SurgicalError
+from ..threads import in_background
 from ..typed_json import JsonReader
 from .result import SearchTrial, trial_of
 from .storage import lock_and_storage, shown
 
 _UNUSABLE = (OSError, ImportError, RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError)
 _AT_WORK: set[str] = set()  # the searches that run in this process
+_LAST_BEAT = 10.0  # seconds to wait for a sign of life that is just being written
 
 
 @dataclass(frozen=True)
@@ -186,13 +188,12 @@ class Study:
             yield
             return
         stop = threading.Event()
-        thread = threading.Thread(target=self._beat, args=(trial, stop), daemon=True)
-        thread.start()
+        over = in_background(self._beat, trial, stop)
         try:
             yield
         finally:
             stop.set()
-            thread.join()
+            over.wait(_LAST_BEAT)
 
     def _beat(self, trial: FrozenTrial, stop: threading.Event) -> None:
         beat = 0

@@ -1,14 +1,17 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import get_peft_model
+from safetensors import SafetensorError
 from transformers import AutoModelForImageClassification
 
 from surgical_peft import SurgicalConfig, SurgicalError
@@ -160,6 +163,30 @@ def test_an_interrupt_is_one_line_and_exit_code_130(
     assert kept in printed.err and len(printed.err.splitlines()) == 1 and printed.out == ""
 
 
+def test_an_interrupt_that_python_ignores_is_heard(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In a finalizer; the command went on, with a traceback."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    class Finalized:
+        def __del__(self) -> None:
+            raise KeyboardInterrupt
+
+    def load(*_: Any) -> None:
+        Finalized()
+        for _ in range(1000):
+            time.sleep(0.01)
+        raise SurgicalError("nobody has interrupted it")
+
+    monkeypatch.setattr("surgical_peft.experiments.recipe.load_recipe", load)
+    try:
+        assert run(monkeypatch, "compare", "recipe.yaml") == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
 def test_version_and_keys(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(monkeypatch, "--version") == 0
     assert "surgical-peft" in capsys.readouterr().out
@@ -173,3 +200,41 @@ def test_json_is_printed_also_outside_of_a_command(capsys: pytest.CaptureFixture
     """It was an IndexError in a command of one's own."""
     print_json({"a": 1})
     assert json.loads(capsys.readouterr().out) == {"a": 1}
+
+
+@pytest.mark.parametrize(
+    ("fault", "remedy"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "per_device_train_batch_size"),
+        (MemoryError(), "per_device_train_batch_size"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "per_device_train_batch_size"),
+        (RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly"), "dataloader_num_workers: 0"),
+        (RuntimeError("[enforce fail] . PytorchStreamWriter failed writing file data/0"), "disk"),
+        (SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"), "disk"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_the_machine_lacks_is_one_line_with_a_remedy(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], fault: Exception, remedy: str
+) -> None:
+    """It was a traceback."""
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise fault
+
+    monkeypatch.setattr("surgical_peft.experiments.recipe.load_recipe", fail)
+    assert run(monkeypatch, "train", "recipe.yaml") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and remedy in line
+
+
+@pytest.mark.parametrize(
+    "fault", [RuntimeError("of ours"), KeyError("Caught KeyError in DataLoader worker process 0.")], ids=str
+)
+def test_another_fault_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, fault: Exception) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise fault
+
+    monkeypatch.setattr("surgical_peft.experiments.recipe.load_recipe", fail)
+    with pytest.raises(type(fault)):
+        run(monkeypatch, "train", "recipe.yaml")

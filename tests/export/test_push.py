@@ -187,11 +187,11 @@ def test_a_name_that_exists_is_refused(online: Hub, made: Path) -> None:
 
 
 def test_a_push_that_did_not_get_through_can_be_done_again(online: Hub, made: Path) -> None:
-    online.refuse = 413
+    online.faults = {"commit": 413}
     with pytest.raises(SurgicalError, match=r"'someone/one' \(no more room\)"):
         push(made, "someone/one")
     assert list(online.repositories["someone/one"].files) == [".gitattributes"]
-    online.refuse = None
+    online.faults = {}
     with pytest.raises(SurgicalError, match=r"private.*public"):
         push(made, "someone/one", public=True)
     assert push(made, "someone/one").repository == "someone/one"
@@ -217,6 +217,26 @@ def test_what_the_hub_refuses_is_said(
     with pytest.raises(SurgicalError, match=re.escape(message)):
         push(made, repository)
     assert online.repositories == {}
+
+
+@pytest.mark.parametrize("fault", [401, 403, 503, "cut", "text", "other", "silent"])
+def test_a_hub_that_fails_anywhere_is_told_in_one_line_and_has_no_commit(
+    online: Hub, made: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, fault: int | str
+) -> None:
+    """A failing upload was a RuntimeError, other answers a JSONDecodeError, a silent Hub was waited for for ever."""
+    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.03)
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)  # between the retries
+    for number, call in enumerate(("create", "preupload", "lfs_batch", "lfs_put", "commit")):
+        if call == "lfs_put" and fault in ("text", "other"):
+            continue  # nobody reads its answer
+        online.faults = {call: fault}
+        with pytest.raises(SurgicalError) as caught:
+            push(made, f"someone/of-{number}")
+        text = f"{caught.value}{caplog.text}"
+        assert "\n" not in str(caught.value) and TOKEN not in text and str(made) not in text and "/lfs/" not in text
+    assert all(len(repository.commits) == 1 for repository in online.repositories.values())
+    online.faults = {}
+    assert push(made, "someone/of-2").repository == "someone/of-2"
 
 
 def test_no_network_is_said(online: Hub, made: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ longer than a whole search.
 
 from __future__ import annotations
 
+import _thread
 import json
 import math
 import multiprocessing
@@ -17,6 +18,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -313,6 +315,32 @@ def elsewhere(monkeypatch: pytest.MonkeyPatch, work: Callable[[], Any], result: 
         return start(work, result)
 
 
+def test_a_thread_that_never_begins_is_not_waited_for(
+    journal: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where memory is short a thread may end before it runs, and `Thread.start` waits for it for ever."""
+    monkeypatch.setattr(studies, "_LAST_BEAT", 0.01, raising=False)
+    for module, name in ((_thread, "start_new_thread"), (threading, "_start_new_thread")):
+        monkeypatch.setattr(module, name, lambda *_: 0, raising=False)
+    worker = start(lambda: run_search(SWEEP, Objective(tmp_path), storage=journal), tmp_path / "result.json")
+    worker.join(20)
+    worker.kill()
+    assert SearchResult.load(tmp_path / "result.json").trainings == 14
+
+
+def test_where_no_thread_can_start_the_search_ends_and_nothing_is_lost(
+    journal: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> int:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch, pytest.raises(SurgicalError, match="thread"):
+        patch.setattr(_thread, "start_new_thread", full)
+        patch.setattr(threading, "_start_new_thread", full, raising=False)
+        run_search(SWEEP, Objective(tmp_path), storage=journal)
+    assert run_search(SWEEP, Objective(tmp_path), storage=journal).trainings == 14
+
+
 def test_a_silent_worker_of_another_machine_is_replaced_after_a_while(
     journal: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -500,6 +528,8 @@ def caused(error: Exception, cause: Exception) -> Exception:
         torch.OutOfMemoryError("of a GPU"),
         RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
         caused(RuntimeError("could not read the batch"), OSError("Input/output error")),
+        RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly"),
+        RuntimeError("can't start new thread"),
     ],
     ids=lambda fault: type(fault).__name__,
 )

@@ -45,13 +45,18 @@ class Repository:
 
 @dataclass
 class Hub:
-    """The state of the server: set `refuse` to a status to have every commit refused."""
+    """The state of the server.
+
+    `faults` says how some calls fail, by their names below: a status, `"cut"` (the connection), `"text"` (an answer
+    that is no JSON), `"other"` (JSON of another kind) or `"silent"` (no answer while the server runs).
+    """
 
     url: str = ""
     repositories: dict[str, Repository] = field(default_factory=dict)
     objects: dict[str, bytes] = field(default_factory=dict)
     unknown: list[str] = field(default_factory=list)
-    refuse: int | None = None
+    faults: dict[str, int | str] = field(default_factory=dict)
+    over: threading.Event = field(default_factory=threading.Event)
 
 
 @contextmanager
@@ -64,6 +69,7 @@ def running_hub() -> Iterator[Hub]:
     try:
         yield hub
     finally:
+        hub.over.set()
         server.shutdown()
         server.server_close()
     assert hub.unknown == []
@@ -93,10 +99,21 @@ class _Handler(BaseHTTPRequestHandler):
         path = self.path.partition("?")[0]
         for pattern, wanted, answer in _ROUTES:
             if method in wanted and (match := re.fullmatch(pattern, path)):
-                answer(self, body, *match.groups())
+                fault = self.hub.faults.get(answer.__name__)
+                answer(self, body, *match.groups()) if fault is None else self._fail(fault)
                 return
         self.hub.unknown.append(f"{method} {self.path}")
         self._send(404, {"error": "no such call"})
+
+    def _fail(self, fault: int | str) -> None:
+        if isinstance(fault, int):
+            self._send(fault, {"error": "no more room"})
+        elif fault in ("text", "other"):
+            self._send(200, b"<html>Please log in.</html>" if fault == "text" else ["no", "more"])
+        else:
+            self.close_connection = True
+            if fault == "silent":
+                self.hub.over.wait()
 
     def _send(self, status: int, data: Any = b"", **headers: str) -> None:
         body = data if isinstance(data, bytes) else json.dumps(data).encode()
@@ -181,9 +198,6 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(200)
 
     def commit(self, body: bytes, name: str, revision: str) -> None:
-        if self.hub.refuse is not None:
-            self._send(self.hub.refuse, {"error": "no more room"})
-            return
         repository = self._found(name)
         if repository is None:
             return

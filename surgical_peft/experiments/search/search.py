@@ -29,7 +29,7 @@ from ..training.cost import Timing, depth_of, memory_in_words, shared, time_in_w
 from ..training.provenance import machine, today, versions
 from ..training.questions import noise
 from ..training.train import score
-from ..training.workers import SPAWN, shared_threads, start_worker
+from ..training.workers import SPAWN, deaf_to_interrupts, shared_threads, start_worker
 from .objective import RecipeObjective
 
 _RESULT = "search.json"  # by which the result of an earlier search is known
@@ -181,8 +181,9 @@ def _helpers(count: int, recipe: Recipe, kept: dict[str, Any], threads: int) -> 
     """Other processes that work on the same study while this one does."""
     processes = [SPAWN.Process(target=_work, args=(recipe, kept, threads)) for _ in range(count)]
     try:
-        for process in processes:
-            process.start()
+        with deaf_to_interrupts():
+            for process in processes:
+                process.start()
         yield
         for process in processes:
             process.join(_LAST_WORDS)

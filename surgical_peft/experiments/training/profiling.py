@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ...threads import in_background
 from .job_progress import part_of_job
 
 _EVERY = 0.02  # seconds between two looks at the process
@@ -215,8 +216,7 @@ class PeakMemory:
         self._process = psutil.Process()
         self._done = threading.Event()
         self._look()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
+        in_background(self._watch)
         return self
 
     def __exit__(
@@ -227,7 +227,6 @@ class PeakMemory:
             return
         self._look()
         self._done.set()
-        self._thread.join()
 
     def _watch(self) -> None:
         while not self._done.wait(_EVERY):

@@ -78,11 +78,13 @@ class Unfinished:
                 shutil.rmtree(checkpoint)
 
     def mark(self, checkpoint: Path) -> None:
-        """Write into a checkpoint which training it is of."""
-        write_text(checkpoint / _FILE, json.dumps({"identity": self.identity}) + "\n")
+        """Write into a checkpoint that is whole which training it is of, and how large its files are."""
+        files = {path.name: path.stat().st_size for path in checkpoint.iterdir() if path.is_file()}
+        files.pop(_FILE, None)
+        write_text(checkpoint / _FILE, json.dumps({"identity": self.identity, "files": files}) + "\n")
 
     def _newest(self) -> Path | None:
-        return max(self._checkpoints(), key=_step, default=None)
+        return max(filter(_is_whole, self._checkpoints()), key=_step, default=None)
 
     def _checkpoints(self) -> list[Path]:
         return [path for path in self._marked() if (_read(path / _FILE) or {}).get("identity") == self.identity]
@@ -97,6 +99,13 @@ def _read(path: Path) -> dict[str, Any] | None:
         return read_json(path, "")
     except SurgicalError:  # none, or what is no longer whole: then the training starts over
         return None
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """Whether no file is missing or cut off: a kill may come while Trainer deletes an old checkpoint."""
+    sizes = (_read(checkpoint / _FILE) or {}).get("files", {})  # versions before did not note them
+    files = {checkpoint / name: size for name, size in sizes.items()}
+    return all(path.is_file() and path.stat().st_size >= size for path, size in files.items())
 
 
 def _step(path: Path) -> int:

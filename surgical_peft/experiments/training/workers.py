@@ -5,7 +5,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
@@ -21,6 +20,7 @@ from ...errors import SurgicalError
 from ...quiet import quieten
 from ...rendering import clock
 from ...scoring.progress import Stages
+from ...threads import in_background
 from .job_progress import telling
 
 SPAWN = multiprocessing.get_context("spawn")  # a forked process would share torch's threads and locks
@@ -41,6 +41,19 @@ _EVERY = 0.5  # seconds between two looks at what the workers have done
 _done: Any = None  # in a worker: jobs that all have done, and parts of jobs; shared with their parent
 
 
+@contextmanager
+def deaf_to_interrupts() -> Iterator[None]:
+    """Processes that are started inside never hear Ctrl-C, also while they import; this one hears it at the end."""
+    if os.name != "posix":
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def start_worker(threads: int, setup: Callable[..., None] | None = None, *settings: Any) -> None:
     """Begin a worker process: limit its threads, end it with its parent, call `setup(*settings)`, then silence it.
 
@@ -48,7 +61,7 @@ def start_worker(threads: int, setup: Callable[..., None] | None = None, *settin
     long as half of a training of 40 small steps.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches it too, but its parent ends it
-    threading.Thread(target=_leave_with_parent, daemon=True).start()
+    in_background(_leave_with_parent)
     torch.set_num_threads(threads)
     if setup:
         setup(*settings)
@@ -137,7 +150,8 @@ class WorkerPool:
         futures = []
         try:
             self._done.value = 0.0
-            futures += [pool.submit(_do, function, given) for given in arguments]
+            with deaf_to_interrupts():
+                futures += [pool.submit(_do, function, given) for given in arguments]
             left = set(futures)
             while left:
                 finished, left = wait(left, _EVERY, FIRST_EXCEPTION)

@@ -156,6 +156,31 @@ def test_early_stopping_counts_on(tmp_path: Path, interrupt_at: Interrupt) -> No
     assert report["rates"]["steps"] == straight.rates.steps
 
 
+def _emptied(checkpoint: Path) -> None:
+    (checkpoint / "trainer_state.json").write_text("")
+
+
+def _half_deleted(checkpoint: Path) -> None:
+    (checkpoint / "optimizer.pt").unlink()
+
+
+@pytest.mark.parametrize("damage", [_emptied, _half_deleted])
+def test_a_checkpoint_that_is_not_whole_is_left_aside(
+    recipe: Recipe, tmp_path: Path, interrupt_at: Interrupt, damage: Callable[[Path], None]
+) -> None:
+    """As where a kill comes while Trainer deletes one, or a power cut after it has written one."""
+    recipe = replace(recipe, training={**recipe.training, "save_strategy": "steps", "save_steps": 5})
+    train(recipe, tmp_path / "straight")
+    interrupt_at(8)
+    with pytest.raises(KeyboardInterrupt, match="checkpoint-8"):
+        train(recipe, tmp_path / "stopped")
+    interrupt_at(-1)
+    damage(tmp_path / "stopped" / "checkpoint-8")
+    text = told(recipe, tmp_path / "stopped")
+    assert "checkpoint-5" in text and "trained 7 steps" in text
+    assert weights(tmp_path / "stopped") == weights(tmp_path / "straight")
+
+
 def test_a_finished_training_begins_anew(recipe: Recipe, tmp_path: Path) -> None:
     """Also where its recipe saves checkpoints, which stay."""
     saving = replace(recipe, training={**recipe.training, "save_strategy": "epoch"})
