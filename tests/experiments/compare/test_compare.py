@@ -546,7 +546,7 @@ def test_what_is_wrong_is_said_before_anything_is_done(
 ) -> None:
     """Also by a dry run, which used to pass over what does not fit the model."""
     with pytest.raises(SurgicalError, match=message):
-        command(load_recipe(write_recipe(tmp_path, **keys)))
+        command(load_recipe(write_recipe(tmp_path, **keys), allow_code=True))
     assert not (tmp_path / "run").exists()
 
 
@@ -559,7 +559,7 @@ def test_all_misfits_are_told_at_once(tmp_path: Path) -> None:
         BROKEN,
         {"blocks": {"names": ["7"]}},
     ]
-    recipe = load_recipe(write_recipe(tmp_path, methods=methods, num_train_epochs=1))
+    recipe = load_recipe(write_recipe(tmp_path, methods=methods, num_train_epochs=1), allow_code=True)
     with pytest.raises(SurgicalError, match="4 of 6") as told:
         compare(recipe, console=QUIET)
     lines = str(told.value).splitlines()[1:]
