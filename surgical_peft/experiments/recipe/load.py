@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 from types import NoneType
 from typing import Any, get_type_hints
@@ -98,7 +98,7 @@ def recipe_of(keys: Mapping[Any, Any], path: Path | None = None, *, allow_code: 
     recipe = Recipe(**own, training=training, given=given, path=file, allow_code=allow_code)
     # What is wrong with blocks, policy or arguments is said now, not after the data are loaded; of code when it runs.
     check_training(recipe.training, recipe.arguments())
-    replace(without_code(recipe)[0], given={}, path=None).check()
+    without_code(recipe)[0].check()
     _check_search(recipe)
     return recipe
 
