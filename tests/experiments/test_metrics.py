@@ -171,6 +171,13 @@ def test_a_metric_of_the_users_own_with_several_numbers(tmp_path: Path) -> None:
             load_metric(name)([3, 4], [0, 0])
 
 
+def test_a_metric_that_forgets_to_return_is_told(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "mine.py").write_text(SCRIPT.replace("return {", "{"))
+    with pytest.raises(SurgicalError, match=r"mine.*NoneType"):
+        load_metric(str(tmp_path / "mine"))([3, 4], [0, 0])
+
+
 def test_a_metric_that_cannot_be_imported_is_not_called_unknown(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "mine.py").write_text("import not_installed\n" + SCRIPT)

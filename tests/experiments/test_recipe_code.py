@@ -124,7 +124,7 @@ def test_what_is_given_in_python_or_on_the_command_line_is_asked_for(
     path = write_recipe(tmp_path / "fetched", criterion="random")
     assert run(monkeypatch, "score", str(path), "--criterion", "marked:score", "--json") == 0
     assert code.ran and '"marked:score"' in capsys.readouterr().out
-    Recipe(model="m", data="d", criterion="marked:score", criterion_options={}).check()
+    Recipe(model="m", data="d", criterion="marked:score", criterion_options={}).check_run()
 
 
 def test_keys_without_a_file_bring_no_code(code: Marked) -> None:
@@ -189,6 +189,6 @@ def test_a_recipe_from_elsewhere_writes_and_pushes_nowhere_else(
             begin(recipe)
     assert not (tmp_path / "theirs").exists()
     if key == "output_dir":
-        recipe.check(tmp_path / "elsewhere")
+        recipe.check_run(tmp_path / "elsewhere")
     monkeypatch.chdir(tmp_path)
-    load_recipe(path).check()
+    load_recipe(path).check_run()

@@ -92,7 +92,7 @@ def advise(recipe: Recipe, output: str | Path | None = None, *, console: Console
         {'blocks': ['head'], 'learning_rate': 0.01}
     """
     began = time.perf_counter()
-    recipe.check(output)
+    recipe.check_run(output)
     comparison = comparison_of(recipe)
     folder = Path(str(output or recipe.arguments().output_dir)) / "advice"
     check_replaceable(folder, _TEXT)

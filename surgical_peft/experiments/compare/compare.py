@@ -85,7 +85,7 @@ def compare(
         'first third is best: ...'
     """
     began = time.perf_counter()
-    recipe.check(output)
+    recipe.check_run(output)
     console = console or Console()
     with ExitStack() as stack:
         job_runner = _job_runner(recipe, output, jobs, Path(stack.enter_context(tempfile.TemporaryDirectory())))

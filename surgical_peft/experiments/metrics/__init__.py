@@ -50,6 +50,10 @@ def load_metric(name: str) -> Callable[[list[Any], list[Any]], float]:
 
 def _compute(path: str, key: str, predictions: list[Any], references: list[Any]) -> float:
     values = _module(path).compute(predictions=predictions, references=references)
+    if not isinstance(values, dict):
+        raise SurgicalError(
+            f"metric {path!r} makes a {type(values).__name__}, not a dictionary: have _compute return one."
+        )
     chosen = key or (path if path in values else next(iter(values)) if len(values) == 1 else "")
     value = values.get(chosen)
     if not isinstance(value, Real):

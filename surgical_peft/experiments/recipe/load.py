@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -91,10 +91,11 @@ def recipe_of(keys: Mapping[Any, Any], path: Path | None = None, *, allow_code: 
     training = {key: value for key, value in read.items() if key not in _TYPES}
     own = {key: value for key, value in read.items() if key in _TYPES}
     given = {key: (written[key], read[key]) for key in written}
-    recipe = Recipe(**own, training=training, given=given, path=path, allow_code=allow_code)
+    file = path and path.absolute()  # whose it is does not depend on where the user goes next
+    recipe = Recipe(**own, training=training, given=given, path=file, allow_code=allow_code)
     # What is wrong with blocks, policy or arguments is said now, not after the data are loaded; of code when it runs.
     check_training(recipe.training, recipe.arguments())
-    replace(without_code(recipe)[0], given={}, path=None).check()
+    without_code(recipe)[0].check()
     _check_search(recipe)
     return recipe
 

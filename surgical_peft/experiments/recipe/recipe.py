@@ -11,7 +11,7 @@ from transformers import TrainingArguments
 
 from ...policies.stages import check_length, planned_length
 from ...typed_json import default_of
-from .code import check_code, check_writes
+from .code import check_code, check_writes, code_of
 from .sections import CompareSection, DataSection, PolicySection, SearchSection, SelectionSection, names_of
 from .training_arguments import make_arguments
 
@@ -67,20 +67,29 @@ class Recipe(CompareSection, SearchSection, PolicySection, SelectionSection, Dat
             keys[key] = written if value == read else value
         return keys
 
-    def check(self, output: str | Path | None = None) -> None:
-        """Import the code that the recipe brings, and make its criterion and its policy.
+    def check(self) -> None:
+        """Make the criterion and the policy.
+
+        Raises:
+            SurgicalError: they do not fit, or are code that may not run.
+        """
+        self.config()
+        check_length(self.make_policy(), *planned_length(self.arguments()))
+
+    def check_run(self, output: str | Path | None = None) -> None:
+        """Make sure that the recipe may run, and check with its code what `load_recipe` could not without.
 
         Args:
             output: the folder for the results, where it is not the recipe that says so.
 
         Raises:
-            SurgicalError: they do not fit, the code may not run, or results may not go there: see `check_code` and
+            SurgicalError: the code may not run or does not fit, or results may not go there: see `check_code` and
                 `check_writes`.
         """
         check_code(self)
         check_writes(self, output)
-        self.config()
-        check_length(self.make_policy(), *planned_length(self.arguments()))
+        if code_of(self):
+            self.check()
 
     def arguments(self, **overrides: Any) -> TrainingArguments:
         """The training arguments: the recipe's, over quiet defaults, under `overrides`.

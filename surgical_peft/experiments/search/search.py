@@ -126,7 +126,7 @@ def search(
     """
     if jobs < 1:
         raise SurgicalError(f"jobs={jobs} is too few: 1 or more.")
-    recipe.check(output)
+    recipe.check_run(output)
     folder = Path(str(output or recipe.arguments().output_dir))
     check_replaceable(folder / "search", _RESULT)
     _quieten_optuna()

@@ -53,7 +53,7 @@ def make_tiny(recipe: Recipe, output: str | Path | None = None) -> Recipe:
         >>> train(make_tiny(load_recipe("recipes/hub/vit_base_beans.yaml")))["after"].keys()
         dict_keys(['validation', 'test'])
     """
-    recipe.check(output)
+    recipe.check_run(output)
     if not recipe.tiny:
         raise SurgicalError(f"the recipe has no tiny model: write the config of one into it, such as {_EXAMPLE}.")
     kind = tasks.info_of(tasks.task_of(recipe)).tiny

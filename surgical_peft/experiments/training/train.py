@@ -39,6 +39,7 @@ from ...scoring.progress import Counted, Stages, TrainingStage, counted
 from ...scoring.score import score_blocks
 from ...tuner.config import SurgicalConfig
 from ...tuner.loading.fingerprint import fingerprint
+from ..recipe.code import check_code
 from ..recipe.recipe import Recipe
 from ..tasks import Examples, Task, load_task
 from ..tasks.source_model import modules_to_save
@@ -55,7 +56,7 @@ def score(recipe: Recipe, console: Console | None = None) -> BlockScores:
 
     It costs at most half of the planned training; `console` is where to tell of it, as for `train`.
     """
-    recipe.check()
+    check_code(recipe)
     args = recipe.arguments()
     criterion = recipe.make_criterion() or CRITERION
     with Stages(console) as stages:
@@ -116,7 +117,7 @@ def train(recipe: Recipe, output: str | Path | None = None, console: Console | N
     """
     args = recipe.arguments(**_losses(recipe), **({} if output is None else {"output_dir": str(output)}))
     folder = Path(str(args.output_dir))
-    recipe.check(output)
+    recipe.check_run(output)
     policy = recipe.make_policy()
     check_replaceable(folder / "adapter", _ADAPTER)
     with only_writer(folder):
