@@ -142,7 +142,7 @@ def _stopping(folder: Path) -> Recipe:
     return replace(toy, character_noise=None, blocks=["1", "head"], training=training, early_stopping_patience=2)
 
 
-@pytest.mark.parametrize("before", range(6))
+@pytest.mark.parametrize("before", [0, 2, 4])  # steps: of an epoch there are 4
 def test_early_stopping_counts_on(tmp_path: Path, interrupt_at: Interrupt, before: int) -> None:
     """Also where the interrupt comes at an epoch's end or amid one, which is then not evaluated."""
     recipe = _stopping(tmp_path / "texts")
