@@ -373,13 +373,17 @@ def table(found: list[Try], is_mounted: bool) -> str:
         lines.append(f"| `{command}` | {' | '.join(map(cell, groups))} |")
     packages = ", ".join(f"{name} {number}" for name, number in versions().items())
     lines += ["", "Exit codes; after how many the same command, run again, left what an undisturbed one leaves."]
-    lines[-1] += " Code 0: there was room enough." + " Nothing could be mounted here." * (not is_mounted)
+    lines[-1] += (
+        " Code 0: there was room enough, or it had ended. In bold would stand: files half-written where results are, "
+        "children or temporary files left, a traceback, more than one line, another result of the rerun."
+    )
+    lines[-1] += " Nothing could be mounted here." * (not is_mounted)
     lines[-1] += f" {today()}, {packages}; {machine()}."
-    lines += ["", "| how | for example |", "| --- | --- |"]
-    for group in GROUPS:
-        said = next((one for one in found if group_of(one) == group and set(one.code) - {0}), None)
-        if said:
-            lines.append(f"| {said.how}, `{said.command}` | {said.words.replace('|', ' ')} |")
+    lines += ["", "| `train` | says |", "| --- | --- |"]
+    for one in found:
+        if one.command == "train" and set(one.code) - {0}:
+            error = next(words for words in one.words.split(" / ") if words.startswith(("error", "interrupted")))
+            lines.append(f"| {one.how} | {error.replace('|', ' ')} |")
     return "\n".join(lines)
 
 

@@ -46,7 +46,7 @@ from ..tasks.source_model import modules_to_save
 from .card import write_card
 from .make_report import make_report, start
 from .report import REPORT, TrainingReport
-from .unfinished import StopAtStep, Unfinished
+from .unfinished import StopAtStep, Unfinished, stopped_early
 
 _ADAPTER = "adapter_config.json"  # by which the adapter of an earlier run is known
 
@@ -142,6 +142,7 @@ def _train(
         _tell_of(unfinished, stages)
         if unfinished.checkpoint:
             args.restore_callback_states_from_checkpoint = True  # early stopping counts on
+            args.max_steps = stopped_early(unfinished.checkpoint) or args.max_steps
         stopper = StopAtStep(unfinished, stages.say)
         try:
             size = sum(parameter.numel() for parameter in model.parameters())

@@ -13,7 +13,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ...atomic_files import write_text
@@ -108,6 +109,15 @@ def _is_whole(checkpoint: Path) -> bool:
     return all(path.is_file() and path.stat().st_size >= size for path, size in files.items())
 
 
+def stopped_early(checkpoint: Path) -> int | None:
+    """The step at which a training had stopped early before it was interrupted; None if it had not."""
+    state = _read(checkpoint / TRAINER_STATE_NAME) or {}
+    kept = state.get("stateful_callbacks", {}).get(EarlyStoppingCallback.__name__)
+    if kept and kept["attributes"]["early_stopping_patience_counter"] >= kept["args"]["early_stopping_patience"]:
+        return int(state["global_step"])
+    return None
+
+
 def _step(path: Path) -> int:
     number = path.name.rpartition("-")[2]
     return int(number) if number.isdigit() else -1
@@ -126,7 +136,7 @@ class StopAtStep(TrainerCallback):
 
     def __init__(self, unfinished: Unfinished, say: Callable[[str], None]) -> None:
         self._unfinished, self._say = unfinished, say
-        self.is_asked = False
+        self.is_asked = self._is_at_end = False
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -154,7 +164,18 @@ class StopAtStep(TrainerCallback):
         """Ask for a checkpoint that is whole and stays, and for the end."""
         if self.is_asked:
             args.save_only_model, args.save_total_limit = False, None
-            control.should_save = control.should_training_stop = True
+            control.should_training_stop = True
+            self._is_at_end = state.global_step >= state.max_steps or float(state.epoch or 0).is_integer()
+            control.should_save |= not self._is_at_end  # at the end of an epoch it is first evaluated
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """An epoch that ends for the interrupt is not evaluated, which might count as the best one or as no better."""
+        if self.is_asked:
+            control.should_save = self._is_at_end
+            control.should_evaluate &= self._is_at_end
+            control.should_log &= self._is_at_end
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Write into the checkpoint which training it is of; without the optimizer none can go on from it."""

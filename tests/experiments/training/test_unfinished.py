@@ -136,21 +136,25 @@ def test_it_ends_the_same_however_it_saves(
     assert weights(tmp_path / "stopped") == weights(tmp_path / "straight")
 
 
-def test_early_stopping_counts_on(tmp_path: Path, interrupt_at: Interrupt) -> None:
-    """The interrupt comes between two epochs without a lower loss; not only the best one's checkpoint stays."""
-    toy = TOY_TASKS["text_classification"](tmp_path / "texts")
+def _stopping(folder: Path) -> Recipe:
+    toy = TOY_TASKS["text_classification"](folder)
     training = {"use_cpu": True, "num_train_epochs": 12, "learning_rate": 0.1, "lr_scheduler_type": "constant"}
-    recipe = replace(toy, character_noise=None, blocks=["1", "head"], training=training, early_stopping_patience=2)
+    training |= {"per_device_train_batch_size": 3}
+    return replace(toy, character_noise=None, blocks=["1", "head"], training=training, early_stopping_patience=2)
+
+
+@pytest.mark.parametrize("before", [0, 2, 4])  # steps: of an epoch there are 4
+def test_early_stopping_counts_on(tmp_path: Path, interrupt_at: Interrupt, before: int) -> None:
+    """Also where the interrupt comes at an epoch's end or amid one, which is then not evaluated."""
+    recipe = _stopping(tmp_path / "texts")
     straight = train(recipe, tmp_path / "straight")
-    assert straight.rates.epochs < 12
-    per_epoch = round(straight.rates.steps / straight.rates.epochs)
-    last = straight.rates.steps - 1
-    assert per_epoch > 1
-    interrupt_at(last)
-    with pytest.raises(KeyboardInterrupt, match=f"checkpoint-{last}"):
+    assert 2 < straight.rates.epochs < 12 and straight.rates.steps / straight.rates.epochs == 4
+    at = straight.rates.steps - before
+    interrupt_at(at)
+    with pytest.raises(KeyboardInterrupt, match=f"checkpoint-{at}"):
         train(recipe, tmp_path / "stopped")
     interrupt_at(-1)
-    assert f"checkpoint-{last}" in told(recipe, tmp_path / "stopped")
+    assert f"checkpoint-{at}" in told(recipe, tmp_path / "stopped")
     assert weights(tmp_path / "stopped") == weights(tmp_path / "straight")
     report = json.loads((tmp_path / "stopped" / "report.json").read_text())
     assert report["rates"]["steps"] == straight.rates.steps
