@@ -135,7 +135,9 @@ class BlockScores:
         if unknown := values.keys() - {entry.name for entry in fields(cls)}:
             raise SurgicalError(f"{_JSON.file} has {first_of(sorted(unknown))}, which no scores have: {_REMEDY}.")
         scores = _JSON.read(cls, values)
-        if not scores.values or not scores.values.keys() <= scores.sizes.keys() & scores.blocks.keys():
+        units = scores.sizes.keys()
+        known = scores.values.keys() <= units == scores.blocks.keys() <= {*scores.values, *scores.unscored}
+        if not scores.values or not known:
             raise SurgicalError(f"block scores without a size and a block for each unit: {_REMEDY}.")
         return scores
 

@@ -131,7 +131,7 @@ def _with_other_header(content: bytes, how: tuple[Any, ...]) -> bytes:
     if kind == "length":
         return struct.pack("<Q", more[0]) + content[8:]
     names = [name for name in header if name != "__metadata__"]
-    name = names[int(more[0] * len(names))] if isinstance(more[0], float) and more[0] < 1 else names[0]
+    name = names[int(more[0] * len(names))] if isinstance(more[0], float) and 0 <= more[0] < 1 else names[0]
     start, end = header[name]["data_offsets"]
     if kind == "rename":
         header = {(more[1] if key == name else key): value for key, value in header.items()}

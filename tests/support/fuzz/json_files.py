@@ -83,7 +83,8 @@ def check_file(case: tuple[str, tuple[Any, ...]], folder: Path) -> None:
         assert result.best.blocks and set(result.best.blocks) <= set(result.blocks), "the choice is none of the blocks"
         assert all(trial.state in ("complete", "failed", "pruned") for trial in result.trials)
     elif kind == "scores.json":
-        assert str(result) and result.values.keys() == result.sizes.keys() == result.blocks.keys()
+        assert str(result) and result.values and result.values.keys() <= result.sizes.keys() == result.blocks.keys()
+        assert result.sizes.keys() <= {*result.values, *result.unscored}, "a score is missing"
     elif kind == "report.json":
         assert str(make_card(result))
 
