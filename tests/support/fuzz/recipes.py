@@ -87,7 +87,7 @@ def _check_recipe(recipe: Recipe, keys: Mapping[str, Any]) -> None:
             if isinstance(number, int | float) and not isinstance(number, bool):
                 assert math.isfinite(number), f"{key} is not finite"
                 assert MEANING.get(key, lambda _: True)(number), f"{key} means nothing"
-        if key in TRAINING and value is not None and isinstance(value, bool | int | float):
+        if key in TRAINING and isinstance(value, int | float) and not isinstance(value, bool):
             assert getattr(arguments, key) == value, f"{key} arrives as {getattr(arguments, key)!r}"
     config = recipe.config()
     assert recipe.blocks == config.blocks or isinstance(recipe.target_modules, dict), "the blocks are others"
