@@ -4,20 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from peft.tuners.tuners_utils import (
-    _ExcludedModule,
-    _maybe_include_all_linear_layers,
-    check_target_module_exists,
-)
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from ..blocks.block_map import BlockMap
 from ..blocks.given_layers import adapter_configs, as_paths
-from ..blocks.module_lists import parents, within
+from ..blocks.module_lists import within
 from ..blocks.unwrap import named_bare_modules
 from ..errors import SurgicalError
+from .asked_modules import NamedModules
 from .config import Choice, SurgicalConfig
 from .config import Targets as Asked
 from .loading.new_weights import has_new_head, new_head
@@ -27,7 +23,6 @@ from .target_checks import check_at_hand, check_exchangeable, check_separate
 from .tensors.tuned_tensors import Targets, TensorMap, united
 
 PARTS = ("all-norm", "all-bias")
-_WITHOUT_FORWARD = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
 
 def block_map_for(model: nn.Module, config: SurgicalConfig) -> BlockMap:
@@ -76,16 +71,17 @@ def modules_to_tune(
     targets: dict[str, set[str] | None] = {}
     tensors = TensorMap.find(model)
     elsewhere: set[str] = set()
+    modules = NamedModules(model, config)
     if config.blocks is None:
         # The config has seen to it. PEFT leaves a set in one that it has used: of "all-linear", or of a long list.
         assert not isinstance(config.target_modules, dict | None)
-        targets = _chosen(model, config, config.target_modules, None, "the model")
+        targets = _chosen(modules, config, config.target_modules, None, "the model")
     else:
         blocks = blocks or block_map_for(model, config)
         names = blocks.parse(config.blocks)
         for group, choice in _choices(blocks, names, config.target_modules):
             inside = [path for name in group for path in blocks.modules[name]]
-            for path, found in _chosen(model, config, choice, inside, f"blocks {list(group)}").items():
+            for path, found in _chosen(modules, config, choice, inside, f"blocks {list(group)}").items():
                 _add(targets, path, found)
         elsewhere = {tensors.first[n] for n, b in blocks.tied.items() if b not in names and n in tensors.first}
     targets = tensors.untied(targets, elsewhere)
@@ -170,7 +166,7 @@ def _choices(blocks: BlockMap, names: tuple[str, ...], target_modules: Asked) ->
 
 
 def _chosen(
-    model: nn.Module, config: SurgicalConfig, choice: Choice, inside: list[str] | None, where: str
+    modules: NamedModules, config: SurgicalConfig, choice: Choice, inside: list[str] | None, where: str
 ) -> dict[str, set[str] | None]:
     """The largest modules that `choice` means within the paths `inside`, and the parameters of them."""
     parts = choice if choice in PARTS else None
@@ -179,20 +175,20 @@ def _chosen(
             f"target_modules={choice!r} chooses among the parameters of blocks: say which; blocks='all' is everywhere."
         )
     everything = choice == "all" and inside is not None
-    targets = _outermost(model, config, ".*" if parts or everything else choice, inside)
+    targets = modules.outermost(".*" if parts or everything else choice, inside)
     if everything or parts == "all-bias":
-        modules = dict(named_bare_modules(model))
-        for path in [path for path in inside or () if path not in modules]:  # a parameter that no module has to itself
+        for path in inside or ():
+            if path in modules.by_path:
+                continue  # others are parameters that no module has to itself
             parent, _, name = path.rpartition(".")
             _add(targets, parent, {name})
     if parts:
-        modules = dict(named_bare_modules(model))
-        asked = {path: _parameters_of(modules[path], parts, names) for path, names in targets.items()}
+        asked = {path: _parameters_of(modules.by_path[path], parts, names) for path, names in targets.items()}
         targets = {path: names for path, names in asked.items() if names}
     if not targets:
         raise SurgicalError(
             f"target_modules={choice!r} with exclude_modules={config.exclude_modules!r} match no "
-            f"module with parameters in {where}. Names inside: {_some_names(model, inside)}."
+            f"module with parameters in {where}. Names inside: {modules.some_names(inside)}."
         )
     return targets
 
@@ -205,40 +201,6 @@ def _parameters_of(module: nn.Module, parts: str, among: set[str] | None) -> set
             if name.endswith("bias") if parts == "all-bias" else "norm" in type(child).__name__.lower():
                 names.add(f"{path}.{name}" if path else name)
     return names if among is None else names & among
-
-
-def _outermost(
-    model: nn.Module, config: SurgicalConfig, choice: Choice, inside: list[str] | None
-) -> dict[str, set[str] | None]:
-    """The largest modules asked for, within the paths `inside` if given; in parts where they hold an excluded one."""
-    asked = SurgicalConfig(target_modules=choice, exclude_modules=config.exclude_modules, task_type=config.task_type)
-    if isinstance(asked.target_modules, str) and asked.target_modules.lower() == "all-linear":
-        _maybe_include_all_linear_layers(asked, model)
-    verdicts = {path: check_target_module_exists(asked, path) for path, _ in named_bare_modules(model)}
-    excluded = {path for path, verdict in verdicts.items() if isinstance(verdict, _ExcludedModule)}
-    if config.exclude_modules and not excluded:
-        raise SurgicalError(
-            f"exclude_modules={config.exclude_modules!r} match no module. Names: {_some_names(model, inside)}."
-        )
-    outermost: dict[str, None] = {}
-    opened = {parent for path in excluded for parent in (path, *parents(path))}  # what holds an excluded module
-    homes = None if inside is None else set(inside)
-    apart: dict[str, set[str] | None] = {}
-    for path, module in named_bare_modules(model):
-        if (
-            not path
-            or within(path, outermost)
-            or within(path, excluded)
-            or not (verdicts[path] or within(path, apart))
-        ):
-            continue
-        if (homes is not None and not within(path, homes)) or not any(True for _ in module.parameters()):
-            continue
-        if not isinstance(module, _WITHOUT_FORWARD) and path not in opened:
-            outermost[path] = None
-            continue
-        apart[path] = {name for name, _ in module.named_parameters(recurse=False)}
-    return {**{path: names for path, names in apart.items() if names}, **outermost}
 
 
 def _still_to_save(model: nn.Module, config: SurgicalConfig, targets: list[str]) -> list[str]:
@@ -257,7 +219,7 @@ def _still_to_save(model: nn.Module, config: SurgicalConfig, targets: list[str])
         if not matches and config.task_type is None:  # with a task type, PEFT lists every name a head may have
             raise SurgicalError(
                 f"modules_to_save={name!r} matches no module of {type(model).__name__}. "
-                f"Names: {_some_names(model, None)}."
+                f"Names: {NamedModules(model, config).some_names(None)}."
             )
         check_separate(model, others, ModulesToSaveWrapper)
         if others or not matches:
@@ -283,13 +245,3 @@ def _by_module(tensors: TensorMap, names: Collection[str]) -> dict[str, Collecti
     paths = [name.rpartition(".")[::2] for name in sorted(names)]
     is_parameter = [tensors.places[name][0].is_parameter for name in sorted(names)]
     return united(*({path: [name] if asked else []} for (path, name), asked in zip(paths, is_parameter, strict=True)))
-
-
-def _some_names(model: nn.Module, inside: list[str] | None) -> str:
-    paths = [
-        p
-        for p, _ in named_bare_modules(model)
-        if p and (inside is None or any(p.startswith(home + ".") for home in inside))
-    ]
-    ends = dict.fromkeys(path.rpartition(".")[2] for path in paths)
-    return ", ".join([name for name in ends if not name.isdigit()][:30]) or "none"

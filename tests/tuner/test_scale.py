@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from surgical_peft import BlockMap, SurgicalConfig, create_surgical_optimizer, policies
+from surgical_peft.tuner.target_modules import modules_to_tune
 
 
 class Layer(nn.Module):
@@ -59,6 +60,11 @@ def steps(count: int, folder: Path) -> dict[str, int]:
     model, config = deep(count), SurgicalConfig(blocks=["::2", "head"])
     found = {"find": calls(lambda: BlockMap.find(model)), "find in lists": calls(lambda: BlockMap.find(nested(count)))}
     found["wrap"] = calls(lambda: get_peft_model(model, config))
+    blocks = list(range(count))
+    each = SurgicalConfig(blocks=blocks, target_modules={str(block): ["first"] for block in blocks})
+    found["choice for each block"] = calls(lambda: modules_to_tune(deep(count), each))
+    without = SurgicalConfig(target_modules=["first"], exclude_modules=[f"layers.{block}.second" for block in blocks])
+    found["many exclusions"] = calls(lambda: modules_to_tune(deep(count), without))
     wrapped = get_peft_model(deep(count), config)
     found["save"] = calls(lambda: wrapped.save_pretrained(folder))
     found["load"] = calls(lambda: PeftModel.from_pretrained(deep(count), folder))
