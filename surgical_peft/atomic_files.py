@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -52,13 +53,13 @@ def is_plain_file(path: str | Path) -> bool:
 def lies_in(path: str | Path, folder: str | Path) -> bool:
     """True for a file of a folder, also through a link that stays there, or in the repository in the Hub's cache."""
     root, file = Path(folder).resolve(), Path(path).resolve()
-    if root.parent.name == "snapshots":  # the cache keeps the files of all snapshots beside them
-        root = root.parents[1]
+    cache = next((parent.parent for parent in root.parents if parent.name == "snapshots"), None)
+    root = cache or root  # which keeps the files of all snapshots beside them
     return file.is_file() and file.is_relative_to(root)
 
 
 def copy_file(source: str | Path, target: str | Path) -> None:
-    """Copy a file with its mode, whole or not at all.
+    """Copy a file, whole or not at all; with its mode, where the target has none.
 
     Raises:
         SurgicalError: the source is a link, which may lead anywhere, or no file.
@@ -205,6 +206,20 @@ def write_text(path: str | Path, text: str) -> None:
 def finite(value: float) -> float | None:
     """The value, or None for what JSON has no word for."""
     return value if math.isfinite(value) else None
+
+
+def all_finite(values: Any) -> Any:
+    """Plain data with None for each number that JSON has no word for.
+
+    Example:
+        >>> all_finite({"losses": [0.5, math.nan]})
+        {'losses': [0.5, None]}
+    """
+    if isinstance(values, dict):
+        return {key: all_finite(value) for key, value in values.items()}
+    if isinstance(values, list | tuple):
+        return [all_finite(value) for value in values]
+    return finite(values) if isinstance(values, float) else values
 
 
 def digest_of(path: str | Path) -> str:

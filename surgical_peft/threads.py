@@ -30,6 +30,7 @@ def in_background(function: Callable[..., None], *arguments: Any) -> threading.E
         _thread.start_new_thread(run, ())
     except RuntimeError as error:
         raise SurgicalError(
-            f"a thread is needed ({error}): {machine_fault(error)}; then run the same again."
+            f"a thread is needed ({error}): {machine_fault(error) or 'see what ends this process'}; then run the same "
+            "again."
         ) from error
     return over

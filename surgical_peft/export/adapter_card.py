@@ -61,10 +61,11 @@ def _create_or_update(theirs: Any, model: PeftModel, output_dir: str) -> None:
 
 
 def _upload(theirs: Any, model: PeftModel, working_dir: str, repo_id: str, *args: Any, **kwargs: Any) -> Any:
-    if _tuned(model):
-        model.create_or_update_model_card(working_dir)
-        path = Path(working_dir) / "README.md"
-        write_text(path, path.read_text(encoding="utf-8").replace(f'"{HERE}"', f'"{repo_id}"'))
+    if not _tuned(model):
+        return theirs(working_dir, repo_id, *args, **kwargs)
+    model.create_or_update_model_card(working_dir)
+    path = Path(working_dir) / "README.md"
+    write_text(path, path.read_text(encoding="utf-8").replace(f'"{HERE}"', f'"{repo_id}"'))
     with configs_without_bases(working_dir):
         return theirs(working_dir, repo_id, *args, **kwargs)
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import CommitOperationAdd, HfApi, constants, get_session, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError  # type: ignore[attr-defined]
@@ -127,17 +128,24 @@ def _check_private(run: Path, texts: Mapping[str, str]) -> None:
     places = [str(run.resolve()), str(Path.home())]
     if (run / REPORT).is_file():
         recipe = read_json(run / REPORT, "train again").get("recipe")
-        places += filter(is_absolute, recipe.values()) if isinstance(recipe, dict) else []
+        places += filter(is_absolute, _texts_in(recipe))
     token = get_token()
     for path, text in texts.items():
         if token and token in text:
             raise SurgicalError(f"{path} holds your token for the Hub: take it out, and make a new one.")
         for place in places:
-            if len(place) > 1 and re.search(rf"(?<![\w/.:-]){re.escape(place)}(?![\w-])", text):
+            if len(place) > 1 and re.search(rf"(?:(?<=file://)|(?<![\w/.:-])){re.escape(place)}(?![\w-])", text):
                 raise SurgicalError(
                     f"{path} says {place!r}, which would be published: `surgical-peft card {run}` writes the card "
                     "without, or take it out by hand."
                 )
+
+
+def _texts_in(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    for part in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from _texts_in(part)
 
 
 def _create(api: HfApi, repository: str, public: bool) -> str:

@@ -74,7 +74,8 @@ class SurgicalCallback(TrainerCallback):
             UserWarning: the policy scores by another loss than a subclass of Trainer may train by.
         """
         optimizer, rates = _surgical(kwargs["optimizer"])
-        check_length(rates.policy, state.num_train_epochs, state.max_steps)
+        if state.global_step < state.max_steps:  # else one that had stopped early is only ended
+            check_length(rates.policy, state.num_train_epochs, state.max_steps)
         if rates.has_callback and state.global_step == 0:  # a loop of one's own begins again
             rates.restart(optimizer)
         else:

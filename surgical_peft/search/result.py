@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ..atomic_files import write_text
+from ..atomic_files import all_finite, write_text
 from ..blocks.block_map import blocks_in_words
 from ..errors import SurgicalError
 from ..rendering import TextTable, clock
@@ -178,10 +178,7 @@ class SearchResult:
 
         A failed training's metric is null: JSON knows no NaN.
         """
-        data = asdict(self)
-        for trial in data["trials"]:
-            trial["metric"] = None if math.isnan(trial["metric"]) else trial["metric"]
-        data["profile"] = {name: None if math.isnan(value) else value for name, value in self.profile.items()}
+        data = all_finite({**asdict(self), "profile": self.profile})
         data["deviations"] = self.deviations
         data["cost"] = {"trainings": self.trainings, "seconds": self.seconds}
         return json.dumps(data, indent=2)

@@ -23,6 +23,7 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
+from ..atomic_files import all_finite
 from ..errors import SurgicalError
 from ..threads import in_background
 from ..typed_json import JsonReader
@@ -270,6 +271,7 @@ def _read(trial: FrozenTrial) -> SearchTrial:
         key: trial.user_attrs[key] for key in ("blocks", "rate", "seed", "notes") if key in trial.user_attrs
     }
     known |= {"metric": None if failed else trial.value, "state": ended if failed else "complete"}
+    known["notes"] = all_finite(known.get("notes", {}))  # a loss that diverged, say
     known["seconds"] = trial.user_attrs.get("seconds", 0.0)
     known["error"] = trial.user_attrs.get("error", "ended by hand") if failed else None
     return trial_of(known, JsonReader("the study", "delete it, or give another name (name=...)"))

@@ -160,8 +160,9 @@ class SurgicalModel(PeftHooks):
                     module._active_adapter = []  # PEFT would leave the tuned head in the base
         else:  # first, so that nothing is unwrapped yet when a layer refuses
             self.merge_adapter(adapter_names, safe_merge)
-            if adapter_names:
-                self._name_labels(adapter_names)
+            if adapter_names or self._is_disabled():
+                self._keep_labels(self.active_adapters)
+                self._name_labels(adapter_names or self.active_adapters)
         reshard(self.model)
         layers = list(self.layers())
         in_float = [layer.get_base_layer() for layer in layers if layer.merged]
@@ -184,7 +185,7 @@ class SurgicalModel(PeftHooks):
         self._labels.pop(adapter_name, None)
         for layer in loras:
             layer.delete_adapter(adapter_name)
-        if was_active:
+        if was_active and not self._is_disabled():
             self._name_labels(self.active_adapters or [BASE])
         if was_active and self.peft_config:  # PEFT lets each layer choose by itself, and believes the first
             self.set_adapter(self.active_adapters or [next(iter(self.peft_config))])
@@ -202,7 +203,8 @@ class SurgicalModel(PeftHooks):
             if layer.merged:
                 layer.unmerge()
             layer.set_adapter(adapter_name, inference_mode)
-        self._name_labels(name for name in self.active_adapters if name not in before)
+        if not self._is_disabled():
+            self._name_labels(name for name in self.active_adapters if name not in before)
         self._renew_modes()
 
     def _lora_layers(self) -> list[LoraLayer]:

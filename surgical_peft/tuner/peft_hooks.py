@@ -137,7 +137,7 @@ class PeftHooks(BaseTuner):
         if config.lora:
             inject_lora(model, config, config.tuned_modules or {}, adapter_name)
             self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
-        if adapter_name in self.active_adapters:
+        if adapter_name in self.active_adapters and not self._is_disabled():
             self._name_labels([adapter_name])
         self._renew_modes()  # the model may be in train mode already
 
@@ -150,9 +150,7 @@ class PeftHooks(BaseTuner):
             self._labels |= dict.fromkeys(adapters, labels)
 
     def _name_labels(self, adapters: Iterable[str]) -> None:
-        if BASE not in self._labels or self._is_disabled():
-            return
-        for name in adapters:
+        for name in adapters if BASE in self._labels else ():
             config = self.peft_config.get(name)
             restore_labels(self.model, self._labels.get(name, self._labels[BASE]))
             if name not in self._labels and isinstance(config, SurgicalConfig) and config.read_from is not None:
@@ -205,7 +203,8 @@ class PeftHooks(BaseTuner):
         state_dict: dict[str, torch.Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, torch.Tensor]:
-        is_active = any(adapter_name in layer.active_adapters for layer in layers_by_path(model).values())
+        layers = layers_by_path(model).values()  # while they are disabled, the labels are the base's
+        is_active = any(adapter_name in layer.active_adapters and not layer.disable_adapters for layer in layers)
         config.head_config = head_config_to_save(model, config, is_active)
         weights = adapter_weights(model, config, adapter_name, state_dict)
         lora = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)

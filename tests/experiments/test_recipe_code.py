@@ -15,7 +15,7 @@ from surgical_peft.experiments.advise.advise import advise
 from surgical_peft.experiments.compare.compare import compare
 from surgical_peft.experiments.compare.comparison import Comparison
 from surgical_peft.experiments.recipe import Recipe, load_recipe, recipe_of
-from surgical_peft.experiments.recipe.code import code_of, is_own, without_code
+from surgical_peft.experiments.recipe.code import code_of, for_dry_run, is_own, without_code
 from surgical_peft.experiments.search.search import search
 from surgical_peft.experiments.tasks import load_task
 from surgical_peft.experiments.training.train import score, train
@@ -116,6 +116,28 @@ def test_which_recipes_are_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert not any(map(is_own, (cached, fetched, link, other, Path("../other.yaml"))))
     monkeypatch.chdir(home / "here" / "mine")
     assert is_own(mine) and not is_own(fetched)
+    monkeypatch.chdir(fetched.parent)  # the note of what was fetched lies above
+    assert not is_own(fetched)
+
+
+def test_a_cache_of_the_hub_below_the_working_directory_is_not_ones_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blob = tmp_path / "cache" / "models--a--b" / "blobs" / "0123"
+    linked = tmp_path / "cache" / "models--a--b" / "snapshots" / "c" / "recipe.yaml"
+    for file in (blob, linked):
+        file.parent.mkdir(parents=True)
+    blob.touch()
+    linked.symlink_to(blob)
+    monkeypatch.chdir(tmp_path)
+    assert not is_own(linked)
+
+
+def test_a_dry_run_without_any_method_left_tells_no_cost(code: Marked, tmp_path: Path) -> None:
+    recipe = load_recipe(write_recipe(tmp_path / "fetched", methods=["marked:forgets"]))
+    with pytest.raises(SurgicalError, match="methods"):
+        for_dry_run(recipe)
+    assert not code.ran
 
 
 def test_what_is_given_in_python_or_on_the_command_line_is_asked_for(
@@ -175,11 +197,11 @@ def test_names_of_this_package_are_no_code(tmp_path: Path) -> None:
     assert code_of(recipe) == [] and sys.modules.get("marked") is None
 
 
-@pytest.mark.parametrize("key", ["output_dir", "push_to_hub", "hub_model_id"])
+@pytest.mark.parametrize("key", ["output_dir", "push_to_hub", "hub_model_id", "report_to"])
 def test_a_recipe_from_elsewhere_writes_and_pushes_nowhere_else(
     key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    values = {"push_to_hub": True, "hub_model_id": "someone/one"}
+    values = {"push_to_hub": True, "hub_model_id": "someone/one", "report_to": "wandb"}
     path = write_recipe(tmp_path / "fetched", **{key: values.get(key, "../theirs"), "methods": ["full"]})
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")

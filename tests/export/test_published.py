@@ -250,9 +250,22 @@ def test_an_unwrapped_model_has_the_names_of_what_is_left_in_it(two_named: Any) 
     assert shown(copy.deepcopy(two_named).unload()) == "mno"
     assert shown(copy.deepcopy(two_named).merge_and_unload()) == "abc"
     assert shown(copy.deepcopy(two_named).merge_and_unload(adapter_names=["unnamed"])) == "mno"
+    renamed = copy.deepcopy(two_named)
+    renamed.config.id2label = dict(enumerate("uvw"))  # by the user
+    assert shown(copy.deepcopy(renamed).merge_and_unload(adapter_names=["named"])) == "uvw"
+    with renamed.disable_adapter():
+        merged = copy.deepcopy(renamed).merge_and_unload()
+    assert shown(merged) == "uvw"
     two_named.delete_adapter("unnamed")
     two_named.delete_adapter("named")
     assert shown(two_named) == "mno"
+
+
+def test_an_adapter_keeps_its_names_when_it_is_saved_while_it_is_disabled(two_named: Any, tmp_path: Path) -> None:
+    with two_named.disable_adapter():
+        two_named.save_pretrained(tmp_path / "saved")
+    saved = json.loads((tmp_path / "saved" / "named" / "adapter_config.json").read_text())
+    assert list(saved["head_config"]["id2label"].values()) == list("abc")
 
 
 @pytest.mark.parametrize("names", [{"x": "y"}, {"0": 1}, {"1": "y"}, ["y"]])

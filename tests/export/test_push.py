@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import HfApi, constants
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForImageClassification
 
 from surgical_peft import SurgicalConfig, SurgicalError, export_to_peft
@@ -238,6 +238,17 @@ def test_a_hub_that_fails_anywhere_is_told_in_one_line_and_has_no_commit(
     assert all(len(repository.commits) == 1 for repository in online.repositories.values())
     online.faults = {}
     assert push(made, "someone/of-2").repository == "someone/of-2"
+
+
+def test_adapters_of_other_methods_are_pushed_as_peft_does(tmp_path: Path) -> None:
+    base = AutoModelForImageClassification.from_pretrained(VIT)
+    model = get_peft_model(base, LoraConfig(target_modules=["q_proj", "query"]))
+    model.save_pretrained(tmp_path)
+    pushed = []
+    adapter_card._upload(
+        lambda *_: pushed.append((tmp_path / "adapter_config.json").read_text()), model, str(tmp_path), "a/b"
+    )
+    assert json.loads(pushed[0])["base_model_name_or_path"] == str(VIT)
 
 
 def test_no_network_is_said(online: Hub, made: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -88,6 +88,19 @@ def test_without_a_policy_nothing_is_logged_or_written(vit: Toy, tmp_path: Path)
     assert not list(tmp_path.glob("surgical_history*"))
 
 
+def test_a_training_that_is_over_before_its_last_stage_may_be_ended(vit: Toy, tmp_path: Path) -> None:
+    """It stopped early, and was interrupted before it had saved: the rerun has no step left."""
+    model = get_peft_model(vit.model(), SurgicalConfig(blocks=[0, 5, "head"]))
+    policy = policies.stages([{"blocks": ["head"], "epochs": 5}, {"blocks": "all"}])
+    optimizer = create_surgical_optimizer(model, torch.optim.AdamW, lr=1e-3, policy=policy)
+    given = TrainingArguments(str(tmp_path), use_cpu=True), TrainerControl()
+    over = TrainerState(global_step=3, max_steps=3, num_train_epochs=1)
+    SurgicalCallback().on_train_begin(given[0], over, given[1], optimizer=optimizer, model=model)
+    with pytest.raises(SurgicalError):
+        begun = TrainerState(global_step=2, max_steps=3, num_train_epochs=1)
+        SurgicalCallback().on_train_begin(given[0], begun, given[1], optimizer=optimizer, model=model)
+
+
 def test_a_loop_of_ones_own_that_begins_again_begins_its_schedule_again(vit: Toy, tmp_path: Path) -> None:
     """Without Trainer, whose end of training would have ended the schedule."""
     model = get_peft_model(vit.model(), SurgicalConfig(blocks=[0, 5, "head"]))

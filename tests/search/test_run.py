@@ -482,6 +482,20 @@ def test_a_study_of_the_users_own_is_refused(tmp_path: Path) -> None:
 # --- failures
 
 
+def test_numbers_that_json_does_not_have_are_noted_as_none(storage: str) -> None:
+    """A loss that diverged stood in the notes, and the study could not be read any more."""
+
+    def objective(selection: Selection) -> float:
+        selection.record["losses"] = [1.0, math.nan, -math.inf]
+        return 0.5
+
+    procedure = procedures.sweep("0:2")
+    result = run_search(procedure, objective, blocks=BLOCKS, storage=storage)
+    again = run_search(procedure, objective, blocks=BLOCKS, storage=storage)
+    for trial in (*result.trials, *again.trials, *SearchResult.from_json(result.to_json()).trials):
+        assert trial.notes["losses"] == [1.0, None, None]
+
+
 def test_a_failed_trial_is_kept_and_never_wins(storage: str) -> None:
     calls = []
 

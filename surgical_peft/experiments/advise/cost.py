@@ -54,4 +54,4 @@ def estimate(comparison: Comparison, runner: RecipeRunner, timing: Timing | None
         count, share = count + int(trainings), share + trainings * stage.share
     steps = runner.steps() * timing.step
     each = timing.whole - steps  # starting and measuring
-    return CostEstimate(count, share, timing.whole, share * steps + count * each, timing.memory)
+    return CostEstimate(count, share, timing.whole, timing.start + share * steps + count * each, timing.memory)

@@ -21,6 +21,8 @@ from ..metrics import SHIPPED
 _KEYS = ("task", "criterion", "procedure", "policy", "methods", "metric")  # each with its `_options`
 _PUSHING = ("push_to_hub", "hub_", "trackio_")  # how keys begin by which results go out
 _FETCHED = Path(".cache", "huggingface", "download")  # where `hf download --local-dir` notes what it has fetched
+_REPOSITORIES = ("models--", "datasets--", "spaces--")  # how the folders of a Hub's cache are called
+_STAYS_HERE: tuple[Any, ...] = (None, "none", "tensorboard", [], ["none"], ["tensorboard"])
 ALLOW = "look at what it does, and then allow it: --allow-code, or allow_code=True in Python"
 
 
@@ -111,7 +113,8 @@ def check_writes(recipe: Any, output: Any = None) -> None:
             "which is neither: give another folder, --output, or copy the recipe here and look at it."
         )
     for key, value in recipe.training.items():
-        if value and key.startswith(_PUSHING) and _is_from_file(recipe, key):
+        goes_out = (value and key.startswith(_PUSHING)) or (key == "report_to" and value not in _STAYS_HERE)
+        if goes_out and _is_from_file(recipe, key):
             raise SurgicalError(
                 f"{recipe.path} is not below the working directory, or was fetched, and would publish what is trained "
                 f"({key}): take that out, or copy the recipe here and look at it."
@@ -130,8 +133,9 @@ def is_own(path: Path) -> bool:
     caches = (Path(cache).resolve() for cache in (constants.HF_HOME, constants.HF_HUB_CACHE))
     if not file.is_relative_to(here) or any(map(file.is_relative_to, caches)):
         return False
-    parents = [parent for parent in file.parents if parent.is_relative_to(here)]
-    return not any((parent / _FETCHED / f"{file.relative_to(parent)}.metadata").exists() for parent in parents)
+    if any(part.startswith(_REPOSITORIES) for part in file.parts):  # of a cache that lies elsewhere
+        return False
+    return not any((parent / _FETCHED / f"{file.relative_to(parent)}.metadata").exists() for parent in file.parents)
 
 
 def resolve_key(recipe: Any, key: str, package: ModuleType) -> Callable[..., Any]:
@@ -166,7 +170,13 @@ def for_dry_run(recipe: Any) -> tuple[Any, list[str]]:
             f"--dry-run imports nothing that a file names, and without the task {code.name!r} no model or data can be "
             "loaded: its cost is not known before it runs."
         )
-    return without_code(recipe)
+    stripped, notes = without_code(recipe)
+    if recipe.methods and not stripped.methods:
+        raise SurgicalError(
+            "--dry-run imports nothing that a file names, and all methods are code: the cost of the comparison is not "
+            "known before it runs."
+        )
+    return stripped, notes
 
 
 def without_code(recipe: Any) -> tuple[Any, list[str]]:

@@ -91,7 +91,7 @@ def recipe_of(keys: Mapping[Any, Any], path: Path | None = None, *, allow_code: 
     training = {key: value for key, value in read.items() if key not in _TYPES}
     own = {key: value for key, value in read.items() if key in _TYPES}
     given = {key: (written[key], read[key]) for key in written}
-    file = path and path.absolute()  # whose it is does not depend on where the user goes next
+    file = path and path.absolute()  # found again wherever the user goes next
     recipe = Recipe(**own, training=training, given=given, path=file, allow_code=allow_code)
     # What is wrong with blocks, policy or arguments is said now, not after the data are loaded; of code when it runs.
     check_training(recipe.training, recipe.arguments())

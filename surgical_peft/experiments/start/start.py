@@ -25,7 +25,7 @@ from ..recipe.recipe import Recipe
 from ..tasks import load_task
 from ..tasks.cells import cells_of
 from ..tasks.chat import FORMS
-from ..tasks.columns import LABEL
+from ..tasks.columns import LABEL, stored_images, whole_numbers
 from ..tasks.splits import DataSource, assign_splits
 from ..tasks.task import load_pretrained
 from ..training.cost import Timing, depth_of
@@ -137,7 +137,7 @@ def guess_task(model: str, data: str, columns: Mapping[str, str], allow_code: bo
     config = load_pretrained(AutoConfig.from_pretrained, recipe, "model")
     source = DataSource.find(data)
     train = assign_splits(source, {})["train"] or source.splits[0]
-    rows = source.open(train)
+    rows = stored_images(whole_numbers(source.open(train)))
     features = list(rows.features.values())
     if any(isinstance(feature, Image) for feature in features):
         return "image_classification"
@@ -197,7 +197,7 @@ def _steps(recipe: Recipe, runner: RecipeRunner, timing: Timing) -> list[Step]:
     return [
         Step("score", timing.start + choosing, "which blocks look worth tuning?"),
         Step("train", timing.start + choosing + timing.whole, "choose blocks, tune them, measure, save the adapter"),
-        Step("advise", timing.start + advice.seconds, "is surgery worth it here, with which blocks and rate?"),
+        Step("advise", advice.seconds, "is surgery worth it here, with which blocks and rate?"),
         Step("search", timing.start + searched, "which blocks are best, tuned in full?"),
         Step("compare", timing.start + compared, "is it better than full fine-tuning or LoRA, on test data?"),
     ]

@@ -30,6 +30,7 @@ class ColumnType:
     faults: Callable[[Any, str], list[Fault]] = empty_cells
 
 
+_MANY = 20  # rows, each with a number of its own
 _OF_NUMBERS = "; to predict numbers, write problem_type: regression and new_head: true"
 
 
@@ -135,10 +136,11 @@ def find_columns(
 
 
 def _is_identifier(data: Mapping[str, Any], column: str) -> bool:
-    """Whether no two rows of a split have the same in a column: a number of the row, say."""
+    """Whether no two of many rows have the same whole number in a column: that of the row, say."""
     rows = next(iter(data.values()))
     cells = cells_of(rows, column).drop_null()
-    return not isinstance(rows.features[column], ClassLabel) and len(cells.unique()) == len(cells) > 1
+    is_number = isinstance(rows.features[column], Value) and _is_int(rows.features[column])
+    return is_number and len(cells.unique()) == len(cells) >= _MANY
 
 
 def _only(role: str, kind: ColumnType, fitting: list[str], recipe: Recipe, features: Any) -> str:

@@ -105,6 +105,8 @@ def _read(path: Path) -> dict[str, Any] | None:
 def _is_whole(checkpoint: Path) -> bool:
     """Whether no file is missing or cut off: a kill may come while Trainer deletes an old checkpoint."""
     sizes = (_read(checkpoint / _FILE) or {}).get("files", {})  # versions before did not note them
+    if not isinstance(sizes, dict):
+        return False
     files = {checkpoint / name: size for name, size in sizes.items()}
     return all(path.is_file() and path.stat().st_size >= size for path, size in files.items())
 
@@ -112,10 +114,12 @@ def _is_whole(checkpoint: Path) -> bool:
 def stopped_early(checkpoint: Path) -> int | None:
     """The step at which a training had stopped early before it was interrupted; None if it had not."""
     state = _read(checkpoint / TRAINER_STATE_NAME) or {}
-    kept = state.get("stateful_callbacks", {}).get(EarlyStoppingCallback.__name__)
-    if kept and kept["attributes"]["early_stopping_patience_counter"] >= kept["args"]["early_stopping_patience"]:
-        return int(state["global_step"])
-    return None
+    try:
+        kept = state["stateful_callbacks"][EarlyStoppingCallback.__name__]
+        is_over = kept["attributes"]["early_stopping_patience_counter"] >= kept["args"]["early_stopping_patience"]
+        return int(state["global_step"]) if is_over else None
+    except (KeyError, TypeError, ValueError):  # none, or none of Trainer's
+        return None
 
 
 def _step(path: Path) -> int:

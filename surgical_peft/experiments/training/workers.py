@@ -108,9 +108,11 @@ class WorkerPool:
 
     def __init__(self, jobs: int, console: Console, setup: Callable[..., None] | None = None, *settings: Any) -> None:
         self._console = console
-        self._done = SPAWN.Value("d", 0.0)
-        initargs = (self._done, torch.get_num_threads(), setup, *settings)
-        self._pool = ProcessPoolExecutor(jobs, SPAWN, _start_in_pool, initargs) if jobs > 1 else None
+        self._pool = None
+        if jobs > 1:
+            self._done = SPAWN.Value("d", 0.0)
+            initargs = (self._done, torch.get_num_threads(), setup, *settings)
+            self._pool = ProcessPoolExecutor(jobs, SPAWN, _start_in_pool, initargs)
 
     def __enter__(self) -> Self:
         return self

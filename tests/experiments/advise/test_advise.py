@@ -210,7 +210,7 @@ def test_no_more_is_trained_than_was_planned() -> None:
     halve(candidates, lambda _: [1e-3, 3e-3, 1e-2], runner, Recipe(model="", data=""), judge)
     methods = {made.title: made for made in map(make_method, CANDIDATES)}
     what: Any = SimpleNamespace(methods=methods, recipe=None, rates=[1e-3, 3e-3, 1e-2])
-    found = estimate(what, runner, replace(TIMING, whole=2.0, step=2.0 / 80))  # 80 steps, and nothing else
+    found = estimate(what, runner, replace(TIMING, whole=2.0, step=2.0 / 80, start=0.0))  # 80 steps, and nothing else
     assert found.trainings == len(runner.asked) == 24
     trained = sum(steps for _, _, steps in runner.asked) / 80
     assert found.full_trainings == pytest.approx(trained + CHOOSING)

@@ -6,7 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from datasets import Dataset, Image
 from transformers import BertForSequenceClassification
 
 from surgical_peft import SurgicalError
@@ -84,6 +87,17 @@ def test_classes_in_a_table_are_seen_also_where_the_model_is_of_language(
         assert said["keys"]["new_head"] and any("not used: id" in line for line in said["data"])
         keys = load_recipe(tmp_path / "mine" / "recipe.yaml")
         assert keys.columns == dict(pair.split("=") for pair in arguments[1:])
+
+
+def test_images_that_pandas_wrote_are_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    TOY_TASKS["image_classification"](tmp_path / "toy")
+    rows = Dataset.from_parquet(str(tmp_path / "toy" / "data" / "train.parquet"))
+    stored = rows.cast_column("image", Image(decode=False))
+    table = pa.table({"image": pa.array(stored["image"][:]), "label": list(rows["label"])})
+    pq.write_table(table, tmp_path / "images.parquet")
+    assert started(tmp_path, monkeypatch, capsys, "toy/model", "images.parquet")["task"] == "image_classification"
 
 
 def test_a_table_of_texts_whose_classes_are_others_gets_a_new_head(
