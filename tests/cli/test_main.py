@@ -173,7 +173,7 @@ def test_an_interrupt_that_python_ignores_is_heard(
         def __del__(self) -> None:
             raise KeyboardInterrupt
 
-    def load(*_: Any) -> None:
+    def load(*_: Any, **__: Any) -> None:
         Finalized()
         for _ in range(1000):
             time.sleep(0.01)
