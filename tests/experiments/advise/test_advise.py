@@ -609,9 +609,7 @@ def test_bad_input_is_told_before_any_training(
 def test_the_plan_is_of_the_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cost, "time_trainings", lambda recipe, runner: replace(TIMING, whole=1.5, step=0.125))
     found = plan(load_recipe(write_recipe(tmp_path, rates=[1e-3, 1e-2])))
-    assert (
-        found.seconds == pytest.approx(2.0 + 1.5 * found.full_trainings) and found.trainings > 7
-    )  # 12 steps, and no more
+    assert found.seconds == pytest.approx(2.0 + 1.5 * found.full_trainings) and found.trainings > 7  # of 12 steps
 
 
 def test_steps_of_a_training(tmp_path: Path) -> None:
