@@ -28,7 +28,7 @@ PACKAGE = Path(surgical_peft.__file__).parent
 # Private names of PEFT, by the module of ours that uses them.
 USED = {
     "peft_hooks": {"_ExcludedModule"},
-    "target_modules": {"_ExcludedModule", "_maybe_include_all_linear_layers"},
+    "asked_modules": {"_ExcludedModule", "_maybe_include_all_linear_layers"},
 }
 
 

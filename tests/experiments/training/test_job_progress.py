@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import io
-import time
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
 from surgical_peft.experiments.recipe import load_recipe
 from surgical_peft.experiments.training.job_progress import part_of_job, report_progress, telling
 from surgical_peft.experiments.training.profiling import step_costs
 from surgical_peft.experiments.training.runner import RecipeRunner
-from surgical_peft.experiments.training.workers import WorkerPool
-from surgical_peft.scoring import progress
 from tests.support.tiny import write_recipe
 
 
@@ -69,33 +64,3 @@ def test_the_timing_of_steps_tells_of_each_training(tmp_path: Path) -> None:
     }
     total = told_by(lambda: step_costs(trainings, planned_steps=1))
     assert total == pytest.approx([step / 8 for step in range(9)])
-
-
-class Log(io.StringIO):
-    """Lets the jobs end once the time that is left was told."""
-
-    def __init__(self, go: Path) -> None:
-        super().__init__()
-        self.go = go
-
-    def write(self, text: str) -> int:
-        if " left" in text:
-            self.go.touch()
-        return super().write(text)
-
-
-def half(go: Path) -> None:
-    report_progress(0.5)
-    deadline = time.monotonic() + 60
-    while not go.exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
-@pytest.mark.parametrize("jobs", [1, 2])
-def test_the_time_left_is_told_before_the_first_job_is_done(
-    jobs: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(progress, "EVERY", 0.05)
-    with WorkerPool(jobs, Console(file=Log(tmp_path / "go"))) as pool:
-        pool.run("train", half, [(tmp_path / "go",)] * jobs)

@@ -14,7 +14,9 @@ import torch
 from rich.console import Console
 
 from surgical_peft import SurgicalError
+from surgical_peft.experiments.training.job_progress import report_progress
 from surgical_peft.experiments.training.workers import WorkerPool, shared_threads
+from surgical_peft.scoring import progress
 
 _settings: list[str] = []
 
@@ -35,13 +37,35 @@ def fail(folder: Path, number: int) -> None:
     time.sleep(0.3)
 
 
+class Log(io.StringIO):
+    """Lets a job end once the time that is left was told."""
+
+    go: Path | None = None
+
+    def write(self, text: str) -> int:
+        if self.go and " left" in text:
+            self.go.touch()
+        return super().write(text)
+
+
+LOG = Log()
+
+
+def half(go: Path) -> None:
+    report_progress(0.5)
+    deadline = time.monotonic() + 60
+    while not go.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 def kill(number: int) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids="{} process".format)
 def pool(request: pytest.FixtureRequest) -> Iterator[WorkerPool]:
-    console = Console(file=io.StringIO())
+    console = Console(file=LOG)
     with shared_threads(torch.get_num_threads()), WorkerPool(request.param, console, set_up, "mine") as pool:
         yield pool
 
@@ -59,6 +83,14 @@ def test_no_job_is_begun_after_one_that_failed(pool: WorkerPool, tmp_path: Path)
         pool.run("fail", fail, [(tmp_path, number) for number in range(20)])
     assert len(list(tmp_path.iterdir())) < 20
     assert len(pool.run("tell", tell, [(1,)])) == 1  # and it works on
+
+
+def test_the_time_left_is_told_before_the_first_job_is_done(
+    pool: WorkerPool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "EVERY", 0.05)
+    monkeypatch.setattr(LOG, "go", tmp_path / "go")
+    pool.run("train", half, [(tmp_path / "go",)] * 2)
 
 
 def test_a_killed_worker_is_told() -> None:
