@@ -19,6 +19,7 @@ from ...validation import is_reference, nearest, resolve
 from ..metrics import SHIPPED
 
 _KEYS = ("task", "criterion", "procedure", "policy", "methods", "metric")  # each with its `_options`
+_WITH_OPTIONS = ("criterion", "procedure", "policy")
 _PUSHING = ("push_to_hub", "hub_", "trackio_")  # how keys begin by which results go out
 _FETCHED = Path(".cache", "huggingface", "download")  # where `hf download --local-dir` notes what it has fetched
 _REPOSITORIES = ("models--", "datasets--", "spaces--")  # how the folders of a Hub's cache are called
@@ -189,7 +190,7 @@ def without_code(recipe: Any) -> tuple[Any, list[str]]:
             continue
         notes.append(f"Not imported: {code.key} {code.name}. {lost}")
         changes[code.key] = "sweep" if code.key == "procedure" else None
-        if hasattr(recipe, f"{code.key}_options"):
+        if code.key in _WITH_OPTIONS:
             changes[f"{code.key}_options"] = {}
     if "methods" in changes:
         changes["methods"] = [method for method in recipe.methods or [] if not list(_references(method))]
