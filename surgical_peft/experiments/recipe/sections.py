@@ -41,7 +41,8 @@ class DataSection:
         problem_type: what a classification task predicts: `single_label_classification` (default),
             `multi_label_classification` of lists of classes, or `regression` of numbers.
         class_weights: `balanced` or a list of weights of the labels in the loss; default is 1 for all.
-        corruption: corrupt every image, e.g. by `gaussian_noise` (as in ImageNet-C).
+        corruption: corrupt every image, e.g. by `gaussian_noise` (as in ImageNet-C) or `cifar10_c/gaussian_noise`
+            (as in CIFAR-10-C, for images of 32 x 32 pixels).
         severity: of the corruption, 1 to 5.
         character_noise: percent of the characters of a text that are mistyped.
         casing: percent of the characters of a text that are in the other case.
@@ -138,12 +139,15 @@ class PolicySection:
     Attributes:
         policy: a name from `policies` or `package.module:name`; default is one learning rate for all blocks.
         policy_options: arguments for the policy, e.g. `{decay: 0.8}` for `layer_decay`.
+        norm_eval: whether batch normalization keeps its running statistics, also in blocks that are tuned; its weights
+            train all the same.
         early_stopping_patience: after so many epochs without a lower validation loss `train` stops, and keeps the best
             epoch; `search`, `compare` and `advise` train to the end. Default is not to stop.
     """
 
     policy: str | None = None
     policy_options: dict[str, Any] = field(default_factory=dict)
+    norm_eval: bool = False
     early_stopping_patience: int | None = None
 
     def make_policy(self) -> Policy | None:

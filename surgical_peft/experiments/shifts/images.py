@@ -1,4 +1,4 @@
-"""The corruptions of ImageNet-C."""
+"""The corruptions of ImageNet-C and of CIFAR-10-C, by name."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from PIL import Image
 
 from ...errors import SurgicalError
 from ...validation import check_choice, check_count
+from .cifar10_c import CIFAR10_C, SIDE, corrupt, seeded
 
 Pixels = NDArray[np.uint8]
+Corruption = Callable[[Pixels, int, Generator], Pixels]  # with a severity of 1 to 5
 
 
 def gaussian_noise(pixels: Pixels, severity: int, rng: Generator) -> Pixels:
@@ -47,6 +49,7 @@ def contrast(pixels: Pixels, severity: int, rng: Generator) -> Pixels:
     return (np.clip((scaled - means) * left + means, 0, 1) * 255).astype(np.uint8)
 
 
+_WITHOUT_LIBRARY = ("gaussian_noise", "contrast")
 _SEEDED = ("glass_blur", "impulse_noise")  # take a seed of their own; all others use NumPy's global one
 _BY_LIBRARY = (
     *("shot_noise", "impulse_noise", "defocus_blur", "glass_blur", "motion_blur", "zoom_blur", "snow", "frost", "fog"),
@@ -55,28 +58,47 @@ _BY_LIBRARY = (
 )
 
 
-def _by_library(name: str) -> Callable[[Pixels, int, Generator], Pixels]:
-    def corrupt(pixels: Pixels, severity: int, rng: Generator) -> Pixels:
+def _by_library(name: str) -> Corruption:
+    def in_color(pixels: Pixels, severity: int, rng: Generator) -> Pixels:
         seed = int(rng.integers(2**31))
-        gray = pixels.ndim == 2
-        image = Image.fromarray(np.stack([pixels] * 3, axis=-1) if gray else pixels)
-        before = np.random.get_state()
-        np.random.seed(seed)
-        try:
-            changed = _library()[name](image, severity, **({"seed": seed} if name in _SEEDED else {}))
-        finally:
-            np.random.set_state(before)
+        with seeded(seed):
+            changed = _library()[name](
+                Image.fromarray(pixels), severity, **({"seed": seed} if name in _SEEDED else {})
+            )
+        return np.asarray(changed).astype(np.uint8)
+
+    return _also_gray(in_color)
+
+
+def _of_cifar10_c(name: str) -> Corruption:
+    def in_color(pixels: Pixels, severity: int, rng: Generator) -> Pixels:
+        if pixels.shape[:2] != (SIDE, SIDE):
+            raise SurgicalError(
+                f"cifar10_c/{name} is made for images of {SIDE} x {SIDE} pixels, and this one has {pixels.shape[0]} x "
+                f"{pixels.shape[1]}: take {name}, which is made for larger ones."
+            )
+        return corrupt(name, pixels, severity, rng)
+
+    return _also_gray(in_color)
+
+
+def _also_gray(in_color: Corruption) -> Corruption:
+    """A corruption of color images for gray ones, too."""
+
+    def corrupt_any(pixels: Pixels, severity: int, rng: Generator) -> Pixels:
+        if pixels.ndim == 3:
+            return in_color(pixels, severity, rng)
         # A mean over the channels would average their noise out.
-        bytewise = np.asarray(changed).astype(np.uint8)
-        return bytewise[..., 0] if gray else bytewise
+        return in_color(np.stack([pixels] * 3, axis=-1), severity, rng)[..., 0]
 
-    return corrupt
+    return corrupt_any
 
 
-CORRUPTIONS: dict[str, Callable[[Pixels, int, Generator], Pixels]] = {
+CORRUPTIONS: dict[str, Corruption] = {
     "gaussian_noise": gaussian_noise,
     "contrast": contrast,
     **{name: _by_library(name) for name in _BY_LIBRARY},
+    **{f"cifar10_c/{name}": _of_cifar10_c(name) for name in CIFAR10_C},
 }
 
 
@@ -84,7 +106,8 @@ def corruption(name: str, severity: int) -> Callable[[Pixels, Generator], Pixels
     """The corruption `name` at `severity` (1 to 5), as a function of pixels and generator.
 
     `gaussian_noise` and `contrast` are ours, the other 17 come from the package `imagecorruptions-imaug`. All are made
-    for images of 224 pixels: on small images the blurs reach across much of the image. Of a gray image corrupted in
+    for images of 224 pixels: on small images the blurs reach across much of the image. With `cifar10_c/` before its
+    name a corruption is that of CIFAR-10-C, for images of 32 x 32 pixels, and milder. Of a gray image corrupted in
     color, the red channel is kept.
 
     Raises:
@@ -96,7 +119,7 @@ def corruption(name: str, severity: int) -> Callable[[Pixels, Generator], Pixels
     """
     check_choice("images", "corruption", name, CORRUPTIONS)
     check_count(name, "severity", severity, "how strong it is", at_most=5)
-    if name in _BY_LIBRARY:
+    if name not in _WITHOUT_LIBRARY:
         _library()  # that it is missing is said now, not at the first image
     return lambda pixels, rng: CORRUPTIONS[name](pixels, severity, rng)
 

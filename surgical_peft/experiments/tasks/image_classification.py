@@ -112,7 +112,7 @@ def image_classification(recipe: Recipe, splits: Sequence[str]) -> Task:
 def _check_shape(config: Any, shape: tuple[int, ...], recipe: Recipe) -> None:
     """Have the model, without its weights, say whether it takes images of that shape."""
     with torch.device("meta"):
-        model = AutoModelForImageClassification.from_config(config, trust_remote_code=recipe.allow_code)
+        model = AutoModelForImageClassification.from_config(config, trust_remote_code=recipe.allow_code).eval()
         pixels = torch.zeros(1, *shape)
     try:
         model(pixel_values=pixels)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import AutoConfig, TrainingArguments
 
 from ...blocks.block_map import BlockMap
@@ -29,8 +30,12 @@ def model_loader(
     """
 
     def load() -> nn.Module:
-        if recipe.new_head:
-            return _with_new_head(auto, recipe, count, names)
+        model = _with_new_head(auto, recipe, count, names) if recipe.new_head else load_whole()
+        if recipe.norm_eval:
+            keep_batch_statistics(model)
+        return model
+
+    def load_whole() -> nn.Module:
         model, loading = load_pretrained(auto.from_pretrained, recipe, "model", output_loading_info=True)
         if loading["missing_keys"]:
             raise SurgicalError(
@@ -43,6 +48,26 @@ def model_loader(
         return model
 
     return load
+
+
+def keep_batch_statistics(model: nn.Module) -> None:
+    """Have the batch normalization of a model normalize by its running statistics, and leave them, in training too.
+
+    By a hook on each module, which copies of the model take along: trainers put all modules into train mode at each
+    step.
+
+    Raises:
+        SurgicalError: the model has no batch normalization.
+    """
+    found = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    if not found:
+        raise SurgicalError(f"norm_eval: {type(model).__name__} has no batch normalization: leave norm_eval out.")
+    for module in found:
+        module.register_forward_pre_hook(_eval_first)
+
+
+def _eval_first(module: nn.Module, inputs: Any) -> None:
+    module.eval()
 
 
 def names_are_missing(config: Any, names: list[str]) -> bool:

@@ -32,13 +32,16 @@ def norms() -> Method:
     return Method("norms and head", wrap=_tune_norms)
 
 
-def lora(rank: int = 8, alpha: float | None = None, head: bool = True) -> Method:
-    """LoRA by PEFT on all linear layers, and with `head` a fully tuned head.
+def lora(
+    rank: int = 8, alpha: float | None = None, head: bool = True, target_modules: str | list[str] = "all-linear"
+) -> Method:
+    """LoRA by PEFT, by default on all linear layers, and with `head` a fully tuned head.
 
     Args:
         rank: of the updates.
         alpha: their scale; default twice the rank.
         head: tune the head in full, as PEFT does for classifiers; False: it is left as LoRA's other targets are.
+        target_modules: what LoRA adapts, with PEFT's own meaning; a convolutional network has no linear layers.
 
     Costs: nothing to choose.
 
@@ -50,8 +53,14 @@ def lora(rank: int = 8, alpha: float | None = None, head: bool = True) -> Method
         check_number("lora", "alpha", alpha, "the scale of the updates", above=0)
     if not isinstance(head, bool):
         raise SurgicalError(f"lora: head={head!r} is neither true nor false.")
-    settings = {"r": rank, "lora_alpha": 2 * rank if alpha is None else alpha}
+    if not target_modules or not isinstance(target_modules, str | list):
+        raise SurgicalError(
+            f"lora: target_modules={target_modules!r} is neither a name, a pattern nor a list of names."
+        )
+    settings = {"r": rank, "lora_alpha": 2 * rank if alpha is None else alpha, "target_modules": target_modules}
     title = [f"LoRA r={rank}", *([f"alpha={alpha:g}"] if alpha is not None else []), *([] if head else ["no head"])]
+    if target_modules != "all-linear":
+        title.append(target_modules if isinstance(target_modules, str) else " and ".join(map(str, target_modules)))
     return Method(", ".join(title), wrap=partial(_add_lora, settings, head))
 
 
@@ -84,7 +93,7 @@ def _add_lora(
     settings: dict[str, Any], head: bool, model: nn.Module, selection: Selection, recipe: Recipe
 ) -> nn.Module:
     whole = _with_heads(model, recipe) if head else always_saved(recipe, model)
-    return get_peft_model(model, LoraConfig(**settings, target_modules="all-linear", modules_to_save=whole))
+    return get_peft_model(model, LoraConfig(**settings, modules_to_save=whole))
 
 
 def _save_modules(model: nn.Module, selection: Selection, recipe: Recipe) -> nn.Module:
