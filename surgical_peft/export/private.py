@@ -30,7 +30,7 @@ def without_paths(value: Any) -> Any:
         {'model': 'vit', 'data': 'target-0'}
     """
     if isinstance(value, dict):
-        return {key: without_paths(part) for key, part in value.items() if not _SECRET.search(str(key))}
+        return {without_paths(key): without_paths(part) for key, part in value.items() if not _SECRET.search(str(key))}
     if isinstance(value, list):
         return [without_paths(part) for part in value]
     return name_of(value) if is_absolute(value) else value

@@ -37,6 +37,7 @@ BRINGS: dict[str, dict[str, Any]] = {
     "criterion of a method": {"methods": ["full", {"top_k": {"criterion": "marked:score"}}]},
     "procedure of a method": {"methods": ["full", {"searched": {"procedure": "marked:forgets"}}]},
     "metric": {"metric": "./script"},
+    "further metric": {"test_metrics": {"./script": None}},
 }
 RUNS: list[Callable[[Recipe], Any]] = [
     train,

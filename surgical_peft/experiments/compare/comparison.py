@@ -117,6 +117,11 @@ class Comparison:
         """The name of what is measured."""
         return load_task(self.recipe_of(0, self.seeds[0]), ("validation",)).metric
 
+    @property
+    def test_metrics(self) -> dict[str, str]:
+        """The recipe's `test_metrics`, by how they are written there."""
+        return dict(zip(self.recipe.keys().get("test_metrics", {}), self.recipe.test_metrics, strict=True))
+
     @cached_property
     def split(self) -> str:
         """The split that results are told on: `test` or, where some data have none, `validation`."""
@@ -185,6 +190,8 @@ class Comparison:
         if job.kind != "choice":
             asked["rate"] = job.rate
         if job.kind == "test":
+            if self.recipe.test_metrics:
+                asked["test_metrics"] = self.recipe.keys()["test_metrics"]
             asked["test_data"] = [self._identities[data] for data in self.recipe.test_data or [recipe.data]]
         return asked
 

@@ -15,6 +15,7 @@ from ...errors import SurgicalError
 from ...rendering import clock
 from ...scoring.selection import Selection
 from ..recipe.recipe import Recipe
+from ..tasks import spread
 from ..training.cost import Timing, depth_of, memory_in_words, shared, time_in_words, timed_at_once
 from ..training.job_progress import part_of_job
 from ..training.profiling import SECONDS, SHARE
@@ -26,6 +27,7 @@ from .methods import MethodContext, make_method
 from .methods.method import no_policy
 from .preflight import context_of
 
+_FEW = 8  # test examples whose further metrics are timed
 _UNKNOWN = 0.5  # where the first layer lies that a method would choose: in the middle
 
 
@@ -90,12 +92,29 @@ def estimate(job_runner: JobRunner, jobs: int, console: Console) -> CostEstimate
             longest = max([longest, *[each] * len(left)])
             if method.choose and method.preview(context) is None:
                 choosing += len(comparison.trainings(title)) * CHOOSING * timing.whole
-    tests = len(comparison.methods) * len(comparison.trainings(FULL)) * timing.measure
+    tests = len(comparison.methods) * len(comparison.trainings(FULL)) * _testing(job_runner, timing)
     timed = 0.0
     if not findings.is_done(comparison.costs):
         timed = max(2 * short, min(SHARE * seconds, SECONDS))  # a round that counts memory, and one that is timed
     whole = timing.start + timed + shared(seconds + choosing + tests, jobs, longest)
     return CostEstimate(trainings, done, more, timing.whole, whole, timing.memory, jobs)
+
+
+def _testing(job_runner: JobRunner, timing: Timing) -> float:
+    """Seconds of measuring a model on test data, by all metrics, and on the data of its source model."""
+    comparison, data, first = job_runner.comparison, job_runner.data, job_runner.comparison.firsts[0]
+    count = len(data.test_examples(first.source, first.seed))
+    if comparison.recipe.source_data is not None:
+        count += len(data.source_examples(first.source))
+    runner = data.runner(first)
+    seconds = timing.measure * count / len(runner.examples["validation"])
+    for metric in comparison.recipe.test_metrics:
+        measure, examples = data.test_metric(first.source, first.seed, metric)
+        few = spread(examples, _FEW)
+        began = time.perf_counter()
+        measure(runner.model, few)
+        seconds += (time.perf_counter() - began) * len(examples) / len(few)
+    return seconds
 
 
 def _depth(comparison: Comparison, title: str, context: MethodContext) -> float:

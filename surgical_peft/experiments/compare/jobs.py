@@ -123,7 +123,7 @@ def check_weights(folder: Path) -> None:
 
 
 def measure_test(job_runner: JobRunner, job: Job) -> dict[str, Any]:
-    """What a trained model reaches on test data, and on the data of its source model."""
+    """What a trained model reaches on test data, by all metrics, and on the data of its source model."""
     runner = job_runner.data.runner(job)
     model = copy.deepcopy(runner.model)
     if job_runner.comparison.methods[job.method].is_trained:
@@ -133,7 +133,10 @@ def measure_test(job_runner: JobRunner, job: Job) -> dict[str, Any]:
         is_adapter = (folder / "adapter_config.json").exists()
         model = PeftModel.from_pretrained(model, folder) if is_adapter else type(model).from_pretrained(folder)  # type: ignore[attr-defined]
         model = model.to(runner.args.device)
-    finding = {"test": runner.task.measure(model, job_runner.data.test_examples(job.source, job.seed))}
+    finding: dict[str, Any] = {"test": runner.task.measure(model, job_runner.data.test_examples(job.source, job.seed))}
+    for written, metric in job_runner.comparison.test_metrics.items():
+        measure, examples = job_runner.data.test_metric(job.source, job.seed, metric)
+        finding.setdefault("test_metrics", {})[written] = measure(model, examples)
     if job_runner.comparison.recipe.source_data is not None:
         finding["on_source"] = runner.task.measure(model, job_runner.data.source_examples(job.source))
     return finding

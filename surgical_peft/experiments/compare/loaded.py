@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import fields
+from collections.abc import Callable
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from torch.utils.data import ConcatDataset
 
 from ..recipe.recipe import Recipe
 from ..recipe.sections import DataSection
-from ..tasks import Examples, load_task, measured_split
+from ..tasks import Examples, further_measure, load_task, measured_split, spread
 from ..training.runner import RecipeRunner, Remembered
 from .comparison import Comparison, Job
 
@@ -57,6 +59,15 @@ class LoadedData:
     def test_examples(self, source: int, seed: int) -> ConcatDataset[Any]:
         """All examples that a training is measured on, as one."""
         return self._examples("test", self.comparison.test_recipes(source, seed))
+
+    def test_metric(
+        self, source: int, seed: int, metric: str
+    ) -> tuple[Callable[[nn.Module, Examples], float], Examples]:
+        """How one of the recipe's `test_metrics` is measured, and the examples for a training to be measured on."""
+        recipes = self.comparison.test_recipes(source, seed)
+        _, measure, _ = further_measure(recipes[0], metric)
+        examples = self._examples(metric, [replace(recipe, metric=metric) for recipe in recipes])
+        return measure, spread(examples, self.comparison.recipe.test_metrics[metric])
 
     def source_examples(self, source: int) -> ConcatDataset[Any]:
         """The test split of a source model's own data."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from ...errors import SurgicalError
 from ...optim.optimizer import surgical_optimizer
 from ...scoring.selection import Selection
 from ..recipe.recipe import Recipe
+from ..tasks import further_measure
 from ..training.activation_cache import ROOM
 from ..training.runner import RecipeRunner
 from ..training.train import loader
@@ -42,6 +44,8 @@ def check(comparison: Comparison, data: LoadedData, pool: WorkerPool) -> None:
     for job in reversed(comparison.firsts):  # what the first jobs need stays in memory
         misfits = {**misfits_of(comparison, job, data.runner(job)), **misfits}
     _refuse(misfits, len(comparison.methods))
+    for metric in comparison.recipe.test_metrics:
+        further_measure(comparison.test_recipes(0, comparison.seeds[0])[0], metric)
     data.forget()
     pool.run("read data", make_examples, _all_data(comparison, data))
 
@@ -110,7 +114,9 @@ def _all_data(comparison: Comparison, data: LoadedData) -> list[tuple[Recipe, bo
     """For `make_examples`: all that will be trained or tested on, once; together no more than `ROOM` is kept."""
     pairs = [(source, seed) for source in range(len(comparison.sources)) for seed in comparison.seeds]
     wanted = [(comparison.recipe_of(*pair), False) for pair in pairs]
-    wanted += [(recipe, True) for pair in pairs for recipe in comparison.test_recipes(*pair)]
+    tested = [recipe for pair in pairs for recipe in comparison.test_recipes(*pair)]
+    wanted += [(recipe, True) for recipe in tested]
+    wanted += [(replace(recipe, metric=metric), True) for recipe in tested for metric in recipe.test_metrics]
     if comparison.recipe.source_data is not None:
         wanted += [(comparison.source_recipe(source), True) for source in range(len(comparison.sources))]
     by_name = {(data.name_of(recipe), is_test): recipe for recipe, is_test in wanted}

@@ -57,6 +57,7 @@ class MethodRow:
         seconds, choosing_seconds: means of a training and of the choice of its blocks.
         to_full: None of full fine-tuning itself, and of what diverged.
         grid: the rates that it began with, before more were added; empty in reports of earlier versions.
+        test_metrics: of the test split, by each further metric that the recipe asks for.
     """
 
     method: str
@@ -76,6 +77,7 @@ class MethodRow:
     choosing_seconds: float
     to_full: Difference | None = None
     grid: list[float] = field(default_factory=list)
+    test_metrics: dict[str, list[float | None]] = field(default_factory=dict)
 
     @property
     def is_rate_added(self) -> bool:
@@ -133,7 +135,8 @@ class ComparisonReport:
         """Plain data for `report.json`; as in versions before, where results are told on test data."""
         values = {key: value for key, value in asdict(self).items() if (key, value) != ("split", "test")}
         rows = [
-            {key: value for key, value in row.items() if (key, value) != ("grid", [])} for row in values["methods"]
+            {key: value for key, value in row.items() if value or key not in ("grid", "test_metrics")}
+            for row in values["methods"]
         ]
         return {**values, "methods": rows}
 

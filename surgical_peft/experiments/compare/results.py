@@ -50,6 +50,10 @@ def row_of(findings: Findings, title: str, rates: dict[float, float], jobs: Sequ
         at_edge=is_at_edge(rates),
         validation=_numbers(trained, "validation"),
         test=_numbers(tested, "test"),
+        test_metrics={
+            metric: _numbers([finding.get("test_metrics", {}) for finding in tested], metric)
+            for metric in comparison.test_metrics
+        },
         forgotten=forgotten,
         blocks=[finding["blocks"] for finding in trained],
         tuned_parameters=[finding["tuned_parameters"] for finding in trained],

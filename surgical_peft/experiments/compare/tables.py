@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from ...rendering import TextTable, markdown_row, markdown_text
 from .report import ComparisonReport, MethodRow
@@ -67,11 +67,23 @@ def markdown(report: ComparisonReport) -> str:
         f"validation data of its grid, extended where that was at the edge{added}{starred}. Tuned: parameters. Step: "
         "its time, as a part of full fine-tuning's: all take turns in one process, and the median over the rounds "
         "counts. Memory: the most that is alive at once in a step. Choosing: of the blocks, once for each training."
-        + (" Forgets: what is lost on the source model's own data." if _tells_forgetting(report) else ""),
+        + _further_columns(report),
         "",
         markdown_text(f"{report.date}, {versions}; {report.machine}."),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _further_columns(report: ComparisonReport) -> str:
+    """What the columns mean that only some comparisons have."""
+    text = ""
+    for metric, count in report.recipe.get("test_metrics", {}).items():
+        examples = "all" if count is None else f"at most {count:,}"
+        text += f" The column {markdown_text(metric)} is of {examples} of these examples."
+    if _tells_forgetting(report):
+        unit = "" if scale_of(report)[0] else f", in {markdown_text(report.metric)}"
+        text += f" Forgets: what is lost on the source model's own data{unit}."
+    return text
 
 
 def sentences(report: ComparisonReport) -> list[str]:
@@ -156,9 +168,7 @@ def _cells(
     rows = []
     for row in report.methods:
         mean = None if row.has_diverged else row.mean
-        result = "diverged" if mean is None else _number(report, mean)
-        if mean is not None and len(row.test) > 1:
-            result += f" ± {_number(report, statistics.stdev(row.results))}"
+        result = "diverged" if mean is None else _with_spread(row.results, scale_of(report)[0])
         difference = "-"
         if row.to_full is not None:
             difference = _number(report, row.to_full.mean, "+")
@@ -176,14 +186,30 @@ def _cells(
             f"{statistics.fmean(sizes) / 1000:,.0f}" if sizes else "-",
             f"{row.choosing_seconds:.1f}" if row.choosing_seconds >= 0.05 else "-",
         ]
+        for metric, values in row.test_metrics.items():
+            numbers = [value for value in values if value is not None]
+            cells.append(_with_spread(numbers, _is_share(report, metric)) if len(numbers) == len(values) else "-")
         if row.forgotten is not None:
             told = [value for value in row.forgotten if value is not None]
             cells.append(_number(report, statistics.fmean(told)) if len(told) == len(row.forgotten) else "-")
         if mean == best:
             cells[:2] = [bold.format(cell) for cell in cells[:2]]
         rows.append(cells)
-    header = [*_COLUMNS, *["forgets"] * _tells_forgetting(report)]
-    return [name.format(metric=shown(report.metric) + ", %" * scale_of(report)[0]) for name in header], rows
+    header = [name.format(metric=shown(report.metric) + ", %" * scale_of(report)[0]) for name in _COLUMNS]
+    further = [shown(metric) + ", %" * _is_share(report, metric) for metric in report.methods[0].test_metrics]
+    return [*header, *further, *["forgets"] * _tells_forgetting(report)], rows
+
+
+def _is_share(report: ComparisonReport, metric: str) -> bool:
+    """Whether one of the recipe's `test_metrics` is shown in percent."""
+    values = [value for row in report.methods for value in row.test_metrics[metric]]
+    return all(0 <= value <= 1 for value in values if value is not None)
+
+
+def _with_spread(values: Sequence[float], is_share: bool) -> str:
+    """Mean ± standard deviation."""
+    cell = _scaled(statistics.fmean(values), is_share)
+    return f"{cell} ± {_scaled(statistics.stdev(values), is_share)}" if len(values) > 1 else cell
 
 
 def _tells_forgetting(report: ComparisonReport) -> bool:
@@ -191,7 +217,11 @@ def _tells_forgetting(report: ComparisonReport) -> bool:
 
 
 def _number(report: ComparisonReport, value: float, sign: str = "") -> str:
-    return f"{100 * value:{sign}.1f}" if scale_of(report)[0] else f"{value:{sign}.4g}"
+    return _scaled(value, scale_of(report)[0], sign)
+
+
+def _scaled(value: float, is_share: bool, sign: str = "") -> str:
+    return f"{100 * value:{sign}.1f}" if is_share else f"{value:{sign}.4g}"
 
 
 def _range(report: ComparisonReport, bounds: tuple[float, float]) -> str:

@@ -18,7 +18,7 @@ from ...errors import SurgicalError
 from ...validation import is_reference, nearest, resolve
 from ..metrics import SHIPPED
 
-_KEYS = ("task", "criterion", "procedure", "policy", "methods", "metric")  # each with its `_options`
+_KEYS = ("task", "criterion", "procedure", "policy", "methods", "metric", "test_metrics")  # each with its `_options`
 _WITH_OPTIONS = ("criterion", "procedure", "policy")
 _PUSHING = ("push_to_hub", "hub_", "trackio_")  # how keys begin by which results go out
 _FETCHED = Path(".cache", "huggingface", "download")  # where `hf download --local-dir` notes what it has fetched
@@ -54,10 +54,10 @@ def code_of(recipe: Any, *keys: str) -> list[Code]:
     """
     codes: list[Code] = []
     for key in keys or _KEYS:
-        if key == "metric":
-            folder = (recipe.metric or "").partition(":")[0]
-            if folder and folder not in SHIPPED:
-                codes.append(Code(key, folder, not Path(folder).exists()))
+        if key in ("metric", "test_metrics"):
+            metrics = recipe.test_metrics if key == "test_metrics" else [recipe.metric or ""]
+            folders = dict.fromkeys(metric.partition(":")[0] for metric in metrics)
+            codes += [Code(key, name, not Path(name).exists()) for name in folders if name and name not in SHIPPED]
             continue
         values = getattr(recipe, key), getattr(recipe, f"{key}_options", None)
         codes += [Code(key, name) for name in dict.fromkeys(_references(values))]
@@ -190,6 +190,10 @@ def without_code(recipe: Any) -> tuple[Any, list[str]]:
             continue
         notes.append(f"Not imported: {code.key} {code.name}. {lost}")
         changes[code.key] = "sweep" if code.key == "procedure" else None
+        if code.key == "test_metrics":
+            changes[code.key] = {
+                metric: count for metric, count in recipe.test_metrics.items() if metric.partition(":")[0] in SHIPPED
+            }
         if code.key in _WITH_OPTIONS:
             changes[f"{code.key}_options"] = {}
     if "methods" in changes:
@@ -202,5 +206,5 @@ _LOST = {
     "procedure": "How many trainings it takes is not known: sweep is told in its place.",
     "policy": "Whether it fits, and what it costs in training, is not known.",
     "methods": "Such methods are not counted.",
-    "metric": "What it costs to measure is not known.",
+    **dict.fromkeys(("metric", "test_metrics"), "What it costs to measure is not known."),
 }

@@ -31,7 +31,9 @@ _RANGES = {
     "severity": (1, 5),
     **dict.fromkeys(("character_noise", "casing"), (0, 100)),
     "shift_seed": (0, 2**32 - 1),
-    **dict.fromkeys(("max_length", "num_blocks", "num_batches", "early_stopping_patience"), (1, _MANY)),
+    **dict.fromkeys(
+        ("max_length", "max_new_tokens", "num_blocks", "num_batches", "early_stopping_patience"), (1, _MANY)
+    ),
     "folds": (2, _MANY),
 }
 _LISTS = {
@@ -153,6 +155,9 @@ def _check_search(recipe: Recipe) -> None:
             raise SurgicalError(f"{key}: {getattr(recipe, key)} has an entry twice: name it once.")
     if recipe.folds is not None and recipe.seeds is not None:
         raise SurgicalError("seeds and folds are both given: a search takes the mean over one of them.")
+    for metric, count in recipe.test_metrics.items():
+        if count is not None:
+            check_count("a recipe", f"test_metrics: {metric}", count, "examples of the test split")
     if recipe.pruner_options and recipe.pruner is None:
         raise SurgicalError(f"pruner_options={recipe.pruner_options} need a pruner that they are for.")
 
@@ -168,8 +173,9 @@ def find_folders(path: Path, keys: dict[str, Any]) -> dict[str, Any]:
     """
     paths = {key: _beside(path, value) if key in _FOLDERS else value for key, value in keys.items()}
     if isinstance(metric := keys.get("metric"), str):
-        folder, colon, number = metric.partition(":")
-        paths["metric"] = metric if folder in SHIPPED else _beside(path, folder) + colon + number
+        paths["metric"] = _metric_beside(path, metric)
+    if isinstance(counts := keys.get("test_metrics"), dict):
+        paths["test_metrics"] = {_metric_beside(path, metric): count for metric, count in counts.items()}
     if isinstance(methods := keys.get("methods"), list):
         paths["methods"] = [_with_result(path, method) for method in methods]
     return paths
@@ -187,6 +193,11 @@ def _beside(path: Path, name: Any) -> Any:
     neighbor = path.parent / str(name)
     is_local = isinstance(name, str) and (neighbor.exists() or name.startswith("."))
     return str(neighbor.resolve()) if is_local else name
+
+
+def _metric_beside(path: Path, name: str) -> str:
+    folder, colon, number = name.partition(":")
+    return name if folder in SHIPPED else f"{_beside(path, folder)}{colon}{number}"
 
 
 def _with_result(path: Path, method: Any) -> Any:

@@ -35,7 +35,10 @@ class DataSection:
         metric: what to measure, larger is better: one that ships in `metrics`, a folder (relative to the recipe) with
             a script for `evaluate`, or, with a network and `--allow-code`, one of the Hub; default is the
             task's.
+        test_metrics: further metrics of the test split alone, for `train` and `compare`, each with how many of its
+            examples are measured, evenly spread, e.g. `{exact_number: 100}`; null for all.
         max_length: of a text, in tokens; default is what the model takes.
+        max_new_tokens: of an answer that a `causal_lm` model writes to be measured, in tokens; default is 256.
         new_head: whether the head is made anew, with as many labels as the data have classes; it is then trained and
             saved whatever blocks are chosen.
         problem_type: what a classification task predicts: `single_label_classification` (default),
@@ -60,7 +63,9 @@ class DataSection:
     task: str = "image_classification"
     columns: dict[str, Any] = field(default_factory=dict)
     metric: str | None = None
+    test_metrics: dict[str, int | None] = field(default_factory=dict)
     max_length: int | None = None
+    max_new_tokens: int | None = None
     new_head: bool = False
     problem_type: str | None = None
     class_weights: str | list[float] | None = None

@@ -9,6 +9,9 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+from torch import nn
+from torch.utils.data import Subset
+
 from ...errors import SurgicalError
 from ..recipe.code import check_code, resolve_key
 from ..recipe.recipe import Recipe
@@ -43,7 +46,7 @@ def load_task(recipe: Recipe, splits: Sequence[str] = SPLITS) -> Task:
         dict_keys(['train', 'validation'])
     """
     task = task_of(recipe)
-    check_code(recipe, "metric")
+    check_code(recipe, "metric", "test_metrics")
     info = info_of(task)
     if info.keys is not None:
         check_keys(recipe, info.keys)
@@ -56,16 +59,50 @@ def load_task(recipe: Recipe, splits: Sequence[str] = SPLITS) -> Task:
     return replace(loaded, summary=DataSummary((f"examples: {sizes or 'none'}",)) + loaded.summary)
 
 
-def measured_split(recipe: Recipe) -> tuple[str, Examples]:
-    """The split that results are told on, with its name: `test` or, where the data have none, `validation`.
+def measured_task(recipe: Recipe) -> tuple[str, Task]:
+    """A task with the split alone that results are told on: `test` or, where the data have none, `validation`.
 
     Raises:
         SurgicalError: as `load_task`.
     """
     for split in ("test", "validation"):
-        if split in (splits := load_task(recipe, (split,)).splits):
+        if split in (task := load_task(recipe, (split,))).splits:
             break
-    return split, splits[split]
+    return split, task
+
+
+def measured_split(recipe: Recipe) -> tuple[str, Examples]:
+    """The split of `measured_task`, with its name."""
+    split, task = measured_task(recipe)
+    return split, task.splits[split]
+
+
+def further_measure(recipe: Recipe, metric: str) -> tuple[str, Callable[[nn.Module, Examples], float], Examples]:
+    """How one of a recipe's `test_metrics` is measured: the split, the measure, and all examples of the split.
+
+    Raises:
+        SurgicalError: as `load_task`; a task that does not measure it.
+    """
+    split, task = measured_task(replace(recipe, metric=metric))
+    if task.metric != metric:
+        raise SurgicalError(
+            f"test_metrics: {metric!r} is not measured by the task {recipe.task!r}, which gives {task.metric!r} "
+            "whatever the recipe's metric is: leave it out, or have the task read `recipe.metric`."
+        )
+    return split, task.measure, task.splits[split]
+
+
+def spread(examples: Examples, count: int | None) -> Examples:
+    """So many of the examples, evenly spread over all; None, or more than there are: all.
+
+    Example:
+        >>> list(spread("abcdefgh", 4))
+        ['a', 'c', 'e', 'g']
+    """
+    size = len(examples)
+    if count is None or count >= size:
+        return examples
+    return Subset(examples, [place * size // count for place in range(count)])  # type: ignore[arg-type]
 
 
 def task_of(recipe: Recipe) -> Callable[..., Task]:

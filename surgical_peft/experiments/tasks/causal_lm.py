@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq
 from ...errors import SurgicalError
 from ..metrics import load_metric
 from ..recipe.recipe import Recipe
+from .answers import MAX_NEW_TOKENS, WRITTEN, Answers
 from .chat import form_of, read_chat, read_prompt, rows_without_answer, unused_forms
 from .dataset import open_data
 from .evaluation import Measure, check_metric, read_tokens
@@ -23,6 +24,7 @@ from .text_examples import Texts, Tokenizing, plain, tokenizing
 from .tiny_data import TEXT_CONFIG, WORDS, save_tokenizer, text_feature
 
 BATCH_SIZE = 8  # of measuring; the logits of a batch have as many columns as the vocabulary has words
+BATCH_WRITTEN = 32  # of writing, which keeps the logits of one place alone
 
 
 def _row(place: int, rng: Generator, classes: list[str]) -> dict[str, Any]:
@@ -32,7 +34,7 @@ def _row(place: int, rng: Generator, classes: list[str]) -> dict[str, Any]:
 
 
 @with_info(
-    keys=["character_noise", "casing", "max_length"],
+    keys=["character_noise", "casing", "max_length", "max_new_tokens"],
     pipeline="text-generation",
     tiny=TinyTask(AutoModelForCausalLM, {"text": text_feature}, _row, save_tokenizer, config=TEXT_CONFIG),
 )
@@ -42,20 +44,31 @@ def causal_lm(recipe: Recipe, splits: Sequence[str]) -> Task:
     Columns: `text`, all of which is learned; or `messages`, a list of `{role, content}` for the tokenizer's chat
     template; or `prompt` and `completion`. Of chats and prompts only the answers are learned and
     measured. Metrics: `accuracy` (default), the share of tokens that are predicted rightly from all before them;
-    `log_likelihood`, minus the mean loss of a token.
+    `log_likelihood`, minus the mean loss of a token; `exact_number` and `exact_match`, of the last answers that the
+    model writes by itself, always its likeliest token: for these, `max_length` cuts off training examples alone.
     """
     metric = recipe.metric or "accuracy"
-    check_metric(metric, "accuracy", "log_likelihood")
+    check_metric(metric, "accuracy", "log_likelihood", *WRITTEN)
+    is_written = metric in WRITTEN
+    if recipe.max_new_tokens is not None and not {metric, *recipe.test_metrics} & set(WRITTEN):
+        raise SurgicalError(
+            f"max_new_tokens={recipe.max_new_tokens} is for metrics of what the model writes: {', '.join(WRITTEN)}."
+        )
     how = tokenizing(recipe)
     data = open_data(recipe, splits, partial(form_of, recipe.columns))
+    whole = Answers(tokenizing(replace(recipe, max_length=None)), metric, recipe.max_new_tokens or MAX_NEW_TOKENS)
     collate = plain(DataCollatorForSeq2Seq(how.tokenizer))  # unlike that for language models it pads labels as such
     features: Any = next((rows.features for rows in data.splits.values()), {})  # no split may be asked for
     unused = unused_forms(recipe.columns, data.columns, features)
     examples, lines = {}, []
     for split, rows in data.splits.items():
-        texts = Texts(rows, list(range(len(rows))), partial(_read, how, data.columns), partial(how.rng, split))
+        is_whole = is_written and split != "train"
+        made_by = partial(_read, whole.how if is_whole else how, data.columns)
+        texts = Texts(rows, list(range(len(rows))), made_by, partial(how.rng, split))
         examples[split] = texts
-        if "text" not in data.columns and (unanswered := rows_without_answer(texts)):
+        if is_whole:
+            whole.check(split, texts)
+        elif "text" not in data.columns and (unanswered := rows_without_answer(texts)):
             lines.append(
                 f"split {split}: {len(unanswered):,} of {len(rows):,} rows have no answer within {how.max_length} "
                 f"tokens, row {listed(unanswered)}"
@@ -64,13 +77,14 @@ def causal_lm(recipe: Recipe, splits: Sequence[str]) -> Task:
             if not recipe.drop_empty or not kept:
                 raise SurgicalError(f"{recipe.data}, {lines[-1]}: raise max_length, or write drop_empty: true.")
             examples[split] = replace(texts, rows=kept)
+    read = whole.read if is_written else partial(read_tokens, metric, 1)
     return Task(
         load_model=model_loader(AutoModelForCausalLM, recipe),
         splits=dict(examples),
         collate=collate,
         processor=how.tokenizer,
         metric=metric,
-        measure=Measure(load_metric(metric), partial(read_tokens, metric, 1), collate, BATCH_SIZE),
+        measure=Measure(load_metric(metric), read, collate, BATCH_WRITTEN if is_written else BATCH_SIZE),
         summary=data.summary + DataSummary((*unused, *(f"left out by drop_empty: {line}" for line in lines))),
     )
 

@@ -13,6 +13,7 @@ from transformers import AutoModelForSeq2SeqLM, DataCollatorForSeq2Seq
 from ...scoring.batches import IGNORED
 from ..metrics import load_metric
 from ..recipe.recipe import Recipe
+from .answers import WRITTEN
 from .columns import TEXT
 from .dataset import open_data
 from .evaluation import Batch, Measure, check_metric, read_tokens
@@ -46,11 +47,11 @@ def seq2seq(recipe: Recipe, splits: Sequence[str]) -> Task:
 
     Columns: `text` and `target`. Metrics: `accuracy` (default), the share of the target's tokens that are predicted
     rightly from the text and all right tokens before them; `log_likelihood`, minus the mean loss of a token;
-    `exact_match`, or one of the Hub, of the text that the model writes by itself, always taking the likeliest token.
-    A shift changes `text` alone.
+    `exact_match`, `exact_number`, or one of the Hub, of the text that the model writes by itself, always taking the
+    likeliest token. A shift changes `text` alone.
     """
     metric = recipe.metric or "accuracy"
-    check_metric(metric, *_BY_TOKEN, "exact_match")
+    check_metric(metric, *_BY_TOKEN, *WRITTEN)
     how = tokenizing(recipe)
     data = open_data(recipe, splits, {"text": TEXT, "target": TEXT})
     collate = plain(DataCollatorForSeq2Seq(how.tokenizer))

@@ -99,6 +99,7 @@ def _published(report: TrainingReport) -> TrainingReport:
         report,
         recipe=without_paths(report.recipe),
         metric=without_paths(report.metric),
+        test_metrics={without_paths(metric): found for metric, found in report.test_metrics.items()},
         dataset=replace(report.dataset, summary=summary),
         rates=replace(report.rates, policy_options=without_paths(report.rates.policy_options)),
     )
@@ -115,6 +116,9 @@ def _results(report: TrainingReport) -> str:
     for split in report.splits:
         before, after = report.before[split], report.after[split]
         rows.append([markdown_text(split), f"{report.dataset.examples[split]:,}", f"{before:.4f}", f"{after:.4f}"])
+    for metric, found in report.test_metrics.items():
+        name = markdown_text(f"{found.split}, {metric}")
+        rows.append([name, f"{found.examples:,}", f"{found.before:.4f}", f"{found.after:.4f}"])
     return "\n".join(map(markdown_row, rows))
 
 
@@ -143,7 +147,7 @@ def _metadata(report: TrainingReport) -> ModelCardData:
         library_name="peft",
         pipeline_tag=pipeline,
         datasets=[data] if report.dataset.on_hub else None,
-        metrics=[report.metric],
+        metrics=list(dict.fromkeys([report.metric, *report.test_metrics])),
         tags=[TAG, *([report.task.replace("_", "-")] if ":" not in report.task else [])],
         eval_results=[
             EvalResult(
@@ -153,10 +157,13 @@ def _metadata(report: TrainingReport) -> ModelCardData:
                 dataset_split=split,
                 dataset_config=report.recipe.get("data_config"),
                 dataset_revision=report.dataset.commit,
-                metric_type=report.metric,
-                metric_value=report.after[split],
+                metric_type=metric,
+                metric_value=value,
             )
-            for split in report.splits
+            for split, metric, value in [
+                *((split, report.metric, report.after[split]) for split in report.splits),
+                *((found.split, metric, found.after) for metric, found in report.test_metrics.items()),
+            ]
         ],
     )
 

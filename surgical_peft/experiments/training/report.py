@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +80,22 @@ class RateReport:
 
 
 @dataclass(frozen=True)
+class FurtherMetric:
+    """One of the recipe's `test_metrics`.
+
+    Attributes:
+        split: that it was measured on.
+        examples: how many of it.
+        before, after: the metric.
+    """
+
+    split: str
+    examples: int
+    before: float
+    after: float
+
+
+@dataclass(frozen=True)
 class TrainingReport:
     """A training: on what, how, and with which result; `report.json` holds it.
 
@@ -98,6 +114,7 @@ class TrainingReport:
         plot: file with the plot of the scores.
         pipeline: the Hub's name for the task; reports of versions before do not have it.
         in_pipeline: whether `pipeline` takes the adapter's folder and model; versions before did not say.
+        test_metrics: further metrics that the recipe asks for.
     """
 
     name: str
@@ -124,11 +141,18 @@ class TrainingReport:
     plot: str | None
     pipeline: str | None = None
     in_pipeline: bool = False
+    test_metrics: dict[str, FurtherMetric] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, as `report.json` holds it."""
         values = to_json(self)
-        for part, key in ((values, "pipeline"), (values, "in_pipeline"), (values["dataset"], "summary")):
+        optional = (
+            (values, "pipeline"),
+            (values, "in_pipeline"),
+            (values, "test_metrics"),
+            (values["dataset"], "summary"),
+        )
+        for part, key in optional:
             if not part[key]:  # reports of versions before do not have it
                 del part[key]
         return values

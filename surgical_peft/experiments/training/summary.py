@@ -18,6 +18,10 @@ def table(report: TrainingReport) -> TextTable:
         [split, f"{report.dataset.examples[split]:,}", *_numbers([before, report.after[split]])]
         for split, before in report.before.items()
     ]
+    rows += [
+        [f"{found.split}, {metric}", f"{found.examples:,}", *_numbers([found.before, found.after])]
+        for metric, found in report.test_metrics.items()
+    ]
     new = ", with an untrained new head," if report.recipe.get("new_head") else ""
     return TextTable(
         f"Tuned: {tuned_in_words(report)}",

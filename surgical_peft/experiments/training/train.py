@@ -35,7 +35,7 @@ from ...optim.callback import SurgicalCallback
 from ...optim.optimizer import surgical_optimizer
 from ...policies.policy import Policy
 from ...scoring.block_scores import BlockScores
-from ...scoring.progress import Counted, Stages, TrainingStage, counted
+from ...scoring.progress import Stages, TrainingStage, counted
 from ...scoring.score import score_blocks
 from ...tuner.config import SurgicalConfig
 from ...tuner.loading.fingerprint import fingerprint
@@ -45,7 +45,8 @@ from ..tasks import Examples, Task, load_task
 from ..tasks.source_model import modules_to_save
 from .card import write_card
 from .make_report import make_report, start
-from .report import REPORT, TrainingReport
+from .measuring import measurements
+from .report import REPORT, FurtherMetric, TrainingReport
 from .unfinished import StopAtStep, Unfinished, stopped_early
 
 _ADAPTER = "adapter_config.json"  # by which the adapter of an earlier run is known
@@ -133,6 +134,7 @@ def _train(
         stages.begin("load the data")
         task, beginning = load_task(recipe), start(recipe)
         processor = task.processor or processor_of(recipe.model)
+        own, further = measurements(recipe, task)
         stages.end()
         task.summary.show(stages.console)
         stages.begin("load the model")
@@ -150,19 +152,14 @@ def _train(
             wrapped = get_surgical_model(model, config)
             tuned = sum(parameter.numel() for parameter in wrapped.parameters() if parameter.requires_grad)
 
-            def measured(when: str) -> dict[str, float]:
-                values: dict[str, float] = {}
-                for split in ("validation", "test"):
-                    if split not in task.splits:
-                        continue
-                    examples = task.splits[split]
-                    stages.begin(f"measure {task.metric} {when} training, {split}", len(examples))
-                    values[split] = task.measure(wrapped, Counted(examples, stages))
-                return values
+            def measured(when: str) -> tuple[dict[str, float], dict[str, float]]:
+                values = {entry.split: entry.of(wrapped, when, stages) for entry in own}
+                return values, {entry.metric: entry.of(wrapped, when, stages) for entry in further}
 
             if "before" not in unfinished.known:
-                unfinished.keep(before=measured("before"))
-            before = unfinished.known["before"]
+                values, others = measured("before")
+                unfinished.keep(before=values, others_before=others)
+            before, others_before = unfinished.known["before"], unfinished.known.get("others_before", {})
             callbacks: list[TrainerCallback] = [
                 SurgicalCallback(),
                 *([TrainingStage(stages)] if args.disable_tqdm else []),
@@ -182,13 +179,14 @@ def _train(
                     judged,
                     unfinished.checkpoint,
                 )
-            after = measured("after")
+            after, others_after = measured("after")
         except KeyboardInterrupt:
             raise KeyboardInterrupt(unfinished.interrupted()) from None
     beginning = replace(beginning, clock=time.monotonic() - unfinished.seconds)
     keeps_checkpoints = args.save_strategy != SaveStrategy.NO
     try:
-        _check_finite(wrapped, args, {f"{task.metric} on {split}": value for split, value in after.items()})
+        told = {f"{task.metric} on {split}": value for split, value in after.items()}
+        _check_finite(wrapped, args, {**told, **others_after})
     except SurgicalError:
         unfinished.finished(keeps_checkpoints)
         raise
@@ -205,7 +203,13 @@ def _train(
     scored, plot = (None, None) if scores is None else (list(scores.values), "scores.png")
     sizes = tuned, size
     report = make_report(recipe, task, trainer, beginning, (before, after), sizes, folder, scored, plot)
-    report = replace(report, in_pipeline=fits_pipeline(wrapped, processor))
+    found = {
+        entry.metric: FurtherMetric(
+            entry.split, len(entry.examples), others_before[entry.metric], others_after[entry.metric]
+        )
+        for entry in further
+    }
+    report = replace(report, in_pipeline=fits_pipeline(wrapped, processor), test_metrics=found)
     write_text(folder / REPORT, json.dumps(report.to_json(), indent=2) + "\n")
     write_card(folder)
     unfinished.finished(keeps_checkpoints)

@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 from surgical_peft import SurgicalError
 from surgical_peft.experiments.recipe.recipe import Recipe
 from surgical_peft.experiments.tasks import load_task
+from surgical_peft.experiments.training.report import TrainingReport
 from surgical_peft.experiments.training.train import train
 from tests.support.toy_tasks import TOY_TASKS
 
@@ -90,9 +91,16 @@ def test_a_chat_is_trained_and_measured(toy: Recipe, tmp_path: Path) -> None:
     recipe = chats(
         toy, tmp_path, PLAIN, [{"messages": CHAT[:2]}, {"messages": CHAT}] * 5, blocks=["1"], training=training
     )
+    recipe = replace(recipe, test_metrics={"log_likelihood": 1, "accuracy": None})  # there is no test split
     report = train(recipe, tmp_path / "run")
     assert report.dataset.examples == {"train": 8, "validation": 2}
     assert 0 <= report.after["validation"] <= 1
+    accuracy, likelihood = report.test_metrics["accuracy"], report.test_metrics["log_likelihood"]
+    assert (accuracy.before, accuracy.after) == (report.before["validation"], report.after["validation"])
+    assert likelihood.examples == 1 and likelihood.before != likelihood.after < 0
+    assert TrainingReport.load(tmp_path / "run" / "report.json") == report
+    card = (tmp_path / "run" / "adapter" / "README.md").read_text()
+    assert f"| 1 | {likelihood.before:.4f} | {likelihood.after:.4f} |" in card and "- log_likelihood" in card
 
 
 @pytest.mark.parametrize(

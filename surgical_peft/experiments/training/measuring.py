@@ -1,0 +1,49 @@
+"""What a training is measured by: the task's metric on each split, and further ones on the test split."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import nn
+
+from ...scoring.progress import Counted, Stages
+from ..recipe.recipe import Recipe
+from ..tasks import Examples, Task, further_measure, spread
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A metric on examples.
+
+    Attributes:
+        metric: its name, as the recipe has it.
+        split: that the examples are of.
+        measure: gives the metric of a model.
+        examples: to measure on.
+    """
+
+    metric: str
+    split: str
+    measure: Callable[[nn.Module, Examples], float]
+    examples: Examples
+
+    def of(self, model: nn.Module, when: str, stages: Stages) -> float:
+        """The metric of a model, told as a stage `when` (before, after) training."""
+        stages.begin(f"measure {self.metric} {when} training, {self.split}", len(self.examples))
+        return self.measure(model, Counted(self.examples, stages))
+
+
+def measurements(recipe: Recipe, task: Task) -> tuple[list[Measurement], list[Measurement]]:
+    """Those by the task's metric, on validation and test data, and those by the recipe's `test_metrics`.
+
+    Raises:
+        SurgicalError: as `further_measure`.
+    """
+    splits = [split for split in ("validation", "test") if split in task.splits]
+    own = [Measurement(task.metric, split, task.measure, task.splits[split]) for split in splits]
+    further = []
+    for written, metric in zip(recipe.keys().get("test_metrics", {}), recipe.test_metrics, strict=True):
+        split, measure, examples = further_measure(recipe, metric)
+        further.append(Measurement(written, split, measure, spread(examples, recipe.test_metrics[metric])))
+    return own, further
