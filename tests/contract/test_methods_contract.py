@@ -14,7 +14,7 @@ import torch
 from peft import PeftModel
 from rich.console import Console
 from torch import Tensor, nn
-from transformers import TrainingArguments
+from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
 from surgical_peft import BlockMap, Selection, SurgicalError, policies
 from surgical_peft.experiments.compare import methods
@@ -22,7 +22,7 @@ from surgical_peft.experiments.compare.compare import compare
 from surgical_peft.experiments.compare.comparison import Comparison, Job
 from surgical_peft.experiments.compare.jobs import JobRunner, measure_test, train_method
 from surgical_peft.experiments.compare.methods import Method, make_method
-from surgical_peft.experiments.recipe import load_recipe
+from surgical_peft.experiments.recipe import Recipe, load_recipe
 from surgical_peft.policies.stages import Stages
 from surgical_peft.search.result import SearchResult, SearchTrial
 from tests.support.tiny import write_recipe
@@ -144,6 +144,25 @@ def test_norms_are_trained_and_the_head(job_runner: JobRunner) -> None:
         for weight in ("weight", "bias")
     }
     assert changed == wanted
+
+
+@pytest.mark.parametrize("head", [True, False])
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_head_of_a_language_model_may_be_its_embeddings(tied: bool, head: bool) -> None:
+    """It was called norms and head, and the head stayed as it was."""
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=12, tie_word_embeddings=tied))
+    method = make_method({"norms": {"head": head}})
+    wrapped = method.wrap(model, Selection(()), Recipe(model="m", data="d", task="causal_lm"))
+    tuned = {
+        name.removeprefix("base_model.model.").replace(".modules_to_save.default", "")
+        for name, p in wrapped.named_parameters()
+        if p.requires_grad
+    }
+    heads = {"model.embed_tokens.weight" if tied else "lm_head.weight"} if head else set()
+    assert {name for name in tuned if "norm" not in name} == heads and len(tuned) == 3 + len(heads)
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+    assert ("head" in method.title) == head
 
 
 def test_lora_reaches_every_linear_layer(job_runner: JobRunner) -> None:

@@ -21,15 +21,20 @@ from ...tasks.source_model import modules_to_save as always_saved
 from .method import Method, of_known_blocks, parsed
 
 
-def norms() -> Method:
-    """All normalization layers and the head: LN tuning.
+def norms(head: bool = True) -> Method:
+    """All normalization layers, and with `head` the head: LN tuning.
+
+    Args:
+        head: tune the head too; where its weights are tied to the embeddings, as in many language models, these.
 
     Costs: nothing to choose.
 
     Example:
-        methods: [full, norms]
+        methods: [full, norms, {norms: {head: false}}]
     """
-    return Method("norms and head", wrap=_tune_norms)
+    if not isinstance(head, bool):
+        raise SurgicalError(f"norms: head={head!r} is neither true nor false.")
+    return Method("norms and head" if head else "norms", wrap=partial(_tune_norms, head))
 
 
 def lora(
@@ -76,9 +81,26 @@ def modules_to_save(names: Any) -> Method:
     return replace(of_known_blocks(f"stock PEFT, {shown}", parsed(names)), wrap=_save_modules)
 
 
-def _tune_norms(model: nn.Module, selection: Selection, recipe: Recipe) -> nn.Module:
-    config = SurgicalConfig(blocks="all", target_modules="all-norm", modules_to_save=_with_heads(model, recipe))
+def _tune_norms(head: bool, model: nn.Module, selection: Selection, recipe: Recipe) -> nn.Module:
+    saved = _with_heads(model, recipe) if head else always_saved(recipe, model)
+    config = SurgicalConfig(blocks="all", target_modules="all-norm", modules_to_save=saved)
+    if head and (tied := _tied_to_the_head(model)):
+        targets = {**dict.fromkeys(BlockMap.find(model).names, "all-norm"), **tied}
+        config = SurgicalConfig(target_modules=targets, modules_to_save=saved)
     return get_surgical_model(model, replace(config, frozen_eval=recipe.frozen_eval))
+
+
+def _tied_to_the_head(model: nn.Module) -> dict[str, str | list[str]]:
+    """By block, the embeddings whose weights the head of a language model shares."""
+    blocks, modules = BlockMap.find(model), dict(model.named_modules())
+    heads = [module for name, module in modules.items() if name in blocks.tied and isinstance(module, nn.Linear)]
+    shared = [
+        name
+        for name, module in modules.items()
+        if isinstance(module, nn.Embedding) and any(module.weight is head.weight for head in heads)
+    ]
+    owners = {name: blocks.block_of(f"{name}.weight") for name in shared}
+    return {block: [name for name in shared if owners[name] == block] for block in owners.values()}
 
 
 def _with_heads(model: nn.Module, recipe: Recipe) -> list[str] | None:
