@@ -5,8 +5,8 @@ Run from the root of the repository (an hour on one CPU core; killed, the same c
     python recipes/real/make_resnet26.py CIFAR OUTPUT
 
 CIFAR is a folder with CIFAR-10 as `train.parquet` and `test.parquet`, or `uoft-cs/cifar10` with a network. OUTPUT then
-holds the model, its image processor and a model card with its accuracy on the test images. A model below 90 % there is
-not the source that the results are about: the command stops, and saves none.
+holds the model, its image processor and a model card with its accuracy on the test images; what is there is kept. A
+model below 90 % is not the source that the results are about: the command stops, and saves none.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import torch
+from make_cifar10 import open_split
 from transformers import ResNetConfig, ResNetForImageClassification, Trainer, TrainingArguments, ViTImageProcessorPil
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -74,11 +74,10 @@ def prepare(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
 
 def read_cifar10(source: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Images (count, 3, 32, 32) in bytes and labels, by split."""
-    found = datasets.load_dataset(source)
-    image = "image" if "image" in found["train"].column_names else "img"  # the second on the Hub
+    found = {split: open_split(source, split) for split in ("train", "test")}
     return {
         split: (
-            np.stack([np.asarray(picture.convert("RGB")) for picture in rows[image]]).transpose(0, 3, 1, 2),
+            np.stack([np.asarray(picture.convert("RGB")) for picture in rows["image"]]).transpose(0, 3, 1, 2),
             np.asarray(rows["label"]),
         )
         for split, rows in found.items()
@@ -100,6 +99,8 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
+    if (given.output / "measured.json").exists():
+        return
     splits, work = read_cifar10(given.cifar), given.output.with_name(f"{given.output.name}.work")
     args = TrainingArguments(
         output_dir=str(work),

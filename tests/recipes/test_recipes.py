@@ -25,6 +25,8 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
+    Dinov2Config,
+    Dinov2Model,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
@@ -43,7 +45,10 @@ from tests.support.cli import run
 ROOT = Path(__file__).parents[2]
 PATHS = sorted((ROOT / "recipes").rglob("*.yaml"))
 NAMES = [path.relative_to(ROOT / "recipes").as_posix() for path in PATHS]
-MADE_BY = {"mail/source.yaml": "make mail"}  # what runs a recipe that nobody runs by itself
+MADE_BY = {
+    "mail/source.yaml": "make mail",
+    "real/vit_s14_source.yaml": "make real-sources",
+}  # what runs a recipe that nobody runs by itself
 NOT_MEASURED = [
     "real/cifar10_c.yaml",
     "hub/bert_base_conll2003.yaml",
@@ -52,6 +57,7 @@ NOT_MEASURED = [
     "hub/tinyllama_dialogsum.yaml",
     "hub/vit_base_beans.yaml",
     "real/smollm2_gsm8k.yaml",
+    "real/vit_s14_source.yaml",
 ]
 ROWS = {"train": 48, "validation": 12, "test": 12}
 WORDS = ("free", "money", "win", "now", "meeting", "at", "noon", "minutes", "attached", "unsubscribe")
@@ -110,6 +116,16 @@ def write_resnet(folder: Path) -> None:
         id2label=dict(enumerate("abcdefghij")),
     )
     ResNetForImageClassification(config).save_pretrained(folder)
+    ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(folder)
+
+
+def write_vit(folder: Path) -> None:
+    """A smaller encoder of the kind of the ViT-S/14 that `make real-data` fetches."""
+    torch.manual_seed(0)
+    config = Dinov2Config(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, mlp_ratio=2, image_size=32, patch_size=16
+    )
+    Dinov2Model(config).save_pretrained(folder)
     ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(folder)
 
 
@@ -175,6 +191,8 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_resnet(root / "data" / "real" / "resnet26")
     for name in ("cifar10/0", "cifar10-c/frost-0"):
         write_photos(root / "data" / "real" / name)
+    write_photos(root / "data" / "real" / "cifar10" / "source")
+    write_vit(root / "data" / "real" / "vit-s14")
     write_problems(root / "data" / "real")
     return root
 
@@ -229,7 +247,7 @@ def check_training(folder: Path) -> None:
 
 def test_all_are_found() -> None:
     kinds = Counter("tiny" if is_tiny(name) else command_of(name) for name in NAMES)
-    assert kinds == {"train": 13, "search": 4, "compare": 10, "tiny": 5}
+    assert kinds == {"train": 14, "search": 4, "compare": 10, "tiny": 5}
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if not is_tiny(name)])
