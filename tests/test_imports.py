@@ -15,6 +15,7 @@ import pytest
 
 import surgical_peft
 from surgical_peft.experiments.compare import methods
+from surgical_peft.export import targets
 
 PACKAGE = Path(surgical_peft.__file__).parent
 
@@ -26,11 +27,11 @@ ROOMS = [
 ]
 LAB = [
     *("shifts", "metrics", "recipe", "tasks", "training", "search", "compare", "advise", "start", "quickstart"),
-    "predict",
+    *("predict", "emit"),
 ]
 TORCH_ONLY = ["blocks", "criteria"]  # no transformers, no PEFT
 
-PACKAGES = [surgical_peft, surgical_peft.criteria, surgical_peft.policies, surgical_peft.procedures, methods]
+PACKAGES = [surgical_peft, surgical_peft.criteria, surgical_peft.policies, surgical_peft.procedures, methods, targets]
 MODULES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in sorted(PACKAGE.rglob("*.py"))}
 
 

@@ -38,6 +38,7 @@ COMMANDS: dict[str, tuple[list[str], int]] = {  # what to call each with, and th
     "train": (["{recipe}"], 2),
     "predict": (["{run}", "{folder}/none.png"], 2),
     "export": (["{run}/adapter", "{folder}/out", "--format", "merged"], 2),
+    "emit": (["{recipe}", "--for", "trl"], 2),
     "card": (["{run}"], 0),
     "push": (["{run}", "someone/one"], 0),
 }
