@@ -22,12 +22,25 @@ PACKAGE = Path(surgical_peft.__file__).parent
 # A room imports from those before it, and within itself.
 ROOMS = [
     *("errors", "threads", "quiet", "atomic_files", "validation", "typed_json", "rendering", "blocks", "precision"),
-    *("masks", "criteria", "scoring", "tuner", "policies", "procedures", "optim", "search", "export", "auto", "api"),
+    *(
+        "masks",
+        "criteria",
+        "scoring",
+        "tuner",
+        "policies",
+        "procedures",
+        "optim",
+        "search",
+        "export",
+        "diagnosis",
+        "auto",
+        "api",
+    ),
     *("experiments", "cli", "__init__", "__main__"),
 ]
 LAB = [
     *("shifts", "metrics", "recipe", "tasks", "training", "search", "compare", "advise", "start", "quickstart"),
-    *("predict", "emit"),
+    *("predict", "emit", "doctor"),
 ]
 TORCH_ONLY = ["blocks", "criteria"]  # no transformers, no PEFT
 

@@ -1,7 +1,7 @@
 """The command line.
 
-`start | recipe | blocks | score | search | compare | advise | train | predict | export | emit | card | push |
-quickstart`
+`start | recipe | blocks | score | search | compare | advise | train | doctor | predict | export | emit | card |
+push | quickstart`
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from rich.console import Console
 from typer.core import TyperCommand, TyperGroup
 
 from ..errors import SurgicalError
+from .doctor import doctor
 from .emit import emit
 from .exits import errors_in_one_line, interrupts_in_one_line
 from .experiments import advise, compare, open_recipe, search
@@ -178,6 +179,7 @@ def train(
     print_lines(last_lines(report))
 
 
+app.command(cls=Command)(doctor)
 app.command(cls=Command)(predict)
 
 
