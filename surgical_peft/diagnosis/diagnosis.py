@@ -26,7 +26,7 @@ FAULTS = {  # what is wrong, and what to do
     "frozen_in_optimizer": ("in the optimizer, but frozen", "make the optimizer after choosing what is trained"),
     "not_of_model": (
         "in the optimizer, but not in the model",
-        "make the optimizer after resizing, replacing, moving or wrapping",
+        "make the optimizer after resizing, replacing or wrapping, and after switching adapters",
     ),
     "twice": ("twice in the optimizer, which steps on it twice", "give each parameter once"),
     "decayed": ("a norm or bias with weight decay", "put these into a group with weight_decay=0, as Trainer does"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -76,19 +77,21 @@ def _inner(optimizer: Any) -> Optimizer:
 
 @contextmanager
 def _optimizer_of(trainer: Trainer) -> Iterator[Optimizer]:
-    """The Trainer's optimizer, or one made for the time being."""
-    if trainer.optimizer is not None:
-        yield _inner(trainer.optimizer)
-        return
+    """The Trainer's optimizer, or one made for the time being; the Trainer counts no step of it."""
     model: Any = trainer.model
     trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    attributes = dict(vars(trainer))
+    metrics = copy.deepcopy(attributes.get("_metrics"))  # those of TRL, averaged for the next log
     try:
-        yield _inner(trainer.create_optimizer())
+        yield _inner(trainer.optimizer or trainer.create_optimizer())
     finally:
         _, rates = find_rates(trainer.optimizer)
-        if rates is not None:
+        if rates is not None and attributes["optimizer"] is None:
             rates.release()
-        trainer.optimizer = None
+        vars(trainer).clear()
+        vars(trainer).update(attributes)
+        if metrics is not None:
+            vars(trainer)["_metrics"] = metrics
         for parameter, requires_grad in trainable:
             parameter.requires_grad_(requires_grad)
 

@@ -271,13 +271,29 @@ def test_an_error_of_the_step_leaves_no_trace_either() -> None:
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
+class Counting(Trainer):
+    """Notes what it sees, as the trainers of TRL do."""
+
+    tokens = 0
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        self.tokens += inputs["input_ids"].numel()
+        self._metrics.setdefault("train", []).append(1)
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+    _metrics: Any
+
+
 def trainer_of(folder: Path, policy: Any = None) -> Trainer:
     torch.manual_seed(0)
     model = get_peft_model(LLAMA.model(), SurgicalConfig(blocks=[0, 1, 2]))
     rows = [{key: value[at] for key, value in LLAMA.batch(size=8).items()} for at in range(8)]
     settings: dict[str, Any] = {"per_device_train_batch_size": 4, "max_steps": 2, "warmup_steps": 2, "use_cpu": True}
     args = TrainingArguments(str(folder), report_to="none", save_strategy="no", disable_tqdm=True, **settings)
-    return Trainer(model, args, train_dataset=rows, optimizer_cls_and_kwargs=surgical_optimizer(args, policy))  # type: ignore[arg-type]
+    optimizer: Any = surgical_optimizer(args, policy)
+    trainer = Counting(model, args, train_dataset=rows, optimizer_cls_and_kwargs=optimizer)  # type: ignore[arg-type]
+    trainer._metrics = {}
+    return trainer
 
 
 @pytest.mark.parametrize("policy", [None, policies.lisa(num_blocks=1, every=1)], ids=str)
@@ -289,7 +305,7 @@ def test_a_trainer_before_it_trains(tmp_path: Path, policy: Any) -> None:
             flags = [parameter.requires_grad for parameter in trainer.model.parameters()]  # type: ignore[union-attr]
             diagnosis = doctor(trainer)
             assert diagnosis.is_healthy, diagnosis
-            assert trainer.optimizer is None
+            assert trainer.optimizer is None and not trainer._metrics and not trainer.tokens  # type: ignore[attr-defined]
             assert flags == [parameter.requires_grad for parameter in trainer.model.parameters()]  # type: ignore[union-attr]
         trainer.train()
         ends.append(trainer.model.state_dict())  # type: ignore[union-attr]
