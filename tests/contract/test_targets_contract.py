@@ -187,6 +187,12 @@ def test_every_public_function_of_a_file_is_a_target() -> None:
     assert {path.stem for path in folder.glob("*.py")} - {"__init__", "choice"} == set(targets.__all__)
 
 
+def test_every_target_says_where_its_rule_is_from() -> None:
+    for name in targets.__all__:
+        source = (getattr(targets, name).__doc__ or "").partition("Source: ")[2]
+        assert re.search(r"https://github\.com/\S+ at [0-9a-f]{7}", source), name
+
+
 @pytest.mark.parametrize(("kind", "keys"), CHOICES, ids=str)
 def test_a_choice_is_what_our_own_tuner_trains(kind: str, keys: dict[str, Any]) -> None:
     assert choice_of(kind, keys).parameters == trained_by(model_of(kind), SurgicalConfig(**keys))
