@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..blocks.unwrap import bare_parameter_name, idle_parameters, unwrap_model, unwrap_module
+from ..tuner.tensors.architecture import built_anew
 
 
 def parameters_in_use(model: nn.Module) -> dict[str, tuple[str, nn.Parameter]]:
@@ -51,7 +51,8 @@ def engine_names(model: nn.Module) -> dict[str, str]:
     """For each parameter by its own name how an inference engine gets it: by its `"own"` name, `"merged"` or `"not"`.
 
     As TRL's trainers send weights to vLLM: adapters are merged, and what then stands under a name of the base model
-    arrives. Of a model that is not of transformers, every name is its own.
+    arrives. Of a model that its config does not suffice to build, every
+    name is its own.
 
     Source: TRL 1.16, `VLLMGeneration.sync_weights` in trl/generation/vllm_generation.py.
     """
@@ -73,9 +74,6 @@ def engine_names(model: nn.Module) -> dict[str, str]:
 
 
 def _names_of_class(model: nn.Module) -> set[str] | None:
-    """The names that the model's class gives its weights, built anew without them."""
-    if not isinstance(model, PreTrainedModel):
-        return None
-    with torch.device("meta"):
-        new = type(model)(model.config)
-    return {name for name, _ in new.named_parameters(remove_duplicate=False)}
+    """The names that the model's class gives its weights; None of a class that its config does not suffice for."""
+    new = built_anew(model) if isinstance(model, PreTrainedModel) else None
+    return None if new is None else {name for name, _ in new.named_parameters(remove_duplicate=False)}
