@@ -33,7 +33,7 @@ def doctor(
 
     Weights, buffers, gradients, modes, the optimizer's state and all random states are as before. It takes room for a
     copy of the weights that are trained and of the optimizer's state. Gradient checkpointing is as the model has it:
-    Trainer turns it on only when it trains.
+    Trainer turns it on only when it trains. Under `torch.compile` it is not seen which frozen weights are used.
 
     Args:
         training: a Trainer, whose optimizer is made if there is none yet; or the model and its optimizer.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from peft import PeftModel
@@ -51,8 +52,7 @@ def engine_names(model: nn.Module) -> dict[str, str]:
     """For each parameter by its own name how an inference engine gets it: by its `"own"` name, `"merged"` or `"not"`.
 
     As TRL's trainers send weights to vLLM: adapters are merged, and what then stands under a name of the base model
-    arrives. Of a model that its config does not suffice to build, every
-    name is its own.
+    arrives. Of a model that its config does not suffice to build, every name is its own.
 
     Source: TRL 1.16, `VLLMGeneration.sync_weights` in trl/generation/vllm_generation.py.
     """
@@ -60,10 +60,8 @@ def engine_names(model: nn.Module) -> dict[str, str]:
     prefix = getattr(model, "prefix", None) if isinstance(model, PeftModel) else None
     names = {}
     for name in [name for name, _ in model.named_parameters()]:
-        sent = (
-            name.removeprefix("base_model.model.").replace(".base_layer", "").replace("modules_to_save.default.", "")
-        )
-        sent = sent.replace("_checkpoint_wrapped_module.", "")
+        sent = re.sub(r"^(?:module\.|_orig_mod\.)*(?:base_model\.model\.)?", "", name)
+        sent = re.sub(r"\.base_layer|modules_to_save\.default\.|_checkpoint_wrapped_module\.", "", sent)
         if ".lora_" in sent or (prefix and prefix in sent):
             names[name] = "merged"
         elif known is None or sent in known:
