@@ -8,6 +8,7 @@ from __future__ import annotations
 from . import criteria, policies, procedures
 from .auto import get_surgical_model
 from .blocks.block_map import BlockMap
+from .diagnosis.doctor import doctor
 from .errors import SurgicalError
 from .export.adapter_card import keep_cards
 from .export.export import export_to_peft
@@ -34,6 +35,7 @@ __all__ = [
     "above",
     "create_surgical_optimizer",
     "criteria",
+    "doctor",
     "export_to_peft",
     "get_surgical_model",
     "policies",

@@ -27,6 +27,7 @@ from transformers import (
 
 import surgical_peft
 from surgical_peft import BlockMap, SurgicalCallback, score_blocks, surgical_optimizer
+from surgical_peft.diagnosis.diagnosis import FAULTS
 from surgical_peft.experiments.quickstart.tables import comparison_markdown
 from tests.support.toys import TOYS, Toy
 from tests.support.trainers import tokenizer
@@ -191,7 +192,7 @@ def of_readme(left: list[dict[str, Any]]) -> None:
 
 
 def of_how_do_i(left: list[dict[str, Any]]) -> None:
-    measured, stopped, resumed, piped, weighted, number, several, chosen = left
+    measured, stopped, resumed, piped, weighted, number, several, chosen, looked_at = left
     assert measured["after"] < measured["before"]
     assert stopped["trainer"].state.best_global_step
     assert resumed["trainer"].state.global_step == 2
@@ -200,6 +201,8 @@ def of_how_do_i(left: list[dict[str, Any]]) -> None:
     assert number["model"].config.num_labels == 1
     assert several["model"].config.id2label[2] == "off topic"
     assert len(chosen["model"].peft_config["default"].selection["scores"]) > 2
+    assert any(tensor.moved for tensor in looked_at["diagnosis"].tensors)
+    assert all(f"| `{fault}` |" in read("docs/how_do_i.md") for fault in FAULTS)
 
 
 def of_search(left: list[dict[str, Any]]) -> None:

@@ -15,22 +15,36 @@ import pytest
 
 import surgical_peft
 from surgical_peft.experiments.compare import methods
+from surgical_peft.export import targets
 
 PACKAGE = Path(surgical_peft.__file__).parent
 
 # A room imports from those before it, and within itself.
 ROOMS = [
     *("errors", "threads", "quiet", "atomic_files", "validation", "typed_json", "rendering", "blocks", "precision"),
-    *("masks", "criteria", "scoring", "tuner", "policies", "procedures", "optim", "search", "export", "auto", "api"),
+    *(
+        "masks",
+        "criteria",
+        "scoring",
+        "tuner",
+        "policies",
+        "procedures",
+        "optim",
+        "search",
+        "export",
+        "diagnosis",
+        "auto",
+        "api",
+    ),
     *("experiments", "cli", "__init__", "__main__"),
 ]
 LAB = [
     *("shifts", "metrics", "recipe", "tasks", "training", "search", "compare", "advise", "start", "quickstart"),
-    "predict",
+    *("predict", "emit", "doctor"),
 ]
 TORCH_ONLY = ["blocks", "criteria"]  # no transformers, no PEFT
 
-PACKAGES = [surgical_peft, surgical_peft.criteria, surgical_peft.policies, surgical_peft.procedures, methods]
+PACKAGES = [surgical_peft, surgical_peft.criteria, surgical_peft.policies, surgical_peft.procedures, methods, targets]
 MODULES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in sorted(PACKAGE.rglob("*.py"))}
 
 

@@ -1,6 +1,7 @@
 """The command line.
 
-`start | recipe | blocks | score | search | compare | advise | train | predict | export | card | push | quickstart`
+`start | recipe | blocks | score | search | compare | advise | train | doctor | predict | export | emit | card |
+push | quickstart`
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from rich.console import Console
 from typer.core import TyperCommand, TyperGroup
 
 from ..errors import SurgicalError
+from .doctor import doctor
+from .emit import emit
 from .exits import errors_in_one_line, interrupts_in_one_line
 from .experiments import advise, compare, open_recipe, search
 from .options import AllowCode, AsJson, RecipeFile, Tiny, console, print_json, print_lines
@@ -176,6 +179,7 @@ def train(
     print_lines(last_lines(report))
 
 
+app.command(cls=Command)(doctor)
 app.command(cls=Command)(predict)
 
 
@@ -220,6 +224,9 @@ def export(
             f"times smaller ({report['planes_ratio']:.2f} without the base model)."
         )
     console.print(f"{output}: {report['bytes']:,} bytes of weights.")
+
+
+app.command(cls=Command)(emit)
 
 
 @app.command(cls=Command)

@@ -36,8 +36,10 @@ COMMANDS: dict[str, tuple[list[str], int]] = {  # what to call each with, and th
     "compare": (["{recipe}", "--dry-run"], 0),
     "advise": (["{recipe}", "--dry-run"], 0),
     "train": (["{recipe}"], 2),
+    "doctor": (["{recipe}"], 2),
     "predict": (["{run}", "{folder}/none.png"], 2),
     "export": (["{run}/adapter", "{folder}/out", "--format", "merged"], 2),
+    "emit": (["{recipe}", "--for", "trl"], 2),
     "card": (["{run}"], 0),
     "push": (["{run}", "someone/one"], 0),
 }

@@ -32,7 +32,7 @@ def fixed_by_architecture(model: nn.Module, names: Collection[str]) -> tuple[set
     fixed: set[str] = set()
     known: list[str] = []
     for path, module in outermost_models(model).items():
-        if (built := _built_anew(module)) is not None:
+        if (built := built_anew(module)) is not None:
             known.append(path)
             fixed |= {join(path, name) for name, weight in built.named_parameters() if not weight.requires_grad}
     weights = {
@@ -56,7 +56,7 @@ def outermost_models(model: nn.Module) -> dict[str, PreTrainedModel]:
     return models
 
 
-def _built_anew(model: PreTrainedModel) -> nn.Module | None:
+def built_anew(model: PreTrainedModel) -> nn.Module | None:
     """A model of the same class and config, without weights; None if the config does not suffice to build it."""
     config = copy.deepcopy(model.config)
     config._attn_implementation = "eager"  # others ask for packages or devices that names do not need
