@@ -14,6 +14,7 @@ from transformers import AutoConfig
 from surgical_peft import SurgicalError, criteria, policies
 from surgical_peft.experiments.compare.methods import make_method
 from surgical_peft.experiments.recipe import Recipe, load, load_recipe, recipe_of
+from surgical_peft.experiments.tasks import load_task
 from surgical_peft.experiments.tasks.task import load_or_raise
 
 MINIMAL = "model: m\ndata: d\nblocks: [0]\n"
@@ -59,6 +60,13 @@ def test_what_begins_with_a_dot_is_beside_the_recipe_or_nowhere(tmp_path: Path) 
         path = getattr(recipe, what)
         with pytest.raises(SurgicalError, match=f"the {what} '{path}' cannot be loaded: there is no folder {path}\\."):
             load_or_raise(read, path, what)
+
+
+def test_of_a_folder_that_is_missing_the_header_says_what_makes_it(tmp_path: Path) -> None:
+    header = "# Mails. Needs `make\n# mail` once; on the Hub org/mails.\n#\n#   surgical-peft train\n# Expected: 5.\n"
+    recipe = load_recipe(write(tmp_path, f"{header}model: ./model\ndata: ./data\nblocks: [0]\n"))
+    with pytest.raises(SurgicalError, match=r"no folder .*: Needs `make mail` once; on the Hub org/mails\.$"):
+        load_task(recipe)
 
 
 def test_a_metrics_folder_is_beside_the_recipe(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from .summary import DataSummary
 from .task import SPLITS as SPLITS
 from .task import Examples as Examples
 from .task import Task as Task
-from .task import check_keys
+from .task import check_folder, check_keys
 from .task import info_of as info_of
 from .text_classification import text_classification
 from .token_classification import token_classification
@@ -50,6 +50,8 @@ def load_task(recipe: Recipe, splits: Sequence[str] = SPLITS) -> Task:
     info = info_of(task)
     if info.keys is not None:
         check_keys(recipe, info.keys)
+    for name, kind in ((recipe.model, "model"), (recipe.data, "data set")):
+        check_folder(name, kind, recipe.path)
     loaded = task(recipe, tuple(splits))
     if not isinstance(loaded, Task):
         raise SurgicalError(

@@ -7,8 +7,10 @@ about itself. One of the user's own goes into a recipe as `task: package.module:
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -139,13 +141,28 @@ def check_keys(recipe: Recipe, known: Sequence[str]) -> None:
             )
 
 
+def check_folder(name: str, kind: str, recipe: Path | None = None) -> None:
+    """Refuse a path where nothing is, with what the header of the recipe in a file says it needs.
+
+    Raises:
+        SurgicalError: there is nothing.
+    """
+    if not name.startswith((".", "/")) or Path(name).exists():
+        return
+    needs = ""
+    if recipe is not None and recipe.is_file():
+        lines = takewhile(lambda line: line.startswith("#"), recipe.read_text(encoding="utf-8").splitlines())
+        sentences = re.split(r"(?<=\.) +", " ".join(line.strip("# ") for line in lines))
+        needs = "".join(f": {sentence}" for sentence in sentences if sentence.startswith("Needs "))
+    raise SurgicalError(
+        f"the {kind} {name!r} cannot be loaded: there is no folder {Path(name).resolve()}. A recipe names "
+        f"folders relative to itself, and its header says what makes them{needs or '.'}"
+    )
+
+
 def load_or_raise(load: Callable[..., Any], name: str, kind: str, **kwargs: Any) -> Any:
     """`load(name)`; what transformers or datasets cannot load, a `kind` of thing, is a `SurgicalError`."""
-    if name.startswith((".", "/")) and not Path(name).exists():
-        raise SurgicalError(
-            f"the {kind} {name!r} cannot be loaded: there is no folder {Path(name).resolve()}. A recipe names "
-            "folders relative to itself, and its header says what makes them."
-        )
+    check_folder(name, kind)
     try:
         return load(name, **kwargs)
     except (SurgicalError, MemoryError):
