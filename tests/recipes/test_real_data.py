@@ -26,7 +26,7 @@ def rows(count: int, kind: str) -> list[dict[str, str]]:
 
 def test_problems_are_drawn_once_and_by_seed(script: dict[str, Any]) -> None:
     splits = script["draw"]({"train": rows(900, "a"), "test": rows(460, "b")})
-    assert {split: len(drawn) for split, drawn in splits.items()} == {"train": 480, "validation": 48, "test": 300}
+    assert {split: len(drawn) for split, drawn in splits.items()} == {"train": 480, "validation": 40, "test": 300}
     prompts = [row["prompt"] for drawn in splits.values() for row in drawn]
     assert len(set(prompts)) == len(prompts) and all("b " in row["prompt"] for row in splits["test"])
     for drawn in splits.values():
@@ -41,8 +41,8 @@ def test_problems_are_drawn_once_and_by_seed(script: dict[str, Any]) -> None:
 def test_passages_are_whole_paragraphs_of_different_chapters(script: dict[str, Any]) -> None:
     chapters = [f"first {at}\n\n" + "\n\n".join([f"{at} " + "sea " * 100] * 5) for at in range(40)]
     made = script["passages"](chapters)
-    assert len(made) == 32 and len({row["text"].split()[0] for row in made}) == 32
-    assert all(900 <= len(row["text"]) < 1800 and "first" not in row["text"] for row in made)
+    assert len(made) == 24 and len({row["text"].split()[0] for row in made}) == 24
+    assert all(700 <= len(row["text"]) < 1400 and "first" not in row["text"] for row in made)
 
 
 def test_a_folder_that_is_missing_is_told_with_what_makes_it(
