@@ -7,7 +7,8 @@ Needs `make real-data` once (on the Hub HuggingFaceTB/SmolLM2-135M-Instruct and 
 `pip install "trl>=1.16,<2"`. Only the assistant's words count in the loss, and only layers 20 to 29 train: the command
 stops if any other weight is not bit for bit what it was, or if the saved adapter does not give the same loss again.
 
-Expected: not yet measured.
+Expected (seed 0, one core that other work shared): the loss of the 40 validation chats falls from 1.454 to 1.124 in 30
+steps of two, all checks passed, in 165 s and 2 minutes of measuring. It answers in the form of GSM8K, and not rightly.
 """
 
 from __future__ import annotations

@@ -10,7 +10,8 @@ stops if the first loss is not log 2 (both are one model then), if the margin of
 weight outside layers 20 to 29 is not bit for bit what it was, or if the saved adapter is not what was trained. This
 shows that it works, not how good the answers get.
 
-Expected: not yet measured.
+Expected (seed 0, one core that other work shared): the first loss 0.6931, the mean margin of the rewards 0.57 over the
+first quarter of the 30 steps and 2.43 over the last, all checks passed, in 172 s.
 """
 
 from __future__ import annotations

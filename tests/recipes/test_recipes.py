@@ -325,9 +325,12 @@ def commands_of(path: Path) -> list[str]:
 
 def test_the_commands_of_headers_can_be_copied() -> None:
     """`--tiny    (no network: ...)` was a syntax error for bash."""
-    commands = {path.name: commands_of(path) for path in [*PATHS, *(ROOT / "recipes").glob("*.py")]}
+    commands = {
+        path.name: commands_of(path)
+        for path in [*PATHS, *(ROOT / "recipes").glob("*.py"), *(ROOT / "recipes" / "real").glob("*.py")]
+    }
     assert all(commands[Path(name).name] for name in NAMES if name not in MADE_BY)
-    assert commands["trl_sft.py"]
+    assert commands["trl_sft.py"] and commands["chat_sft.py"] and commands["dpo.py"]
     text = "\n".join(command for every in commands.values() for command in every)
     checked = subprocess.run(["bash", "-n"], input=text, capture_output=True, text=True)
     assert checked.returncode == 0 and not checked.stderr, checked.stderr
