@@ -13,13 +13,18 @@ import torch
 from datasets import ClassLabel, Dataset, Features, Image, load_dataset
 from PIL import Image as PILImage
 from torch import nn
+from transformers import AutoModelForImageClassification
 
-from surgical_peft import SurgicalConfig, SurgicalError, get_surgical_model, score_blocks
+from surgical_peft import SurgicalConfig, SurgicalError, get_surgical_model, policies, score_blocks
+from surgical_peft.experiments.advise.advise import _signature
 from surgical_peft.experiments.recipe import Recipe
 from surgical_peft.experiments.tasks import load_task
 from surgical_peft.experiments.tasks.augmentations import OPERATIONS, augmix
 from surgical_peft.experiments.tasks.marginal_entropy import UNLABELED, MarginalEntropy, marginal_entropy
 from surgical_peft.experiments.training.runner import RecipeRunner
+from surgical_peft.experiments.training.summary import last_lines
+from surgical_peft.experiments.training.tiny import make_tiny
+from surgical_peft.experiments.training.train import train
 from tests.support.tiny import CLASSES, write_data, write_model
 
 COPIES = 3
@@ -33,6 +38,15 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
     return Recipe(
         model=write_model(folder / "model"), data=data, unlabelled=True, copies=COPIES, blocks=[0], training=training
     )
+
+
+@pytest.fixture(scope="module")
+def runner(recipe: Recipe) -> RecipeRunner:
+    return RecipeRunner(recipe, ("train", "validation", "test"))
+
+
+def batch_of(runner: RecipeRunner, split: str, count: int) -> dict[str, torch.Tensor]:
+    return runner.task.collate([runner.examples[split][index] for index in range(count)])
 
 
 def picture(mode: str, width: int, height: int) -> PILImage.Image:
@@ -63,23 +77,23 @@ def test_the_entropy_of_sure_predictions_is_a_number() -> None:
     assert logits.grad is not None and logits.grad.isfinite().all()
 
 
-def test_the_model_has_that_loss_on_copies_and_its_own_on_images(recipe: Recipe) -> None:
-    task = load_task(recipe, ("train", "validation"))
-    model, plain = task.load_model(), load_task(replace(recipe, unlabelled=False), ("validation",)).load_model()
-    batch = task.collate([task.splits["train"][index] for index in range(4)])
+def test_the_model_has_that_loss_on_copies_and_its_own_on_images(recipe: Recipe, runner: RecipeRunner) -> None:
+    model = runner.model
+    plain = AutoModelForImageClassification.from_pretrained(recipe.model).eval()
+    batch = batch_of(runner, "train", 4)
     assert batch["pixel_values"].shape == (4, COPIES, 3, 8, 8)
     logits = plain(pixel_values=batch["pixel_values"].flatten(0, 1)).logits
     entropies = marginal_entropy(logits.view(4, COPIES, CLASSES))
     torch.testing.assert_close(model(**batch).loss, entropies.mean())
     torch.testing.assert_close(model(**batch, num_items_in_batch=torch.tensor(8)).loss, entropies.sum() / 8)
-    labeled = task.collate([task.splits["validation"][index] for index in range(4)])
+    labeled = batch_of(runner, "validation", 4)
     torch.testing.assert_close(model(**labeled).loss, plain(**labeled).loss)
     assert model(pixel_values=labeled["pixel_values"]).loss is None
     torch.testing.assert_close(copy.deepcopy(model)(**batch).loss, entropies.mean())
 
 
-def test_training_copies_bear_no_label_and_stay_the_same(recipe: Recipe) -> None:
-    first, second = (load_task(recipe).splits for _ in range(2))
+def test_training_copies_bear_no_label_and_stay_the_same(recipe: Recipe, runner: RecipeRunner) -> None:
+    first, second = runner.task.splits, load_task(recipe, ("train",)).splits
     assert all(first["train"][index]["labels"] == UNLABELED for index in range(20))
     assert torch.equal(first["train"][3]["pixel_values"], second["train"][3]["pixel_values"])
     copies = first["train"][3]["pixel_values"]
@@ -93,11 +107,11 @@ def test_training_copies_bear_no_label_and_stay_the_same(recipe: Recipe) -> None
         assert first[split][3]["pixel_values"].shape == (3, 8, 8) and first[split][3]["labels"] == 0
 
 
-def test_what_is_copied_is_the_corrupted_image(recipe: Recipe) -> None:
-    noisy = replace(recipe, corruption="gaussian_noise")
+def test_what_is_copied_is_the_corrupted_image(recipe: Recipe, runner: RecipeRunner) -> None:
+    noisy = load_task(replace(recipe, corruption="gaussian_noise"), ("train",)).splits["train"]
     copies, noisy_copies = (
-        torch.stack([load_task(each, ("train",)).splits["train"][index]["pixel_values"] for index in range(6)])
-        for each in (recipe, noisy)
+        torch.stack([examples[index]["pixel_values"] for index in range(6)])
+        for examples in (runner.examples["train"], noisy)
     )
     assert noisy_copies.std((-1, -2)).mean() > 1.5 * copies.std((-1, -2)).mean()
 
@@ -145,25 +159,21 @@ def shuffled(folder: Path, to: Path) -> str:
     return str(to)
 
 
-def test_labels_of_the_training_split_change_nothing(recipe: Recipe, tmp_path: Path) -> None:
+def test_labels_of_the_training_split_change_nothing(recipe: Recipe, runner: RecipeRunner, tmp_path: Path) -> None:
     """Bit for bit, also in the scores; and what is frozen does not move."""
     other = replace(recipe, data=shuffled(Path(recipe.data), tmp_path / "other"))
-    runners = [RecipeRunner(each) for each in (recipe, other)]
-    one, two = (runner.train(tune_first)[0].state_dict() for runner in runners)
+    runners = runner, RecipeRunner(other)
+    one, two = (each.train(tune_first)[0].state_dict() for each in runners)
     assert one.keys() == two.keys() and all(torch.equal(weight, two[name]) for name, weight in one.items())
-    before = runners[0].model.state_dict()
+    before = runner.model.state_dict()
     moved = {name for name, weight in before.items() if not torch.equal(weight, one[f"base_model.model.{name}"])}
     assert moved and all(".layers.0." in name for name in moved)
-    scores = [
-        score_blocks(runner.model, [runner.task.collate([runner.examples["train"][i] for i in range(8)])], "rgn")
-        for runner in runners
-    ]
-    assert scores[0].values == scores[1].values
+    first, second = (score_blocks(each.model, [batch_of(each, "train", 8)], "rgn").values for each in runners)
+    assert first == second
 
 
-def test_gradients_that_are_accumulated_are_those_of_the_whole(recipe: Recipe) -> None:
+def test_gradients_that_are_accumulated_are_those_of_the_whole(runner: RecipeRunner) -> None:
     """Also where the last batch is smaller: 20 images in batches of 8."""
-    runner = RecipeRunner(recipe)
     sgd = {"optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0.0}
     whole, _ = runner.train(tune_first, per_device_train_batch_size=20, **sgd)
     parts, _ = runner.train(tune_first, per_device_train_batch_size=8, gradient_accumulation_steps=3, **sgd)
@@ -174,11 +184,11 @@ def test_gradients_that_are_accumulated_are_those_of_the_whole(recipe: Recipe) -
         torch.testing.assert_close(*moves, rtol=1e-3, atol=1e-6)
 
 
-def test_the_training_split_needs_no_labels(recipe: Recipe, tmp_path: Path) -> None:
+def test_the_training_split_needs_no_labels(recipe: Recipe, runner: RecipeRunner, tmp_path: Path) -> None:
     for split in ("train", "validation", "test"):
         rows = load_dataset(recipe.data, split=split)
         (rows.select_columns("image") if split == "train" else rows).to_parquet(tmp_path / f"{split}.parquet")
-    task, whole = load_task(replace(recipe, data=str(tmp_path))), load_task(recipe)
+    task, whole = load_task(replace(recipe, data=str(tmp_path))), runner.task
     assert torch.equal(task.splits["train"][5]["pixel_values"], whole.splits["train"][5]["pixel_values"])
     assert task.splits["test"][5]["labels"] == whole.splits["test"][5]["labels"]
 
@@ -196,11 +206,6 @@ def test_a_folder_of_images(recipe: Recipe, tmp_path: Path, is_sorted: bool) -> 
     assert len(task.splits["train"]) == 6 and task.splits["train"][0]["labels"] == UNLABELED
     labels = [int(task.splits["validation"][index]["labels"]) for index in range(6)]
     assert labels == [0, 0, 1, 1, 2, 2]
-
-
-def test_the_summary_says_what_labels_are_used_for(recipe: Recipe) -> None:
-    assert any("labels of train are not used" in line for line in load_task(recipe).summary)
-    assert not any("not used" in line for line in load_task(replace(recipe, unlabelled=False)).summary)
 
 
 @pytest.mark.parametrize(
@@ -242,6 +247,44 @@ def test_labels_are_those_of_the_validation_split(recipe: Recipe, tmp_path: Path
         data.to_parquet(tmp_path / f"{split}.parquet")
     with pytest.raises(SurgicalError, match=r"split test.*'c'.*validation"):
         load_task(replace(recipe, data=str(tmp_path)))
+
+
+@pytest.mark.parametrize("name", ["auto_rgn", "auto_snr", "bvg_ls", "gradual_unfreezing", "lisa"])
+def test_policies_follow_the_entropy(runner: RecipeRunner, name: str) -> None:
+    """Those that probe, that watch gradients, and that freeze by turns."""
+    policy, config = getattr(policies, name)(), SurgicalConfig(blocks="all")
+    trained, _ = runner.train(lambda model: get_surgical_model(model, config), policy=policy)
+    assert all(weight.isfinite().all() for weight in trained.parameters())
+
+
+@pytest.mark.parametrize("criterion", ["probe", "fisher", "snr"])
+def test_criteria_score_by_the_entropy(runner: RecipeRunner, criterion: str) -> None:
+    """Short trainings, single examples and batches alike see the loss of the copies."""
+    scores = score_blocks(runner.model, [batch_of(runner, "train", count) for count in (4, 8)], criterion)
+    assert {"0", "1"} <= scores.values.keys() and len(set(scores.values.values())) > 1
+
+
+def test_train_says_what_labels_were_used_for(recipe: Recipe, tmp_path: Path) -> None:
+    report = train(recipe, tmp_path)
+    assert report.after.keys() == {"validation", "test"}
+    assert any("No label" in line for line in last_lines(report))
+    assert "labels of train are not used" in (tmp_path / "adapter" / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_signature_of_a_shift_compares_images_as_they_are(recipe: Recipe, tmp_path: Path) -> None:
+    data = write_data(tmp_path)
+    noisy = replace(recipe, data=data, corruption="gaussian_noise")
+    source = load_task(replace(recipe, data=data, unlabelled=False), ("test",)).splits["test"]
+    signature = _signature(RecipeRunner(noisy), [source[index % 48] for index in range(96)])
+    assert signature.moved is not None and signature.moved.keys() >= {"embeddings", "0", "1"}
+
+
+@pytest.mark.parametrize("unlabelled", [True, "online"])
+def test_tiny_has_such_data(recipe: Recipe, unlabelled: Any, tmp_path: Path) -> None:
+    sizes = {"model_type": "vit", "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    made = make_tiny(replace(recipe, unlabelled=unlabelled, tiny=sizes | {"image_size": 8, "patch_size": 4}), tmp_path)
+    task = load_task(replace(made, training={**made.training, "num_train_epochs": 1} if unlabelled is True else {}))
+    assert task.splits["train"][0]["pixel_values"].shape == (COPIES, 3, 8, 8)
 
 
 def test_hooks_are_for_copies_alone() -> None:
