@@ -30,7 +30,7 @@ def augmix(image: Image.Image, rng: Generator) -> Image.Image:
 
     Source: Zhang, Levine and Finn 2021 (arXiv 2110.09506) and its code for CIFAR-10, whose strength of each operation
         this has; AugMix, Hendrycks et al. 2020 (arXiv 1912.02781). Padding and shifts are those for 32 pixels, to
-        scale.
+        scale; beyond the edges it is gray in every channel, where the code has its 128 in the first alone.
 
     Example:
         >>> augmix(image, np.random.default_rng((split, place, draw))).size == image.size

@@ -80,16 +80,16 @@ def check_policy(recipe: Recipe, policy: Policy | None) -> None:
 
 
 def summary_of(recipe: Recipe) -> DataSummary:
-    """A line on what labels are used for, if `unlabelled` is given."""
+    """Lines on what labels are used for, if `unlabelled` is given."""
     if not recipe.unlabelled:
         return DataSummary()
+    what = "the rate, where several are tried" if recipe.early_stopping_patience is None else "the best epoch"
+    chosen = f"labels of validation measure, and by them is chosen {what}"
     if recipe.is_online:
         how = f"one step on {recipe.copies} augmented copies of each image before it is predicted"
-        return DataSummary((f"unlabeled stream: {how}; no label is trained on. Metrics are along the stream",))
+        return DataSummary((f"unlabeled stream: {how}; no label is trained on. Metrics are along the stream", chosen))
     how = f"the entropy of the mean prediction over {recipe.copies} augmented copies of each image"
-    return DataSummary(
-        (f"unlabeled: the labels of train are not used; the loss is {how}. Those of validation measure and choose",)
-    )
+    return DataSummary((f"unlabeled: the labels of train are not used; the loss is {how}", chosen))
 
 
 @dataclass(frozen=True)
@@ -132,6 +132,11 @@ class Stream(Dataset[dict[str, Tensor]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return {**self.images[index], COPIES: self.make(index)}
+
+
+def images_of(examples: Examples) -> Examples:
+    """The images of a stream, without making copies of them; other examples as they are."""
+    return examples.images if isinstance(examples, Stream) else examples
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from ...scoring.progress import Counted, Stages
 from ..tasks import Examples, Task
 from ..tasks.evaluation import Measure
 from ..tasks.unlabelled import COPIES
+from .job_progress import report_progress
 
 
 def adapt_online(
@@ -59,6 +60,7 @@ def adapt_online(
             optimizer.step()
         with torch.no_grad():
             predicted, wanted = measure.read(model, batch)
+        report_progress((step + 1) / len(loader))
         predictions += predicted
         references += wanted
     optimizer.block_rates.release()  # type: ignore[attr-defined]
