@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
+from torch.utils.data import ConcatDataset
 
 from surgical_peft import Selection, SurgicalConfig, SurgicalError, get_surgical_model
 from surgical_peft.experiments.advise.advise import advise
@@ -16,7 +18,9 @@ from surgical_peft.experiments.compare.compare import compare
 from surgical_peft.experiments.compare.report import ComparisonReport
 from surgical_peft.experiments.recipe import Recipe, load_recipe
 from surgical_peft.experiments.search.objective import RecipeObjective
+from surgical_peft.experiments.tasks.evaluation import Measure
 from surgical_peft.experiments.tasks.marginal_entropy import marginal_entropy
+from surgical_peft.experiments.training.online import adapt_online
 from surgical_peft.experiments.training.runner import RecipeRunner
 from surgical_peft.experiments.training.train import score, train
 from tests.support.tiny import write_data, write_recipe
@@ -42,20 +46,27 @@ def tuning(blocks: Any) -> Any:
     return lambda model: get_surgical_model(model, SurgicalConfig(blocks=blocks))
 
 
+def read_logits(model: nn.Module, batch: dict[str, Any]) -> list[torch.Tensor]:
+    return list(model(pixel_values=batch["pixel_values"]).logits)
+
+
 def test_a_stream_is_what_a_plain_loop_makes_of_it(runner: RecipeRunner) -> None:
     """Step, then predict, image by image, with plain torch; the frozen blocks stay as they were."""
     model = runner.task.load_model().eval()
+    predicted = []
     tuned = [weight for name, weight in model.named_parameters() if ".layers.0." in name]
-    correct = 0
     for example in (runner.examples["validation"][index] for index in range(16)):
         logits = model(pixel_values=example["copies"]).logits
         gradients = torch.autograd.grad(marginal_entropy(logits[None]).sum(), tuned)
         with torch.no_grad():
             for weight, gradient in zip(tuned, gradients, strict=True):
                 weight -= RATE * gradient
-        correct += int(model(pixel_values=example["pixel_values"][None]).logits.argmax() == example["labels"])
-    adapted, _, metric = runner.adapt(tuning([0]), runner.part("validation"))
-    assert metric == correct / 16
+        predicted.append(model(pixel_values=example["pixel_values"][None]).logits[0])
+    logits_of: Any = Measure(lambda predictions, _: predictions, lambda model, batch: (read_logits(model, batch), []))
+    adapted = tuning([0])(runner.task.load_model())
+    along: Any = adapt_online(adapted, runner.part("validation"), runner.args, logits_of)
+    torch.testing.assert_close(torch.stack(along), torch.stack(predicted))
+    assert not adapted.training
     state, source = adapted.state_dict(), runner.model.state_dict()
     for name, weight in model.state_dict().items():
         torch.testing.assert_close(state[f"base_model.model.{name}"], weight)
@@ -67,7 +78,6 @@ def test_everything_and_the_head_adapt_differently(runner: RecipeRunner) -> None
     states = [runner.adapt(tuning(blocks), stream)[0].state_dict() for blocks in ("all", ["head"])]
     name = next(name for name in states[0] if name.endswith("classifier.weight"))
     assert not torch.equal(states[0][name], states[1][name])
-    assert not runner.adapt(tuning([0]), stream)[0].training
 
 
 def test_labels_of_the_stream_are_for_the_metric_alone(runner: RecipeRunner) -> None:
@@ -114,32 +124,45 @@ def test_advice_is_not_for_streams(recipe: Recipe, tmp_path: Path) -> None:
         advise(recipe, tmp_path)
 
 
-@pytest.mark.parametrize("unlabelled", [True, "online"])
-def test_compare_chooses_rates_on_validation_and_tells_test(
-    recipe: Recipe, unlabelled: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def compared(recipe: Recipe, folder: Path, monkeypatch: pytest.MonkeyPatch) -> ComparisonReport:
     costs = {"ms": 1.0, "peak_bytes": 0.0}
     monkeypatch.setattr(
         "surgical_peft.experiments.compare.jobs.step_costs", lambda trainings, steps: dict.fromkeys(trainings, costs)
     )
-    training = {**recipe.training, **({"num_train_epochs": 1} if unlabelled is True else {})}
+    compare(recipe, folder)
+    return ComparisonReport.from_json(json.loads((folder / "comparison" / "report.json").read_text()))
+
+
+def test_compare_chooses_rates_on_the_validation_stream_and_tells_that_of_the_test_split(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every stream is begun with the source model; the better rate on the other split does not count."""
+    told = {("validation", 0.01): 0.2, ("validation", 0.05): 0.9, ("validation", 0.25): 0.3}
+    told |= {("test", 0.01): 1.0, ("test", 0.05): 0.4, ("test", 0.25): 1.0}
+    source = RecipeRunner(recipe).model.state_dict()
+
+    def adapt(model: nn.Module, stream: Any, args: Any, *given: Any) -> float:
+        tuned = model.state_dict()
+        prefix = "base_model.model." * any(name.startswith("base_model.") for name in tuned)
+        assert all(torch.equal(weight, tuned[prefix + name]) for name, weight in source.items())
+        next(weight for weight in model.parameters() if weight.requires_grad).data.add_(1)
+        return told["test" if isinstance(stream, ConcatDataset) else "validation", args.learning_rate]
+
+    monkeypatch.setattr("surgical_peft.experiments.training.runner.adapt_online", adapt)
     methods = ["nothing", "full", {"blocks": {"names": [0]}}]
-    own = replace(recipe, unlabelled=unlabelled, methods=methods, source_data=recipe.data, training=training)
-    compare(own, tmp_path)
-    report = ComparisonReport.from_json(json.loads((tmp_path / "comparison" / "report.json").read_text()))
-    tested = RecipeRunner(own, ("train", "test"))
-    stream = tested.part("test")
-    wraps = {0: None, 2: tuning([0])}
-    for number, wrap in wraps.items():
-        if wrap is None:
-            expected = tested.task.measure(tested.model, stream)
-        elif unlabelled is True:
-            expected = tested.task.measure(tested.train(wrap, learning_rate=RATE)[0], stream)
-        else:
-            expected = tested.adapt(wrap, stream, learning_rate=RATE)[2]
-        assert report.methods[number].test == [expected]
-        assert report.methods[number].forgotten is not None
-    assert "No label of the" in " ".join(report.sentences)
+    own = replace(recipe, methods=methods, rates=[0.01, 0.05, 0.25], source_data=recipe.data)
+    report = compared(own, tmp_path, monkeypatch)
+    assert [row.rate for row in report.methods] == [None, 0.05, 0.05]
+    assert [row.test for row in report.methods[1:]] == [[0.4], [0.4]]
+    assert all(row.forgotten is not None for row in report.methods)
+    assert "No label of the streams" in " ".join(report.sentences)
+
+
+def test_compare_says_that_training_labels_were_not_used(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = replace(recipe, unlabelled=True, methods=["full"], training={**recipe.training, "max_steps": 1})
+    assert "No label of the training split" in " ".join(compared(own, tmp_path, monkeypatch).sentences)
 
 
 def test_a_dry_run_counts_the_steps_of_the_stream(runner: RecipeRunner) -> None:
