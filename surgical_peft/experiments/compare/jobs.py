@@ -141,11 +141,11 @@ def check_weights(folder: Path) -> None:
 def measure_test(job_runner: JobRunner, job: Job) -> dict[str, Any]:
     """What a trained model reaches on test data, by all metrics, and on the data of its source model."""
     runner = job_runner.data.runner(job)
-    examples = job_runner.data.test_examples(job.source, job.seed)
+    stream = job_runner.data.test_examples(job.source, job.seed)
     model = copy.deepcopy(runner.model)
     is_trained, along = job_runner.comparison.methods[job.method].is_trained, None
     if is_trained and runner.recipe.is_online:
-        model, along = job_runner.adapt(job, examples)
+        model, along = job_runner.adapt(job, stream)
     elif is_trained:
         folder = job_runner.findings.weights(job)
         if not folder.exists():  # the training was done when another rate was the best
@@ -153,7 +153,7 @@ def measure_test(job_runner: JobRunner, job: Job) -> dict[str, Any]:
         is_adapter = (folder / "adapter_config.json").exists()
         model = PeftModel.from_pretrained(model, folder) if is_adapter else type(model).from_pretrained(folder)  # type: ignore[attr-defined]
         model = model.to(runner.args.device)
-    finding: dict[str, Any] = {"test": runner.task.measure(model, examples) if along is None else along}
+    finding: dict[str, Any] = {"test": runner.task.measure(model, stream) if along is None else along}
     for written, metric in job_runner.comparison.test_metrics.items():
         measure, examples = job_runner.data.test_metric(job.source, job.seed, metric)
         finding.setdefault("test_metrics", {})[written] = measure(model, examples)

@@ -53,6 +53,11 @@ def check_unlabelled(recipe: Recipe) -> None:
         raise SurgicalError("label_smoothing_factor does not go with unlabelled: there are no labels to smooth.")
     if recipe.is_online and recipe.early_stopping_patience is not None:
         raise SurgicalError("early_stopping_patience does not go with unlabelled: online: a stream has no epochs.")
+    if recipe.is_online and recipe.test_metrics:
+        raise SurgicalError(
+            f"test_metrics={recipe.test_metrics} do not go with unlabelled: online: predictions along a stream are "
+            "made once, and measured by the metric. Leave them out."
+        )
     for key in _OF_EPOCHS if recipe.is_online else ():
         if key in recipe.training:
             raise SurgicalError(

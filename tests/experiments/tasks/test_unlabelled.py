@@ -224,6 +224,7 @@ def test_a_folder_of_images(recipe: Recipe, tmp_path: Path, is_sorted: bool) -> 
         ({"policy": "two_stage", "policy_options": {"counts": [1, 2, 3], "epochs": 1}}, "loss on labels"),
         ({"splits": {"validation": None}}, "validation"),
         ({"unlabelled": "online", "training": {"num_train_epochs": 3}}, "num_train_epochs.*online"),
+        ({"unlabelled": "online", "test_metrics": {"macro_f1": None}}, "test_metrics.*stream"),
         ({"unlabelled": "online", "early_stopping_patience": 1}, "early_stopping_patience.*online"),
         ({"unlabelled": "online", "policy": "gradual_unfreezing", "training": {}}, "epochs.*stream"),
     ],
