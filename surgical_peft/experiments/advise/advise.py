@@ -217,6 +217,11 @@ def _beats(probe: ShortTraining, constant: ShortTraining, judge: ValidationJudge
 
 def comparison_of(recipe: Recipe) -> Comparison:
     """The candidates, on the recipe's own model, data and seed."""
+    if recipe.is_online:
+        raise SurgicalError(
+            "unlabelled: online: advise judges short trainings on labeled images, and a stream has neither: use "
+            "compare, or unlabelled: true."
+        )
     rates = sorted(map(float, recipe.rates or ()))
     if not rates:
         middle = recipe.arguments().learning_rate
@@ -231,7 +236,7 @@ def comparison_of(recipe: Recipe) -> Comparison:
 
 
 def _signature(runner: RecipeRunner, source: Examples | None) -> Signature:
-    train = runner.examples["train"]
+    train = runner.examples["validation" if runner.recipe.unlabelled else "train"]  # images as they are, not copies
     size = min(EXAMPLES, len(train), EXAMPLES if source is None else len(source) // 2)
     if size < FEWEST:
         size, source = min(EXAMPLES, len(train)), None

@@ -157,7 +157,8 @@ class Comparison:
             )
         plain = Recipe(model="", data="")
         unshifted = {key: getattr(plain, key) for key in (*_OPENING, *SHIFTS) if key != "columns"}
-        return replace(self.recipe, model=self.sources[source], imbalance={}, **{**unshifted, **keys})
+        own = {**unshifted, **keys, "imbalance": {}, "unlabelled": False}
+        return replace(self.recipe, model=self.sources[source], **own)
 
     def asked(self, job: Job, blocks: Sequence[str] | None = None) -> dict[str, Any]:
         """All that a finding depends on, in plain data; the same wherever the recipe and its data lie.

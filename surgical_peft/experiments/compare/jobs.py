@@ -15,6 +15,8 @@ from torch import nn
 
 from ...atomic_files import whole_folder
 from ...errors import SurgicalError
+from ...policies.policy import Policy
+from ..tasks import Examples
 from ..training.profiling import Watch, step_costs
 from .comparison import Comparison, Job
 from .findings import Findings
@@ -62,11 +64,20 @@ class JobRunner:
             how: arguments for `RecipeRunner.train`.
             changed: training arguments that are other than the method's.
         """
+        policy, settings = self._settings(job, changed)
+        return self.data.runner(job).train(partial(self.wrap, job), policy=policy, **{**settings, **(how or {})})[0]
+
+    def adapt(self, job: Job, stream: Examples) -> tuple[nn.Module, float]:
+        """The model of a job's source, adapted by its method to a stream, and the metric along it."""
+        policy, settings = self._settings(job, {})
+        model, _, metric = self.data.runner(job).adapt(partial(self.wrap, job), stream, policy, **settings)
+        return model, metric
+
+    def _settings(self, job: Job, changed: dict[str, Any]) -> tuple[Policy | None, dict[str, Any]]:
+        """The policy of a job's method, and its training arguments."""
         method = self.comparison.methods[job.method]
-        changed |= {"learning_rate": job.rate, "seed": job.seed}
-        policy = method.policy(self.comparison.arguments(method, **changed))
-        settings = {**method.training, **changed, **(how or {})}
-        return self.data.runner(job).train(partial(self.wrap, job), policy=policy, **settings)[0]
+        changed = {**changed, "learning_rate": job.rate, "seed": job.seed}
+        return method.policy(self.comparison.arguments(method, **changed)), {**method.training, **changed}
 
     def wrap(self, job: Job, model: nn.Module) -> nn.Module:
         """A copy of the source model, made ready to be trained by a job's method."""
@@ -98,14 +109,19 @@ def train_method(job_runner: JobRunner, job: Job) -> dict[str, Any]:
         metric = runner.task.measure(runner.model, validation)
         return {**finding, "validation": metric, "tuned_parameters": 0, "bytes": None, "seconds": 0.0}
     began = time.perf_counter()
-    model = job_runner.train(job)
+    if runner.recipe.is_online:
+        model, finding["validation"] = job_runner.adapt(job, validation)
+    else:
+        model = job_runner.train(job)
     finding["seconds"] = time.perf_counter() - began
     with whole_folder(job_runner.findings.weights(job), _MARKER) as temporary:
         model.save_pretrained(temporary)  # type: ignore[operator]
         (temporary / _MARKER).write_text(f"{job}\n", encoding="utf-8")
         finding["bytes"] = sum(path.stat().st_size for path in temporary.rglob("*.safetensors"))
     finding["tuned_parameters"] = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
-    return {**finding, "validation": runner.task.measure(model, validation)}
+    if not runner.recipe.is_online:
+        finding["validation"] = runner.task.measure(model, validation)
+    return finding
 
 
 def check_weights(folder: Path) -> None:
@@ -125,15 +141,19 @@ def check_weights(folder: Path) -> None:
 def measure_test(job_runner: JobRunner, job: Job) -> dict[str, Any]:
     """What a trained model reaches on test data, by all metrics, and on the data of its source model."""
     runner = job_runner.data.runner(job)
+    stream = job_runner.data.test_examples(job.source, job.seed)
     model = copy.deepcopy(runner.model)
-    if job_runner.comparison.methods[job.method].is_trained:
+    is_trained, along = job_runner.comparison.methods[job.method].is_trained, None
+    if is_trained and runner.recipe.is_online:
+        model, along = job_runner.adapt(job, stream)
+    elif is_trained:
         folder = job_runner.findings.weights(job)
         if not folder.exists():  # the training was done when another rate was the best
             train_method(job_runner, job)
         is_adapter = (folder / "adapter_config.json").exists()
         model = PeftModel.from_pretrained(model, folder) if is_adapter else type(model).from_pretrained(folder)  # type: ignore[attr-defined]
         model = model.to(runner.args.device)
-    finding: dict[str, Any] = {"test": runner.task.measure(model, job_runner.data.test_examples(job.source, job.seed))}
+    finding: dict[str, Any] = {"test": runner.task.measure(model, stream) if along is None else along}
     for written, metric in job_runner.comparison.test_metrics.items():
         measure, examples = job_runner.data.test_metric(job.source, job.seed, metric)
         finding.setdefault("test_metrics", {})[written] = measure(model, examples)

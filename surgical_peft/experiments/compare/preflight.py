@@ -16,6 +16,7 @@ from ...optim.optimizer import surgical_optimizer
 from ...scoring.selection import Selection
 from ..recipe.recipe import Recipe
 from ..tasks import further_measure
+from ..tasks.unlabelled import check_policy
 from ..training.activation_cache import ROOM
 from ..training.runner import RecipeRunner
 from ..training.train import loader
@@ -89,6 +90,7 @@ def misfits_of(comparison: Comparison, job: Job, runner: RecipeRunner) -> dict[s
             try:
                 args = comparison.arguments(method)
                 policy = method.policy(args)
+                check_policy(context.recipe, policy)
                 known = method.preview(context) if method.choose else Selection(())
                 if known is None:
                     continue

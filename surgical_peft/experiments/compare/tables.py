@@ -99,6 +99,12 @@ def sentences(report: ComparisonReport) -> list[str]:
         notes.append(
             "There is no test split: the rates were chosen on the same examples, so all numbers are a little too good."
         )
+    if report.recipe.get("unlabelled"):
+        notes.append(
+            "No label of the training split was used; those of the validation split chose the rates."
+            if report.recipe["unlabelled"] is True
+            else "No label of the streams was used to adapt; those of the validation stream chose the rates."
+        )
     return [*_verdict(report), *notes]
 
 

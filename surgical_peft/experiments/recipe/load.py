@@ -34,7 +34,7 @@ _RANGES = {
     **dict.fromkeys(
         ("max_length", "max_new_tokens", "num_blocks", "num_batches", "early_stopping_patience"), (1, _MANY)
     ),
-    "folds": (2, _MANY),
+    **dict.fromkeys(("folds", "copies"), (2, _MANY)),
 }
 _LISTS = {
     "rates": "[1e-3, 3e-3]",

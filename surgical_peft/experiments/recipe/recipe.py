@@ -15,6 +15,7 @@ from .code import check_code, check_writes, code_of
 from .sections import CompareSection, DataSection, PolicySection, SearchSection, SelectionSection, names_of
 from .training_arguments import make_arguments
 
+ONLINE = "online"  # a value of `unlabelled`
 NOT_KEYS = ("training", "given", "path", "allow_code")
 _NO_SETTINGS = {  # of a training: where its results go, what is measured afterwards, and what is searched for
     *("output_dir", "blocks", "criterion", "criterion_options", "num_blocks", "num_batches", "tiny"),
@@ -50,6 +51,11 @@ class Recipe(CompareSection, SearchSection, PolicySection, SelectionSection, Dat
     given: dict[str, tuple[Any, Any]] = field(default_factory=dict, compare=False)
     path: Path | None = field(default=None, compare=False)
     allow_code: bool = field(default=False, compare=False)
+
+    @property
+    def is_online(self) -> bool:
+        """Whether what is measured is a stream that the model adapts to on the way."""
+        return self.unlabelled == ONLINE
 
     def settings(self) -> dict[str, Any]:
         """The keys that a training depends on, in plain data: not what is searched for, nor where the results go."""
@@ -100,6 +106,8 @@ class Recipe(CompareSection, SearchSection, PolicySection, SelectionSection, Dat
         """
         quiet: dict[str, Any] = {"save_strategy": "no", "logging_strategy": "no", "report_to": "none"}
         quiet["dataloader_pin_memory"] = torch.accelerator.is_available()  # else torch warns on every loader
+        if self.is_online:  # a stream is gone through once, a step an image, at one rate
+            quiet |= {"per_device_train_batch_size": 1, "num_train_epochs": 1, "lr_scheduler_type": "constant"}
         if self.early_stopping_patience is not None:
             quiet |= {"eval_strategy": "epoch", "save_strategy": "epoch", "load_best_model_at_end": True}
             quiet |= {"metric_for_best_model": "loss", "save_total_limit": 1}

@@ -44,6 +44,10 @@ class DataSection:
         problem_type: what a classification task predicts: `single_label_classification` (default),
             `multi_label_classification` of lists of classes, or `regression` of numbers.
         class_weights: `balanced` or a list of weights of the labels in the loss; default is 1 for all.
+        unlabelled: whether images are trained on without their labels, by the entropy of the mean prediction over
+            augmented copies of each (MEMO): `true` trains on `train`; `online` takes one step on each image of
+            `validation` and of `test`, in their order, before it is predicted.
+        copies: augmented copies of each image, with `unlabelled`; a step costs so many times as much.
         corruption: corrupt every image, e.g. by `gaussian_noise` (as in ImageNet-C) or `cifar10_c/gaussian_noise`
             (as in CIFAR-10-C, for images of 32 x 32 pixels).
         severity: of the corruption, 1 to 5.
@@ -69,6 +73,8 @@ class DataSection:
     new_head: bool = False
     problem_type: str | None = None
     class_weights: str | list[float] | None = None
+    unlabelled: bool | str = False
+    copies: int = 8
     corruption: str | None = None
     severity: int = 5
     character_noise: float | None = None

@@ -81,22 +81,21 @@ class RecipeObjective:
         Writes the number of tuned parameters, the peak memory in bytes, and what was measured into `selection.record`.
         """
         measure, validation = self._runner.task.measure, self._validation(seed)
+        policy = self.recipe.make_policy()
+        changed: dict[str, Any] = {"seed": self._runner.args.seed if self._folds else seed, "learning_rate": rate}
 
         def reporter(wrapped: nn.Module) -> TrainerCallback:
             return _Reporter(report, lambda: measure(wrapped, validation)) if report else TrainerCallback()
 
-        wrapped, peak = self._runner.train(
-            self._wrap(selection),
-            self._places(seed),
-            self.recipe.make_policy(),
-            reporter,
-            seed=self._runner.args.seed if self._folds else seed,
-            learning_rate=rate,
-        )
+        if self.recipe.is_online:
+            wrapped, peak, metric = self._runner.adapt(self._wrap(selection), validation, policy, **changed)
+        else:
+            wrapped, peak = self._runner.train(self._wrap(selection), self._places(seed), policy, reporter, **changed)
+            metric = measure(wrapped, validation)
         selection.record["tuned_parameters"] = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
         selection.record["peak_memory"] = peak
         selection.record["validation"] = {"metric": self.metric, "examples": len(validation)}
-        return measure(wrapped, validation)
+        return metric
 
     def _wrap(self, selection: Selection) -> Callable[[nn.Module], nn.Module]:
         return lambda model: get_surgical_model(model, self._config(selection))

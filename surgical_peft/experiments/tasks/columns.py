@@ -120,11 +120,7 @@ def find_columns(
             columns[role] = _only(role, kind, [name for name in free if name not in empty] or free, recipe, features)
     for split, rows in data.items():
         for role, column in columns.items():
-            if column not in rows.features:
-                raise SurgicalError(
-                    f"{recipe.data}: the split {split} has no column {column!r} for the {role}: "
-                    f"{nearest(column, rows.features)}It has: {_shown(rows.features)}."
-                )
+            _check_there(recipe, split, rows, role, column)
             if column not in empty and not roles[role].fits(rows.features[column]):
                 numbers = _OF_NUMBERS if role == "label" and _is_float(rows.features[column]) else ""
                 raise SurgicalError(
@@ -133,6 +129,26 @@ def find_columns(
                     f"{numbers}. The split {split} has: {_shown(rows.features)}."
                 )
     return columns
+
+
+def without_labels(recipe: Recipe, rows: Any, columns: Mapping[str, str], classes: str | None) -> Any:
+    """The rows of the training split without the column of the role `classes`, which they need not have.
+
+    Raises:
+        SurgicalError: another column that they do not have.
+    """
+    others = {role: column for role, column in columns.items() if role != classes}
+    for role, column in others.items():
+        _check_there(recipe, "train", rows, role, column)
+    return rows.select_columns(list(others.values()))
+
+
+def _check_there(recipe: Recipe, split: str, rows: Any, role: str, column: str) -> None:
+    if column not in rows.features:
+        raise SurgicalError(
+            f"{recipe.data}: the split {split} has no column {column!r} for the {role}: "
+            f"{nearest(column, rows.features)}It has: {_shown(rows.features)}."
+        )
 
 
 def _is_identifier(data: Mapping[str, Any], column: str) -> bool:

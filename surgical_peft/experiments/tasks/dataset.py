@@ -14,7 +14,7 @@ from datasets import LargeList, List, Value
 from ...errors import SurgicalError
 from ..recipe.recipe import Recipe
 from .cells import Fault, cells_of
-from .columns import ColumnType, empty_columns, find_columns, stored_images, whole_numbers
+from .columns import ColumnType, empty_columns, find_columns, stored_images, whole_numbers, without_labels
 from .splits import SHARE, DataSource, assign_splits, held_out, unused_splits
 from .summary import DataSummary, listed
 
@@ -29,13 +29,14 @@ class OpenedData:
     Attributes:
         splits: the splits that were asked for and that there are.
         columns: the column of each role.
-        train: the training split, also where it was not asked for; None where nothing needs it.
+        reference: the split whose classes count, also where it was not asked for: that of training or, where its
+            labels are not used, of validation; None where nothing needs it.
         summary: what was understood.
     """
 
     splits: dict[str, Any]
     columns: dict[str, str]
-    train: Any
+    reference: Any
     summary: DataSummary
 
 
@@ -52,19 +53,28 @@ def open_data(
         splits: which ones.
         roles: for each role the type of its column; or a function that tells them by the features of the data.
         classes: the role of the column with classes; they are held out in proportion, and those of the training split
-            count for the others, so it is opened in any case.
+            count for the others, so it is opened in any case. With `unlabelled` in the recipe the training split is
+            given without this column, if it has it, and those of the validation split count.
 
     Raises:
         SurgicalError: data or a split that cannot be opened; no column that fits; cells that are empty or cannot be
-            read, all of them; too few rows to hold some out.
+            read, all of them; too few rows to hold some out, or with `unlabelled` no validation split.
     """
     source = DataSource.find(recipe.data, recipe.data_config)
     names = assign_splits(source, recipe.splits)
+    reference = reference_split(recipe)
+    if recipe.unlabelled:
+        source = source.with_unlabeled(names["train"])
+    if names[reference] is None and recipe.unlabelled:
+        raise SurgicalError(
+            f"unlabelled: {recipe.data} has no validation split, and none is held out of the training split, whose "
+            f"labels are not used: name a labeled split, splits: {{validation: {source.splits[-1]}}}, or add one."
+        )
     is_held_out = names["validation"] is None and bool({"train", "validation"} & set(splits))
     is_held_out &= recipe.folds is None or "validation" in splits  # folds of train need no other split
     asked = [split for split in splits if names[split] is not None or split == "train"]
     is_needed = classes or is_held_out or not asked  # columns are found in some split, also if none is to be had
-    needed = [*asked, *(["train"] if "train" not in asked and is_needed else [])]
+    needed = [*asked, *([reference] if reference not in asked and is_needed else [])]
     if "train" in needed and names["train"] is None:
         raise SurgicalError(
             f"{source.name} has the splits {', '.join(source.splits)}, and none is called train: say which one is, "
@@ -73,12 +83,15 @@ def open_data(
     opened = {split: stored_images(whole_numbers(source.open(str(names[split])))) for split in needed}
     if callable(roles):
         roles = roles(opened[needed[0]].features)
-    columns = find_columns(recipe, opened, roles, empty_columns(opened))
+    labeled = {split: rows for split, rows in opened.items() if split != "train" or not recipe.unlabelled}
+    columns = find_columns(recipe, labeled, roles, empty_columns(labeled))
+    if len(labeled) < len(opened):
+        opened["train"] = without_labels(recipe, opened["train"], columns, classes)
     opened, lines = _check_cells(recipe, opened, columns, roles)
     if classes:
-        _check_classes(recipe, opened["train"], columns[classes])
+        _check_classes(recipe, opened[reference], columns[classes])
     named = [f"{role} = {column}" for role, column in columns.items() if role != column]
-    unused = [column for column in opened[needed[0]].features if column not in columns.values()]
+    unused = [column for column in next(iter(labeled.values())).features if column not in columns.values()]
     lines = [*([f"not used: {listed(unused)}"] if unused else []), *lines]
     lines = [*([f"columns: {', '.join(named)}"] if named else []), *lines]
     lines += [f"split {role}: the data's {name}" for role, name in recipe.splits.items() if name and role in splits]
@@ -88,7 +101,12 @@ def open_data(
     if "test" in splits and names["test"] is None:
         lines.append("no test split: nothing is measured on one")
     kept = {split: opened[split] for split in splits if split in opened}
-    return OpenedData(kept, columns, opened.get("train"), DataSummary(tuple(lines)))
+    return OpenedData(kept, columns, opened.get(reference), DataSummary(tuple(lines)))
+
+
+def reference_split(recipe: Recipe) -> str:
+    """The split whose classes count for the others."""
+    return "validation" if recipe.unlabelled else "train"
 
 
 def _check_cells(
@@ -99,6 +117,7 @@ def _check_cells(
         (split, column, fault)
         for split, rows in opened.items()
         for role, column in columns.items()
+        if column in rows.features  # images without labels have one column
         for fault in roles[role].faults(rows, column)
     ]
     described = [f"split {split}: {fault.describe(column, len(opened[split]))}" for split, column, fault in faults]

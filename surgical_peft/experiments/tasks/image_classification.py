@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from transformers import (
 from ...errors import SurgicalError
 from ..recipe.recipe import Recipe
 from ..shifts import corruption
+from .augmentations import augmix
 from .cells import image_faults
 from .columns import ColumnType
 from .dataset import open_data
@@ -31,6 +33,7 @@ from .source_model import model_loader
 from .targets import load_with_loss, target_of
 from .task import Examples, Task, TinyTask, load_pretrained, with_info
 from .tiny_data import label_feature, labels_of
+from .unlabelled import Copies, ReadImages, Stream, check_unlabelled, summary_of
 
 MODES = {1: "L", 3: "RGB"}
 IMAGE = ColumnType("images", lambda feature: isinstance(feature, Image), image_faults)
@@ -51,7 +54,7 @@ def _save_processor(config: Any, folder: Path) -> None:
 
 
 @with_info(
-    keys=["corruption", "label_map", "imbalance", "new_head", "problem_type", "class_weights"],
+    keys=["unlabelled", "corruption", "label_map", "imbalance", "new_head", "problem_type", "class_weights"],
     pipeline="image-classification",
     tiny=TinyTask(
         AutoModelForImageClassification,
@@ -65,8 +68,10 @@ def image_classification(recipe: Recipe, splits: Sequence[str]) -> Task:
     """Images with class labels, and a model that `AutoModelForImageClassification` loads.
 
     Columns: `image` and `label`. Metrics: `accuracy` (default), `macro_f1`, `matthews_correlation`; with
-    `problem_type` those of its target. Images of any mode are converted to as many channels as the model takes.
+    `problem_type` those of its target. Images of any mode are converted to as many channels as the model takes. With
+    `unlabelled` the training split needs no `label`, and its examples are augmented copies of each image.
     """
+    check_unlabelled(recipe)
     target = target_of(recipe)
     measure = target.measure(recipe.metric)
     config = load_pretrained(AutoConfig.from_pretrained, recipe, "model")
@@ -92,7 +97,14 @@ def image_classification(recipe: Recipe, splits: Sequence[str]) -> Task:
         if shape is None:
             shape = tuple(images[0]["pixel_values"].shape)
             _check_shape(config, shape, recipe)
-        examples[split] = replace(images, shape=shape)
+        images = replace(images, shape=shape)
+        make = partial(images.copies, recipe.copies)
+        if recipe.unlabelled and split == "train":
+            examples[split] = Copies(make, len(images))
+        else:
+            examples[split] = Stream(images, make) if recipe.is_online else images
+    if recipe.is_online:
+        measure = replace(measure, read=ReadImages(measure.read))
     return Task(
         load_model=load_with_loss(
             model_loader(AutoModelForImageClassification, recipe, labeled.count, labeled.names),
@@ -105,7 +117,7 @@ def image_classification(recipe: Recipe, splits: Sequence[str]) -> Task:
         metric=recipe.metric or target.metrics[0],
         measure=measure,
         names_labels=labeled.count > 1,
-        summary=data.summary + labeled.summary,
+        summary=data.summary + labeled.summary + summary_of(recipe),
     )
 
 
@@ -143,20 +155,37 @@ class _Images(Dataset[dict[str, torch.Tensor]]):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        pixels = self._processed(index, [self._image(index)])[0]
+        return {"pixel_values": pixels, "labels": torch.tensor(self.labels[index])}
+
+    def copies(self, count: int, index: int) -> torch.Tensor:
+        """Augmented copies of an image: (copies, channels, height, width).
+
+        They depend on its place, the split, the seed and their number alone.
+        """
+        image, (split, seed) = self._image(index), self.seeds
+        rngs = [np.random.default_rng((split, self.rows[index], seed, 1 + draw)) for draw in range(count)]
+        return self._processed(index, [augmix(image, rng) for rng in rngs])
+
+    def _image(self, index: int) -> PILImage.Image:
+        """The image before the processor, with its corruption."""
         place = self.rows[index]
         image = convert(self.data[place][self.column], self.mode)  # each was read when the cells were checked
-        if self.corrupt is not None:
-            split, seed = self.seeds
-            rng = np.random.default_rng((split, place, seed))  # with seed 0 the same as without it
-            image = PILImage.fromarray(self.corrupt(np.asarray(image), rng))
-        pixels = self.processor(image, return_tensors="pt")["pixel_values"][0]
-        if self.shape is not None and tuple(pixels.shape) != self.shape:
+        if self.corrupt is None:
+            return image
+        split, seed = self.seeds
+        rng = np.random.default_rng((split, place, seed))  # with seed 0 the same as without it
+        return PILImage.fromarray(self.corrupt(np.asarray(image), rng))
+
+    def _processed(self, index: int, images: list[PILImage.Image]) -> torch.Tensor:
+        pixels: torch.Tensor = self.processor(images, return_tensors="pt")["pixel_values"]
+        if self.shape is not None and tuple(pixels.shape[1:]) != self.shape:
             raise SurgicalError(
-                f"{self._named(place)} has {image.height} x {image.width} pixels, another size than the first, and "
-                "the model's image processor leaves it so: resize the images, or set do_resize and size in its "
-                "preprocessor_config.json."
+                f"{self._named(self.rows[index])} has {images[0].height} x {images[0].width} pixels, another size "
+                "than the first, and the model's image processor leaves it so: resize the images, or set do_resize "
+                "and size in its preprocessor_config.json."
             )
-        return {"pixel_values": pixels, "labels": torch.tensor(self.labels[index])}
+        return pixels
 
     def _named(self, place: int) -> str:
         """An image in words: data set, split, row, and its file where it has one."""

@@ -17,7 +17,8 @@ from ..recipe.recipe import Recipe
 from ..shifts import keep_share, read_label_map
 from ..shifts.classes import class_number
 from .cells import cells_of, is_text
-from .dataset import OpenedData
+from .dataset import OpenedData, reference_split
+from .marginal_entropy import UNLABELED
 from .summary import DataSummary, listed
 
 
@@ -55,13 +56,21 @@ def label_rows(recipe: Recipe, data: OpenedData, config: Any) -> LabeledRows:
         SurgicalError: as `fit_labels`; a class that the training split lacks, a split left without rows, or only one
             class to train on.
     """
-    column, train = data.columns["label"], data.train
-    classes = class_names(train.features[column], cells_of(train, column))
+    column, reference = data.columns["label"], data.reference
+    classes = class_names(reference.features[column], cells_of(reference, column))
     label_map, count, summary = fit_labels(recipe, column, classes, config)
+    if recipe.unlabelled and None in label_map:
+        raise SurgicalError(
+            f"label_map={recipe.label_map} leaves classes out, and with unlabelled nobody knows which training images "
+            "are of these: take them out of the data, and map every class."
+        )
     rows, labels = {}, {}
     for split, split_rows in data.splits.items():
-        where = f"{recipe.data}, split {split}"
-        numbers = class_numbers(split_rows.features[column], cells_of(split_rows, column), classes, where)
+        if column not in split_rows.features:  # images without labels
+            rows[split], labels[split] = list(range(len(split_rows))), [UNLABELED] * len(split_rows)
+            continue
+        where, known = f"{recipe.data}, split {split}", reference_split(recipe)
+        numbers = class_numbers(split_rows.features[column], cells_of(split_rows, column), classes, where, known)
         places = [index for index, number in enumerate(numbers) if label_map[number] is not None]
         if split == "train" and recipe.imbalance:
             shares = _read_shares(recipe.imbalance, classes)
@@ -71,7 +80,7 @@ def label_rows(recipe: Recipe, data: OpenedData, config: Any) -> LabeledRows:
             raise SurgicalError(f"label_map={recipe.label_map}: no row of the split {split} of {recipe.data} is left.")
         rows[split] = places
         labels[split] = [int(label_map[numbers[index]]) for index in places]  # type: ignore[arg-type]
-    if "train" in labels and len(set(labels["train"])) < 2:
+    if "train" in labels and len(set(labels["train"])) < 2 and not recipe.unlabelled:
         raise SurgicalError(
             f"{recipe.data}: all {len(rows['train'])} rows of the split train have the label {labels['train'][0]} "
             f"(column {column!r}): {_TWO}. The classes are {listed(classes)}."
@@ -105,8 +114,8 @@ def fit_labels(
     if len(classes) < 2:
         only = f"one class only, {classes[0]!r}" if classes else "no class"
         raise SurgicalError(
-            f"{recipe.data}: the column {column!r} of the split train has {only}: {_TWO}. Add rows of another one, or "
-            "name the column that has the classes."
+            f"{recipe.data}: the column {column!r} of the split {reference_split(recipe)} has {only}: {_TWO}. Add "
+            "rows of another one, or name the column that has the classes."
         )
     label_map = read_label_map(recipe.label_map, classes)
     known = [str(config.id2label.get(label, label)) for label in range(config.num_labels)]
@@ -205,8 +214,10 @@ def class_names(feature: Any, cells: Any) -> list[str]:
     return [str(number) for number in numbers]
 
 
-def class_numbers(feature: Any, cells: Any, classes: list[str], where: str) -> list[int]:
+def class_numbers(feature: Any, cells: Any, classes: list[str], where: str, reference: str = "train") -> list[int]:
     """The class of each cell of a column, as a number in `classes`; of a column of lists that of each entry.
+
+    For an error: `where` the cells are, and the split that has all the classes.
 
     Raises:
         SurgicalError: there is a class that is none of them.
@@ -230,7 +241,7 @@ def class_numbers(feature: Any, cells: Any, classes: list[str], where: str) -> l
         rows_of_it = "1 row has" if len(places) == 1 else f"{len(places):,} rows have"
         hint = nearest(str(name), classes)
         raise SurgicalError(
-            f"{where}: {rows_of_it} a class, such as {name!r}, that no row of the split train has (from 0: "
+            f"{where}: {rows_of_it} a class, such as {name!r}, that no row of the split {reference} has (from 0: "
             f"{listed(places.tolist())}). {hint[:1].upper()}{hint[1:]}There are: {listed(classes)}."
         )
     return np.asarray(numbers).tolist()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,7 @@ class DataSource:
         splits: names of the splits.
         options: further arguments of `load_dataset`.
         features: types of the columns, where the data set says them.
+        unlabeled: the split of images that lie in no folder of a class, if there is one.
     """
 
     name: str
@@ -52,6 +53,7 @@ class DataSource:
     splits: tuple[str, ...]
     options: Mapping[str, Any]
     features: Any
+    unlabeled: str | None = None
 
     @classmethod
     def find(cls, name: str, config: str | None = None) -> DataSource:
@@ -97,6 +99,19 @@ class DataSource:
         kind, options = FILE_FORMATS[suffix]
         return cls(str(path), kind, None, {"train": [str(path.resolve())]}, ("train",), options, None)
 
+    def with_unlabeled(self, split: str | None) -> DataSource:
+        """The same where the images of a split may have no labels: the folder that all lie in is then no class."""
+        if split is None or "drop_labels" not in self.options:
+            return self
+        folders = {name: {Path(str(file)).parent.name for file in files} for name, files in self.files.items()}
+        others = [name for name in folders if name != split]
+        if not others or len(folders[split]) > 1 or any(folders[split] & folders[name] for name in others):
+            return self
+        labeled = {name: self.files[name] for name in others}
+        build = partial(load_dataset_builder, name=self.config, data_files=labeled, drop_labels=False)
+        builder = load_or_raise(build, self.loaded_as, "data set")
+        return replace(self, features=builder.info.features, unlabeled=split)
+
     def open(self, split: str) -> Any:
         """The rows of a split; of a folder only the files of this split are read.
 
@@ -104,9 +119,11 @@ class DataSource:
             SurgicalError: they cannot be read, or there are none.
         """
         only = {"data_files": {split: self.files[split]}, "features": self.features} if self.files else {}
+        if split == self.unlabeled:
+            only |= {"features": None, "drop_labels": True}
 
         def load(_: str) -> Any:
-            return load_dataset(self.loaded_as, self.config, split=split, **only, **self.options)
+            return load_dataset(self.loaded_as, self.config, split=split, **{**self.options, **only})
 
         try:
             rows = load_or_raise(load, self.name, f"split {split} of the data set")

@@ -23,6 +23,7 @@ from .columns import LABEL, ColumnType, list_of
 from .dataset import OpenedData
 from .evaluation import Batch, Measure, check_metric, read_class
 from .labels import LabeledRows, class_names, class_numbers, fit_labels, label_rows
+from .marginal_entropy import MarginalEntropy
 from .summary import DataSummary
 from .tiny_data import label_feature
 
@@ -82,19 +83,21 @@ def target_of(recipe: Recipe) -> Target:
 def load_with_loss(
     load: Callable[[], nn.Module], recipe: Recipe, weights: list[float] | None
 ) -> Callable[[], nn.Module]:
-    """A function that loads a model with the loss of a recipe's problem type, and of its class weights.
+    """A function that loads a model with the loss of a recipe: of its problem type, class weights or unlabeled copies.
 
     Args:
         load: loads the model.
         recipe: says which loss.
         weights: of the classes.
     """
-    return partial(_load, load, recipe.problem_type or SINGLE, weights)
+    return partial(_load, load, recipe.problem_type or SINGLE, weights, bool(recipe.unlabelled))
 
 
-def _load(load: Callable[[], Any], problem_type: str, weights: list[float] | None) -> nn.Module:
+def _load(load: Callable[[], Any], problem_type: str, weights: list[float] | None, is_unlabeled: bool) -> nn.Module:
     model = load()
     model.config.problem_type = problem_type
+    if is_unlabeled:
+        MarginalEntropy().put_on(model)
     if weights is not None:
         model.register_forward_hook(WeightedLoss(torch.tensor(weights)), with_kwargs=True)
     return model
@@ -124,8 +127,7 @@ class WeightedLoss:
 def _label_sets(recipe: Recipe, data: OpenedData, config: Any) -> LabeledRows:
     """For each row a 1 or 0 for each label."""
     column = data.columns["label"]
-    train = data.train
-    classes = class_names(train.features[column].feature, pc.list_flatten(cells_of(train, column)))
+    classes = class_names(data.reference.features[column].feature, pc.list_flatten(cells_of(data.reference, column)))
     label_map, count, summary = fit_labels(recipe, column, classes, config)
     rows, labels = {}, {}
     for split, split_rows in data.splits.items():

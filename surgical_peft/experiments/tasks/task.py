@@ -61,7 +61,7 @@ class Task:
 
 
 DATA_KEYS = (
-    *("corruption", "label_map", "imbalance", "new_head", "problem_type", "class_weights"),
+    *("unlabelled", "corruption", "label_map", "imbalance", "new_head", "problem_type", "class_weights"),
     *("character_noise", "casing", "max_length", "max_new_tokens"),
 )
 F = TypeVar("F", bound=Callable[..., Task])

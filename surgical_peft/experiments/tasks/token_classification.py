@@ -72,8 +72,8 @@ def token_classification(recipe: Recipe, splits: Sequence[str]) -> Task:
         )
     data = open_data(recipe, splits, {"tokens": list_of(TEXT), "tags": list_of(LABEL)}, classes="tags")
     columns, column = data.columns, data.columns["tags"]
-    tags_of_train = pc.list_flatten(cells_of(data.train, column))
-    classes = class_names(data.train.features[column].feature, tags_of_train)
+    tags_of_train = pc.list_flatten(cells_of(data.reference, column))
+    classes = class_names(data.reference.features[column].feature, tags_of_train)
     label_map, count, summary = fit_labels(recipe, column, classes, how.config)
     if None in label_map:
         raise SurgicalError(

@@ -5,10 +5,10 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from peft import PeftModel
-from transformers import PreTrainedModel, SchedulerType, Trainer
+from transformers import PreTrainedModel, SchedulerType, TrainerState, TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from ...export.adapter_card import origin
@@ -31,6 +31,14 @@ class Start:
     data: dict[str, Any]
 
 
+class Trained(Protocol):
+    """What a report asks a trainer for."""
+
+    model: Any
+    args: TrainingArguments
+    state: TrainerState
+
+
 def start(recipe: Recipe) -> Start:
     """To be called before the training: a data set of the Hub needs the network, which may be gone after it."""
     return Start(time.monotonic(), identity(recipe.data, recipe.data_config))
@@ -39,7 +47,7 @@ def start(recipe: Recipe) -> Start:
 def make_report(
     recipe: Recipe,
     task: Task,
-    trainer: Trainer,
+    trainer: Trained,
     beginning: Start,
     metrics: tuple[dict[str, float], dict[str, float]],
     parameters: tuple[int, int],
@@ -116,7 +124,7 @@ def _shift(recipe: Recipe) -> dict[str, Any]:
     return {key: getattr(recipe, key) for key in keys}
 
 
-def _rates(recipe: Recipe, trainer: Trainer) -> RateReport:
+def _rates(recipe: Recipe, trainer: Trained) -> RateReport:
     args = trainer.args
     return RateReport(
         learning_rate=args.learning_rate,

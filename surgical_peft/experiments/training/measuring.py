@@ -10,6 +10,7 @@ from torch import nn
 from ...scoring.progress import Counted, Stages
 from ..recipe.recipe import Recipe
 from ..tasks import Examples, Task, further_measure, spread
+from ..tasks.unlabelled import images_of
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ def measurements(recipe: Recipe, task: Task) -> tuple[list[Measurement], list[Me
         SurgicalError: as `further_measure`.
     """
     splits = [split for split in ("validation", "test") if split in task.splits]
-    own = [Measurement(task.metric, split, task.measure, task.splits[split]) for split in splits]
+    own = [Measurement(task.metric, split, task.measure, images_of(task.splits[split])) for split in splits]
     further = []
     for written, metric in zip(recipe.keys().get("test_metrics", {}), recipe.test_metrics, strict=True):
         split, measure, examples = further_measure(recipe, metric)

@@ -26,6 +26,7 @@ from ..recipe.recipe import Recipe
 from ..tasks import Examples, load_task
 from .activation_cache import AT, ROOM, PrefixCache
 from .job_progress import ReportedSteps, part_of_job
+from .online import adapt_online
 from .profiling import PeakMemory
 from .train import fit
 
@@ -101,10 +102,7 @@ class RecipeRunner:
         Returns:
             What `wrap` gave, trained, and the peak memory in bytes.
         """
-        base = copy.deepcopy(self.model)
-        originals = dict(base.named_modules())
-        set_seed(changed.get("seed", self.args.seed))  # for new weights, as LoRA's
-        wrapped = wrap(base)
+        base, wrapped, originals = self._wrapped(wrap, changed)
         # Only our tuner keeps what it does not tune in eval mode, so that its frozen start returns the same each time.
         is_ours = isinstance(getattr(wrapped, "base_model", None), SurgicalModel)
         prefix = self.prefix if skips and is_ours else None
@@ -122,6 +120,27 @@ class RecipeRunner:
             args = self.recipe.arguments(output_dir=unused, **changed)
             fit(wrapped, args, train.numbered() if prefix else train, policy, callbacks, self._collate)
         return wrapped, peak.bytes
+
+    def adapt(
+        self, wrap: Wrap, stream: Examples, policy: Policy | None = None, **changed: Any
+    ) -> tuple[nn.Module, int, float]:
+        """Adapt a copy of the source model to a stream, see `adapt_online`.
+
+        Returns:
+            What `wrap` gave, adapted, the peak memory in bytes, and the metric along the stream.
+        """
+        _, wrapped, _ = self._wrapped(wrap, changed)
+        args = self.recipe.arguments(**changed)
+        with PeakMemory() as peak:
+            metric = adapt_online(wrapped, stream, args, self.task.measure, policy)  # type: ignore[arg-type]
+        return wrapped, peak.bytes, metric
+
+    def _wrapped(self, wrap: Wrap, changed: dict[str, Any]) -> tuple[nn.Module, nn.Module, dict[str, nn.Module]]:
+        """A copy of the source model, what `wrap` makes of it, and its modules by name from before."""
+        base = copy.deepcopy(self.model)
+        originals = dict(base.named_modules())
+        set_seed(changed.get("seed", self.args.seed))  # for new weights, as LoRA's
+        return base, wrap(base), originals
 
     def seconds(self, wrap: Wrap, places: Sequence[int] | None = None) -> float:
         """The seconds that one such training takes, estimated from a few timed steps."""
@@ -163,6 +182,8 @@ class RecipeRunner:
         args = self.args
         batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         count = len(self.examples["train"] if places is None else places)
+        if self.recipe.is_online:
+            count = len(self.examples["validation"])
         return args.max_steps if args.max_steps > 0 else math.ceil(math.ceil(count / batch) * args.num_train_epochs)
 
     def _collate(self, items: list[Any]) -> dict[str, Tensor]:
@@ -176,6 +197,7 @@ class RecipeRunner:
         args, recipe = self.args, self.recipe
         is_plain = recipe.frozen_eval and args.n_gpu <= 1 and args.world_size == 1
         is_plain &= args.train_sampling_strategy != "group_by_length"  # it looks into the examples
+        is_plain &= not self.recipe.unlabelled  # the outputs for an example are those for its copies
         if not is_plain or args.bf16 or args.fp16 or args.torch_compile:
             return None
         train = self.examples["train"]

@@ -51,6 +51,10 @@ def last_lines(report: TrainingReport) -> list[str]:
     ]
     if report.pipeline:
         lines.append(f"To use it: surgical-peft predict {shlex.quote(str(Path(report.adapter).parent))} INPUT")
+    if unlabelled := report.recipe.get("unlabelled"):
+        where = "the training split" if unlabelled is True else "the streams"
+        chosen = " Those of the validation split chose the epoch." * bool(report.recipe.get("early_stopping_patience"))
+        lines.append(f"No label of {where} was used to train.{chosen}")
     for split in [*report.after][-1:] if report.metric == "accuracy" else ():  # a task of one's own may measure none
         lines.append(noise(report.after[split], report.dataset.examples[split], split))
     return [*lines, QUESTIONS["train"]]

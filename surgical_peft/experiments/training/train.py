@@ -44,8 +44,9 @@ from ..recipe.recipe import Recipe
 from ..tasks import Examples, Task, load_task
 from ..tasks.source_model import modules_to_save
 from .card import write_card
-from .make_report import make_report, start
+from .make_report import Trained, make_report, start
 from .measuring import measurements
+from .online import adapt_to_streams
 from .report import REPORT, FurtherMetric, TrainingReport
 from .unfinished import StopAtStep, Unfinished, stopped_early
 
@@ -160,6 +161,7 @@ def _train(
                 values, others = measured("before")
                 unfinished.keep(before=values, others_before=others)
             before, others_before = unfinished.known["before"], unfinished.known.get("others_before", {})
+            trainer: Trained
             callbacks: list[TrainerCallback] = [
                 SurgicalCallback(),
                 *([TrainingStage(stages)] if args.disable_tqdm else []),
@@ -168,18 +170,22 @@ def _train(
             if recipe.early_stopping_patience is not None:
                 callbacks.append(EarlyStoppingCallback(recipe.early_stopping_patience))
             judged = task.splits["validation"] if args.eval_strategy != "no" else None
-            with stopper.listening():
-                trainer = fit(
-                    wrapped,
-                    args,
-                    task.splits["train"],
-                    policy,
-                    callbacks,
-                    task.collate,
-                    judged,
-                    unfinished.checkpoint,
-                )
-            after, others_after = measured("after")
+            if recipe.is_online:
+                trainer, after = adapt_to_streams(wrapped, task, args, policy, stages)
+                others_after: dict[str, float] = {}
+            else:
+                with stopper.listening():
+                    trainer = fit(
+                        wrapped,
+                        args,
+                        task.splits["train"],
+                        policy,
+                        callbacks,
+                        task.collate,
+                        judged,
+                        unfinished.checkpoint,
+                    )
+                after, others_after = measured("after")
         except KeyboardInterrupt:
             raise KeyboardInterrupt(unfinished.interrupted()) from None
     beginning = replace(beginning, clock=time.monotonic() - unfinished.seconds)
