@@ -10,8 +10,8 @@ the 10,000 test images,
 
 - `cifar10/source`: 20,000 training images, 1,000 others to validate, 3,000 test images;
 - `cifar10/0`, `1`, `2`: three draws;
-- `cifar10-c/frost-0`, `frost-1` and so on: the same draws, under each of the 14 corruptions that the paper's code names,
-  at severity 5.
+- `cifar10-c/frost-0`, `frost-1` and so on: the same draws, under each of the 14 corruptions of the command in the
+  README of the paper's code, at severity 5.
 
 A source model that was trained on the 50,000 training images has seen none of them. The corrupted images are PNG: the
 noise of a compression is not added to theirs.
