@@ -141,9 +141,8 @@ class _Rows:
     def __init__(self, model: nn.Module, batch: Mapping[str, Any]) -> None:
         self.batch = batch
         self.has_class_token = any(name.rpartition(".")[2] in CLASS_TOKENS for name, _ in model.named_parameters())
-        known = isinstance(model, PreTrainedModel)
-        self.has_two_stacks = known and bool(model.config.is_encoder_decoder)
-        self.generates = known and model.can_generate()
+        self.has_two_stacks = isinstance(model, PreTrainedModel) and model.config.is_encoder_decoder
+        self.generates = isinstance(model, PreTrainedModel) and model.can_generate()
 
     def of(self, layer: nn.Module, states: Tensor) -> Tensor:
         """The rows, on the CPU and in float32 at least."""
