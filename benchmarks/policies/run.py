@@ -62,6 +62,8 @@ METHODS: dict[str, Callable[[Split], Policy | None]] = {
     "two_stage(epochs=2)": lambda train: policies.two_stage(counts_of(train), epochs=2, lr_multiplier=3.0),
     "progressive_freezing(8)": lambda train: policies.progressive_freezing(interval=8),
     "sample_by_score(every=8)": lambda train: policies.sample_by_score(every=8),
+    "grass(every=8, refresh=8)": lambda train: policies.grass(every=8, refresh=8),
+    "misa(share=0.25, every=8)": lambda train: policies.misa(share=0.25, every=8),
     "blocks='auto'": lambda train: None,
 }
 

@@ -11,11 +11,15 @@ from __future__ import annotations
 from .adam_gain import adam_gain
 from .angle import angle
 from .bvr import bvr
+from .cka import cka
+from .depth import depth
 from .depth_gain import depth_gain
 from .eb import eb
 from .fisher import fisher
 from .grad_norm import grad_norm
 from .held_out_gain import held_out_gain
+from .kappa import kappa
+from .middle import middle
 from .probe import probe
 from .random import random
 from .rgn import rgn
@@ -27,11 +31,15 @@ __all__ = [
     "adam_gain",
     "angle",
     "bvr",
+    "cka",
+    "depth",
     "depth_gain",
     "eb",
     "fisher",
     "grad_norm",
     "held_out_gain",
+    "kappa",
+    "middle",
     "probe",
     "random",
     "rgn",

@@ -7,6 +7,7 @@ import re
 import torch
 from torch import Tensor, nn
 
+from ..blocks.unwrap import named_bare_modules, unwrap_model
 from .criterion import of_model, whole
 from .short_training.context import ScoringContext
 
@@ -33,7 +34,7 @@ def weight_snr(context: ScoringContext) -> dict[str, float]:
         >>> scores = score_blocks(model, None, criterion="weight_snr")
     """
     ratios: dict[str, dict[str, float]] = {}
-    for path, matrices in _matrices(context).items():
+    for path, matrices in matrices_of(context).items():
         mean = sum(map(ratio, matrices)) / len(matrices)
         ratios.setdefault(_NUMBER.sub("*", path), {})[path] = mean
     ranks: dict[str, float] = {}
@@ -47,17 +48,20 @@ def weight_snr(context: ScoringContext) -> dict[str, float]:
     return {name: sum(values) / len(values) for name, values in ranked.items() if values}
 
 
-def _matrices(context: ScoringContext) -> dict[str, list[Tensor]]:
-    """The matrices of each weight that has any: a stack of experts' weights has one for each."""
-    convolutions = {id(m.weight) for m in context.model.modules() if isinstance(m, nn.modules.conv._ConvNd)}
-    matrices = {}
+def matrices_of(context: ScoringContext) -> dict[str, list[Tensor]]:
+    """The matrices, not all zero, of each weight that has any: a stack of experts' weights has one for each."""
+    modules = named_bare_modules(unwrap_model(context.model))
+    convolutions = {f"{path}.weight" for path, module in modules if isinstance(module, nn.modules.conv._ConvNd)}
+    found = {}
     for unit in context.units.values():
         for path, weight in unit.items():
             tensor = whole(weight.detach())
-            if tensor.ndim >= 2 and bool(tensor.any()):
-                stacked = tensor.ndim > 2 and id(weight) not in convolutions
-                matrices[path] = list(tensor.flatten(0, -3)) if stacked else [tensor.flatten(1)]
-    return matrices
+            if tensor.ndim >= 2:
+                stacked = tensor.ndim > 2 and path not in convolutions
+                matrices = tensor.flatten(0, -3) if stacked else [tensor.flatten(1)]
+                if alive := [matrix for matrix in matrices if bool(matrix.any())]:
+                    found[path] = alive
+    return found
 
 
 def ratio(weight: Tensor) -> float:

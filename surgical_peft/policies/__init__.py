@@ -12,10 +12,12 @@ from .auto_snr import AutoSNR as auto_snr
 from .badam import Badam as badam
 from .bvg_ls import BVGLS as bvg_ls
 from .gradual_unfreezing import GradualUnfreezing as gradual_unfreezing
+from .grass import Grass as grass
 from .layer_decay import LayerDecay as layer_decay
 from .layer_decay import discriminative
 from .lisa import Lisa as lisa
 from .lp_ft import lp_ft
+from .misa import Misa as misa
 from .progressive_freezing import ProgressiveFreezing as progressive_freezing
 from .sample_by_score import SampleByScore as sample_by_score
 from .stages import Stage as Stage
@@ -32,9 +34,11 @@ __all__ = [
     "bvg_ls",
     "discriminative",
     "gradual_unfreezing",
+    "grass",
     "layer_decay",
     "lisa",
     "lp_ft",
+    "misa",
     "progressive_freezing",
     "sample_by_score",
     "stages",

@@ -1,15 +1,17 @@
-"""`||gradient|| / ||weights||` of many units at once, from the gradients at hand before a step."""
+"""Gradient norms of many units at once, relative to their weights or not, from the gradients before a step."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import islice
 
 import torch
 from torch import Tensor
 from torch._utils import _flatten_dense_tensors
+from torch.distributed.tensor import DTensor
 
+from ..criteria.criterion import whole
 from ..criteria.rgn import foreach_norm, pieces
 from .policy import Unit
 
@@ -26,6 +28,22 @@ def gradient_ratios(units: Sequence[Unit]) -> list[float]:
     with torch.set_grad_enabled(False):  # which the optimizer's step uses anyway; to call `no_grad` too takes longer
         norms = norms_of(units)
     return [_ratio(pull, size) for size, pull in zip(norms[::2], norms[1::2], strict=True)]
+
+
+def gradient_norms(units: Iterable[Unit]) -> dict[str, float]:
+    """`||g||` of each unit from `parameter.grad`; units without a gradient, or with one that is not finite, have none.
+
+    One transfer to the host however many tensors there are; of what FSDP2 has sharded, all processes must ask.
+    """
+    grads = {
+        unit.name: tensors if isinstance(tensors[0], DTensor) else pieces(tensors, _PIECE)
+        for unit in units
+        if (tensors := _grads(unit.parameters))
+    }
+    norms = [whole(norm) for tensors in grads.values() for norm in foreach_norm(tensors)]
+    numbers = iter(torch.stack([norm.to(norms[0].device) for norm in norms]).tolist() if norms else ())
+    values = {name: math.hypot(*islice(numbers, len(tensors))) for name, tensors in grads.items()}
+    return {name: value for name, value in values.items() if math.isfinite(value)}
 
 
 def _norms_on_cpu(units: Sequence[Unit]) -> list[float]:

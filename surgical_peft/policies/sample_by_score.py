@@ -5,9 +5,8 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-import torch
-
 from ..validation import check_cadence, check_choice, check_count, check_number, immutable
+from .gradient_norms import gradient_norms
 from .policy import STATE_POLICIES, BlockSpec, Policy, TrainingState, check_enough, kept_on
 
 _FADE = 0.95  # of epsilon from one draw to the next
@@ -83,14 +82,7 @@ class SampleByScore(Policy):
 
     def step_multipliers(self, training: TrainingState) -> dict[str, float] | None:
         if (training.step + 1) % self.every == 0:  # the gradients before the next draw
-            grads_of = {unit.name: [p.grad for p in unit.parameters if p.grad is not None] for unit in training.units}
-            norms = {
-                name: torch.stack([norm.to(grads[0].device) for norm in torch._foreach_norm(grads, 2)]).norm()
-                for name, grads in grads_of.items()
-                if grads
-            }
-            values = {name: float(norm) for name, norm in norms.items()}
-            finite = {name: value for name, value in values.items() if 0 <= value < float("inf")}
-            training.state.setdefault("norms", {}).update(finite)
-            training.scores.update(finite)
+            norms = gradient_norms(training.units)
+            training.state.setdefault("norms", {}).update(norms)
+            training.scores.update(norms)
         return None

@@ -57,8 +57,10 @@ class AnyOne(Policy):
 SETTINGS: dict[str, dict[str, Any]] = {
     "auto_snr": {"threshold": 0.5},
     "badam": {"every": 2},
+    "grass": {"num_blocks": 1, "every": 1, "refresh": 2, "num_batches": 1},
     "lisa": {"num_blocks": 1, "every": 1},
     "lp_ft": {"epochs": 1},
+    "misa": {"share": 0.5, "every": 2},
     "progressive_freezing": {"interval": 2},
     "sample_by_score": {"num_blocks": 1, "every": 1},
     "stages": {"plan": [{"blocks": [0], "steps": 1}, {"blocks": "all", "steps": 2}, {"blocks": [-1]}]},

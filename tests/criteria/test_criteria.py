@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from surgical_peft import BlockMap, SurgicalError, criteria, score_blocks
 from surgical_peft.criteria import bvr, eb, rgn, snr
 from surgical_peft.criteria.angle import degrees
-from surgical_peft.criteria.criterion import Moments
+from surgical_peft.criteria.criterion import Moments, needs_of
 from surgical_peft.criteria.rgn import norm
 from surgical_peft.criteria.weight_snr import ratio
 from tests.support.criteria import Routed, own_loss, plain_depth_gain
@@ -231,7 +231,7 @@ def test_weight_snr_equals_plain_ranks(toy_name: str, granularity: str) -> None:
 
 
 def test_every_criterion_has_a_reference() -> None:
-    elsewhere = {"probe", "depth_gain"}  # in test_probe.py, and below
+    elsewhere = {"probe", "depth_gain", "kappa", "cka", "middle", "depth"}  # below, and in files of their own
     assert {*REFERENCES, "weight_change", "angle", "weight_snr", "random", *elsewhere} == set(criteria.__all__)
 
 
@@ -431,7 +431,10 @@ class Normed(nn.Module):
         return nn.functional.cross_entropy(self.classifier(x.mean(-1)), labels)
 
 
-@pytest.mark.parametrize("name", criteria.__all__)
+WITHOUT_CALLS = [name for name in criteria.__all__ if name != "cka"]  # whose layers need not be called themselves
+
+
+@pytest.mark.parametrize("name", WITHOUT_CALLS)
 def test_batch_norms_are_scored_with_their_block_and_keep_their_statistics(name: str) -> None:
     torch.manual_seed(0)
     model = Normed().train()
@@ -442,7 +445,7 @@ def test_batch_norms_are_scored_with_their_block_and_keep_their_statistics(name:
     assert all(torch.equal(value, buffers[key]) for key, value in model.named_buffers())
     assert all(module.training for module in model.modules())
     assert {"layers.0.shortcut.bias", "layers.2.shortcut.bias"} <= set(tensors.unscored)  # new ones are zero
-    if name != "weight_snr":  # which ranks matrices only
+    if name not in ("weight_snr", "kappa"):  # which see matrices only
         assert tensors.blocks["layers.0.shortcut.weight"] == "0"
 
 
@@ -463,13 +466,13 @@ def test_the_gradient_of_a_tied_weight_is_that_of_all_its_uses(name: str) -> Non
     assert value == pytest.approx(REFERENCES[name](facts, [tied]), rel=1e-6)
 
 
-@pytest.mark.parametrize("name", criteria.__all__)
+@pytest.mark.parametrize("name", WITHOUT_CALLS)
 def test_an_expert_without_a_token_has_no_score(name: str) -> None:
     torch.manual_seed(0)
     data = [{"x": torch.randn(3, 4), "expert": torch.zeros(3, dtype=torch.long)} for _ in range(4)]
     scores = score_blocks(Routed(), data, name, "module", loss_fn=own_loss).values
     assert all(math.isfinite(value) for value in scores.values())
-    if name not in ("random", "weight_snr"):  # which see no data
+    if needs_of(getattr(criteria, name)).batches:
         assert not {"layers.0.1", "layers.2.1"} & set(scores) and scores["layers.0.0"] != 0
 
 

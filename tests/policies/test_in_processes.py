@@ -25,7 +25,9 @@ SOFT |= {
     "auto_rgn-epoch": "auto_rgn(every='epoch', num_batches=3)",
     "auto_snr": "auto_snr(0.3, granularity='block', num_batches=4, hard=False)",
     "bvg_ls-masked": "bvg_ls(momentum='masked')",
+    "grass": "grass(num_blocks=1, every=2, refresh=2, num_batches=2, hard=False)",
     "lisa": "lisa(num_blocks=1, every=2, hard=False)",
+    "misa": "misa(share=0.1, every=2, hard=False)",
     "badam": "badam(every=2, hard=False)",
     "gradual_unfreezing": "gradual_unfreezing(hard=False)",
     "lp_ft": "lp_ft(epochs=1, hard=False)",
@@ -35,7 +37,7 @@ SOFT |= {
     "sample_by_score": "sample_by_score(num_blocks=1, every=2, hard=False)",
 }
 HARD = ["auto_snr", "lisa", "badam", "gradual_unfreezing", "lp_ft", "two_stage", "stages", "progressive_freezing"]
-HARD += ["sample_by_score"]
+HARD += ["sample_by_score", "grass", "misa"]
 
 # Imports once, then three processes. One accumulates two batches of 4, two take one each: the same examples at every
 # step.
