@@ -501,7 +501,7 @@ def test_dry_run_keeps_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     [
         ({"methods": None}, "nothing to compare"),
         ({"methods": ["full", "hed"]}, "'hed'.*'head'"),
-        ({"methods": ["full", {"lora": {"rnk": 8}}]}, "'rank'.*alpha, head, rates"),
+        ({"methods": ["full", {"lora": {"rnk": 8}}]}, "'rank'.*alpha, head, target_modules, rates"),
         ({"methods": ["full", {"lora": {"rank": 0}}]}, "rank=0"),
         ({"methods": ["full", {"head": {"rates": []}}]}, r"head: rates: \[\]"),
         ({"methods": ["full", {"head": {"rates": [1e-3, 0]}}]}, "above 0"),
