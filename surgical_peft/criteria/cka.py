@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from ..blocks.block_map import kind_of
 from ..blocks.unwrap import unwrap_model
@@ -139,6 +138,8 @@ class _Rows:
     """Reduces what a layer takes or returns to a row for each example."""
 
     def __init__(self, model: nn.Module, batch: Mapping[str, Any]) -> None:
+        from transformers import PreTrainedModel
+
         self.batch = batch
         self.has_class_token = any(name.rpartition(".")[2] in CLASS_TOKENS for name, _ in model.named_parameters())
         self.has_two_stacks = isinstance(model, PreTrainedModel) and model.config.is_encoder_decoder

@@ -483,7 +483,7 @@ class Given(Policy):
     ("policy", "words"),
     [
         (policies.grass(num_blocks=13), "num_blocks=13.*grass.*12 repeated"),
-        (policies.misa(), r"share=0\.03.*layers\.\d+\..*0\.0\d+ or more"),
+        (policies.misa(share=0.01), r"share=0\.01.*layers\.\d+\..*0\.0\d+ or more"),
         (policies.misa(always=["0:"]), "misa"),
         (policies.lisa(num_blocks=13), "num_blocks=13.*lisa.*12 repeated"),
         (policies.sample_by_score(num_blocks=13), "num_blocks=13.*sample_by_score"),
