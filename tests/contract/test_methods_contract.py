@@ -227,6 +227,7 @@ def test_bvg_ls_has_its_own_recipe() -> None:
 # What a policy cannot be called without.
 POLICIES: dict[str, dict[str, Any]] = {
     "lp_ft": {"epochs": 1},
+    "misa": {"share": 0.1},
     "stages": {"plan": [{"blocks": "head", "steps": 2}, {}]},
     "two_stage": {"counts": [16, 16, 16], "epochs": 1},
 }

@@ -37,8 +37,8 @@ def adapt_online(
         measure: reads and computes the metric.
         policy: of the learning rates.
 
-    Source: MEMO, Zhang, Levine and Finn 2021 (arXiv 2110.09506), in the online form of Lee et al. 2023 (arXiv
-        2210.11466), section 3.2.
+    Source: MEMO, Zhang, Levine and Finn 2021 (arXiv 2110.09506), in the online form of Lee et al. 2022 (arXiv
+        2210.11466), Table 2.
 
     Example:
         >>> adapt_online(model, task.splits["test"], args, task.measure)
