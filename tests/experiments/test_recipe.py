@@ -62,8 +62,9 @@ def test_what_begins_with_a_dot_is_beside_the_recipe_or_nowhere(tmp_path: Path) 
             load_or_raise(read, path, what)
 
 
-def test_of_a_folder_that_is_missing_the_header_says_what_makes_it(tmp_path: Path) -> None:
-    header = "# Mails. Needs `make\n# mail` once; on the Hub org/mails.\n#\n#   surgical-peft train\n# Expected: 5.\n"
+@pytest.mark.parametrize("before", ["# Mails. ", "# Mails.\n#\n#   surgical-peft train\n#\n# "])
+def test_of_a_folder_that_is_missing_the_header_says_what_makes_it(before: str, tmp_path: Path) -> None:
+    header = f"{before}Needs `make\n# mail` once; on the Hub org/mails.\n#\n#   surgical-peft train\n# Expected: 5.\n"
     recipe = load_recipe(write(tmp_path, f"{header}model: ./model\ndata: ./data\nblocks: [0]\n"))
     with pytest.raises(SurgicalError, match=r"no folder .*: Needs `make mail` once; on the Hub org/mails\.$"):
         load_task(recipe)

@@ -152,8 +152,8 @@ def check_folder(name: str, kind: str, recipe: Path | None = None) -> None:
     needs = ""
     if recipe is not None and recipe.is_file():
         lines = takewhile(lambda line: line.startswith("#"), recipe.read_text(encoding="utf-8").splitlines())
-        sentences = re.split(r"(?<=\.) +", " ".join(line.strip("# ") for line in lines))
-        needs = "".join(f": {sentence}" for sentence in sentences if sentence.startswith("Needs "))
+        sentences = re.split(r"\n{2,}|(?<=\.)\s+", "\n".join(line.strip("# ") for line in lines))
+        needs = "".join(f": {' '.join(text.split())}" for text in sentences if text.startswith("Needs "))
     raise SurgicalError(
         f"the {kind} {name!r} cannot be loaded: there is no folder {Path(name).resolve()}. A recipe names "
         f"folders relative to itself, and its header says what makes them{needs or '.'}"
