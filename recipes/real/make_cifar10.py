@@ -8,7 +8,7 @@ CIFAR is a folder with CIFAR-10 as `train.parquet` and `test.parquet`, or `uoft-
 holds, with the splits train, validation and test, all by class in equal parts: in each draw 1,000, 500 and 3,000 of
 the 10,000 test images,
 
-- `cifar10/source`: 20,000 training images, 1,000 others to validate, 3,000 test images;
+- `cifar10/source`: 49,000 training images, the other 1,000 to validate, 3,000 test images;
 - `cifar10/0`, `1`, `2`: three draws;
 - `cifar10-c/frost-0`, `frost-1` and so on: the same draws, under each of the 14 corruptions of the command in the
   README of the paper's code, at severity 5.
@@ -36,7 +36,7 @@ CORRUPTIONS = (
 )
 SEVERITY = 5
 PER_CLASS = {"train": 100, "validation": 50, "test": 300}
-OF_SOURCE = {"train": 2000, "validation": 100}
+OF_SOURCE = {"train": 4900, "validation": 100}
 OF_SOURCE_TEST = {"test": 300}
 SEEDS = (0, 1, 2)
 

@@ -1,6 +1,6 @@
 """Tune the source model of the recipes for a ViT-S/14, as recipes/real/vit_s14_source.yaml says.
 
-Run from the root of the repository (half an hour on one CPU core; killed, the same command goes on from the last
+Run from the root of the repository (three hours on one CPU core; killed, the same command goes on from the last
 checkpoint):
 
     python recipes/real/make_vit_s14.py OUTPUT
@@ -22,7 +22,7 @@ from surgical_peft.experiments.recipe import load_recipe
 from surgical_peft.experiments.training.train import train
 from surgical_peft.export.export import export
 
-SIZE, PROMISED = 56, 0.88
+SIZE, PROMISED = 112, 0.88
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, which the encoder was trained with
 
 
