@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from surgical_peft.experiments.compare.statistics import t_interval
+from surgical_peft.experiments.compare.statistics import Interval, t_interval
 
 HERE = Path(__file__).parent
 REPORT = HERE / "compare" / "cifar10_c" / "report.json"
@@ -47,12 +47,15 @@ def best_parts(rows: dict[str, Any]) -> list[str]:
     return [max(zip(PARTS, values, strict=True), key=lambda pair: pair[1])[0] for values in draws]
 
 
-def difference(values: Sequence[float], others: Sequence[float]) -> tuple[str, bool]:
-    """The mean difference with its 95 % interval over corruptions, and whether it is clear of zero."""
-    interval = t_interval([value - other for value, other in zip(values, others, strict=True)])
-    if interval.low is None:
-        return f"{interval.mean:+.1f}", False
-    return f"{interval.mean:+.1f} ({interval.low:+.1f} to {interval.high:+.1f})", interval.is_clear
+def difference(values: Sequence[float], others: Sequence[float]) -> Interval:
+    """The mean difference with its 95 % interval over corruptions."""
+    return t_interval([value - other for value, other in zip(values, others, strict=True)])
+
+
+def in_words(interval: Interval) -> str:
+    """A difference with its interval, in points."""
+    bounds = "" if interval.low is None else f" ({interval.low:+.1f} to {interval.high:+.1f})"
+    return f"{interval.mean:+.1f}{bounds}"
 
 
 def beside_the_paper(found: dict[str, list[float]]) -> list[str]:
@@ -63,7 +66,7 @@ def beside_the_paper(found: dict[str, list[float]]) -> list[str]:
     for name in order:
         paper = PAPER.get(name)
         to_full = "-" if paper is None or name == FULL else f"{paper - PAPER[FULL]:+.1f}"
-        ours = "-" if name == FULL else difference(found[name], found[FULL])[0]
+        ours = "-" if name == FULL else in_words(difference(found[name], found[FULL]))
         told = "-" if paper is None else f"{paper:.1f}"
         lines.append(f"| {name} | {told} | {statistics.fmean(found[name]):.1f} | {to_full} | {ours} |")
     return lines
@@ -73,10 +76,13 @@ def answers(report: dict[str, Any], found: dict[str, list[float]]) -> list[str]:
     """A plain answer for each claim of the paper's row."""
     lines = []
     for name, claim in ((BEST, "One part, chosen well, beats everything"), ("Auto-RGN (paper)", "So does Auto-RGN")):
-        told, is_clear = difference(found[name], found[FULL])
-        mean = float(told.split(" ")[0])
-        verdict = ("yes" if mean > 0 else "no, it is below") if is_clear else "no: within the spread over corruptions"
-        lines.append(f"- {claim}: {verdict} ({told} points; the paper {PAPER[name] - PAPER[FULL]:+.1f}).")
+        gain = difference(found[name], found[FULL])
+        verdict = (
+            ("yes" if gain.mean > 0 else "no, it is below")
+            if gain.is_clear
+            else "no: within the spread over corruptions"
+        )
+        lines.append(f"- {claim}: {verdict} ({in_words(gain)} points; the paper {PAPER[name] - PAPER[FULL]:+.1f}).")
     chosen = Counter(PARTS[part] for part in best_parts({row["method"]: row for row in report["methods"]}))
     lines.append(
         f"- The best part by corruption: {', '.join(f'{name} {count}' for name, count in chosen.most_common())}."

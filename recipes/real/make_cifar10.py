@@ -106,7 +106,7 @@ def open_split(source: str, split: str) -> datasets.Dataset:
     """A split of CIFAR-10, its images in the column `image`; on the Hub it is called `img`."""
     try:
         rows = datasets.load_dataset(source, split=split)
-    except Exception as error:  # whatever datasets runs into
+    except OSError as error:  # not found, or no network; what is found and damaged tells itself
         raise SystemExit(
             f"{source!r} is neither a folder with train.parquet and test.parquet nor to be had from the Hub now. Give "
             "the folder, make real-data CIFAR=FOLDER, or with a network make real-data CIFAR=uoft-cs/cifar10 "

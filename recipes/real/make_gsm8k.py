@@ -48,7 +48,7 @@ def read_gsm8k(source: str) -> dict[str, list[dict[str, str]]]:
         return {split: [json.loads(line) for line in file.open(encoding="utf-8")] for split, file in files.items()}
     try:
         found = datasets.load_dataset(source, "main")
-    except Exception as error:  # whatever datasets runs into
+    except OSError as error:  # not found, or no network; what is found and damaged tells itself
         raise SystemExit(
             f"{source!r} is neither a folder with train.jsonl and test.jsonl nor to be had from the Hub now. Give the "
             "folder, make real-data GSM8K=FOLDER, or with a network make real-data GSM8K=openai/gsm8k "
