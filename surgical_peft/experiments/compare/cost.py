@@ -15,8 +15,15 @@ from ...errors import SurgicalError
 from ...rendering import clock
 from ...scoring.selection import Selection
 from ..recipe.recipe import Recipe
-from ..tasks import spread
-from ..training.cost import Timing, depth_of, memory_in_words, shared, time_in_words, timed_at_once
+from ..training.cost import (
+    Timing,
+    depth_of,
+    measuring_seconds,
+    memory_in_words,
+    shared,
+    time_in_words,
+    timed_at_once,
+)
 from ..training.job_progress import part_of_job
 from ..training.profiling import SECONDS, SHARE
 from ..training.runner import RecipeRunner
@@ -27,7 +34,6 @@ from .methods import MethodContext, make_method
 from .methods.method import no_policy
 from .preflight import context_of
 
-_FEW = 8  # test examples whose further metrics are timed
 _UNKNOWN = 0.5  # where the first layer lies that a method would choose: in the middle
 
 
@@ -80,8 +86,9 @@ def estimate(job_runner: JobRunner, jobs: int, console: Console) -> CostEstimate
         context = context_of(comparison, first, runner, Path(folder))
         for title, method in comparison.methods.items():
             grid, each = comparison.grid(title), timing.measure
+            known = method.preview(context) if method.choose else Selection(())
             if method.is_trained:
-                each = max(each, timing.seconds(_depth(comparison, title, context)))
+                each = max(each, timing.seconds(_depth(known, context)))
                 few = TIMED * (1 if method.policy is no_policy else epochs)
                 short += base + few * (each - timing.measure - base) / steps
             begun = [job for rate in grid for job in comparison.trainings(title, rate)]
@@ -90,12 +97,12 @@ def estimate(job_runner: JobRunner, jobs: int, console: Console) -> CostEstimate
             more += MOST * len(comparison.trainings(title)) * (len(grid) > 1)
             seconds += len(left) * each
             longest = max([longest, *[each] * len(left)])
-            if method.choose and method.preview(context) is None:
+            if known is None:
                 choosing += len(comparison.trainings(title)) * CHOOSING * timing.whole
     tests = len(comparison.methods) * len(comparison.trainings(FULL)) * _testing(job_runner, timing)
     timed = 0.0
     if not findings.is_done(comparison.costs):
-        timed = max(2 * short, min(SHARE * seconds, SECONDS))  # a round that counts memory, and one that is timed
+        timed = max(short, min(SHARE * seconds, SECONDS))
     whole = timing.start + timed + shared(seconds + choosing + tests, jobs, longest)
     return CostEstimate(trainings, done, more, timing.whole, whole, timing.memory, jobs)
 
@@ -110,20 +117,15 @@ def _testing(job_runner: JobRunner, timing: Timing) -> float:
     seconds = timing.measure * count / len(runner.examples["validation"])
     for metric in comparison.recipe.test_metrics:
         measure, examples = data.test_metric(first.source, first.seed, metric)
-        few = spread(examples, _FEW)
-        began = time.perf_counter()
-        measure(runner.model, few)
-        seconds += (time.perf_counter() - began) * len(examples) / len(few)
+        seconds += measuring_seconds(measure, runner.model, examples)
     return seconds
 
 
-def _depth(comparison: Comparison, title: str, context: MethodContext) -> float:
-    """Of the first layer that a method trains."""
-    method, blocks = comparison.methods[title], context.blocks
-    if not method.choose:
-        return 0.0
-    known = method.preview(context)
-    return depth_of(known.blocks, blocks.names, blocks.layers) if known else _UNKNOWN
+def _depth(known: Selection | None, context: MethodContext) -> float:
+    """Of the first layer that a method trains, as far as its blocks are known beforehand; 0 if it has none."""
+    if known is None:
+        return _UNKNOWN
+    return depth_of(known.blocks, context.blocks.names, context.blocks.layers)
 
 
 def time_trainings(recipe: Recipe, runner: RecipeRunner | None = None) -> Timing:
@@ -133,10 +135,7 @@ def time_trainings(recipe: Recipe, runner: RecipeRunner | None = None) -> Timing
     start, validation = time.perf_counter() - began, runner.part("validation")
     recipe = runner.recipe
     measure, full = runner.task.measure, comparison.methods[FULL]
-    measure(runner.model, validation)  # what is made once is made now
-    began = time.perf_counter()
-    measure(runner.model, validation)
-    measuring = time.perf_counter() - began
+    measuring = measuring_seconds(measure, runner.model, validation)
     start += runner.reading()
     last = Selection(runner.blocks.layers[-1:])
     with part_of_job(0.0, 0.6):

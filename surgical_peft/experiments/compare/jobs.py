@@ -17,15 +17,14 @@ from ...atomic_files import whole_folder
 from ...errors import SurgicalError
 from ...policies.policy import Policy
 from ..tasks import Examples
-from ..training.profiling import Watch, step_costs
+from ..training.profiling import SHARE, Watch, step_costs
 from .comparison import Comparison, Job
 from .findings import Findings
 from .loaded import LoadedData
 from .methods.method import no_policy
 from .preflight import context_of, misfit_message
 
-TIMED = 3  # batches of an epoch whose steps are timed
-_AT_MOST = 12  # steps, where a recipe counts them and a policy may change between them
+TIMED = 2  # steps of an epoch: one counts memory, one is timed
 _MARKER = "finding.txt"  # by which the weights of a training are known
 
 
@@ -171,7 +170,8 @@ def measure_source(job_runner: JobRunner, job: Job) -> dict[str, Any]:
 def time_steps(job_runner: JobRunner, job: Job) -> dict[str, Any]:
     """What a training step of each method costs, the methods taking turns in this process."""
     comparison, runner = job_runner.comparison, job_runner.data.runner(job)
-    count = min(len(runner.examples["train"]), TIMED * runner.args.train_batch_size)
+    count = TIMED * runner.args.train_batch_size * runner.args.gradient_accumulation_steps
+    count = min(len(runner.examples["train"]), count)
     jobs = {
         title: replace(job, kind="training", method=title, rate=comparison.grid(title)[0])
         for title, method in comparison.methods.items()
@@ -180,20 +180,21 @@ def time_steps(job_runner: JobRunner, job: Job) -> dict[str, Any]:
     for training in jobs.values():
         job_runner.wrap(training, copy.deepcopy(runner.model))  # a method that does not fit is told before any trains
 
+    steps = {t: len(comparison.grid(t)) * len(comparison.trainings(t)) * runner.steps() for t in jobs}
+
     def timed(training: Job) -> Callable[[Watch], nn.Module]:
         how = {"places": range(count), "skips": False}
         method, shorter = comparison.methods[training.method], {}
         if method.policy is no_policy:  # all its steps are alike
             shorter = {"max_steps": TIMED}
-        elif runner.args.max_steps > 0:
-            shorter = {"max_steps": min(runner.args.max_steps, _AT_MOST)}
+        elif runner.args.max_steps > 0:  # a policy may change between any two of them
+            shorter = {"max_steps": max(TIMED, round(SHARE * steps[training.method]))}
         return lambda watch: job_runner.train(training, {**how, "watch": watch}, **shorter)
 
-    trainings = sum(len(comparison.grid(title)) * len(comparison.trainings(title)) for title in jobs)
     paths = {title: job_runner.findings.path(training) for title, training in jobs.items()}
     first = {path: title for title, path in reversed(paths.items())}  # of methods that are the same training
     timed_methods = {title: timed(jobs[title]) for title in reversed(first.values())}
-    costs = step_costs(timed_methods, trainings * runner.steps())
+    costs = step_costs(timed_methods, sum(steps.values()))
     return {title: costs[first[path]] for title, path in paths.items()}
 
 

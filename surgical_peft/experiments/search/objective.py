@@ -20,7 +20,7 @@ from ...tuner.config import SurgicalConfig
 from ...tuner.loading.fingerprint import fingerprint
 from ..recipe.recipe import Recipe
 from ..tasks.source_model import modules_to_save
-from ..training.cost import Timing
+from ..training.cost import Timing, measuring_seconds
 from ..training.job_progress import part_of_job
 from ..training.provenance import identity
 from ..training.runner import Part, RecipeRunner
@@ -113,10 +113,7 @@ class RecipeObjective:
         """
         seed, runner = self.seeds[0], self._runner
         measure, validation = runner.task.measure, self._validation(seed)
-        measure(runner.model, validation)  # what is made once is made now
-        began = time.perf_counter()
-        measure(runner.model, validation)
-        measuring = time.perf_counter() - began
+        measuring = measuring_seconds(measure, runner.model, validation)
         reports = math.ceil(runner.args.num_train_epochs) - 1 if self.recipe.pruner else 0
         places = self._places(seed)
         start = self._load_seconds + runner.reading(places)

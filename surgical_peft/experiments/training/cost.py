@@ -12,9 +12,14 @@ from typing import Any
 import psutil
 import torch
 from rich.console import Console
+from torch import nn
 
 from ...rendering import clock
+from ..tasks import Examples, spread
 from .workers import WorkerPool, shared_threads
+
+_FEW = 8  # examples on which measuring is timed, or more
+_LONG = 3.0  # seconds that it may take
 
 
 @dataclass(frozen=True)
@@ -83,6 +88,29 @@ def timed_at_once(jobs: int, console: Console, time_one: Callable[..., Timing], 
         start=start,
         memory=max(timing.memory for timing in found),
     )
+
+
+def measuring_seconds(measure: Callable[[nn.Module, Examples], float], model: nn.Module, examples: Examples) -> float:
+    """The seconds that a metric of a model takes on examples: of all, or estimated from so many as take a while.
+
+    Args:
+        measure: gives the metric; it is called twice or more, for what is made once is made before the time is taken.
+        model: to measure.
+        examples: all of them.
+    """
+    few, seconds = spread(examples, _FEW), 0.0
+    for _ in range(2):
+        began = time.perf_counter()
+        measure(model, few)
+        seconds = time.perf_counter() - began
+        if seconds > _LONG:
+            break
+    more = spread(examples, int(len(few) * _LONG / seconds))
+    if len(more) > 2 * len(few):
+        began = time.perf_counter()
+        measure(model, more)
+        few, seconds = more, time.perf_counter() - began
+    return seconds * len(examples) / len(few)
 
 
 def _with_seconds(time_one: Callable[..., Timing], arguments: tuple[Any, ...]) -> tuple[Timing, float]:

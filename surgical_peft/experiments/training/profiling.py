@@ -33,36 +33,37 @@ def step_costs(trainings: Mapping[str, Train], planned_steps: float = math.inf) 
     """Milliseconds and peak bytes of a training step, by name.
 
     Args:
-        trainings: each trains a few steps of every epoch with the callback that it makes of what is trained. They
-            take turns, back and forth, so that all of them see the same changes of the machine, after one round that
-            counts memory and warms up.
+        trainings: each trains a few steps of every epoch, two or more, with the callback that it makes of what is
+            trained. They take turns, back and forth, so that all of them see the same changes of the machine.
         planned_steps: of all trainings that this serves. There are at most `MOST` rounds, after `SECONDS` at most
-            `FEW`, and beyond the first only those that cost no more than `SHARE` of these steps.
+            `FEW`, and beyond the first only those with which all cost no more than `SHARE` of these steps.
 
     Returns:
-        `rounds`: the milliseconds in each: of the fastest step of an epoch, which other work on the machine has held
-        up least, and the mean over the epochs, since a policy may train other parts in others. `ms`: their median.
-        `peak_bytes`: of an accelerator what its allocator gave out; else of all tensors together.
+        `rounds`: the milliseconds of a step in each. Every second step of an epoch is timed: the median of those that
+        train the same weights, and the mean over these medians, by the number of steps, since a policy may train
+        other weights in other epochs and steps. `ms`: the median of `rounds`. `peak_bytes`: of an accelerator what
+        its allocator gave out; else of all tensors together, counted in the other steps of the first round.
 
     Example:
-        >>> step_costs({"full": lambda watch: runner.train(wrap, range(96), watch=watch)})["full"]["ms"]
+        >>> step_costs({"full": lambda watch: runner.train(wrap, range(64), watch=watch)})["full"]["ms"]
         33.1
     """
-    start, peaks = time.perf_counter(), {}
-    few = 2 * len(trainings)  # a round that counts memory, and one that there always is; whether more is seen then
-    for place, name in enumerate(trainings):
-        with part_of_job(place / few, (place + 1) / few):
-            peaks[name] = float(_peak(trainings[name]))
     rounds: dict[str, list[float]] = {name: [] for name in trainings}
+    peaks: dict[str, float] = {}
     order, began = list(trainings), time.perf_counter()
     for count in range(1, MOST + 1):
-        for place, name in enumerate(order, len(order)):
-            with part_of_job(place / few, (place + 1) / few):
-                rounds[name].append(_milliseconds(trainings[name]))
+        share = 0.5**count / len(order)  # of the progress; how many rounds there will be is not known
+        for place, name in enumerate(order):
+            meter = _Meter(counts_memory=count == 1)
+            done = 1 - 0.5 ** (count - 1) + place * share
+            with part_of_job(done, done + share):
+                trainings[name](meter.of)
+            rounds[name].append(1000 * meter.seconds())
+            peaks.setdefault(name, float(meter.peak))
         order.reverse()
         now = time.perf_counter()
         allowed = SHARE * planned_steps * statistics.fmean(map(min, rounds.values())) / 1000
-        if now - start + (now - began) / count > allowed or (count >= FEW and now - began > SECONDS):
+        if (now - began) * (count + 1) / count > allowed or (count >= FEW and now - began > SECONDS):
             break
     return {
         name: {"ms": statistics.median(rounds[name]), "rounds": rounds[name], "peak_bytes": peaks[name]}
@@ -85,68 +86,100 @@ def ms_ratio(cost: Mapping[str, Any], other: Mapping[str, Any]) -> float:
     return statistics.median(ms / base for ms, base in zip(cost["rounds"], other["rounds"], strict=True))
 
 
-def _milliseconds(train: Train) -> float:
-    clock = _Clock()
-    train(lambda wrapped: clock)
-    return 1000 * statistics.fmean(min(epoch) for epoch in clock.epochs)
+class _Meter(TrainerCallback):
+    """Notes the seconds and the trained weights of each step, by epoch; in every second one it counts tensors.
+
+    Attributes:
+        peak: the most bytes that a step took, or takes when it finds the optimizer's state there already.
+    """
+
+    def __init__(self, counts_memory: bool) -> None:
+        self.peak = 0
+        self._tensors = LiveTensors()
+        self._on_accelerator = torch.accelerator.is_available()
+        self._counts = counts_memory and not self._on_accelerator
+        self._epochs: list[list[tuple[frozenset[int], float]]] = []
+
+    def of(self, model: nn.Module) -> _Meter:
+        """This callback, for the training of a model."""
+        self._model = model
+        return self
+
+    def seconds(self) -> float:
+        """Of a step: see `step_costs`."""
+        alike = [
+            [seconds for trained, seconds in steps if trained == weights]
+            for epoch in self._epochs
+            if (steps := epoch[1::2] or epoch)
+            for weights in {trained for trained, _ in steps}
+        ]
+        return sum(len(steps) * statistics.median(steps) for steps in alike) / sum(map(len, alike))
+
+    def on_train_begin(self, *given: Any, **kwargs: Any) -> None:
+        if self._on_accelerator:
+            torch.accelerator.reset_peak_memory_stats()
+        for tensor in (*self._model.parameters(), *self._model.buffers()):
+            self._tensors.count(tensor)
+
+    def on_train_end(self, *given: Any, **kwargs: Any) -> None:
+        if self._on_accelerator:
+            self.peak = torch.accelerator.max_memory_allocated()
+
+    def on_epoch_begin(self, *given: Any, **kwargs: Any) -> None:
+        self._epochs.append([])
+
+    def on_step_begin(self, *given: Any, **kwargs: Any) -> None:
+        self._before = self._tensors.peak = self._tensors.bytes
+        if self._is_counted:
+            self._tensors.__enter__()
+        self._wait()
+        self._began = time.perf_counter()
+
+    def on_pre_optimizer_step(self, *given: Any, **kwargs: Any) -> None:
+        self._used = self._tensors.peak - self._before
+        weights = enumerate(self._model.parameters())
+        self._trained = frozenset(number for number, weight in weights if weight.grad is not None)
+
+    def on_step_end(self, *given: Any, **kwargs: Any) -> None:
+        self._wait()
+        seconds = time.perf_counter() - self._began
+        if self._is_counted:
+            self._tensors.__exit__(None, None, None)
+            self.peak = max(self.peak, self._tensors.peak, self._tensors.bytes + self._used)
+        self._epochs[-1].append((self._trained, seconds))
+
+    @property
+    def _is_counted(self) -> bool:
+        return self._counts and len(self._epochs[-1]) % 2 == 0
+
+    def _wait(self) -> None:
+        if self._on_accelerator:
+            torch.accelerator.synchronize()
 
 
-def _peak(train: Train) -> int:
-    if torch.accelerator.is_available():
-        with PeakMemory() as peak:
-            train(lambda wrapped: TrainerCallback())
-        return peak.bytes
-    tensors = LiveTensors()
-    train(lambda wrapped: _Counting(tensors, wrapped))
-    return tensors.peak
+class StepClock(TrainerCallback):
+    """Notes the seconds from step to step, and ends a training after `long` seconds and three steps.
 
+    Attributes:
+        seconds: of each step, with the batch that it waits for; the first includes all that a training begins with.
+    """
 
-class _Clock(TrainerCallback):
-    """Notes the seconds of each step, by epoch."""
+    def __init__(self, long: float) -> None:
+        self._long = long
+        self.seconds: list[float] = []
 
-    def __init__(self) -> None:
-        self.epochs: list[list[float]] = []
-
-    def on_epoch_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.epochs.append([])
-
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        _wait()
+    def on_train_begin(self, *given: Any, **kwargs: Any) -> None:
+        """Begin to count."""
         self._began = time.perf_counter()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        _wait()
-        self.epochs[-1].append(time.perf_counter() - self._began)
-
-
-def _wait() -> None:
-    if torch.accelerator.is_available():
-        torch.accelerator.synchronize()
-
-
-class _Counting(TrainerCallback):
-    """Counts the tensors that live while a model is trained."""
-
-    def __init__(self, tensors: LiveTensors, model: nn.Module) -> None:
-        self._tensors, self._model = tensors, model
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        for tensor in (*self._model.parameters(), *self._model.buffers()):
-            self._tensors.count(tensor)
-        self._tensors.__enter__()
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._tensors.__exit__(None, None, None)
+        """Note the seconds of this step, and tell whether it is the last."""
+        now = time.perf_counter()
+        self.seconds.append(now - self._began)
+        self._began = now
+        control.should_training_stop |= len(self.seconds) >= 3 and sum(self.seconds) > self._long
 
 
 class LiveTensors(TorchDispatchMode):

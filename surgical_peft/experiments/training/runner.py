@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -27,13 +28,14 @@ from ..tasks import Examples, load_task
 from .activation_cache import AT, ROOM, PrefixCache
 from .job_progress import ReportedSteps, part_of_job
 from .online import adapt_online
-from .profiling import PeakMemory
+from .profiling import PeakMemory, StepClock
 from .train import fit
 
 Item = dict[str, Any]
 Wrap = Callable[[nn.Module], nn.Module]
 _BATCH = 250  # examples that go through the model at once to fill the prefix cache
-_FEW, _MANY = 2, 10  # steps that are timed to tell what one costs
+_STEPS = 10  # that are timed to tell what one costs; fewer where they take long
+_LONG = 3.0  # seconds
 
 
 class RecipeRunner:
@@ -153,17 +155,15 @@ class RecipeRunner:
         Examples are made before, as they are once for all trainings: `reading` tells what that costs.
         """
         self.reading(places)
-        places, taken = self._few(places), []
-        whole = 1 + _FEW + _MANY
-        with part_of_job(0.0, 1 / whole):  # the first one of a process also loads what all need
+        places, clock = self._few(places), StepClock(_LONG)
+        with part_of_job(0.0, 1 / (1 + _STEPS)):  # the first one of a process also loads what all need
             self.train(wrap, places, max_steps=1)
-        for steps, done in ((_FEW, 1), (_MANY, 1 + _FEW)):
-            began = time.perf_counter()
-            with part_of_job(done / whole, (done + steps) / whole):
-                _, peak = self.train(wrap, places, max_steps=steps)
-            taken.append(time.perf_counter() - began)
-        step = max(0.0, taken[1] - taken[0]) / (_MANY - _FEW)
-        return max(0.0, taken[0] - _FEW * step), step, peak
+        began = time.perf_counter()
+        with part_of_job(1 / (1 + _STEPS), 1.0):
+            _, peak = self.train(wrap, places, watch=lambda _: clock, max_steps=_STEPS)
+        seconds = time.perf_counter() - began
+        step = statistics.median(clock.seconds[1:] or clock.seconds)
+        return max(0.0, seconds - len(clock.seconds) * step), step, peak
 
     def reading(self, places: Sequence[int] | None = None) -> float:
         """The seconds that making the examples of such a training takes, estimated from those that `timed` uses."""
@@ -175,7 +175,7 @@ class RecipeRunner:
 
     def _few(self, places: Sequence[int] | None) -> Sequence[int]:
         args, every = self.args, range(len(self.examples["train"])) if places is None else places
-        return every[: _MANY * args.train_batch_size * args.gradient_accumulation_steps]
+        return every[: _STEPS * args.train_batch_size * args.gradient_accumulation_steps]
 
     def steps(self, places: Sequence[int] | None = None) -> int:
         """The number of steps of one such training."""

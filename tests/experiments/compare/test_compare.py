@@ -486,7 +486,7 @@ def test_dry_run_keeps_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     steps = RecipeRunner(recipe).steps()
     base = 10.0 - 1.0 - steps * 0.1
     short = 2 * base + TIMED * (0.1 + 2 * 0.1)  # bvg_ls has a policy, so that it is timed in each of two epochs
-    assert found.seconds == pytest.approx(2.0 + 2 * short + shared)
+    assert found.seconds == pytest.approx(2.0 + short + shared)
     assert "2 jobs" in found.lines()[1] and "2.0 GB" in found.lines()[3]
     assert not (tmp_path / "run").exists()
     monkeypatch.setattr(Findings, "is_done", lambda findings, job: True)
@@ -746,18 +746,20 @@ def test_live_tensors_are_counted_until_they_are_freed() -> None:
 def steps_of(
     speed: Callable[[int], float], monkeypatch: pytest.MonkeyPatch, planned: float = math.inf, **ms: float
 ) -> dict[str, dict[str, Any]]:
-    """Costs of played trainings of 2 epochs with 3 steps; `speed` slows down the machine in each training in turn."""
+    """Costs of played trainings of 2 epochs with 2 steps; `speed` slows down the machine in each training in turn."""
     now, ran = [0.0], [0]
 
     def training(each: float) -> Callable[[Any], None]:
         def train(watch: Any) -> None:
             callback, slow = watch(torch.nn.Linear(1, 1)), speed(ran[0])
             ran[0] += 1
+            callback.on_train_begin(None, None, None)
             for _ in range(2):
                 callback.on_epoch_begin(None, None, None)
-                for disturbed in (5, 1, 1.2):
+                for disturbed in (5, 1):
                     callback.on_step_begin(None, None, None)
                     now[0] += each * slow * disturbed / 1000
+                    callback.on_pre_optimizer_step(None, None, None)
                     callback.on_step_end(None, None, None)
 
         return train
@@ -765,7 +767,6 @@ def steps_of(
     monkeypatch.setattr(
         "surgical_peft.experiments.training.profiling.time", SimpleNamespace(perf_counter=lambda: now[0])
     )
-    monkeypatch.setattr("surgical_peft.experiments.training.profiling._peak", lambda train: 7)
     return step_costs({name: training(each) for name, each in ms.items()}, planned)
 
 
@@ -775,7 +776,7 @@ def test_the_time_of_a_step_does_not_follow_the_machine(monkeypatch: pytest.Monk
     by_round = [slow.uniform(1, 3) for _ in range(40)]
     found = steps_of(lambda ran: by_round[ran // 3] * slow.uniform(1, 1.1), monkeypatch, full=10, a=5, b=20)
     assert len(found["a"]["rounds"]) == MOST  # they took less than the time there is
-    assert found["a"]["ms"] == statistics.median(found["a"]["rounds"]) and found["a"]["peak_bytes"] == 7
+    assert found["a"]["ms"] == statistics.median(found["a"]["rounds"])
     assert ms_ratio(found["a"], found["full"]) == pytest.approx(0.5, rel=0.04)
     assert ms_ratio(found["b"], found["full"]) == pytest.approx(2, rel=0.04)
     assert ms_ratio(found["full"], found["full"]) == 1
@@ -787,11 +788,11 @@ def test_slow_steps_are_timed_in_few_rounds(monkeypatch: pytest.MonkeyPatch) -> 
     assert found["a"]["ms"] == pytest.approx(500)
 
 
-@pytest.mark.parametrize(("planned", "rounds"), [(0, 1), (1100, 1), (1200, 2), (10_000, MOST)])
+@pytest.mark.parametrize(("planned", "rounds"), [(0, 1), (950, 1), (970, 2), (10_000, MOST)])
 def test_timing_costs_a_twentieth_of_the_trainings_or_is_one_round(
     planned: int, rounds: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A round of both methods takes as long as 28.8 of the planned steps."""
+    """A round of both methods takes as long as 24 of the planned steps."""
     found = steps_of(lambda ran: 1.0, monkeypatch, planned, full=10, a=5)
     assert len(found["full"]["rounds"]) == len(found["a"]["rounds"]) == rounds
 

@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from surgical_peft import Selection, SurgicalConfig, SurgicalError, get_surgical_model, procedures, run_search
 from surgical_peft.experiments.recipe import load_recipe
 from surgical_peft.experiments.search.objective import RecipeObjective, folds_of
 from surgical_peft.experiments.tasks import load_task
 from surgical_peft.experiments.training import activation_cache as prefix_cache
+from surgical_peft.experiments.training import profiling
 from surgical_peft.experiments.training import runner as module
 from surgical_peft.experiments.training.train import fit
 from tests.support.tiny import write_data, write_recipe
@@ -171,15 +173,25 @@ def test_what_only_the_first_training_of_a_process_does_is_not_counted(
     """It took longer than the five times as many steps after it, which so seemed to cost nothing."""
     clock, begun = [0.0], list[int]()
 
-    def train(runner: module.RecipeRunner, *args: Any, max_steps: int, **kwargs: Any) -> tuple[None, int]:
-        clock[0] += max_steps + (0 if begun else 100)
+    def train(
+        runner: module.RecipeRunner, *args: Any, max_steps: int, watch: Any = None, **kwargs: Any
+    ) -> tuple[None, int]:
+        callback = watch(None) if watch else TrainerCallback()
+        callback.on_train_begin(runner.args, TrainerState(), TrainerControl())
+        clock[0] += 7 + (0 if begun else 100)
+        for _ in range(max_steps):
+            clock[0] += 1
+            callback.on_step_end(runner.args, TrainerState(), control := TrainerControl())
+            if control.should_training_stop:
+                break
         begun.append(max_steps)
         return None, 0
 
     monkeypatch.setattr(module.RecipeRunner, "train", train)
-    monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    for timed in (module, profiling):
+        monkeypatch.setattr(timed, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
     runner = module.RecipeRunner(load_recipe(write_recipe(tmp_path)))
-    assert runner.seconds(lambda model: model) == runner.steps()
+    assert runner.seconds(lambda model: model) == 7 + runner.steps()
 
 
 def test_parts_of_layers_are_searched_like_blocks(tmp_path: Path) -> None:
