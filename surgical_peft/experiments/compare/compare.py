@@ -8,6 +8,7 @@ import shutil
 import statistics
 import tempfile
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from ...errors import SurgicalError
 from ...scoring.progress import Stages
 from ..recipe.recipe import Recipe
 from ..training.workers import WorkerPool, shared_threads
-from .comparison import FULL, Comparison
+from .comparison import FULL, Comparison, Job
 from .cost import CostEstimate, estimate
 from .findings import Findings, choice_of
 from .jobs import JobRunner, check_weights
@@ -58,14 +59,16 @@ def compare(
 ) -> ComparisonReport:
     """Train every method of a recipe at each rate of its grid and from each seed, and measure those at the best rate.
 
-    The rate of a method is the one with the best mean of the validation metric over all seeds and source models; a
+    The rate of a method is the one with the best mean of the validation metric over all seeds and source models, or
+    over the first `rate_seeds` seeds where the recipe says so, and the others are trained at that rate alone; a
     grid whose best rate is at its edge is extended there, by its own factor, twice at most. Only the trainings at the
     chosen rate are measured on test data. A method whose metric is no finite number at any of its rates has diverged:
     it is said so, and compared with nothing. Methods that choose the same blocks share their trainings. Whatever is
     finished is a file in `runs/`: run the same again to resume.
 
     Args:
-        recipe: its `methods`, `rates`, `seeds`, `sources`, `draws`, `test_data` and `source_data` say what to compare.
+        recipe: its `methods`, `rates`, `seeds`, `rate_seeds`, `sources`, `draws`, `test_data` and `source_data` say
+            what to compare.
         output: folder to write to; default is the recipe's `output_dir`. It gets `comparison/`, with `report.json`,
             `table.md` and `compare.png`, and `runs/`.
         jobs: processes that share the trainings, and the cores.
@@ -120,7 +123,7 @@ def measured_rows(job_runner: JobRunner, pool: JobPool, is_extended: bool = True
     pool.do(job_runner, "choose blocks", choices)
     pool.do(job_runner, "time steps", [comparison.costs])
     rates = _rates(job_runner, pool, is_extended)
-    final = {title: comparison.trainings(title, best_rate(means) if means else None) for title, means in rates.items()}
+    final = _at_best_rates(job_runner, pool, rates)
     if comparison.recipe.source_data is not None:
         pool.do(job_runner, "source", [comparison.source(number) for number in range(len(comparison.sources))])
     measured = [trainings for title, trainings in final.items() if not is_diverged(rates[title])]
@@ -144,30 +147,60 @@ def _job_runner(recipe: Recipe, output: str | Path | None, jobs: int, made: Path
 
 def _rates(job_runner: JobRunner, pool: JobPool, is_extended: bool) -> dict[str, dict[float, float]]:
     """For each method the rates that were tried, with the mean of the validation metric."""
-    comparison, findings = job_runner.comparison, job_runner.findings
+    comparison = job_runner.comparison
     means: dict[str, dict[float, float]] = {title: {} for title in comparison.methods}
     wanted: list[tuple[str, float | None]] = []
     for title in comparison.methods:
         wanted += [(title, rate) for rate in comparison.grid(title)] or [(title, None)]
     while wanted:
-        jobs = {pair: comparison.trainings(*pair) for pair in wanted}
+        jobs = {pair: comparison.rate_trainings(*pair) for pair in wanted}
         pool.do(job_runner, "train", [job for trainings in jobs.values() for job in trainings])
         for (title, rate), trainings in jobs.items():
             if rate is not None:
-                metrics = [findings.load(job)["validation"] for job in trainings]
-                means[title][rate] = statistics.fmean(metrics) if all(map(math.isfinite, metrics)) else math.nan
-        _drop_weights(findings, means)
+                means[title][rate] = _mean(job_runner.findings, trainings)
+        _drop_weights(job_runner.findings, means)
         following: dict[str, float | None] = {}
         if is_extended:
             following = {title: next_rate(comparison.grid(title), tried) for title, tried in means.items() if tried}
-        if is_diverged(means[FULL]) and following.get(FULL) is None:
-            raise SurgicalError(
-                f"{FULL} diverged: {comparison.metric} on validation data is no number at any of the rates "
-                f"{', '.join(f'{rate:g}' for rate in sorted(means[FULL]))}, so there is nothing to compare the others "
-                "with. Write lower rates into the recipe; what is finished is kept."
-            )
+        if following.get(FULL) is None:
+            _check_full(comparison, means)
         wanted = [(title, rate) for title, rate in following.items() if rate is not None]
     return means
+
+
+def _at_best_rates(job_runner: JobRunner, pool: JobPool, rates: dict[str, dict[float, float]]) -> dict[str, list[Job]]:
+    """All trainings of each method at its best rate; one that diverges from a seed is none, and gets the mean NaN."""
+    comparison, findings = job_runner.comparison, job_runner.findings
+    while True:
+        _check_full(comparison, rates)
+        best = {title: best_rate(means) if means else None for title, means in rates.items()}
+        final = {title: comparison.trainings(title, rate) for title, rate in best.items()}
+        pool.do(job_runner, "train at the best rates", [job for trainings in final.values() for job in trainings])
+        _drop_weights(findings, rates)
+        diverged = [
+            title
+            for title, means in rates.items()
+            if means and not is_diverged(means) and not math.isfinite(_mean(findings, final[title]))
+        ]
+        if not diverged:
+            return final
+        for title in diverged:
+            rates[title][best_rate(rates[title])] = math.nan
+
+
+def _mean(findings: Findings, trainings: Sequence[Job]) -> float:
+    """Of the validation metric; NaN where one of the trainings gave no number."""
+    metrics = [findings.load(job)["validation"] for job in trainings]
+    return statistics.fmean(metrics) if all(map(math.isfinite, metrics)) else math.nan
+
+
+def _check_full(comparison: Comparison, means: dict[str, dict[float, float]]) -> None:
+    if is_diverged(means[FULL]):
+        raise SurgicalError(
+            f"{FULL} diverged: {comparison.metric} on validation data is no number at any of the rates "
+            f"{', '.join(f'{rate:g}' for rate in sorted(means[FULL]))}, so there is nothing to compare the others "
+            "with. Write lower rates into the recipe; what is finished is kept."
+        )
 
 
 def _drop_weights(findings: Findings, means: dict[str, dict[float, float]]) -> None:

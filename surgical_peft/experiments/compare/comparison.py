@@ -14,7 +14,7 @@ from transformers import TrainingArguments
 
 from ...atomic_files import digest_of
 from ...errors import SurgicalError
-from ...validation import nearest
+from ...validation import check_count, nearest
 from ..recipe.code import check_code
 from ..recipe.recipe import Recipe
 from ..tasks import load_task, measured_split
@@ -53,6 +53,7 @@ class Comparison:
         methods: by title.
         sources: the source models.
         seeds: of the trainings.
+        rate_seeds: those of them that choose the rates.
         rates: the grid of the recipe.
 
     Raises:
@@ -79,6 +80,9 @@ class Comparison:
         for key, values in (("sources", self.sources), ("seeds", self.seeds), ("rates", self.rates)):
             if len(set(values)) != len(values):
                 raise SurgicalError(f"{key}: {values} has an entry twice: give it once.")
+        if recipe.rate_seeds is not None:
+            check_count("a recipe", "rate_seeds", recipe.rate_seeds, "of its seeds", at_most=len(self.seeds))
+        self.rate_seeds = self.seeds[: recipe.rate_seeds]
         if recipe.draws is not None and len(recipe.draws) != len(self.seeds):
             raise SurgicalError(
                 f"draws: there are {len(recipe.draws)} for {len(self.seeds)} seeds: give one for each of {self.seeds}."
@@ -97,6 +101,19 @@ class Comparison:
         """The trainings of a method at a rate: every seed with every source model."""
         pairs = [(source, seed) for source in range(len(self.sources)) for seed in self.seeds]
         return [Job("training", source, seed, title, rate) for source, seed in pairs]
+
+    def rate_trainings(self, title: str, rate: float | None = None) -> list[Job]:
+        """Those of them that tell how good the rate is."""
+        return [job for job in self.trainings(title, rate) if job.seed in self.rate_seeds]
+
+    def planned(self, title: str) -> list[list[Job]]:
+        """The trainings of a method on its grid; of each the job at every rate that it may turn out to have."""
+        grid = self.grid(title)
+        others = [job for job in self.trainings(title) if grid and job.seed not in self.rate_seeds]
+        return [
+            *([job] for rate in grid for job in self.rate_trainings(title, rate)),
+            *([replace(job, rate=rate) for rate in grid] for job in others),
+        ]
 
     @property
     def costs(self) -> Job:

@@ -91,12 +91,12 @@ def estimate(job_runner: JobRunner, jobs: int, console: Console) -> CostEstimate
                 each = max(each, timing.seconds(_depth(known, context)))
                 few = TIMED * (1 if method.policy is no_policy else epochs)
                 short += base + few * (each - timing.measure - base) / steps
-            begun = [job for rate in grid for job in comparison.trainings(title, rate)]
-            left = [job for job in begun if not findings.is_done(job)]
-            trainings, done = trainings + len(begun), done + len(begun) - len(left)
-            more += MOST * len(comparison.trainings(title)) * (len(grid) > 1)
-            seconds += len(left) * each
-            longest = max([longest, *[each] * len(left)])
+            planned = comparison.planned(title)
+            left = sum(not any(map(findings.is_done, jobs)) for jobs in planned)
+            trainings, done = trainings + len(planned), done + len(planned) - left
+            more += MOST * len(comparison.rate_trainings(title)) * (len(grid) > 1)
+            seconds += left * each
+            longest = max(longest, each * (left > 0))
             if known is None:
                 choosing += len(comparison.trainings(title)) * CHOOSING * timing.whole
     tests = len(comparison.methods) * len(comparison.trainings(FULL)) * _testing(job_runner, timing)

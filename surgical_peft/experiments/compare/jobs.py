@@ -180,7 +180,7 @@ def time_steps(job_runner: JobRunner, job: Job) -> dict[str, Any]:
     for training in jobs.values():
         job_runner.wrap(training, copy.deepcopy(runner.model))  # a method that does not fit is told before any trains
 
-    steps = {t: len(comparison.grid(t)) * len(comparison.trainings(t)) * runner.steps() for t in jobs}
+    steps = {title: len(comparison.planned(title)) * runner.steps() for title in jobs}
 
     def timed(training: Job) -> Callable[[Watch], nn.Module]:
         how = {"places": range(count), "skips": False}

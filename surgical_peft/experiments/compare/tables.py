@@ -31,7 +31,7 @@ def _legend(report: ComparisonReport) -> list[str]:
     points = " in points" * scale_of(report)[0]
     notes = [
         f"{means}To full: paired difference to full fine-tuning{points}. {interval_in_words(report)}",
-        "Rate: the best on validation data. Step: its time as a part of full fine-tuning's.",
+        f"Rate: the best on validation data{_choosing(report)}. Step: its time as a part of full fine-tuning's.",
     ]
     return notes + _marks(report)
 
@@ -63,15 +63,21 @@ def markdown(report: ComparisonReport) -> str:
         "",
         f"{report.split.capitalize()} {markdown_text(report.metric)}: mean ± standard deviation of "
         f"{trainings_of(report)}. To full: the paired difference to full fine-tuning. {interval_in_words(report)} "
-        "Each rate has the best mean on "
-        f"validation data of its grid, extended where that was at the edge{added}{starred}. Tuned: parameters. Step: "
-        "its time, as a part of full fine-tuning's: all take turns in one process, and the median over the rounds "
-        "counts. Memory: the most that is alive at once in a step. Choosing: of the blocks, once for each training."
-        + _further_columns(report),
+        f"Each rate has the best mean on validation data{_choosing(report)} of its grid, extended where that was at "
+        f"the edge{added}{starred}. Tuned: parameters. Step: its time, as a part of full fine-tuning's: all take "
+        "turns in one process, and the median over the rounds counts. Memory: the most that is alive at once in a "
+        "step. Choosing: of the blocks, once for each training." + _further_columns(report),
         "",
         markdown_text(f"{report.date}, {versions}; {report.machine}."),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _choosing(report: ComparisonReport) -> str:
+    """Which seeds chose the rates, where not all did."""
+    count = report.recipe.get("rate_seeds", len(report.seeds))
+    first = "the first" if count == 1 else f"the first {count}"
+    return "" if count == len(report.seeds) else f" ({first} of {len(report.seeds)} seeds)"
 
 
 def _further_columns(report: ComparisonReport) -> str:

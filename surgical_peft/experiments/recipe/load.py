@@ -32,7 +32,8 @@ _RANGES = {
     **dict.fromkeys(("character_noise", "casing"), (0, 100)),
     "shift_seed": (0, 2**32 - 1),
     **dict.fromkeys(
-        ("max_length", "max_new_tokens", "num_blocks", "num_batches", "early_stopping_patience"), (1, _MANY)
+        ("max_length", "max_new_tokens", "num_blocks", "num_batches", "early_stopping_patience", "rate_seeds"),
+        (1, _MANY),
     ),
     **dict.fromkeys(("folds", "copies"), (2, _MANY)),
 }

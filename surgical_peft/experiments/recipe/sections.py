@@ -234,6 +234,8 @@ class CompareSection:
     Attributes:
         methods: names from `methods`, each alone or with its arguments, e.g. `[full, head, {lora: {rank: 8}}]`.
         sources: further source models, folders or Hub ids, to repeat the comparison with.
+        rate_seeds: so many of `seeds`, the first ones, choose the rates, and the others are trained at the best one
+            alone; default all.
         draws: one data set for each of `seeds`, to be used instead of `data` with that seed.
         test_data: the data sets whose test splits, together, all is measured on; default is that of the training.
         source_data: data of the task that the source models were trained for, whose test split tells what they
@@ -243,6 +245,7 @@ class CompareSection:
 
     methods: list[Any] | None = None
     sources: list[str] | None = None
+    rate_seeds: int | None = None
     draws: list[str] | None = None
     test_data: list[str] | None = None
     source_data: str | dict[str, Any] | None = None

@@ -33,6 +33,7 @@ from surgical_peft.cli.main import main
 from surgical_peft.experiments.compare import cost
 from surgical_peft.experiments.compare.compare import compare, plan
 from surgical_peft.experiments.compare.comparison import Comparison, Job
+from surgical_peft.experiments.compare.cost import CostEstimate
 from surgical_peft.experiments.compare.findings import Findings
 from surgical_peft.experiments.compare.jobs import KINDS, TIMED, JobRunner, train_method
 from surgical_peft.experiments.compare.loaded import LoadedData
@@ -42,7 +43,7 @@ from surgical_peft.experiments.compare.preflight import check
 from surgical_peft.experiments.compare.report import ComparisonReport, Difference
 from surgical_peft.experiments.compare.statistics import crossed_interval, t_interval, t_quantile
 from surgical_peft.experiments.compare.tables import interval_in_words, markdown, sentences, table
-from surgical_peft.experiments.recipe import load_recipe
+from surgical_peft.experiments.recipe import Recipe, load_recipe
 from surgical_peft.experiments.tasks.image_classification import _Images
 from surgical_peft.experiments.training.cost import Timing
 from surgical_peft.experiments.training.profiling import FEW, MOST, LiveTensors, ms_ratio, step_costs
@@ -196,6 +197,34 @@ def test_rates_are_chosen_by_the_mean_over_seeds_and_grids_extended(
         statistics.fmean(a - b for a, b in zip(rows["head"]["test"], rows["full fine-tuning"]["test"], strict=True))
     )
     assert len(done) == len(set(done))
+
+
+def test_some_seeds_choose_the_rates_and_the_others_are_trained_at_the_best_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Full fine-tuning is best at 4e-3 by the first two seeds; by all four it would be at 1e-2."""
+    full = {1e-3: (0.2, 0.2, 0.2, 0.2), 4e-3: (0.8, 0.7, 0.1, 0.1), 1e-2: (0.1, 0.1, 0.9, 0.9)}
+    table_of = {
+        "full fine-tuning": lambda rate, seed: full[rate][seed],
+        "head": lambda rate, seed: math.nan if (rate, seed) == (4e-3, 3) else 0.5 + (rate == 4e-3),
+    }
+    keys: dict[str, Any] = {"methods": ["nothing", "full", "head"], "rates": [1e-3, 4e-3, 1e-2]}
+    path = write_recipe(tmp_path, **keys, seeds=[0, 1, 2, 3], rate_seeds=2)
+    assert plan_of(load_recipe(path), monkeypatch).trainings == 2 * (3 * 2 + 2)
+    done = settle(path, table_of, monkeypatch)
+    report = compare(load_recipe(path), console=QUIET).to_json()
+    rows = {row["method"]: row for row in report["methods"]}
+    assert rows["full fine-tuning"]["rate"] == 4e-3
+    assert rows["full fine-tuning"]["rates"]["0.004"] == pytest.approx(0.75)
+    assert rows["full fine-tuning"]["validation"] == [0.8, 0.7, 0.1, 0.1]
+    trained = [job for job in done if job.kind == "training" and job.method == "full fine-tuning"]
+    assert Counter(job.rate for job in trained) == {1e-3: 2, 4e-3: 4, 1e-2: 2}
+    # A rate that diverges from a further seed is not the best one.
+    assert rows["head"]["rate"] == 1e-3 and rows["head"]["rates"]["0.004"] is None
+    assert {job.rate for job in done if job.kind == "test" and job.method == "head"} == {1e-3}
+    assert "2 of 4 seeds" in (tmp_path / "run" / "comparison" / "table.md").read_text()
+    with pytest.raises(SurgicalError, match="rate_seeds"):
+        compare(load_recipe(write_recipe(tmp_path, **keys, seeds=[0, 1], rate_seeds=3)), console=QUIET)
 
 
 # What diverges
@@ -475,12 +504,17 @@ def test_killed_it_resumes_and_gives_the_same_report(tmp_path: Path) -> None:
     assert timeless({**report, "machine": ""}) == timeless({**alone, "machine": ""})
 
 
-def test_dry_run_keeps_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def plan_of(recipe: Recipe, monkeypatch: pytest.MonkeyPatch, jobs: int = 1) -> CostEstimate:
+    """The plan of a comparison on a machine whose times are played."""
     timing = Timing(whole=10.0, last=4.0, step=0.1, measure=1.0, start=2.0, memory=10**9)
     monkeypatch.setattr(cost, "timed_at_once", lambda jobs, *_: timing)
+    return plan(recipe, jobs=jobs)
+
+
+def test_dry_run_keeps_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     methods = ["nothing", "full", "bvg_ls"]
     recipe = load_recipe(write_recipe(tmp_path, methods=methods, rates=[1e-2, 1e-3], seeds=[0, 1]))
-    found = plan(recipe, jobs=2)
+    found = plan_of(recipe, monkeypatch, jobs=2)
     assert (found.trainings, found.done, found.more) == (2 * 2 + 3 * 2, 0, 2 * 2 * 2)
     shared = (10 * 10.0 + 3 * 2 * 1.0) / min(2, os.cpu_count() or 1)  # trainings, and the test data of each method
     steps = RecipeRunner(recipe).steps()

@@ -40,6 +40,7 @@ MEANING: dict[str, Callable[[float], bool]] = {
     "early_stopping_patience": lambda value: 1 <= value < 2**31,
     "rates": lambda value: 0 < value < math.inf,
     "seeds": lambda value: 0 <= value < _MOST_SEEDS,
+    "rate_seeds": lambda value: 1 <= value < 2**31,
     **dict.fromkeys(("folds", "copies"), lambda value: 2 <= value < 2**31),
     **dict.fromkeys(("max_new_tokens", "test_metrics"), lambda value: 1 <= value < 2**31),
     **dict.fromkeys(("learning_rate", "num_train_epochs"), lambda value: 0 < value < math.inf),
