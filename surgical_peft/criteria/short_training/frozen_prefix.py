@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -96,6 +96,21 @@ def answering(answers: dict[nn.Module, Any]) -> Iterator[None]:
                 del module.__dict__["forward"]
             else:
                 module.__dict__["forward"] = forward
+
+
+@contextmanager
+def recording(modules: Iterable[nn.Module], outputs: dict[nn.Module, Any]) -> Iterator[None]:
+    """Inside, what these modules return goes into `outputs` as well."""
+
+    def remember(module: nn.Module, args: Any, output: Any) -> None:
+        outputs[module] = _kept(output)
+
+    hooks = [module.register_forward_hook(remember) for module in modules]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _answer(answer: Any, *args: Any, **kwargs: Any) -> Any:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ...blocks.block_map import BlockMap
 from ...blocks.unwrap import PARKED
-from ...criteria.short_training.frozen_prefix import Prefix, answering
+from ...criteria.short_training.frozen_prefix import Prefix, answering, recording
 
 ROOM = 2 * 2**30  # bytes; a search keeps no more activations than that
 _FEW = 4  # examples on which skipping is tried out
@@ -25,21 +25,26 @@ class PrefixCache:
     in training can change what they return. What it gets instead is equal up to the rounding of another batch size.
 
     Left out are modules that return other things than tensors with one entry an example, or different ones in other
-    company (batch statistics, routing with a capacity). Before a training skips anything, loss and gradients of a few
-    examples are compared with those of the whole forward pass, in train mode: where they differ, because something
-    between the blocks draws dropout, say, or reads what a block does besides returning, nothing is skipped.
+    company (batch statistics, routing with a capacity). Before a training skips anything, a few examples go through
+    the whole model in train mode: what is kept must be what the blocks return, and loss and gradients must be the same
+    without running them. Where they differ, because something between the blocks draws dropout, say, or reads what a
+    block does besides returning, nothing is skipped.
 
     Memory: the outputs of all blocks for all examples, at most `ROOM` bytes.
 
     Args:
         model: in eval mode, with the weights that every training starts from.
         batches: all examples in their order, as the model takes them.
+        precision: of autocast in the trainings; None without. Outputs are kept as they come, in 16 bits or 32.
 
     Attributes:
         known: for each module that can be skipped its output for all examples.
     """
 
-    def __init__(self, model: nn.Module, batches: Sequence[dict[str, Tensor]]) -> None:
+    def __init__(
+        self, model: nn.Module, batches: Sequence[dict[str, Tensor]], precision: torch.dtype | None = None
+    ) -> None:
+        self._precision = precision
         modules = _modules_of_blocks(model)
         names = {module: name for name, module in modules.items()}
         self._record(model, modules, batches)
@@ -47,17 +52,17 @@ class PrefixCache:
         whole = {key: torch.cat([batch[key] for batch in batches]) for key in batches[0]}
         mixed = torch.arange(0, len(next(iter(whole.values()))), max(2, len(batches)))  # in other company
         self._few = mixed[:_FEW], {key: value[mixed[:_FEW]] for key, value in whole.items()}
-        with torch.no_grad(), again.of(0):
+        with torch.no_grad(), autocast(model, precision), again.of(0):
             model(**{key: value[mixed] for key, value in whole.items()})
         for module, output in again.outputs[0].items():
-            if names[module] in self.known and not _all_close(self._recall(names[module], mixed), output):
+            if names[module] in self.known and not self._is_close(self._recall(names[module], mixed), output):
                 del self.known[names[module]]
 
     def _record(self, model: nn.Module, modules: dict[str, nn.Module], batches: Sequence[dict[str, Tensor]]) -> None:
         prefix = Prefix(model, list(modules.values()))
         with torch.no_grad():
             for number, batch in enumerate(batches):
-                with prefix.of(number):
+                with autocast(model, self._precision), prefix.of(number):
                     model(**batch)
         sizes = [len(next(iter(batch.values()))) for batch in batches]
         order = dict(model.named_modules())
@@ -102,7 +107,7 @@ class PrefixCache:
             wrapped.register_forward_hook(lambda *_: answers.close(), always_call=True),
         ]
         try:
-            if skipped and not self._agrees(wrapped):
+            if skipped and not self._agrees(wrapped, skipped):
                 skipped.clear()
             yield
         finally:
@@ -116,24 +121,34 @@ class PrefixCache:
             name = name.rpartition(".")[0]
         return self._called.get(name, 0)
 
-    def _agrees(self, wrapped: nn.Module) -> bool:
-        """Compare loss and gradients of a few examples with and without what is skipped."""
+    def _agrees(self, wrapped: nn.Module, skipped: dict[str, nn.Module]) -> bool:
+        """Compare outputs, loss and gradients of a few examples with and without what is skipped.
+
+        Outputs differ by the rounding of another batch size; loss and gradients are compared where only running the
+        blocks is left out, and so are equal whatever the precision.
+        """
         at, batch = self._few
         weights = [weight for weight in wrapped.parameters() if weight.requires_grad]
         buffers = [(buffer, buffer.clone()) for buffer in wrapped.buffers()]  # running statistics, for one
         modes = [(module, module.training) for module in wrapped.modules()]
+        outputs: dict[nn.Module, Any] = {}
         wrapped.train()
 
-        def loss_and_gradients(**extra: Tensor) -> list[Tensor]:
+        def loss_and_gradients() -> list[Tensor]:
             with torch.random.fork_rng():
                 torch.manual_seed(0)
-                loss = wrapped(**batch, **extra).loss
+                with autocast(wrapped, self._precision):
+                    loss = wrapped(**batch).loss
                 return [loss.detach(), *torch.autograd.grad(loss, weights, materialize_grads=True)]
 
         try:
-            whole = loss_and_gradients()
+            with recording(skipped.values(), outputs):
+                whole = loss_and_gradients()
+            if not all(self._is_close(self._recall(name, at), outputs[skipped[name]]) for name in skipped):
+                return False
             try:
-                short = loss_and_gradients(**{AT: at})
+                with answering(outputs):
+                    short = loss_and_gradients()
             except (MemoryError, torch.OutOfMemoryError):
                 raise
             except Exception:  # whatever a model does that does not find what its blocks leave behind
@@ -148,15 +163,34 @@ class PrefixCache:
         scale = max((float(gradient.abs().max()) for _, gradient in gradients if gradient.numel()), default=0.0)
         return _all_close(*losses) and all(_all_close(one, other, scale) for one, other in gradients)
 
+    def _is_close(self, one: Any, other: Any) -> bool:
+        """They differ by rounding only: no vector of the last dimension by more than a share of its mean size.
+
+        The largest value is no measure: in language models a few are a thousand times the others.
+        """
+        share = 1e-3 if self._precision is None else 5e-2
+        for a, b in zip(_tensors(one), _tensors(other), strict=True):
+            if a.dtype != b.dtype or a.shape != b.shape:
+                return False
+            size, error = b.float().abs(), (a.float() - b.float()).abs()
+            if not bool((error.mean(-1) <= share * (size.mean(-1) + 1e-2 * size.mean())).all()):
+                return False
+        return True
+
     @staticmethod
-    def fits(model: nn.Module, batch: dict[str, Tensor], count: int) -> bool:
+    def fits(model: nn.Module, batch: dict[str, Tensor], count: int, precision: torch.dtype | None = None) -> bool:
         """Run one batch to tell if the outputs for `count` such examples take up no more than `ROOM`."""
         modules = _modules_of_blocks(model)
         prefix = Prefix(model, list(modules.values()))
-        with torch.no_grad(), prefix.of(0):
+        with torch.no_grad(), autocast(model, precision), prefix.of(0):
             model(**batch)
         size = sum(tensor.nbytes for output in prefix.outputs[0].values() for tensor in _tensors(output))
         return size / len(next(iter(batch.values()))) * count <= ROOM
+
+
+def autocast(model: nn.Module, precision: torch.dtype | None) -> torch.autocast:
+    """The context that Trainer runs a model's forward pass in; None: as it is."""
+    return torch.autocast(next(model.parameters()).device.type, dtype=precision, enabled=precision is not None)
 
 
 def _modules_of_blocks(model: nn.Module) -> dict[str, nn.Module]:

@@ -198,8 +198,9 @@ class RecipeRunner:
         is_plain = recipe.frozen_eval and args.n_gpu <= 1 and args.world_size == 1
         is_plain &= args.train_sampling_strategy != "group_by_length"  # it looks into the examples
         is_plain &= not self.recipe.unlabelled  # the outputs for an example are those for its copies
-        if not is_plain or args.bf16 or args.fp16 or args.torch_compile:
+        if not is_plain or args.torch_compile:
             return None
+        precision = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None  # as Trainer's autocast
         train = self.examples["train"]
         every = range(len(train))
 
@@ -216,9 +217,9 @@ class RecipeRunner:
             return {key: value.to(args.device) for key, value in collated.items()}
 
         # Whether they fit is asked of a few: more than fit are made anew each time, and are not to be made for this.
-        if not PrefixCache.fits(self.model, batch(few), len(train)) or not is_alike(every):
+        if not PrefixCache.fits(self.model, batch(few), len(train), precision) or not is_alike(every):
             return None
-        return PrefixCache(self.model, [batch(chunk) for chunk in chunks])
+        return PrefixCache(self.model, [batch(chunk) for chunk in chunks], precision)
 
 
 class _Unrecorded(SurgicalCallback):

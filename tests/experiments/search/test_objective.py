@@ -62,6 +62,30 @@ def test_what_was_trained_before_leaves_no_trace(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()  # many workers train at once: none writes there
 
 
+def test_under_bf16_the_frozen_start_is_skipped_and_it_learns_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    objective = objective_of(tmp_path, bf16=True, use_cpu=True)
+    runner = objective._runner
+    assert runner.prefix is not None
+    assert {tensor.dtype for tensor in runner.prefix.known.values()} == {torch.float32, torch.bfloat16}
+    losses, ran = list[float](), list[bool]()
+    monkeypatch.setattr(module, "fit", lambda *given: losses.append(_loss(fit(*given))))
+
+    def wrap(model: torch.nn.Module) -> torch.nn.Module:
+        first = model.get_submodule(runner.blocks.modules["0"][0])
+        first.get_submodule("attention").register_forward_hook(lambda *_: ran.append(True))
+        return get_surgical_model(model, SurgicalConfig(blocks=["1"]))
+
+    counts = []
+    for skips in (False, True):
+        ran.clear()
+        runner.train(wrap, skips=skips)
+        counts.append(len(ran))
+    assert counts[1] == 1 < counts[0]  # where it is tried out
+    assert losses[1] == pytest.approx(losses[0], rel=2e-2)
+
+
 def test_without_the_prefix_cache_it_learns_the_same(tmp_path: Path) -> None:
     shared, alone = objective_of(tmp_path), objective_of(tmp_path, frozen_eval=False)
     assert shared._runner.prefix is not None and alone._runner.prefix is None

@@ -89,6 +89,18 @@ def test_the_frozen_start_does_not_run_and_what_is_above_does(vit: Toy) -> None:
         assert [name in ran for name in inside] == runs, block
 
 
+def test_under_autocast_outputs_are_kept_as_they_come(vit: Toy) -> None:
+    cache = PrefixCache(vit.model(), batches_of(vit), torch.bfloat16)
+    short = list[str]()
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = gradients(vit, ["1"], None, [])
+        found = gradients(vit, ["1"], cache, short)
+    assert f"{BlockMap.find(vit.model()).modules['0'][0]}.attention" not in short
+    assert found.keys() == expected.keys() and expected
+    for key in expected:
+        torch.testing.assert_close(found[key], expected[key], rtol=2e-2, atol=2e-2 * float(expected[key].abs().max()))
+
+
 def test_part_of_a_block_counts_as_its_block(vit: Toy) -> None:
     cache = PrefixCache(vit.model(), batches_of(vit))
     expected = gradients(vit, ["1"], None, [], target_modules=["mlp"])
