@@ -235,7 +235,7 @@ def shortened(name: str) -> dict[str, Any]:
     if "epochs" in keys.get("policy_options", {}):  # of a first stage: an epoch of one step lets the second begin
         own = {**keys["policy_options"], "epochs": 1}
         first |= {"policy_options": own, "per_device_train_batch_size": sum(ROWS.values())}
-    return {key: value for key, value in {**keys, **first}.items() if key != "sources"}
+    return {key: value for key, value in {**keys, **first}.items() if key not in ("sources", "rate_seeds")}
 
 
 def check_training(folder: Path) -> None:

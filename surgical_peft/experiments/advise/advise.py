@@ -228,7 +228,7 @@ def comparison_of(recipe: Recipe) -> Comparison:
         rates = [float(f"{middle * factor:.3g}") for factor in (1 / 3, 1, 3)]
     if len(rates) > _MOST_RATES:
         rates = [rates[0], rates[len(rates) // 2], rates[-1]]
-    alone: dict[str, Any] = {"sources": None, "seeds": None, "draws": None, "test_data": None}
+    alone: dict[str, Any] = {"sources": None, "seeds": None, "rate_seeds": None, "draws": None, "test_data": None}
     comparison = Comparison(replace(recipe, methods=list(CANDIDATES), rates=rates, **alone))
     if recipe.source_data is not None:
         comparison.source_recipe(0)  # that it does not fit is said now

@@ -464,7 +464,7 @@ def test_rates_are_the_recipes_or_around_its_rate(keys: dict[str, Any], rates: l
 
 
 def test_other_draws_and_methods_are_not_read(tmp_path: Path) -> None:
-    path = write_recipe(tmp_path, methods=["full"], seeds=[3, 4], draws=["data", "data"], seed=7)
+    path = write_recipe(tmp_path, methods=["full"], seeds=[3, 4], rate_seeds=2, draws=["data", "data"], seed=7)
     what = advising.comparison_of(load_recipe(path))
     assert what.seeds == [7] and what.recipe.draws is None
     assert [each.title for each in map(make_method, CANDIDATES)] == list(what.methods)
