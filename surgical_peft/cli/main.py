@@ -1,7 +1,7 @@
 """The command line.
 
-`start | recipe | blocks | score | search | compare | advise | train | doctor | predict | export | emit | card |
-push | quickstart`
+`start | recipe | blocks | score | search | compare | advise | train | doctor | predict | export | patch | emit |
+card | push | quickstart`
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from .emit import emit
 from .exits import errors_in_one_line, interrupts_in_one_line
 from .experiments import advise, compare, open_recipe, search
 from .options import AllowCode, AsJson, RecipeFile, Tiny, console, print_json, print_lines
+from .patch import patch
 from .predict import predict
 from .recipes import recipe, start
 
@@ -191,7 +192,8 @@ def export(
         str,
         typer.Option(
             help="peft: for PEFT alone. merged: the whole model, for transformers alone. delta: what tuning changed, "
-            "to the bit. lora: a low rank of that, for PEFT alone. adapter: back from a delta."
+            "to the bit. patch: the tuned layers and their undo, for vLLM and `surgical-peft patch`. lora: a low rank "
+            "of the change, for PEFT alone. adapter: back from a delta."
         ),
     ] = "peft",
     base: Annotated[
@@ -202,7 +204,7 @@ def export(
 ) -> None:
     """Write an adapter in a form that others load; only --format lora takes an argument, --rank, and it has a default.
 
-    Formats: peft, merged, delta, lora, adapter.
+    Formats: peft, merged, delta, patch, lora, adapter.
     """
     from ..export.export import export as export_adapter
     from ..rendering import TextTable
@@ -223,9 +225,13 @@ def export(
             f"The weights take {report['delta_bytes']:,} bytes for {report['adapter_bytes']:,}: {report['ratio']:.2f} "
             f"times smaller ({report['planes_ratio']:.2f} without the base model)."
         )
+    if format == "patch":
+        lost = f", {report['rounded']} of them rounded to the checkpoint's dtype" if report["rounded"] else ""
+        print_lines([f"{report['tensors']} weights of {', '.join(report['layers'])}{lost}; the same many in undo."])
     console.print(f"{output}: {report['bytes']:,} bytes of weights.")
 
 
+app.command(cls=Command)(patch)
 app.command(cls=Command)(emit)
 
 

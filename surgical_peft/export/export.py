@@ -1,4 +1,4 @@
-"""Exports of a tuned model: for PEFT alone, for transformers alone, as a delta, as a LoRA."""
+"""Exports of a tuned model: for PEFT alone, for transformers alone, as a delta, as a patch, as a LoRA."""
 
 from __future__ import annotations
 
@@ -33,11 +33,12 @@ from ..validation import check_choice
 from .adapter_card import write_exported_card
 from .delta import DELTA_CONFIG, read_delta, write_delta, write_restored
 from .low_rank import write_lora
+from .patch import write_patch
 from .private import without_paths
 from .processor import fits_pipeline, processor_of
 from .stock_peft import stock_config, whole_modules
 
-FORMATS = ("peft", "merged", "delta", "lora", "adapter")
+FORMATS = ("peft", "merged", "delta", "patch", "lora", "adapter")
 _REPORT = "export.json"  # by which the folder of an earlier export is known
 
 
@@ -74,8 +75,9 @@ def export(
         source: an adapter's folder, or that of a delta.
         out_dir: new or empty folder, or one of an earlier export.
         format: `peft` as `export_to_peft`; `merged`, the whole model for transformers alone; `delta`, what
-            differs from the base model, to the bit; `lora`, a truncated SVD of that for stock PEFT; `adapter`, the
-            adapter itself, which undoes a delta.
+            differs from the base model, to the bit; `patch`, the tuned layers as they stand in the base model's
+            checkpoint and their undo, see `apply_patch`; `lora`, a truncated SVD of the change for stock PEFT;
+            `adapter`, the adapter itself, which undoes a delta.
         base_model: folder, Hub id, or the model itself; default is what the adapter names.
         rank: for `lora`.
 
@@ -100,7 +102,7 @@ def export(
             adapter = read_adapter(folder)
         else:
             adapter = read_adapter(source)
-        if format in ("merged", "lora"):  # the others hold what is there, to the bit
+        if format in ("merged", "patch", "lora"):  # the others hold what is there, to the bit
             _check_finite(adapter)
         _check_apart(out, [adapter.config.base_model_name_or_path])
         if base is None and format in _WITH_BASE:
@@ -121,7 +123,7 @@ def export(
                 shutil.copyfile(adapter.folder / CONFIG_NAME, temporary / CONFIG_NAME)
             report = {}
         _add_what_goes_with_it(source, adapter, model, format, temporary)
-        size = sum(file.stat().st_size for file in temporary.glob("*.safetensors"))
+        size = sum(file.stat().st_size for file in temporary.rglob("*.safetensors"))
         report = {"format": format, "source": without_paths(str(source)), "bytes": size, **report}
         (temporary / _REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return report
@@ -144,7 +146,8 @@ def _add_what_goes_with_it(
         shutil.copyfile(adapter.folder / "README.md", folder / "README.md")
 
 
-def _merge(adapter: SavedAdapter, base: LoadedBase, rank: int | None, folder: Path) -> dict[str, Any]:
+def _merged(adapter: SavedAdapter, base: LoadedBase) -> PreTrainedModel:
+    """The base model with the adapter's weights in their places, apart from the base model."""
     if not isinstance(base.model, PreTrainedModel):
         raise SurgicalError(
             f"a {type(base.model).__name__} is no transformers model and has no save_pretrained: merge it yourself, "
@@ -158,8 +161,19 @@ def _merge(adapter: SavedAdapter, base: LoadedBase, rank: int | None, folder: Pa
             "the base model with the weights that it had when it was tuned."
         )
     model = copy.deepcopy(base.model)  # it may be the user's own
-    PeftModel.from_pretrained(model, str(adapter.folder)).merge_and_unload().save_pretrained(folder)
+    merged: PreTrainedModel = PeftModel.from_pretrained(model, str(adapter.folder)).merge_and_unload()
+    return merged
+
+
+def _merge(adapter: SavedAdapter, base: LoadedBase, rank: int | None, folder: Path) -> dict[str, Any]:
+    _merged(adapter, base).save_pretrained(folder)
     return {}
+
+
+def _patch(adapter: SavedAdapter, base: LoadedBase, rank: int | None, folder: Path) -> dict[str, Any]:
+    merged = _merged(adapter, base)
+    assert isinstance(base.model, PreTrainedModel)  # checked there
+    return write_patch(base.model, merged.state_dict(), folder)
 
 
 def _delta(adapter: SavedAdapter, base: LoadedBase, rank: int | None, folder: Path) -> dict[str, Any]:
@@ -174,6 +188,7 @@ def _lora(adapter: SavedAdapter, base: LoadedBase, rank: int | None, folder: Pat
 _WITH_BASE: dict[str, Callable[[SavedAdapter, LoadedBase, int | None, Path], dict[str, Any]]] = {
     "merged": _merge,
     "delta": _delta,
+    "patch": _patch,
     "lora": _lora,
 }
 

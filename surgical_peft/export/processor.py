@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from transformers.utils.hub import cached_file
+from .checkpoint import file_of
 
 # Without one of these, AutoTokenizer makes an empty tokenizer for some models.
 _FILES = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json", "tokenizer.json")
@@ -22,7 +22,7 @@ def processor_of(*names: str | Path | None) -> Any | None:
 
     for name in filter(None, names):
         try:
-            if any(_has(str(name), file) for file in _FILES):
+            if any(file_of(str(name), file) for file in _FILES):
                 return AutoProcessor.from_pretrained(str(name), trust_remote_code=False)
         except (OSError, ValueError, ImportError):  # not at hand, damaged, or with code that is not ours to run
             continue
@@ -32,8 +32,3 @@ def processor_of(*names: str | Path | None) -> Any | None:
 def fits_pipeline(model: Any, processor: Any) -> bool:
     """True if transformers' `pipeline` can serve a model: it makes three channels of every image."""
     return processor is not None and getattr(getattr(model, "config", None), "num_channels", 3) == 3
-
-
-def _has(name: str, file: str) -> bool:
-    quiet = (f"_raise_exceptions_for_{what}" for what in ("gated_repo", "missing_entries", "connection_errors"))
-    return cached_file(name, file, **dict.fromkeys(quiet, False)) is not None

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -88,11 +89,16 @@ def test_export_to_every_format_and_back(
         next(p for p in model.parameters() if p.requires_grad).mul_(1.5)
     model.save_pretrained(tmp_path / "adapter")
     source = str(tmp_path / "adapter")
-    said = {"peft": ":", "merged": ":", "delta": "times smaller", "lora --rank 2": "vit.layers.0"}
+    said = {"peft": ":", "merged": ":", "delta": "times smaller", "lora --rank 2": "vit.layers.0", "patch": "layer.0"}
     for format, text in said.items():
         out = str(tmp_path / format.split()[0])
         assert run(monkeypatch, "export", source, out, "--format", *format.split()) == 0
         assert text in " ".join(capsys.readouterr().out.split())
+    served = shutil.copytree(VIT, tmp_path / "served")
+    for folder in ("patch", "undo"):
+        assert run(monkeypatch, "patch", str(tmp_path / "patch" / folder), str(served), "--json") == 0
+        assert json.loads(capsys.readouterr().out)["files"] == ["model.safetensors"]
+    assert (served / "model.safetensors").read_bytes() == (VIT / "model.safetensors").read_bytes()
     arguments = ["--format", "adapter", "--base", str(VIT), "--json"]
     assert run(monkeypatch, "export", str(tmp_path / "delta"), str(tmp_path / "back"), *arguments) == 0
     assert json.loads(capsys.readouterr().out)["format"] == "adapter"
@@ -104,6 +110,7 @@ def test_export_to_every_format_and_back(
     ("arguments", "message"),
     [
         (["export", "{tmp}/none", "{tmp}/run"], "no adapter's folder"),
+        (["patch", "{tmp}/none", "{tmp}"], "no patch"),
         (["export", "{tmp}", "{tmp}/run", "--format", "lroa"], "did you mean 'lora'"),
         (["export", "{tmp}", "{tmp}/run", "--format", "lora", "--rank", "0"], "at least 1"),
         (["blocks", "no-such/model"], "the model 'no-such/model' cannot be loaded"),

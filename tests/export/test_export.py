@@ -34,7 +34,8 @@ from surgical_peft.export import low_rank as lowrank
 from surgical_peft.export.export import export
 from surgical_peft.tuner.loading.fingerprint import fingerprint
 from tests.support.families import FAMILIES
-from tests.support.toys import TOYS, Toy
+from tests.support.saved_adapters import logits, saved, toy_adapter
+from tests.support.toys import TOYS
 
 WEIGHTS = "adapter_model.safetensors"
 ALONE = ("vit", "bert", "llama", "t5")
@@ -57,33 +58,6 @@ class Plain(nn.Module):
 def plain() -> nn.Module:
     torch.manual_seed(0)
     return Plain()
-
-
-def saved(model: nn.Module, config: SurgicalConfig, folder: Path, size: float = 0.02) -> Any:
-    """The model tuned: every trainable weight moved by noise; saved to `folder`."""
-    tuned = get_peft_model(model, config)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in tuned.parameters():
-            if parameter.requires_grad:
-                parameter.add_(size * torch.randn(parameter.shape, generator=generator).to(parameter.dtype))
-    tuned.eval().save_pretrained(folder)
-    return tuned
-
-
-def toy_adapter(
-    toy: Toy, tmp_path: Path, dtype: torch.dtype = torch.float32, size: float = 0.02, **config: Any
-) -> tuple[nn.Module, Any]:
-    """The toy in `base/` and its adapter in `adapter/`; returns both models."""
-    toy.model().to(dtype).save_pretrained(tmp_path / "base")  # type: ignore[operator]
-    base = type(toy.build()).from_pretrained(tmp_path / "base").eval()  # type: ignore[attr-defined]
-    config = config or {"blocks": [toy.first, toy.last]}
-    return copy.deepcopy(base), saved(base, SurgicalConfig(**config), tmp_path / "adapter", size)
-
-
-@torch.no_grad()
-def logits(model: nn.Module, toy: Toy) -> Tensor:
-    return model(**toy.batch()).logits
 
 
 def loaded(base: nn.Module, folder: Path) -> nn.Module:
