@@ -90,7 +90,7 @@ def write_patch(base: PreTrainedModel, tuned: Mapping[str, Tensor], folder: Path
     rest = {name: _fingerprint(files, name) for name in files.keys() - new.keys()}
     _write(new, old, rest, folder / PATCH)
     _write(old, new, rest, folder / UNDO)
-    return {"tensors": len(names), "layers": sorted(layers), "rounded": rounded}
+    return {"tensors": len(names), "layers": sorted({_layer_of(name) for name in names}), "rounded": rounded}
 
 
 def apply_patch(patch: str | Path, checkpoint: str | Path) -> PatchReport:
@@ -181,6 +181,13 @@ def _check_base(base: Mapping[str, Any], new: Mapping[str, Tensor], files: Mappi
             f"{str(folder)!r} and the checkpoint that the patch was made of do not hold the same weights "
             f"({first_of(strange)}): the patch is of another model, or of a checkpoint with other names."
         )
+    for name, tensor in new.items():
+        place = _read(files, [name])[name]
+        if (tensor.shape, tensor.dtype) != (place.shape, place.dtype):
+            raise SurgicalError(
+                f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)} in the patch, and {place.dtype} of shape "
+                f"{tuple(place.shape)} in {str(folder)!r}: export the patch again from this checkpoint."
+            )
     here = {name: _fingerprint(files, name) for name in files}
     goal = {name: fingerprint([tensor]) for name, tensor in new.items()}
     if strange := [name for name in files if here[name] not in (base[name], goal.get(name, base[name]))]:

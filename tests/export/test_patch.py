@@ -69,9 +69,9 @@ def test_the_patched_checkpoint_is_the_merged_one_and_the_undone_one_the_base(
     toy = FAMILIES.get(name) or TOYS[name]
     base, tuned = toy_adapter(toy, tmp_path, blocks=blocks)
     export(tmp_path / "adapter", tmp_path / "merged", "merged")
-    export(tmp_path / "adapter", tmp_path / "out", "patch")
+    layers = export(tmp_path / "adapter", tmp_path / "out", "patch")["layers"]
     before = contents(tmp_path / "base")
-    apply_patch(tmp_path / "out" / "patch", tmp_path / "base")
+    assert apply_patch(tmp_path / "out" / "patch", tmp_path / "base").layers == tuple(layers)
     assert same(plain(tmp_path / "base"), plain(tmp_path / "merged"))
     again = type(base).from_pretrained(tmp_path / "base").eval()  # type: ignore[attr-defined]
     assert torch.equal(logits(again, toy), logits(tuned, toy))
@@ -212,6 +212,21 @@ def test_a_checkpoint_that_does_not_fit_is_left_as_it_is(damage: Any, message: s
     with pytest.raises(SurgicalError, match=message):
         apply_patch(made / "out" / "patch", served)
     assert (contents(served) if served.is_dir() else {}) == before
+
+
+@pytest.mark.parametrize("change", [lambda weight: weight[1:], lambda weight: weight.to(torch.bfloat16)])
+def test_a_patch_of_other_shapes_than_the_checkpoint_is_refused(
+    change: Any, made: Path, served: Path, tmp_path: Path
+) -> None:
+    weights = plain(made / "out" / "patch")
+    with safe_open(made / "out" / "patch" / NAME, "pt") as file:
+        metadata = file.metadata()
+    name = "model.layers.0.mlp.up_proj.weight"
+    (tmp_path / "changed").mkdir()
+    save_file({**weights, name: change(weights[name]).clone()}, tmp_path / "changed" / NAME, metadata=metadata)
+    with pytest.raises(SurgicalError, match=name):
+        apply_patch(tmp_path / "changed", served)
+    assert contents(served) == contents(made / "base")
 
 
 def test_what_is_no_patch(made: Path, served: Path, tmp_path: Path) -> None:
