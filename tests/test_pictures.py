@@ -17,7 +17,7 @@ from matplotlib.patches import Rectangle
 
 import surgical_peft
 from surgical_peft.criteria.criterion import GIVEN_UP, GUESSED
-from surgical_peft.experiments.advise import report as advise
+from surgical_peft.experiments.advise import plot as advise
 from surgical_peft.experiments.advise.advice import Advice, ScoreReport, SignatureReport
 from surgical_peft.experiments.compare import plot as compare
 from surgical_peft.experiments.compare.report import ComparisonReport

@@ -161,6 +161,13 @@ def compare(
 def advise(
     recipe: RecipeFile,
     output: Annotated[Path | None, typer.Option(help="Folder for the results; default is the recipe's.")] = None,
+    max_forgetting: Annotated[
+        float | None,
+        typer.Option(
+            metavar="NATS",
+            help="What the mean loss on the recipe's source_data may rise by, such as 0.05; default is any amount.",
+        ),
+    ] = None,
     dry_run: DryRun = False,
     allow_code: AllowCode = False,
     tiny: Tiny = False,
@@ -174,10 +181,10 @@ def advise(
 
     loaded, output = open_recipe(recipe, allow_code, tiny, output, dry_run)
     if dry_run:
-        costs = plan(loaded, console=_notes(as_json))
+        costs = plan(loaded, max_forgetting=max_forgetting, console=_notes(as_json))
         _print_cost(costs, as_json)
         return
-    advice = advise_on(loaded, output, console=_progress_console(as_json))
+    advice = advise_on(loaded, output, max_forgetting=max_forgetting, console=_progress_console(as_json))
     if as_json:
         print_json(advice.to_json())
         return

@@ -18,6 +18,7 @@ from ..scoring.selection import Selection
 from ..typed_json import JsonReader, parse_json, read_json
 
 _JSON = JsonReader("the JSON of a search result", "search again, or copy it again")
+SOURCE_LOSS_RISE = "source_loss_rise"  # a key of a trial's notes
 _STATES = ("complete", "failed", "pruned")
 
 
@@ -144,6 +145,7 @@ class SearchResult:
         """A table of the candidates in the order of the proposals; the chosen one is marked."""
         has_rates = any(trial.rate is not None for trial in self.trials)
         has_faults = any(trial.state != "complete" for trial in self.trials)
+        has_source = any(SOURCE_LOSS_RISE in trial.notes for trial in self.trials)
         seeds = len({trial.seed for trial in self.trials})
         rows, chosen = [], []
         for number, candidate in enumerate(self.candidates):
@@ -154,15 +156,19 @@ class SearchResult:
             row = [self._label(candidate.blocks) + " *" * is_chosen]
             row.append("-" if math.isnan(candidate.metric) else f"{candidate.metric:.4g}{spread}")
             row += ["-" if candidate.rate is None else f"{candidate.rate:g}"] * has_rates
+            row += [source_loss_of(candidate, trials)] * has_source
             row.append(clock(sum(trial.seconds for trial in trials)))
             row += [state_of(trials)] * has_faults
             rows.append(row)
-        header = ["blocks", "metric", *["rate"] * has_rates, "time", *["state"] * has_faults]
+        header = ["blocks", "metric", *["rate"] * has_rates, *["source loss"] * has_source]
+        header += ["time", *["state"] * has_faults]
         notes = ["* chosen. Metric: of the objective, higher is better; time: of all trainings of a row."]
         if seeds > 1:
             notes[0] += f" ± the standard deviation of {seeds} seeds."
         if has_rates:
             notes.append("Rate: the best of those that were tried.")
+        if has_source:
+            notes.append("Source loss: its rise on the source model's own data.")
         title = f"{self.procedure}: {self.trainings} trainings in {clock(self.seconds)}"
         left = (0, len(header) - 1) if has_faults else (0,)
         return TextTable(title, header, rows, notes, left=left, bold=chosen)
@@ -225,6 +231,13 @@ class SearchResult:
         from .profile_plot import plot_profile
 
         plot_profile({f"{self.trainings} trainings by {self.procedure.partition('(')[0]}": self}, path, metric)
+
+
+def source_loss_of(candidate: Candidate, trials: Sequence[SearchTrial]) -> str:
+    """The mean rise of the loss on source data at the candidate's rate, or "-" where one of its trials has none."""
+    rises = [trial.notes.get(SOURCE_LOSS_RISE) for trial in trials if trial.rate == candidate.rate]
+    told = [rise for rise in rises if rise is not None]
+    return f"{statistics.fmean(told):+.3f}" if told and len(told) == len(rises) else "-"
 
 
 def state_of(trials: Sequence[SearchTrial]) -> str:

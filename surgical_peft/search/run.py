@@ -53,7 +53,8 @@ def run_search(
             `selection.record` (tuned parameters, peak memory) is kept with the trial. If it raises, or its metric is
             not a finite number, the trial has failed, and stays so when the search is resumed; a lack of memory or an
             `OSError` ends the search instead, and the training is done when it is resumed. Its attribute `settings`,
-            if it has one, says in plain data what a training is: a study holds trainings of one kind.
+            if it has one, says in plain data what a training is: a study holds trainings of one kind. Another,
+            `measured`, says by name what else it writes down, and of what: a study begun without it goes on.
         blocks: the map of the model; without it, `objective.blocks`.
         storage: `"sqlite:///run/study.db"`, `"journal:///run/study.log"` (for a folder that several machines share),
             or `"postgresql+psycopg://user@host/database"`; None keeps the study in memory, for this call only. Three
@@ -88,6 +89,7 @@ def run_search(
     searched: dict[str, Any] = {"procedure": title, "blocks": list(blocks.names)}
     searched |= {"rates": list(rates), "seeds": list(seeds)}
     searched |= {"pruner": pruner and type(pruner).__name__, "training": getattr(objective, "settings", None)}
+    searched |= getattr(objective, "measured", {})
     searched |= {"layers": list(blocks.layer_paths)} if blocks.layer_paths else {}
     origin = Selection((), {"procedure": title}, blocks.layer_paths)
     settings: list[tuple[float | None, int | None]] = [

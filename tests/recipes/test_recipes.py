@@ -35,11 +35,12 @@ from transformers import (
     ViTImageProcessorPil,
 )
 
-from surgical_peft.experiments.compare.comparison import SHIFTS, Comparison
+from surgical_peft.experiments.compare.comparison import Comparison
 from surgical_peft.experiments.recipe import load_recipe
 from surgical_peft.experiments.recipe.yaml_file import StrictLoader
 from surgical_peft.experiments.tasks import load_task
 from surgical_peft.experiments.tasks.tiny_data import TEXT_CONFIG, save_tokenizer
+from surgical_peft.experiments.training.source_data import SHIFTS
 from tests.support.cli import run
 
 ROOT = Path(__file__).parents[2]

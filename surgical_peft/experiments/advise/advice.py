@@ -28,12 +28,14 @@ class ProbeReport:
         share: of the recipe's steps.
         metric: on the validation examples; None for what is no finite number.
         seconds: that it took.
+        source_loss_rise: of the loss on source data; None for what is no finite number, or was not measured.
     """
 
     rate: float | None
     share: float
     metric: float | None
     seconds: float
+    source_loss_rise: float | None = None
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,8 @@ class CandidateReport:
         rate: the best, and `at_edge`: whether that is the lowest or the highest that was tried.
         validation: its metric, if it was trained longest, or not at all.
         to_best: its difference to the best of these; None for the best one and for those that are none.
+        source_loss_rise: of the loss on source data, after the training at that rate; None as in its probes.
+        forgets_more: whether it was trained longest, and that is more than it may.
     """
 
     method: str
@@ -62,6 +66,8 @@ class CandidateReport:
     at_edge: bool
     validation: float | None
     to_best: Difference | None
+    source_loss_rise: float | None = None
+    forgets_more: bool = False
 
 
 @dataclass(frozen=True)
@@ -106,6 +112,35 @@ class SignatureReport:
 
 
 @dataclass(frozen=True)
+class Trained:
+    """One of the longest trainings: its candidate in words, and what it reached."""
+
+    title: str
+    rate: float | None
+    metric: float | None
+    source_loss_rise: float | None
+
+
+@dataclass(frozen=True)
+class ForgettingReport:
+    """The limit that candidates had on the rise of the loss on source data, and what it costs.
+
+    Attributes:
+        limit: what the loss may rise by, in its own unit: nats for classes and tokens.
+        none_keeps_it: whether all of the longest trainings forget more.
+        best: the one with the best metric, within the limit or not.
+        least: the one whose source loss rises least.
+        cost: difference of the recommended candidate to `best`; None if it is that one, or if none is recommended.
+    """
+
+    limit: float
+    none_keeps_it: bool
+    best: Trained
+    least: Trained
+    cost: Difference | None
+
+
+@dataclass(frozen=True)
 class CostReport:
     """The cost of advice: planned and needed, in full fine-tunings."""
 
@@ -134,6 +169,8 @@ class Advice:
         cost: of the advice.
         sentences: the advice in words.
         constant: what the same answer for all gives; None where answers are no classes, or an earlier version asked.
+        source_examples: how many the source loss is measured on; None without source data, or of an earlier version.
+        forgetting: the limit on the rise of that loss; None where there was none.
     """
 
     date: str
@@ -154,6 +191,8 @@ class Advice:
     cost: CostReport
     sentences: list[str] = field(default_factory=list)
     constant: ConstantReport | None = None
+    source_examples: int | None = None
+    forgetting: ForgettingReport | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, as `advice.json` holds it."""

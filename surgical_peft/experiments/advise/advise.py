@@ -2,48 +2,47 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import random
-import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from torch import nn
 
 from ...atomic_files import check_replaceable, whole_folder
 from ...auto import CRITERION
 from ...errors import SurgicalError
 from ...rendering import clock
 from ...scoring.progress import Stages
-from ...scoring.selection import Selection
 from ..compare.comparison import Comparison
-from ..compare.methods import MethodContext
 from ..recipe.recipe import Recipe
-from ..tasks import Examples, measured_split
+from ..tasks import Examples
 from ..training.job_progress import telling
 from ..training.provenance import machine, today, versions
 from ..training.runner import RecipeRunner
+from ..training.source_data import MOST, SourceData
 from ..training.train import loader
 from .advice import Advice, ConstantReport, CostReport, Recommendation, ScoreReport
+from .candidates import CANDIDATES, find_candidates, measure_untrained
 from .cost import CostEstimate, estimate
-from .report import markdown, plot, sentences
+from .forgetting import check_limit, forgetting_report
+from .plot import plot
+from .report import markdown, sentences
 from .rows import lines_of, row_of, signature_report, twin_of
 from .shift_signature import EXAMPLES, FEWEST, Batches, Signature, signature
 from .successive_halving import ROUNDS, Candidate, ShortTraining, ValidationJudge, decide, halve, ordered
 
-CANDIDATES = ("nothing", "full", "layer_decay", "head", "first", "middle", "last", "auto")
 _MOST_RATES = 3
 _TEXT = "advice.md"  # by which earlier advice is known
 _BATCH = 64  # of the signature
 
 
-def plan(recipe: Recipe, *, console: Console | None = None) -> CostEstimate:
+def plan(recipe: Recipe, *, max_forgetting: float | None = None, console: Console | None = None) -> CostEstimate:
     """Estimate the cost of advice on a recipe; trains a few steps to tell the time, and keeps nothing.
 
     Raises:
@@ -53,17 +52,25 @@ def plan(recipe: Recipe, *, console: Console | None = None) -> CostEstimate:
         >>> plan(load_recipe("recipes/fashion_mnist_noise.yaml")).trainings
         24
     """
+    check_limit(recipe, max_forgetting)
     comparison = comparison_of(recipe)
     with Stages(console) as stages:
         stages.begin("load model and data")
+        source = SourceData(recipe, MOST) if recipe.source_data is not None else None
         runner = RecipeRunner(comparison.recipe)
         ValidationJudge(runner)  # says so if there is too little to judge by
         stages.begin("time a few steps", 1.0)
         with telling(stages.advance):
-            return estimate(comparison, runner)
+            return estimate(comparison, runner, source=source, is_limited=max_forgetting is not None)
 
 
-def advise(recipe: Recipe, output: str | Path | None = None, *, console: Console | None = None) -> Advice:
+def advise(
+    recipe: Recipe,
+    output: str | Path | None = None,
+    *,
+    max_forgetting: float | None = None,
+    console: Console | None = None,
+) -> Advice:
     """Try a few ways of tuning for a few steps each, and say which one to use, with the evidence.
 
     Every candidate that fits the model is trained for a quarter of the recipe's steps at several rates, the best three
@@ -75,17 +82,21 @@ def advise(recipe: Recipe, output: str | Path | None = None, *, console: Console
 
     Args:
         recipe: its `rates`, or else a grid around its `learning_rate`, its training arguments and metric are used;
-            with `source_data` the signature says how far features move. `blocks`, `policy` and `methods` are not read.
+            with `source_data` the signature says how far features move, and each training by how much the loss on
+            these data rises. `blocks`, `policy` and `methods` are not read.
         output: folder to write to; default is the recipe's `output_dir`. It gets `advice/`, with `advice.json`,
             `advice.md` and `signature.png`.
+        max_forgetting: what the mean loss on `source_data` may rise by, in its own unit: nats for classes and tokens,
+            squared units for numbers. Only candidates that keep this after the short trainings are recommended, and
+            the advice says what that costs, or that none keeps it.
         console: where to show progress; default is the terminal.
 
     Returns:
         The advice; `advice.json` holds it.
 
     Raises:
-        SurgicalError: data, splits or rates that are missing or do not fit, before any training; no training gave a
-            number.
+        SurgicalError: data, splits or rates that are missing or do not fit, or `max_forgetting` without `source_data`,
+            before any training; no training gave a number.
 
     Example:
         >>> advise(load_recipe("recipes/fashion_mnist_label_map.yaml")).recommended.lines
@@ -93,25 +104,25 @@ def advise(recipe: Recipe, output: str | Path | None = None, *, console: Console
     """
     began = time.perf_counter()
     recipe.check_run(output)
+    check_limit(recipe, max_forgetting)
     comparison = comparison_of(recipe)
     folder = Path(str(output or recipe.arguments().output_dir)) / "advice"
     check_replaceable(folder, _TEXT)
-    source = None
     with Stages(console or Console()) as stages:
         stages.begin("load model and data")
-        if recipe.source_data is not None:
-            _, source = measured_split(comparison.source_recipe(0))
+        source = SourceData(recipe, MOST) if recipe.source_data is not None else None
         runner = RecipeRunner(comparison.recipe)
         stages.end()
         runner.task.summary.show(stages.console)
         judge = ValidationJudge(runner)
         stages.begin("time a few steps", 1.0)
         with telling(stages.advance):
-            trial = _Trial(comparison, runner, judge, estimate(comparison, runner))
+            cost = estimate(comparison, runner, source=source, is_limited=max_forgetting is not None)
+        trial = _Trial(comparison, runner, judge, cost, source, max_forgetting)
         for line in trial.cost.lines():
             stages.say(line)
         stages.begin("signature of the shift")
-        signature = _signature(runner, source)
+        signature = _signature(runner, None if source is None else source.examples)
         trial.train(stages)
     advice = trial.advice(recipe, signature, began)
     with whole_folder(folder, _TEXT) as temporary:
@@ -125,16 +136,25 @@ class _Trial:
     """The candidates, their short trainings, and the one to recommend."""
 
     def __init__(
-        self, comparison: Comparison, runner: RecipeRunner, judge: ValidationJudge, cost: CostEstimate
+        self,
+        comparison: Comparison,
+        runner: RecipeRunner,
+        judge: ValidationJudge,
+        cost: CostEstimate,
+        source: SourceData | None,
+        max_forgetting: float | None,
     ) -> None:
         self.comparison, self.runner, self.judge, self.cost = comparison, runner, judge, cost
+        self.source, self.max_forgetting = source, max_forgetting
 
     def train(self, stages: Stages) -> None:
         """Choose the blocks of the candidates and train them, the better ones longer."""
         comparison, runner, judge = self.comparison, self.runner, self.judge
         stages.begin("choose blocks")
-        self.candidates, self.unfit = _candidates(comparison, runner)
-        _measure_untrained(self.candidates["nothing"], runner, judge)
+        self.candidates, self.unfit = find_candidates(comparison, runner)
+        for candidate in self.candidates.values():
+            candidate.max_forgetting = self.max_forgetting
+        measure_untrained(self.candidates["nothing"], runner, judge)
         self.trained = [
             candidate
             for candidate in self.candidates.values()
@@ -145,9 +165,17 @@ class _Trial:
             return comparison.grid(candidate.method.title)
 
         stages.begin("short trainings", self.cost.trainings, is_bound=True)
-        halve(self.trained, rates, runner, comparison.recipe, judge, done=stages.advance)
+        halve(self.trained, rates, runner, comparison.recipe, judge, done=stages.advance, rise=self._rise())
         seconds = sum(probe.seconds for candidate in self.trained for probe in candidate.probes)
         stages.say(f"{sum(len(c.probes) for c in self.trained)} short trainings took {clock(seconds)}")
+
+    def _rise(self) -> Callable[[nn.Module], float] | None:
+        """The rise of the source loss of a trained model, where there are source data."""
+        source = self.source
+        if source is None:
+            return None
+        before = source.loss(self.runner.model)
+        return lambda model: source.loss(model) - before
 
     def advice(self, recipe: Recipe, signature: Signature, began: float) -> Advice:
         """The advice that follows from the trainings.
@@ -156,12 +184,15 @@ class _Trial:
             SurgicalError: none of them gave a number.
         """
         runner, judge, candidates = self.runner, self.judge, self.candidates
-        finalists = [candidate for candidate in self.trained if candidate.best.share == ROUNDS[-1].share]
+        trained = [candidate for candidate in self.trained if candidate.best.share == ROUNDS[-1].share]
+        none_fits, finalists = not any(candidate.keeps_limit for candidate in trained), list(trained)
         if not recipe.new_head:  # which nobody has trained
             finalists.insert(0, candidates["nothing"])
-        chosen, tied = decide(finalists, judge)
+        rivals = [candidate for candidate in finalists if none_fits or candidate.keeps_limit]
+        chosen, tied = decide(rivals, judge)
         constant = judge.constant(candidates["nothing"].best)
-        has_learned = constant is None or any(_beats(each.best, constant[1], judge) for each in finalists)
+        has_learned = constant is None or any(_beats(each.best, constant[1], judge) for each in rivals)
+        is_sure = has_learned and not none_fits
         if math.isnan(chosen.best.metric):
             rates = self.comparison.rates
             raise SurgicalError(f"no training gave a number for {runner.task.metric}: lower the rates, {rates}.")
@@ -176,8 +207,8 @@ class _Trial:
             metric=runner.task.metric,
             validation_examples=len(runner.examples["validation"]),
             share=ROUNDS[-1].share,
-            surgery=has_learned and chosen.method.choose is not None,
-            recommended=self._recommendation(chosen, recipe) if has_learned else None,
+            surgery=is_sure and chosen.method.choose is not None,
+            recommended=self._recommendation(chosen, recipe) if is_sure else None,
             tied=[candidate.name for candidate in tied],
             all_tied=len(tied) == len(finalists),
             unfit=self.unfit,
@@ -192,6 +223,10 @@ class _Trial:
                 seconds=round(seconds, 1),
             ),
             constant=constant and ConstantReport(self._name_of(constant[0]), constant[1].metric),
+            source_examples=None if self.source is None else len(self.source.sample),
+            forgetting=None
+            if self.max_forgetting is None
+            else forgetting_report(trained, chosen if is_sure else None, self.max_forgetting, judge),
         )
         return replace(advice, sentences=sentences(advice))
 
@@ -230,8 +265,6 @@ def comparison_of(recipe: Recipe) -> Comparison:
         rates = [rates[0], rates[len(rates) // 2], rates[-1]]
     alone: dict[str, Any] = {"sources": None, "seeds": None, "rate_seeds": None, "draws": None, "test_data": None}
     comparison = Comparison(replace(recipe, methods=list(CANDIDATES), rates=rates, **alone))
-    if recipe.source_data is not None:
-        comparison.source_recipe(0)  # that it does not fit is said now
     return comparison
 
 
@@ -251,32 +284,3 @@ def _signature(runner: RecipeRunner, source: Examples | None) -> Signature:
         halves = batches(source, places[:size]), batches(source, places[size:])
     target = batches(train, random.Random(0).sample(range(len(train)), size))
     return signature(runner.model, target, halves, loader(runner.task, runner.args))
-
-
-def _candidates(comparison: Comparison, runner: RecipeRunner) -> tuple[dict[str, Candidate], dict[str, str]]:
-    """All candidates by name, with their blocks chosen; and why some do not fit the model, such as a tied head."""
-    candidates: dict[str, Candidate] = {}
-    unfit: dict[str, str] = {}
-    recipe, args = comparison.recipe, runner.args
-    with tempfile.TemporaryDirectory() as folder:
-        context = MethodContext(
-            recipe, runner.model, runner.blocks, partial(loader, runner.task, args), args.seed, Path(folder)
-        )
-        for name, method in zip(CANDIDATES, comparison.methods.values(), strict=True):
-            try:
-                selection = method.choose(context) if method.choose else Selection(())
-                wrapped = method.wrap(copy.deepcopy(runner.model), selection, recipe)
-            except SurgicalError as error:
-                if method.choose is None:
-                    raise
-                unfit[name] = str(error)
-                continue
-            tuned = sum(weight.numel() for weight in wrapped.parameters() if weight.requires_grad)
-            candidates[name] = Candidate(name, method, selection, tuned)
-    return candidates, unfit
-
-
-def _measure_untrained(candidate: Candidate, runner: RecipeRunner, judge: ValidationJudge) -> None:
-    began = time.perf_counter()
-    groups = judge.read(runner.model)
-    candidate.probes.append(ShortTraining(None, 0.0, judge.metric(groups), groups, time.perf_counter() - began))

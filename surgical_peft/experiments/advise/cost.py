@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from dataclasses import dataclass
 
 from ...rendering import clock
@@ -10,6 +11,7 @@ from ..compare.comparison import Comparison
 from ..compare.cost import time_trainings
 from ..training.cost import Timing, memory_in_words, time_in_words
 from ..training.runner import RecipeRunner
+from ..training.source_data import SourceData
 from .successive_halving import ROUNDS
 
 CHOOSING = 0.5  # of a full fine-tuning, for `auto`
@@ -44,14 +46,34 @@ class CostEstimate:
         ]
 
 
-def estimate(comparison: Comparison, runner: RecipeRunner, timing: Timing | None = None) -> CostEstimate:
-    """The cost of the short trainings of a comparison's methods; trains a few steps, unless a `timing` is given."""
+def estimate(
+    comparison: Comparison,
+    runner: RecipeRunner,
+    timing: Timing | None = None,
+    source: SourceData | None = None,
+    is_limited: bool = False,
+) -> CostEstimate:
+    """The cost of the short trainings of a comparison's methods; trains a few steps, unless a `timing` is given.
+
+    Args:
+        comparison: has the methods and rates.
+        runner: trains.
+        timing: of a training.
+        source: what each is measured on besides.
+        is_limited: whether each later round has a training more, the best of all, see `halve`.
+    """
     timing = timing or time_trainings(comparison.recipe, runner)
+    on_source = 0.0
+    if source is not None:
+        began = time.perf_counter()
+        source.loss(runner.model)
+        on_source = time.perf_counter() - began
     count, share = 0, CHOOSING
     for stage in ROUNDS:
         methods = min(stage.methods or math.inf, len(comparison.methods) - 1)
         trainings = methods * min(stage.rates or math.inf, len(comparison.rates))
+        trainings += is_limited and stage is not ROUNDS[0]
         count, share = count + int(trainings), share + trainings * stage.share
     steps = runner.steps() * timing.step
-    each = timing.whole - steps  # starting and measuring
+    each = timing.whole - steps + on_source  # starting and measuring
     return CostEstimate(count, share, timing.whole, timing.start + share * steps + count * each, timing.memory)

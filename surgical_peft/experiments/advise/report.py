@@ -1,33 +1,27 @@
-"""Advice as a table, in words and as a picture."""
+"""Advice as a table and in words."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from fractions import Fraction
-from pathlib import Path
 
 from ...blocks.block_map import blocks_in_words
-from ...rendering import TextTable, markdown_block, markdown_row, markdown_text, new_figure
-from ...scoring.plot import draw_bars, words_of
+from ...rendering import TextTable, markdown_block, markdown_row, markdown_text
+from ..training.source_data import SOURCE_LOSS, unit_of_loss
 from .advice import Advice, CandidateReport, Difference
+from .forgetting import limit_in_words
 
 _CLEAR = 2.0  # standard errors
-_KINDS = {
-    "input": "the input moved",
-    "features": "features moved",
-    "output": "the output moved",
-    "nothing": "nothing moved",
-    None: "gradients of the new data alone",
-}
-_COLUMNS = ("method", "{metric}", "to the best", "rate", "tuned", "")
+_COLUMNS = ("method", "{metric}", "to the best", "rate", "tuned")
 
 
 def table(advice: Advice) -> TextTable:
     """The candidates as a table of 80 columns; the recommended one is bold."""
     chosen = [number for number, row in enumerate(advice.methods) if row.method == advice.chosen]
     header = [name.replace(", %", ",\u00a0%") for name in _header(advice)]
-    return TextTable(_title(advice), header, _rows(advice, "{}"), _legend(advice), left=(0, 5), bold=chosen)
+    left = (0, len(header) - 1)
+    return TextTable(_title(advice), header, _rows(advice, "{}"), _legend(advice), left=left, bold=chosen)
 
 
 def _legend(advice: Advice) -> list[str]:
@@ -38,11 +32,20 @@ def _legend(advice: Advice) -> list[str]:
         f"To the best: paired difference{points}, ± one standard error; as good: within one of them. Rate: the best "
         f"of those tried, {given}. Tuned: parameters. Out after 1/4: of the steps, as others were better."
     ]
+    notes += [_source_note(advice).strip()] * (advice.source_examples is not None)
     if any(row.at_edge for row in advice.methods):
         notes.append("* the lowest or highest that was tried: the best rate may lie beyond.")
     if advice.constant is not None:
         notes.append(f"The same answer, {advice.constant.answer}, for every example gives {_shown(advice)}.")
     return notes
+
+
+def _source_note(advice: Advice) -> str:
+    """What the column of the source loss means, where there is one."""
+    if advice.source_examples is None:
+        return ""
+    where = f"on {advice.source_examples:,} examples of the source model's own data"
+    return f"Source loss: its rise {where}, in {unit_of_loss(advice.recipe)}. "
 
 
 def _shown(advice: Advice) -> str:
@@ -58,15 +61,16 @@ def markdown(advice: Advice) -> str:
     lines = [markdown_text(" ".join(advice.sentences)), ""]
     if recommended is not None and recommended.lines:
         lines += [markdown_block("\n".join(recipe_lines(advice)), "yaml"), ""]
-    lines += [markdown_row(_header(advice, markdown_text)), markdown_row(["---", *["---:"] * 4, "---"])]
+    header = _header(advice, markdown_text)
+    lines += [markdown_row(header), markdown_row(["---", *["---:"] * (len(header) - 2), "---"])]
     lines += [markdown_row(row) for row in _rows(advice, "**{}**", markdown_text)]
     cost, signature = advice.cost, advice.signature
     lines += [
         "",
         f"{_title(advice)}; ± one standard error of the paired difference. Of those within one of the best, the one "
-        f"that tunes the fewest parameters is recommended. {cost.trainings} short trainings, planned as "
-        f"{cost.planned:.1f} full fine-tunings at most; with choosing, measuring and the signature they took as "
-        f"long as {cost.full_trainings:.1f}.",
+        f"that tunes the fewest parameters is recommended. {_source_note(advice)}{cost.trainings} short trainings, "
+        f"planned as {cost.planned:.1f} full fine-tunings at most; with choosing, measuring and the signature they "
+        f"took as long as {cost.full_trainings:.1f}.",
         "",
     ]
     lines += map(markdown_text, not_tried(advice))
@@ -98,8 +102,14 @@ def recipe_lines(advice: Advice) -> list[str]:
 
 
 def sentences(advice: Advice) -> list[str]:
-    """The advice in words: the recommendation, how sure it is, and the signature."""
-    return [*(_recommendation(advice) if advice.recommended else _nothing_learned(advice)), *_signature(advice)]
+    """The advice in words: the recommendation, how sure it is, what a limit costs, and the signature."""
+    if advice.recommended:
+        lines = _recommendation(advice)
+    elif advice.forgetting is not None and advice.forgetting.none_keeps_it:
+        lines = []
+    else:
+        lines = _nothing_learned(advice)
+    return [*lines, *limit_in_words(advice), *_signature(advice)]
 
 
 def _nothing_learned(advice: Advice) -> list[str]:
@@ -107,8 +117,9 @@ def _nothing_learned(advice: Advice) -> list[str]:
     rates = sorted({probe.rate for row in advice.methods for probe in row.probes if probe.rate is not None})
     args = advice.recipe.get("max_steps"), advice.recipe.get("num_train_epochs", 3)
     length = f"max_steps: {args[0]}" if (args[0] or 0) > 0 else f"num_train_epochs: {args[1]:g}"
+    which = "no way of tuning" + " within the limit" * (advice.forgetting is not None)
     return [
-        f"Nothing has learned yet: no way of tuning is better, by more than noise, than the answer "
+        f"Nothing has learned yet: {which} is better, by more than noise, than the answer "
         f"{advice.constant.answer} for every example ({_shown(advice)} on {advice.validation_examples} validation "
         "examples). So none is recommended.",
         f"Train longer (the recipe has {length}, and these trainings had at most {_part(advice.share)} of that) or at "
@@ -157,7 +168,11 @@ def _what_to_do(advice: Advice, chosen: CandidateReport) -> str:
 def _runner_up(advice: Advice) -> str:
     """The distance to the next candidate; where all blocks are to be tuned, to the best choice of some."""
     is_full = not advice.surgery and advice.chosen != "nothing"
-    others = [row for row in advice.methods if row.to_best is not None and row.method not in advice.tied]
+    others = [
+        row
+        for row in advice.methods
+        if row.to_best is not None and row.method not in advice.tied and not row.forgets_more
+    ]
     if not others:
         return "Of those trained longest none is clearly worse: more validation data would tell."
     row = max(others, key=lambda other: (is_full and other.surgery, other.validation or 0.0))
@@ -205,44 +220,13 @@ def _block(name: str) -> str:
     return blocks_in_words([name])
 
 
-def plot(advice: Advice, path: str | Path) -> None:
-    """Scores, relative gradients and, with source data, how far features move; a bar for each block."""
-    signature, floor = advice.signature, advice.signature.floor or {}
-    scores, criterion = advice.scores.values, advice.scores.criterion
-    panels: list[tuple[str, str, Mapping[str, float]]] = [
-        ("gradients on the new data", "relative gradient norm,\nhigher = steeper for its weights", signature.gradients)
-    ]
-    if scores:
-        panels.insert(0, ("scores", f"{words_of(criterion)} ({criterion}),\nhigher = tune", scores))
-    if signature.moved:
-        words = "energy coefficient, 0 to 1,\nhigher = further from the source"
-        panels.append(("features, from source to new data", words, signature.moved))
-    names = list(dict.fromkeys(name for *_, values in panels for name in values))
-    size = 7 if len(names) > 40 else 10
-    with new_figure(path, 3.6 * len(panels) + 1.2, 2.4 + 0.28 * len(names)) as figure:
-        figure.suptitle(f"Signature of the shift: {_KINDS[signature.kind]}", fontsize=11)
-        for axes, (title, unit, values) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-            draw_bars(axes, {name: values.get(name, 0.0) for name in names}, {}, size)
-            axes.set_title(title, fontsize=10)
-            axes.set_xlabel(unit, fontsize=9)
-            axes.set_ylabel("block, input at the top")
-            for number, name in enumerate(names):
-                if name not in values:
-                    axes.texts[number].set_text("not measured")
-            if values is signature.moved:
-                chance = [floor.get(name, 0.0) for name in names]
-                look = {"color": "#cc6677", "markersize": 11, "markeredgewidth": 2}
-                axes.plot(chance, range(len(names)), "|", label="chance: two halves of the source", **look)
-                axes.set_xlim(right=1.22 * max(*chance, *values.values()))
-                axes.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.24))
-
-
 def _title(advice: Advice) -> str:
     return f"After {_part(advice.share)} of the steps, on {advice.validation_examples} validation examples"
 
 
 def _header(advice: Advice, shown: Callable[[str], str] = str) -> list[str]:
-    return [name.format(metric=shown(advice.metric) + ", %" * advice.is_share) for name in _COLUMNS]
+    columns = [*_COLUMNS, *[SOURCE_LOSS] * (advice.source_examples is not None), ""]
+    return [name.format(metric=shown(advice.metric) + ", %" * advice.is_share) for name in columns]
 
 
 def _rows(advice: Advice, bold: str, shown: Callable[[str], str] = str) -> list[list[str]]:
@@ -258,6 +242,7 @@ def _rows(advice: Advice, bold: str, shown: Callable[[str], str] = str) -> list[
             difference,
             "-" if row.rate is None else f"{row.rate:g}{'*' * row.at_edge}",
             f"{row.tuned_parameters:,}",
+            *[_risen(row.source_loss_rise)] * (advice.source_examples is not None),
             shown(_state(row, advice)),
         ]
         rows.append([bold.format(cell) for cell in cells[:2]] + cells[2:] if is_chosen else cells)
@@ -274,7 +259,13 @@ def _state(row: CandidateReport, advice: Advice) -> str:
         if last.rate is None:
             return "head untrained"
         return f"out after {_part(last.share)}"
+    if row.forgets_more:
+        return "forgets more"
     return "as good" if row.method in advice.tied else "worse"
+
+
+def _risen(rise: float | None) -> str:
+    return "-" if rise is None else f"{rise:+.3f}"
 
 
 def _part(share: float) -> str:

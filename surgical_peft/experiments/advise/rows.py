@@ -61,7 +61,10 @@ def row_of(
     judge: ValidationJudge,
 ) -> CandidateReport:
     """A candidate's row: what was trained, and where it stands among the `finalists`, of which `best` is the best."""
-    probes = [ProbeReport(p.rate, p.share, finite(p.metric), p.seconds) for p in candidate.probes]
+    probes = [
+        ProbeReport(p.rate, p.share, finite(p.metric), p.seconds, finite_or_none(p.source_loss_rise))
+        for p in candidate.probes
+    ]
     last = candidate.best if candidate in finalists else None
     to_best = None
     if last and candidate is not best and math.isfinite(last.metric):
@@ -80,7 +83,14 @@ def row_of(
         at_edge=len(rates) > 1 and candidate.best.rate in (min(rates), max(rates)),
         validation=finite(last.metric) if last else None,
         to_best=to_best,
+        source_loss_rise=finite_or_none(candidate.best.source_loss_rise) if candidate.probes else None,
+        forgets_more=candidate in finalists and not candidate.keeps_limit,
     )
+
+
+def finite_or_none(value: float | None) -> float | None:
+    """As `finite`, of what may not have been measured."""
+    return None if value is None else finite(value)
 
 
 def signature_report(signature: Signature) -> SignatureReport:

@@ -53,6 +53,7 @@ class ShortTraining:
         metric: of all validation examples.
         groups: what `ValidationJudge` read of each group of them.
         seconds: that it took, measuring included.
+        source_loss_rise: of the loss on the source model's own data; None where that is not measured.
     """
 
     rate: float | None
@@ -60,6 +61,7 @@ class ShortTraining:
     metric: float
     groups: tuple[Any, ...]
     seconds: float
+    source_loss_rise: float | None = None
 
 
 @dataclass
@@ -72,6 +74,7 @@ class Candidate:
         selection: the blocks that it tunes, empty where it chooses none.
         tuned: number of parameters that it tunes.
         probes: those done, in their order.
+        max_forgetting: what the loss on the source model's own data may rise by; None: anything.
     """
 
     name: str
@@ -79,18 +82,44 @@ class Candidate:
     selection: Selection
     tuned: int
     probes: list[ShortTraining] = field(default_factory=list)
+    max_forgetting: float | None = None
 
     @property
     def longest(self) -> list[ShortTraining]:
         """Its longest trainings, the best first; of equals the lower rate."""
         share = max(probe.share for probe in self.probes)
         tried = sorted((probe for probe in self.probes if probe.share == share), key=lambda probe: probe.rate or 0)
-        return sorted(tried, key=lambda probe: -ordered(probe.metric))
+        return sorted(tried, key=self.merit, reverse=True)
 
     @property
     def best(self) -> ShortTraining:
         """The best of its longest trainings."""
         return self.longest[0]
+
+    @property
+    def keeps_limit(self) -> bool:
+        """Whether the best one forgets no more than it may."""
+        return self._is_within(self.best)
+
+    def merit(self, probe: ShortTraining) -> tuple[bool, float]:
+        """What trainings are ranked by: within the limit their metric, and after those how little others forget."""
+        if self._is_within(probe):
+            return True, ordered(probe.metric)
+        return False, ordered(-_rise(probe))
+
+    def _is_within(self, probe: ShortTraining) -> bool:
+        return self.max_forgetting is None or _rise(probe) <= self.max_forgetting
+
+
+def _rise(probe: ShortTraining) -> float:
+    return math.nan if probe.source_loss_rise is None else probe.source_loss_rise
+
+
+def best_of_all(candidates: Sequence[Candidate]) -> tuple[Candidate, ShortTraining]:
+    """The candidate and the training with the best metric among the longest ones, however much it forgets."""
+    share = max(probe.share for candidate in candidates for probe in candidate.probes)
+    pairs = [(candidate, probe) for candidate in candidates for probe in candidate.probes if probe.share == share]
+    return max(pairs, key=lambda pair: ordered(pair[1].metric))
 
 
 def ordered(metric: float) -> float:
@@ -185,8 +214,12 @@ def halve(
     judge: ValidationJudge,
     rounds: Sequence[Round] = ROUNDS,
     done: Callable[[], None] = lambda: None,
+    rise: Callable[[nn.Module], float] | None = None,
 ) -> None:
     """Train all candidates for a few steps, the better ones for more, and so on; fills their `probes`.
+
+    Where they may forget only so much, those that forget no more are the better ones; the best of all goes on with
+    them, to tell what that costs.
 
     Args:
         candidates: those that train.
@@ -196,25 +229,40 @@ def halve(
         judge: measures.
         rounds: what each round trains.
         done: called after each training.
+        rise: of the loss of a trained model on source data; None: it is not measured.
 
     Source: successive halving, Jamieson and Talwalkar 2016 (arXiv 1502.07943).
     """
+
+    def train(candidate: Candidate, rate: float, stage: Round) -> None:
+        candidate.probes.append(_probe(candidate, rate, stage, runner, recipe, judge, rise))
+        done()
+
     first, *others = rounds
     for candidate in candidates:
         for rate in rates(candidate):
-            candidate.probes.append(_probe(candidate, rate, first, runner, recipe, judge))
-            done()
+            train(candidate, rate, first)
     for stage in others:
-        ranked = sorted(candidates, key=lambda candidate: -ordered(candidate.best.metric))
-        for candidate in ranked[: stage.methods]:
-            for longer in candidate.longest[: stage.rates]:
-                assert longer.rate is not None
-                candidate.probes.append(_probe(candidate, longer.rate, stage, runner, recipe, judge))
-                done()
+        ranked = sorted(candidates, key=lambda candidate: candidate.merit(candidate.best), reverse=True)
+        longer = [
+            (candidate, probe) for candidate in ranked[: stage.methods] for probe in candidate.longest[: stage.rates]
+        ]
+        if any(candidate.max_forgetting is not None for candidate in candidates):
+            best = best_of_all(candidates)
+            longer += [best] * all(best[1] is not probe for _, probe in longer)
+        for candidate, probe in longer:
+            assert probe.rate is not None
+            train(candidate, probe.rate, stage)
 
 
 def _probe(
-    candidate: Candidate, rate: float, stage: Round, runner: RecipeRunner, recipe: Recipe, judge: ValidationJudge
+    candidate: Candidate,
+    rate: float,
+    stage: Round,
+    runner: RecipeRunner,
+    recipe: Recipe,
+    judge: ValidationJudge,
+    rise: Callable[[nn.Module], float] | None,
 ) -> ShortTraining:
     began = time.perf_counter()
     steps = max(1, round(stage.share * runner.steps()))
@@ -222,7 +270,8 @@ def _probe(
     policy = candidate.method.policy(recipe.arguments(**settings))
     model, _ = runner.train(partial(_wrap, candidate, recipe), policy=policy, **settings)
     groups = judge.read(model)
-    return ShortTraining(rate, stage.share, judge.metric(groups), groups, time.perf_counter() - began)
+    risen = None if rise is None else rise(model)
+    return ShortTraining(rate, stage.share, judge.metric(groups), groups, time.perf_counter() - began, risen)
 
 
 def decide(finalists: Sequence[Candidate], judge: ValidationJudge) -> tuple[Candidate, list[Candidate]]:

@@ -14,15 +14,14 @@ from transformers import TrainingArguments
 
 from ...atomic_files import digest_of
 from ...errors import SurgicalError
-from ...validation import check_count, nearest
+from ...validation import check_count
 from ..recipe.code import check_code
 from ..recipe.recipe import Recipe
 from ..tasks import load_task, measured_split
+from ..training.source_data import OPENING, SHIFTS, check_source, source_recipe
 from .methods import Method, make_method
 
 FULL = "full fine-tuning"  # all others are compared with it
-_OPENING = ("data_config", "splits", "drop_empty")  # how data are opened
-SHIFTS = ("corruption", "severity", "character_noise", "casing", "label_map", "shift_seed", "columns")
 
 
 @dataclass(frozen=True)
@@ -87,10 +86,7 @@ class Comparison:
             raise SurgicalError(
                 f"draws: there are {len(recipe.draws)} for {len(self.seeds)} seeds: give one for each of {self.seeds}."
             )
-        if recipe.source_data is not None and recipe.new_head:
-            raise SurgicalError(
-                "source_data: a model with new_head cannot be measured on the source model's task: leave one out."
-            )
+        check_source(recipe)
 
     def grid(self, title: str) -> list[float]:
         """The rates that a method begins with; none for one that trains nothing."""
@@ -163,19 +159,7 @@ class Comparison:
 
     def source_recipe(self, source: int) -> Recipe:
         """The recipe with a source model and its own data, unshifted."""
-        given = self.recipe.source_data
-        keys = {"data": given} if isinstance(given, str) else given
-        known = ("data", *_OPENING, *SHIFTS)
-        if not isinstance(keys, dict) or "data" not in keys or not set(keys) <= set(known):
-            wrong = next((nearest(str(key), known) for key in keys if key not in known), "") if keys else ""
-            raise SurgicalError(
-                f"source_data: {given!r} is neither data nor a mapping with the key data: {wrong}Keys: "
-                f"{', '.join(known)}."
-            )
-        plain = Recipe(model="", data="")
-        unshifted = {key: getattr(plain, key) for key in (*_OPENING, *SHIFTS) if key != "columns"}
-        own = {**unshifted, **keys, "imbalance": {}, "unlabelled": False}
-        return replace(self.recipe, model=self.sources[source], **own)
+        return source_recipe(replace(self.recipe, model=self.sources[source]))
 
     def asked(self, job: Job, blocks: Sequence[str] | None = None) -> dict[str, Any]:
         """All that a finding depends on, in plain data; the same wherever the recipe and its data lie.
@@ -195,7 +179,7 @@ class Comparison:
         if job.kind in ("test", "source") and self.recipe.source_data is not None:
             source_recipe = self.source_recipe(job.source)
             shift = {key: getattr(source_recipe, key) for key in SHIFTS}
-            shift |= {key: value for key in _OPENING if (value := getattr(source_recipe, key))}
+            shift |= {key: value for key in OPENING if (value := getattr(source_recipe, key))}
             asked["source_data"] = {**shift, "data": self._identities[source_recipe.data]}
         if job.kind == "source":
             return asked

@@ -18,6 +18,7 @@ from ...errors import SurgicalError
 from ...policies.policy import Policy
 from ..tasks import Examples
 from ..training.profiling import SHARE, Watch, step_costs
+from ..training.source_data import source_loss
 from .comparison import Comparison, Job
 from .findings import Findings
 from .loaded import LoadedData
@@ -157,14 +158,19 @@ def measure_test(job_runner: JobRunner, job: Job) -> dict[str, Any]:
         measure, examples = job_runner.data.test_metric(job.source, job.seed, metric)
         finding.setdefault("test_metrics", {})[written] = measure(model, examples)
     if job_runner.comparison.recipe.source_data is not None:
-        finding["on_source"] = runner.task.measure(model, job_runner.data.source_examples(job.source))
+        finding |= _on_source(job_runner, job, model)
     return finding
 
 
 def measure_source(job_runner: JobRunner, job: Job) -> dict[str, Any]:
-    """What a source model reaches on its own data."""
-    runner = job_runner.data.runner(job)
-    return {"on_source": runner.task.measure(runner.model, job_runner.data.source_examples(job.source))}
+    """What a source model reaches on its own data, and its loss there."""
+    return _on_source(job_runner, job, job_runner.data.runner(job).model)
+
+
+def _on_source(job_runner: JobRunner, job: Job, model: nn.Module) -> dict[str, float]:
+    runner, examples = job_runner.data.runner(job), job_runner.data.source_examples(job.source)
+    loss = source_loss(model, examples, runner.task, runner.args)
+    return {"on_source": runner.task.measure(model, examples), "source_loss": loss}
 
 
 def time_steps(job_runner: JobRunner, job: Job) -> dict[str, Any]:

@@ -58,6 +58,8 @@ class MethodRow:
         to_full: None of full fine-tuning itself, and of what diverged.
         grid: the rates that it began with, before more were added; empty in reports of earlier versions.
         test_metrics: of the test split, by each further metric that the recipe asks for.
+        source_loss_rise: by how much the loss on the source model's own data has risen; None where that was not asked
+            for, and in reports of earlier versions.
     """
 
     method: str
@@ -78,6 +80,7 @@ class MethodRow:
     to_full: Difference | None = None
     grid: list[float] = field(default_factory=list)
     test_metrics: dict[str, list[float | None]] = field(default_factory=dict)
+    source_loss_rise: list[float | None] | None = None
 
     @property
     def is_rate_added(self) -> bool:
@@ -135,7 +138,11 @@ class ComparisonReport:
         """Plain data for `report.json`; as in versions before, where results are told on test data."""
         values = {key: value for key, value in asdict(self).items() if (key, value) != ("split", "test")}
         rows = [
-            {key: value for key, value in row.items() if value or key not in ("grid", "test_metrics")}
+            {
+                key: value
+                for key, value in row.items()
+                if value or key not in ("grid", "test_metrics", "source_loss_rise")
+            }
             for row in values["methods"]
         ]
         return {**values, "methods": rows}

@@ -36,11 +36,11 @@ def row_of(findings: Findings, title: str, rates: dict[float, float], jobs: Sequ
     choosing = 0.0
     if comparison.methods[title].choose:
         choosing = statistics.fmean(findings.load(choice_of(job))["seconds"] for job in jobs)
-    forgotten = None
+    forgotten = source_loss_rise = None
     if comparison.recipe.source_data is not None:
         before = [findings.load(comparison.source(job.source)) for job in jobs]
-        pairs = zip(_numbers(before, "on_source"), _numbers(tested, "on_source"), strict=True)
-        forgotten = [None if first is None or left is None else first - left for first, left in pairs]
+        forgotten = _lost(_numbers(before, "on_source"), _numbers(tested, "on_source"))
+        source_loss_rise = _lost(_numbers(tested, "source_loss"), _numbers(before, "source_loss"))
     costs = findings.load(comparison.costs)
     cost = costs.get(title)
     return MethodRow(
@@ -55,6 +55,7 @@ def row_of(findings: Findings, title: str, rates: dict[float, float], jobs: Sequ
             for metric in comparison.test_metrics
         },
         forgotten=forgotten,
+        source_loss_rise=source_loss_rise,
         blocks=[finding["blocks"] for finding in trained],
         tuned_parameters=[finding["tuned_parameters"] for finding in trained],
         bytes=[finding["bytes"] for finding in trained],
@@ -69,6 +70,12 @@ def row_of(findings: Findings, title: str, rates: dict[float, float], jobs: Sequ
 
 def _numbers(findings: Sequence[dict[str, Any]], key: str) -> list[float | None]:
     return [finite(finding[key]) if key in finding else None for finding in findings]
+
+
+def _lost(before: Sequence[float | None], after: Sequence[float | None]) -> list[float | None]:
+    """The differences, None where a number is missing: of what an earlier version measured, say."""
+    pairs = zip(before, after, strict=True)
+    return [None if first is None or left is None else first - left for first, left in pairs]
 
 
 def report_of(comparison: Comparison, rows: Sequence[MethodRow], jobs: int, seconds: float) -> ComparisonReport:

@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Callable, Sequence
 
 from ...rendering import TextTable, markdown_row, markdown_text
+from ..training.source_data import SOURCE_LOSS, unit_of_loss
 from .report import ComparisonReport, MethodRow
 
 _COLUMNS = ["method", "{metric}", "to full", "rate", "tuned", "step", "memory, MB", "file, kB", "choosing, s"]
@@ -14,7 +15,7 @@ _COLUMNS = ["method", "{metric}", "to full", "rate", "tuned", "step", "memory, M
 def table(report: ComparisonReport) -> TextTable:
     """The report as a table of 80 columns; the best method is bold. What a method costs is in `markdown`."""
     header, rows = _cells(report, "{}")
-    shown = [number for number, name in enumerate(header) if number < 4 or name == "step"]
+    shown = [number for number, name in enumerate(header) if number < 4 or name in ("step", SOURCE_LOSS)]
     best = max(row.mean for row in report.methods if not row.has_diverged)
     return TextTable(
         f"{report.split.capitalize()} {report.metric}, {trainings_of(report)}",
@@ -33,6 +34,8 @@ def _legend(report: ComparisonReport) -> list[str]:
         f"{means}To full: paired difference to full fine-tuning{points}. {interval_in_words(report)}",
         f"Rate: the best on validation data{_choosing(report)}. Step: its time as a part of full fine-tuning's.",
     ]
+    if _tells_source_loss(report):
+        notes.append(f"Source loss: its rise on the source model's own data, in {unit_of_loss(report.recipe)}.")
     return notes + _marks(report)
 
 
@@ -89,6 +92,8 @@ def _further_columns(report: ComparisonReport) -> str:
     if _tells_forgetting(report):
         unit = "" if scale_of(report)[0] else f", in {markdown_text(report.metric)}"
         text += f" Forgets: what is lost on the source model's own data{unit}."
+    if _tells_source_loss(report):
+        text += f" Source loss: its rise there, in {unit_of_loss(report.recipe)}."
     return text
 
 
@@ -204,12 +209,17 @@ def _cells(
         if row.forgotten is not None:
             told = [value for value in row.forgotten if value is not None]
             cells.append(_number(report, statistics.fmean(told)) if len(told) == len(row.forgotten) else "-")
+        if _tells_source_loss(report):
+            rises = row.source_loss_rise or [None]
+            told = [value for value in rises if value is not None]
+            cells.append(f"{statistics.fmean(told):+.3f}" if len(told) == len(rises) else "-")
         if mean == best:
             cells[:2] = [bold.format(cell) for cell in cells[:2]]
         rows.append(cells)
     header = [name.format(metric=shown(report.metric) + ", %" * scale_of(report)[0]) for name in _COLUMNS]
     further = [shown(metric) + ", %" * _is_share(report, metric) for metric in report.methods[0].test_metrics]
-    return [*header, *further, *["forgets"] * _tells_forgetting(report)], rows
+    forgetting = [*["forgets"] * _tells_forgetting(report), *[SOURCE_LOSS] * _tells_source_loss(report)]
+    return [*header, *further, *forgetting], rows
 
 
 def _is_share(report: ComparisonReport, metric: str) -> bool:
@@ -226,6 +236,10 @@ def _with_spread(values: Sequence[float], is_share: bool) -> str:
 
 def _tells_forgetting(report: ComparisonReport) -> bool:
     return any(row.forgotten is not None for row in report.methods)
+
+
+def _tells_source_loss(report: ComparisonReport) -> bool:
+    return any(row.source_loss_rise for row in report.methods)
 
 
 def _number(report: ComparisonReport, value: float, sign: str = "") -> str:

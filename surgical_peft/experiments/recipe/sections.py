@@ -239,8 +239,8 @@ class CompareSection:
         draws: one data set for each of `seeds`, to be used instead of `data` with that seed.
         test_data: the data sets whose test splits, together, all is measured on; default is that of the training.
         source_data: data of the task that the source models were trained for, whose test split tells what they
-            forget: a folder or Hub id, or keys for the data, e.g. `{data: folder, label_map: [...]}`. Also for
-            `surgical-peft advise`, which then tells how far features move.
+            forget: a folder or Hub id, or keys for the data, e.g. `{data: folder, label_map: [...]}`. Also for `train`,
+            `search` and `advise`, which then tell the rise of the loss there.
     """
 
     methods: list[Any] | None = None

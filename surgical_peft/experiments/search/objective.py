@@ -6,6 +6,7 @@ import copy
 import math
 import time
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ import numpy as np
 from torch import nn
 from transformers import TrainerCallback
 
+from ...atomic_files import finite
 from ...auto import get_surgical_model
 from ...errors import SurgicalError
 from ...scoring.selection import Selection
+from ...search.result import SOURCE_LOSS_RISE
 from ...tuner.config import SurgicalConfig
 from ...tuner.loading.fingerprint import fingerprint
 from ..recipe.recipe import Recipe
@@ -24,6 +27,7 @@ from ..training.cost import Timing, measuring_seconds
 from ..training.job_progress import part_of_job
 from ..training.provenance import identity
 from ..training.runner import Part, RecipeRunner
+from ..training.source_data import MOST, SHIFTS, SourceData, source_recipe
 
 Report = Callable[[float, int], None]
 
@@ -44,6 +48,7 @@ class RecipeObjective:
         metric: its name.
         summary: what was understood of the data.
         settings: what a training is, in plain data; a study holds trainings of one kind.
+        measured: what else is written down of each, the loss on which source data; a study holds it of the same.
 
     Raises:
         SurgicalError: model, data or the recipe's `folds` do not fit.
@@ -67,18 +72,21 @@ class RecipeObjective:
         self.seeds = tuple(range(len(self._folds)) if recipe.folds else recipe.seeds or [args.seed])
         self.metric = self._runner.task.metric
         self.summary = self._runner.task.summary
+        self._source = SourceData(recipe, MOST) if recipe.source_data is not None else None
         data = identity(recipe.data, recipe.data_config)
         self.settings = {
             **recipe.settings(),
             "model": f"{Path(recipe.model).name} {fingerprint(self._runner.model.state_dict().values())}",
             "data": f"{Path(recipe.data).name} {data['commit'] or data['fingerprint']}",
         }
+        self.measured = {} if recipe.source_data is None else {"source_data": _identity(source_recipe(recipe))}
         self._load_seconds = time.perf_counter() - began
 
     def __call__(self, selection: Selection, rate: float, seed: int, report: Report | None = None) -> float:
         """The metric of `selection`, trained at `rate`; `report` is told it after every epoch but the last.
 
-        Writes the number of tuned parameters, the peak memory in bytes, and what was measured into `selection.record`.
+        Writes the number of tuned parameters, the peak memory in bytes, what was measured, and with `source_data` the
+        rise of the loss there into `selection.record`.
         """
         measure, validation = self._runner.task.measure, self._validation(seed)
         policy = self.recipe.make_policy()
@@ -95,7 +103,15 @@ class RecipeObjective:
         selection.record["tuned_parameters"] = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
         selection.record["peak_memory"] = peak
         selection.record["validation"] = {"metric": self.metric, "examples": len(validation)}
+        if self._source is not None:
+            selection.record[SOURCE_LOSS_RISE] = finite(self._source.loss(wrapped) - self._source_loss)
         return metric
+
+    @cached_property
+    def _source_loss(self) -> float:
+        """Of the source model on its own data."""
+        assert self._source is not None
+        return self._source.loss(self._runner.model)
 
     def _wrap(self, selection: Selection) -> Callable[[nn.Module], nn.Module]:
         return lambda model: get_surgical_model(model, self._config(selection))
@@ -114,6 +130,8 @@ class RecipeObjective:
         seed, runner = self.seeds[0], self._runner
         measure, validation = runner.task.measure, self._validation(seed)
         measuring = measuring_seconds(measure, runner.model, validation)
+        source = self._source
+        on_source = 0.0 if source is None else measuring_seconds(source.loss, runner.model, source.sample)
         reports = math.ceil(runner.args.num_train_epochs) - 1 if self.recipe.pruner else 0
         places = self._places(seed)
         start = self._load_seconds + runner.reading(places)
@@ -123,7 +141,7 @@ class RecipeObjective:
             with part_of_job(place / len(ends), (place + 1) / len(ends)):
                 timed.append(runner.timed(self._wrap(end), places))
         (base, step, peak), (late_base, late_step, _) = timed
-        steps, measuring = runner.steps(places), (1 + reports) * measuring
+        steps, measuring = runner.steps(places), (1 + reports) * measuring + on_source
         late = late_base + steps * late_step + measuring
         return Timing(base + steps * step + measuring, late, step, measuring, start, peak)
 
@@ -139,6 +157,13 @@ class RecipeObjective:
 
     def _validation(self, seed: int) -> Part:
         return self._runner.part("train", self._folds[seed]) if self._folds else self._runner.part("validation")
+
+
+def _identity(source: Recipe) -> dict[str, Any]:
+    """Source data in plain data, the same wherever they lie."""
+    known = identity(source.data, source.data_config)
+    shift = {key: value for key in SHIFTS if (value := getattr(source, key))}
+    return {**shift, "data": f"{Path(source.data).name} {known['commit'] or known['fingerprint']}"}
 
 
 def folds_of(count: int, folds: int, seed: int) -> list[list[int]]:

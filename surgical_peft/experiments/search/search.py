@@ -21,7 +21,14 @@ from ...errors import SurgicalError
 from ...rendering import clock, markdown_code, markdown_row, markdown_text
 from ...scoring.progress import Stages
 from ...search.proposals import count_trainings, planned_candidates
-from ...search.result import SearchResult, SearchTrial, candidate_of, state_of
+from ...search.result import (
+    SOURCE_LOSS_RISE,
+    SearchResult,
+    SearchTrial,
+    candidate_of,
+    source_loss_of,
+    state_of,
+)
 from ...search.run import optuna_classes, run_search
 from ..recipe.code import resolve_key
 from ..recipe.recipe import Recipe
@@ -244,10 +251,10 @@ def _short(blocks: tuple[str, ...]) -> str:
 
 def search_markdown(result: SearchResult, metric: str) -> str:
     """The candidates of a search as Markdown, the chosen one bold, with a line on what it cost."""
-    lines = [
-        markdown_row(["blocks", f"validation {markdown_text(metric)}", "rate", "tuned parameters", "state"]),
-        markdown_row(["---", *["---:"] * 3, "---"]),
-    ]
+    has_source = any(SOURCE_LOSS_RISE in trial.notes for trial in result.trials)
+    header = ["blocks", f"validation {markdown_text(metric)}", "rate", "tuned parameters"]
+    header += [*["source loss"] * has_source, "state"]
+    lines = [markdown_row(header), markdown_row(["---", *["---:"] * (len(header) - 2), "---"])]
     for candidate in result.candidates:
         trials = [trial for trial in result.trials if trial.blocks == candidate.blocks]
         spread = "" if candidate.deviation is None else f" ± {candidate.deviation:.4f}"
@@ -257,6 +264,7 @@ def search_markdown(result: SearchResult, metric: str) -> str:
             cells = [f"**{cell}**" for cell in cells]
         cells.append("-" if candidate.rate is None else f"{candidate.rate:g}")
         cells.append(f"{trials[0].notes['tuned_parameters']:,}" if "tuned_parameters" in trials[0].notes else "-")
+        cells += [source_loss_of(candidate, trials)] * has_source
         cells.append(state_of(trials))
         lines.append(markdown_row(cells))
     seeds = len({trial.seed for trial in result.trials})
@@ -265,7 +273,8 @@ def search_markdown(result: SearchResult, metric: str) -> str:
     lines += [
         "",
         f"{markdown_code(result.procedure)}: {result.trainings} trainings; {means}. "
-        f"{today()}, {packages}; {machine()}.",
+        + "Source loss: its rise on the source model's own data. " * has_source
+        + f"{today()}, {packages}; {machine()}.",
     ]
     return "\n".join(lines) + "\n"
 

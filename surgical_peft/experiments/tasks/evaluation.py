@@ -1,23 +1,26 @@
-"""A metric of a model on examples."""
+"""A metric of a model on examples, and its mean loss on them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import default_data_collator
+from transformers import PreTrainedModel, default_data_collator
 
+from ...blocks.unwrap import unwrap_model
 from ...errors import SurgicalError
-from ...scoring.batches import IGNORED
+from ...scoring.batches import IGNORED, model_loss
 from ..metrics import SHIPPED, load_metric
 from .task import Examples
 
 BATCH_SIZE = 250
 Batch = dict[str, Tensor]
+UNWEIGHTED = ContextVar("UNWEIGHTED", default=False)  # set while losses are to leave class weights out
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,47 @@ class Measure:
         if not references:
             raise SurgicalError("there is nothing to measure: no example, or no token to predict.")
         return self.compute(predictions, references)
+
+
+@torch.inference_mode()
+def mean_loss(
+    model: nn.Module, examples: Examples, collate: Callable[[list[dict[str, Any]]], Batch], batch_size: int
+) -> float:
+    """The mean of a model's own loss, without class weights; the model keeps its mode, and is measured in eval mode.
+
+    Each example counts once or, where it has several tokens with a label, each of these.
+
+    Raises:
+        SurgicalError: no example has a label, or the model gives no loss.
+    """
+    device, training = next(model.parameters()).device, model.training
+    token = UNWEIGHTED.set(True)
+    total, count = 0.0, 0
+    model.eval()
+    try:
+        draws = torch.Generator()  # a loader draws from one: not from that of a training which this may interrupt
+        loader: DataLoader[Any] = DataLoader(examples, batch_size, collate_fn=collate, generator=draws)  # type: ignore[arg-type]
+        for batch in loader:
+            size = _labels_in(model, batch)
+            if size:
+                total += size * float(model_loss(model, {name: value.to(device) for name, value in batch.items()}))
+                count += size
+    finally:
+        UNWEIGHTED.reset(token)
+        model.train(training)
+    if not count:
+        raise SurgicalError("there is no loss to measure: no example, or no token to predict.")
+    return total / count
+
+
+def _labels_in(model: nn.Module, batch: Batch) -> int:
+    """Of how many labels the loss of a batch is the mean."""
+    labels, bare = batch.get("labels"), unwrap_model(model)
+    if labels is None or labels.ndim < 2 or labels.is_floating_point():
+        return len(next(iter(batch.values())))
+    if isinstance(bare, PreTrainedModel) and bare.can_generate() and not bare.config.is_encoder_decoder:
+        labels = labels[:, 1:]  # nothing comes before the first token
+    return int((labels != IGNORED).sum())
 
 
 def classification(metric: str = "accuracy", **kwargs: Any) -> Measure:

@@ -21,7 +21,7 @@ from ..recipe.recipe import Recipe
 from .cells import cells_of, empty_cells, number_faults
 from .columns import LABEL, ColumnType, list_of
 from .dataset import OpenedData
-from .evaluation import Batch, Measure, check_metric, read_class
+from .evaluation import UNWEIGHTED, Batch, Measure, check_metric, read_class
 from .labels import LabeledRows, class_names, class_numbers, fit_labels, label_rows
 from .marginal_entropy import MarginalEntropy
 from .summary import DataSummary
@@ -114,8 +114,8 @@ class WeightedLoss:
     weights: Tensor
 
     def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
-        """The output with the weighted loss, where there are labels."""
-        if (labels := kwargs.get("labels")) is None:
+        """The output with the weighted loss, where there are labels and `UNWEIGHTED` is not set."""
+        if (labels := kwargs.get("labels")) is None or UNWEIGHTED.get():
             return output
         losses = nn.functional.cross_entropy(output.logits.float(), labels, reduction="none")
         count = kwargs.get("num_items_in_batch")  # of all batches of a step, where gradients are accumulated

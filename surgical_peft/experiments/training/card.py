@@ -17,6 +17,7 @@ from ...rendering import markdown_block, markdown_code, markdown_row, markdown_t
 from .. import tasks
 from .provenance import PACKAGES
 from .report import REPORT, DataReport, RateReport, TrainingReport
+from .source_data import unit_of_loss
 
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
 _YAML: dict[str, Any] = {"default_flow_style": None, "width": 100}
@@ -77,6 +78,7 @@ def make_card(report: TrainingReport) -> ModelCard:
         adapter=describe([_adapter(report)]),
         plot=report.plot if report.is_chosen else None,
         results=_results(report),
+        forgets=_forgets(report),
         seed=report.rates.seed,
         data=_data(data, report.dataset),
         sizes=", ".join(f"{examples[split]:,} {markdown_text(split)}" for split in ("train", *report.splits)),
@@ -119,7 +121,19 @@ def _results(report: TrainingReport) -> str:
     for metric, found in report.test_metrics.items():
         name = markdown_text(f"{found.split}, {metric}")
         rows.append([name, f"{found.examples:,}", f"{found.before:.4f}", f"{found.after:.4f}"])
+    if (source := report.source) is not None:
+        for name, pair in (("", (source.before, source.after)), (", loss", (source.loss_before, source.loss_after))):
+            cells = f"{source.examples:,}", *(f"{value:.4f}" for value in pair)
+            rows.append([markdown_text(f"{source.split}{name}"), *cells])
     return "\n".join(map(markdown_row, rows))
+
+
+def _forgets(report: TrainingReport) -> str:
+    """What tuning costs on the source model's own data, in a sentence; empty where that was not measured."""
+    if report.source is None:
+        return ""
+    rise = f"{report.source.rise:+.3f} {unit_of_loss(report.recipe)}"
+    return f"Source: data of the task that the base model was trained for; tuning raises the loss there by {rise}."
 
 
 def _rates(report: TrainingReport) -> str:

@@ -1,8 +1,8 @@
-"""What a training is measured by: the task's metric on each split, and further ones on the test split."""
+"""What a training is measured by: the task's metric on each split, further ones on test data, and source data."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -11,6 +11,8 @@ from ...scoring.progress import Counted, Stages
 from ..recipe.recipe import Recipe
 from ..tasks import Examples, Task, further_measure, spread
 from ..tasks.unlabelled import images_of
+from .report import FurtherMetric, SourceReport
+from .source_data import SourceData
 
 
 @dataclass(frozen=True)
@@ -48,3 +50,39 @@ def measurements(recipe: Recipe, task: Task) -> tuple[list[Measurement], list[Me
         split, measure, examples = further_measure(recipe, metric)
         further.append(Measurement(written, split, measure, spread(examples, recipe.test_metrics[metric])))
     return own, further
+
+
+def source_measurements(recipe: Recipe) -> list[Measurement]:
+    """The loss and the task's metric on the recipe's `source_data`; none where it has none.
+
+    Raises:
+        SurgicalError: as `SourceData`.
+    """
+    if recipe.source_data is None:
+        return []
+    source = SourceData(recipe)
+    split = f"source {source.split}"
+    return [
+        Measurement("loss", split, source.loss, source.examples),
+        Measurement(source.task.metric, split, source.metric, source.examples),
+    ]
+
+
+def further_report(
+    entries: Sequence[Measurement], before: Mapping[str, float], after: Mapping[str, float]
+) -> dict[str, FurtherMetric]:
+    """What the recipe's `test_metrics` gave, for the report."""
+    return {
+        entry.metric: FurtherMetric(entry.split, len(entry.examples), before[entry.metric], after[entry.metric])
+        for entry in entries
+    }
+
+
+def source_report(
+    entries: Sequence[Measurement], before: Sequence[float], after: Sequence[float]
+) -> SourceReport | None:
+    """What `source_measurements` gave, for the report; None where there are none."""
+    if not entries:
+        return None
+    loss, metric = entries
+    return SourceReport(loss.split, len(loss.examples), metric.metric, *before, *after)

@@ -96,6 +96,31 @@ class FurtherMetric:
 
 
 @dataclass(frozen=True)
+class SourceReport:
+    """The data of the source model's own task, before and after tuning.
+
+    Attributes:
+        split: that it was measured on, such as `source test`.
+        examples: how many of it.
+        metric: its name.
+        loss_before, before, loss_after, after: the mean loss, and the metric.
+    """
+
+    split: str
+    examples: int
+    metric: str
+    loss_before: float
+    before: float
+    loss_after: float
+    after: float
+
+    @property
+    def rise(self) -> float:
+        """The rise of the loss."""
+        return self.loss_after - self.loss_before
+
+
+@dataclass(frozen=True)
 class TrainingReport:
     """A training: on what, how, and with which result; `report.json` holds it.
 
@@ -115,6 +140,7 @@ class TrainingReport:
         pipeline: the Hub's name for the task; reports of versions before do not have it.
         in_pipeline: whether `pipeline` takes the adapter's folder and model; versions before did not say.
         test_metrics: further metrics that the recipe asks for.
+        source: what was measured on the recipe's `source_data`; None where it has none.
     """
 
     name: str
@@ -142,6 +168,7 @@ class TrainingReport:
     pipeline: str | None = None
     in_pipeline: bool = False
     test_metrics: dict[str, FurtherMetric] = field(default_factory=dict)
+    source: SourceReport | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, as `report.json` holds it."""
@@ -150,6 +177,7 @@ class TrainingReport:
             (values, "pipeline"),
             (values, "in_pipeline"),
             (values, "test_metrics"),
+            (values, "source"),
             (values["dataset"], "summary"),
         )
         for part, key in optional:

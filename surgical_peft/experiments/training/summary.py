@@ -10,6 +10,7 @@ from ...blocks.block_map import blocks_in_words
 from ...rendering import TextTable, clock
 from .questions import QUESTIONS, noise
 from .report import TrainingReport
+from .source_data import unit_of_loss
 
 
 def table(report: TrainingReport) -> TextTable:
@@ -22,12 +23,18 @@ def table(report: TrainingReport) -> TextTable:
         [f"{found.split}, {metric}", f"{found.examples:,}", *_numbers([found.before, found.after])]
         for metric, found in report.test_metrics.items()
     ]
+    notes: list[str] = []
+    if (source := report.source) is not None:
+        rows.append([source.split, f"{source.examples:,}", *_numbers([source.before, source.after])])
+        rows.append([f"{source.split}, loss", "", f"{source.loss_before:.4g}", f"{source.loss_after:.4g}"])
+        unit = unit_of_loss(report.recipe)
+        notes = [f"Source: the source model's own data; tuning raises the loss there by {source.rise:+.3f} {unit}."]
     new = ", with an untrained new head," if report.recipe.get("new_head") else ""
     return TextTable(
         f"Tuned: {tuned_in_words(report)}",
         ["split", "examples", "before", "after"],
         rows,
-        [f"Before, after: {report.metric} of the model as it was{new} and as it is tuned; higher is better."],
+        [f"Before, after: {report.metric} of the model as it was{new} and as it is tuned; higher is better.", *notes],
         bold=range(len(rows)),
     )
 

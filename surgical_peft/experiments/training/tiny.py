@@ -41,7 +41,7 @@ def make_tiny(recipe: Recipe, output: str | Path | None = None) -> Recipe:
 
     Args:
         recipe: its `tiny` says what model: `model_type` and sizes, as the config of transformers has them. With as
-            many layers as the real model it has the same blocks.
+            many layers as the real model it has the same blocks. Generated data stand for its `source_data`, too.
         output: folder for the results; default is the recipe's. Model, data and results go to `tiny/` in it, so that
             no result of the real recipe is replaced.
 
@@ -88,7 +88,7 @@ def make_tiny(recipe: Recipe, output: str | Path | None = None) -> Recipe:
         sources=None,
         draws=None,
         test_data=None,
-        source_data=None,
+        source_data=None if recipe.source_data is None else {"data": str(data_folder.resolve())},
         training={
             **recipe.training,
             **quiet,

@@ -45,9 +45,9 @@ from ..tasks import Examples, Task, load_task
 from ..tasks.source_model import modules_to_save
 from .card import write_card
 from .make_report import Trained, make_report, start
-from .measuring import measurements
+from .measuring import further_report, measurements, source_measurements, source_report
 from .online import adapt_to_streams
-from .report import REPORT, FurtherMetric, TrainingReport
+from .report import REPORT, TrainingReport
 from .unfinished import StopAtStep, Unfinished, stopped_early
 
 _ADAPTER = "adapter_config.json"  # by which the adapter of an earlier run is known
@@ -109,8 +109,8 @@ def train(recipe: Recipe, output: str | Path | None = None, console: Console | N
             is the standard error, and nowhere if transformers' progress bars are off.
 
     Returns:
-        The report: blocks, numbers of parameters, the metric on validation and test (where there is such a split)
-        before and after, and all else that `surgical-peft card` puts into a model card.
+        The report: blocks, numbers of parameters, the metric on validation and test (where there is such a split), and
+        on `source_data` with the loss there, before and after, and all else that `surgical-peft card` says.
 
     Raises:
         SurgicalError: what the recipe says does not fit, the training ended in NaN, or another process writes to the
@@ -135,7 +135,7 @@ def _train(
         stages.begin("load the data")
         task, beginning = load_task(recipe), start(recipe)
         processor = task.processor or processor_of(recipe.model)
-        own, further = measurements(recipe, task)
+        (own, further), of_source = measurements(recipe, task), source_measurements(recipe)
         stages.end()
         task.summary.show(stages.console)
         stages.begin("load the model")
@@ -160,6 +160,8 @@ def _train(
             if "before" not in unfinished.known:
                 values, others = measured("before")
                 unfinished.keep(before=values, others_before=others)
+            if "source_before" not in unfinished.known:
+                unfinished.keep(source_before=[entry.of(wrapped, "before", stages) for entry in of_source])
             before, others_before = unfinished.known["before"], unfinished.known.get("others_before", {})
             trainer: Trained
             callbacks: list[TrainerCallback] = [
@@ -186,12 +188,14 @@ def _train(
                         unfinished.checkpoint,
                     )
                 after, others_after = measured("after")
+            source_after = [entry.of(wrapped, "after", stages) for entry in of_source]
         except KeyboardInterrupt:
             raise KeyboardInterrupt(unfinished.interrupted()) from None
     beginning = replace(beginning, clock=time.monotonic() - unfinished.seconds)
     keeps_checkpoints = args.save_strategy != SaveStrategy.NO
     try:
         told = {f"{task.metric} on {split}": value for split, value in after.items()}
+        told |= dict(zip(("the loss on source data", "the metric there"), source_after, strict=False))
         _check_finite(wrapped, args, {**told, **others_after})
     except SurgicalError:
         unfinished.finished(keeps_checkpoints)
@@ -207,15 +211,12 @@ def _train(
         scores.save(folder / "scores.json")
         scores.plot(folder / "scores.png")
     scored, plot = (None, None) if scores is None else (list(scores.values), "scores.png")
-    sizes = tuned, size
-    report = make_report(recipe, task, trainer, beginning, (before, after), sizes, folder, scored, plot)
-    found = {
-        entry.metric: FurtherMetric(
-            entry.split, len(entry.examples), others_before[entry.metric], others_after[entry.metric]
-        )
-        for entry in further
-    }
-    report = replace(report, in_pipeline=fits_pipeline(wrapped, processor), test_metrics=found)
+    report = replace(
+        make_report(recipe, task, trainer, beginning, (before, after), (tuned, size), folder, scored, plot),
+        in_pipeline=fits_pipeline(wrapped, processor),
+        test_metrics=further_report(further, others_before, others_after),
+        source=source_report(of_source, unfinished.known["source_before"], source_after),
+    )
     write_text(folder / REPORT, json.dumps(report.to_json(), indent=2) + "\n")
     write_card(folder)
     unfinished.finished(keeps_checkpoints)
@@ -259,7 +260,7 @@ def _choose(
 
 
 def _check_finite(model: nn.Module, args: TrainingArguments, metrics: Mapping[str, float]) -> None:
-    """Raise if training diverged (NaN or inf); accuracy does not tell, since NaN has a largest logit too."""
+    """Raise if training diverged (NaN, inf); accuracy does not tell, since NaN has a largest logit too."""
     tuned = [weight for weight in model.parameters() if weight.requires_grad]
     broken = [f"{name} is {value}" for name, value in metrics.items() if not math.isfinite(value)]
     broken += [] if all(bool(weight.isfinite().all()) for weight in tuned) else ["tuned weights are NaN or infinite"]

@@ -25,8 +25,10 @@ from surgical_peft.experiments.advise import advise as advising
 from surgical_peft.experiments.advise import cost
 from surgical_peft.experiments.advise import successive_halving as halving
 from surgical_peft.experiments.advise.advice import Advice, Difference
-from surgical_peft.experiments.advise.advise import CANDIDATES, advise, plan
+from surgical_peft.experiments.advise.advise import advise, plan
+from surgical_peft.experiments.advise.candidates import CANDIDATES
 from surgical_peft.experiments.advise.cost import CHOOSING, CostEstimate, estimate
+from surgical_peft.experiments.advise.forgetting import forgetting_report
 from surgical_peft.experiments.advise.report import markdown, recipe_lines, sentences, table
 from surgical_peft.experiments.advise.rows import lines_of, twin_of
 from surgical_peft.experiments.advise.successive_halving import (
@@ -42,6 +44,7 @@ from surgical_peft.experiments.recipe import Recipe, load_recipe
 from surgical_peft.experiments.tasks.evaluation import Measure
 from surgical_peft.experiments.training.cost import Timing
 from surgical_peft.experiments.training.runner import RecipeRunner
+from surgical_peft.experiments.training.source_data import SourceData
 from surgical_peft.experiments.training.tiny import make_tiny
 from surgical_peft.scoring.selection import Selection
 from tests.support.tiny import write_data, write_recipe
@@ -217,6 +220,87 @@ def test_no_more_is_trained_than_was_planned() -> None:
     assert found.seconds == pytest.approx(2 * found.full_trainings)
 
 
+# What may be forgotten
+
+
+def test_the_better_ones_are_those_that_forget_little_enough() -> None:
+    """At each rate and among methods; the best of all trains on beside them, for what the limit costs."""
+    metrics = {
+        "full": {1e-3: (0.7, 0.04), 1e-2: (0.9, 0.5)},
+        "head": {1e-3: (0.6, 0.05), 1e-2: (0.8, 0.06)},
+        "last": {1e-3: (0.5, 0.2), 1e-2: (0.85, 0.3)},
+    }
+    judge: Any = SimpleNamespace(read=lambda model: model, metric=lambda groups: metrics[groups[0]][groups[1]][0])
+    candidates = [replace(candidate(name, 1), max_forgetting=0.05) for name in metrics]
+    runner: Any = PlayedBench()
+    rounds = (Round(1 / 4), Round(1 / 2, methods=1, rates=1))
+    recipe = Recipe(model="", data="")
+    rates = [1e-3, 1e-2]
+    halve(candidates, lambda _: rates, runner, recipe, judge, rounds, rise=lambda own: metrics[own[0]][own[1]][1])  # type: ignore[index]
+    assert runner.asked[6:] == [("full", 1e-3, 40), ("full", 1e-2, 40)]
+    full, head, last = candidates
+    assert full.best.rate == 1e-3 and full.keeps_limit and head.best.rate == 1e-3
+    assert not last.keeps_limit and last.best.rate == 1e-3  # of those that forget too much the one that forgets least
+    found = forgetting_report([full], full, 0.05, judge_of_none())
+    assert (found.best.rate, found.best.source_loss_rise, found.least.rate) == (1e-2, 0.5, 1e-3)
+    assert found.cost is not None and found.cost.mean == pytest.approx(-0.2) and not found.none_keeps_it
+
+
+def judge_of_none() -> Any:
+    return SimpleNamespace(standard_error=lambda one, other: 0.01)
+
+
+def test_what_did_not_end_in_a_number_keeps_no_limit() -> None:
+    broken = replace(probe([1, 1]), source_loss_rise=float("nan"))
+    assert not replace(candidate("full", 1, broken), max_forgetting=9.0).keeps_limit
+    assert candidate("full", 1, broken).keeps_limit  # there is no limit
+
+
+def test_a_limit_costs_a_training_more_in_each_later_round() -> None:
+    methods = {made.title: made for made in map(make_method, CANDIDATES)}
+    what: Any = SimpleNamespace(methods=methods, recipe=None, rates=[1e-3, 3e-3, 1e-2])
+    runner: Any = PlayedBench()
+    assert estimate(what, runner, TIMING, is_limited=True).trainings == 1 + estimate(what, runner, TIMING).trainings
+
+
+@pytest.mark.parametrize(
+    ("keys", "limit", "said"),
+    [
+        ({}, 0.05, "source_data"),
+        ({"source_data": "data"}, -0.1, "-0.1"),
+        ({"source_data": "data"}, float("nan"), "nan"),
+        ({"source_data": "data", "new_head": True}, 0.05, "new_head"),
+    ],
+)
+def test_a_limit_that_cannot_be_kept_track_of_is_told_before_training(
+    keys: Any, limit: float, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(RecipeRunner, "__init__", lambda *_, **__: pytest.fail("it was loaded"))
+    recipe = load_recipe(write_recipe(tmp_path, **keys))
+    for ask in (advise, plan):
+        with pytest.raises(SurgicalError, match=said):
+            ask(recipe, max_forgetting=limit, console=QUIET)
+
+
+def stood(metric: float, rise: float) -> dict[str, Any]:
+    return {"title": "full", "rate": 1e-2, "metric": metric, "source_loss_rise": rise}
+
+
+def test_what_a_limit_costs_is_said() -> None:
+    found = {"limit": 0.05, "none_keeps_it": False, "best": stood(0.86, 0.31), "least": stood(0.7, 0.01)}
+    advice = played("head", ["full", "head"])
+    keys = {**advice.to_json(), "source_examples": 1000}
+    costly = Advice.from_json({**keys, "forgetting": {**found, "cost": {"mean": -0.07, "standard_error": 0.02}}})
+    said = " ".join(sentences(costly))
+    assert "at most 0.05 nats" in said and "costs 7 ± 2 points of accuracy" in said and "by 0.31" in said
+    free = Advice.from_json({**keys, "forgetting": {**found, "cost": None}})
+    assert "costs nothing" in " ".join(sentences(free))
+    none = {**keys, "recommended": None, "forgetting": {**found, "none_keeps_it": True, "cost": None}}
+    said = " ".join(sentences(Advice.from_json(none)))
+    assert "No way of tuning keeps the limit" in said and "the least is 0.01, by full at the rate 0.01" in said
+    assert "Nothing has learned" not in said
+
+
 # What is said
 
 
@@ -335,6 +419,14 @@ def test_it_leaves_advice_table_and_picture(advised: tuple[Path, Advice]) -> Non
     assert all(row.title in shown.getvalue() for row in advice.methods) and "…" not in shown.getvalue()
     assert max(map(len, shown.getvalue().splitlines())) <= 80 and "standard error" in shown.getvalue()
     assert markdown(advice).count("\n| ") == 2 + 8 + 2 + 5  # the candidates, and the blocks of the model
+
+
+def test_each_training_tells_what_it_forgot(advised: tuple[Path, Advice]) -> None:
+    _, advice = advised
+    rows = {row.method: row for row in advice.methods}
+    assert advice.source_examples == 24 and rows["nothing"].source_loss_rise == 0.0 and advice.forgetting is None
+    assert all(probe.source_loss_rise is not None for row in rows.values() for probe in row.probes)
+    assert "source loss" in str(table(advice)) and "in nats" in markdown(advice)
 
 
 def test_the_recommended_is_the_smallest_of_those_as_good(advised: tuple[Path, Advice]) -> None:
@@ -476,17 +568,24 @@ def test_other_draws_and_methods_are_not_read(tmp_path: Path) -> None:
 # Other models
 
 
-def played_advice(recipe: Recipe, metrics: float, monkeypatch: pytest.MonkeyPatch) -> Advice:
-    """The advice on a recipe where no step is taken and every model measures the same."""
-    monkeypatch.setattr(advising, "estimate", lambda *_: CostEstimate(8, 1.0, 1.0, 1.0, 1))
-    monkeypatch.setattr(RecipeRunner, "train", lambda self, wrap, **_: (wrap(copy.deepcopy(self.model)), 0))
-    monkeypatch.setattr(ValidationJudge, "read", lambda self, model: ())
-    monkeypatch.setattr(ValidationJudge, "metric", lambda self, groups: metrics)
+def played_advice(
+    recipe: Recipe,
+    metrics: float,
+    monkeypatch: pytest.MonkeyPatch,
+    read: Any = lambda self, model: (),
+    metric: Any = None,
+    limit: float | None = None,
+) -> Advice:
+    """The advice on a recipe where no step is taken and every model measures the same, unless `metric` says else."""
+    monkeypatch.setattr(advising, "estimate", lambda *_, **__: CostEstimate(8, 1.0, 1.0, 1.0, 1))
+    monkeypatch.setattr(RecipeRunner, "train", lambda self, wrap, **_: (wrap(copy.deepcopy(self.model)).train(), 0))
+    monkeypatch.setattr(ValidationJudge, "read", read)
+    monkeypatch.setattr(ValidationJudge, "metric", metric or (lambda self, groups: metrics))
     monkeypatch.setattr(
         "surgical_peft.experiments.compare.methods.chosen.choose_blocks",
         lambda model, config, *_, **__: (_first(config), None),
     )
-    return advise(recipe, console=QUIET)
+    return advise(recipe, max_forgetting=limit, console=QUIET)
 
 
 def _first(config: SurgicalConfig) -> SurgicalConfig:
@@ -507,6 +606,36 @@ def test_a_new_head_is_never_to_be_left_untrained(tmp_path: Path, monkeypatch: p
     advice = played_advice(load_recipe(write_recipe(tmp_path, new_head=True)), 0.5, monkeypatch)
     assert "nothing" not in advice.tied and advice.recommended.method != "nothing"
     assert "head untrained" in markdown(advice)
+
+
+@pytest.mark.parametrize(("limit", "chosen"), [(None, "full"), (9.0, "full"), (0.1, "head"), (0.0, None)])
+def test_the_best_that_keeps_the_limit_is_recommended(
+    limit: float | None, chosen: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Played so that who tunes more is better and forgets more, from nothing on."""
+
+    def tuned(model: Any) -> int:
+        return sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+
+    def read(judge: Any, model: Any) -> tuple[Any, ...]:
+        return (tuned(model) * model.training,)  # the source model is in eval mode
+
+    recipe = load_recipe(write_recipe(tmp_path, source_data="data"))
+    monkeypatch.setattr(ValidationJudge, "constant", lambda *_: None)
+    monkeypatch.setattr(ValidationJudge, "standard_error", lambda *_: 0.0)
+    monkeypatch.setattr(SourceData, "loss", lambda self, model: 1.0 + read(None, model)[0] / 10_000)
+    advice = played_advice(recipe, 0.0, monkeypatch, read, lambda _, groups: groups[0] / 100_000, limit)
+    assert advice.chosen == chosen and (advice.forgetting is not None) == (limit is not None)
+    rows = {row.method: row for row in advice.methods}
+    if limit == 0.1:
+        assert advice.forgetting is not None and advice.forgetting.cost is not None
+        assert advice.forgetting.best.title == rows["full"].title and "The limit costs" in " ".join(advice.sentences)
+        assert rows["full"].forgets_more and "forgets more" in str(table(advice)) and not rows["head"].forgets_more
+    if limit == 0.0:
+        assert "No way of tuning keeps the limit" in markdown(advice) and not recipe_lines(advice)
+    if limit == 9.0:
+        assert "The limit costs nothing" in " ".join(advice.sentences)
+    assert Advice.from_json(json.loads(json.dumps(advice.to_json()))) == advice
 
 
 def test_nothing_that_gave_a_number_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -372,20 +372,21 @@ def test_it_leaves_report_table_and_picture(compared: tuple[Path, dict[str, Any]
     assert text == markdown(ComparisonReport.from_json(report))
     rows = [line for line in text.splitlines() if line.startswith("|")]
     assert [row.split("|")[1].strip(" *") for row in rows[2:]] == ["no adaptation", "full fine-tuning", "top 1 by rgn"]
-    assert len({row.count("|") for row in rows}) == 1 and "forgets" in rows[0]
+    assert len({row.count("|") for row in rows}) == 1 and "forgets | source loss |" in rows[0]
     assert sum("**" in row for row in rows) >= 1
     assert not (path.parent / "run" / "weights").exists()
     shown = io.StringIO()
     Console(file=shown, width=80).print(table(ComparisonReport.from_json(report)))
     for row in report["methods"]:
         assert row["method"] in shown.getvalue()
-    assert "…" not in shown.getvalue()
+    assert "…" not in shown.getvalue() and "in nats" in shown.getvalue()
 
 
 def test_rows_say_what_was_measured(compared: tuple[Path, dict[str, Any]]) -> None:
     _, report = compared
     nothing, full, chosen = report["methods"]
     assert full["to_full"] is None and full["ms_ratio"] == 1
+    assert nothing["source_loss_rise"] == [0.0, 0.0] and all(full["source_loss_rise"])
     assert nothing["forgotten"] == [0.0, 0.0] and nothing["rate"] is None and nothing["ms"] is None
     assert set(full["tuned_parameters"]) == {5411}
     assert all(len(blocks) == 1 for blocks in chosen["blocks"])

@@ -81,6 +81,7 @@ def test_what_is_forgotten_is_likelihood_of_texts(recipe: Recipe, report: Compar
         tokens += ids.numel() - 1
     finding = next((Path(recipe.training["output_dir"]) / "runs").glob("source-*.json"))
     assert json.loads(finding.read_text())["found"]["on_source"] == pytest.approx(-losses / tokens, rel=1e-5)
+    assert report.methods[1].source_loss_rise == pytest.approx(report.methods[1].forgotten, rel=1e-4)  # the same, here
     before, full = (row.forgotten for row in report.methods)
     assert before == [0, 0] and full is not None and all(lost and lost > 0.01 for lost in full)
 
@@ -93,11 +94,11 @@ def texts_of(recipe: Recipe) -> Recipe:
 def test_the_table_says_what_is_what(recipe: Recipe, report: ComparisonReport) -> None:
     text = (Path(recipe.training["output_dir"]) / "comparison" / "table.md").read_text()
     header, ruler, *rows = [line.split("|")[1:-1] for line in text.splitlines() if line.startswith("|")]
-    assert [cell.strip() for cell in header[-3:]] == ["exact_match, %", "accuracy, %", "forgets"]
+    assert [cell.strip() for cell in header[-4:]] == ["exact_match, %", "accuracy, %", "forgets", "source loss"]
     assert {len(ruler), *map(len, rows)} == {len(header)}
     assert header[1].strip() == "log_likelihood" and "points" not in text
     full = report.methods[1].test_metrics["exact_match"]
-    assert rows[1][-3].strip().startswith(f"{100 * sum(value or 0 for value in full) / 2:.1f} ±")
+    assert rows[1][-4].strip().startswith(f"{100 * sum(value or 0 for value in full) / 2:.1f} ±")
     assert "at most 8 of these examples" in text and re.search("own data, in log_likelihood", text)
 
 

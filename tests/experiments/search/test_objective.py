@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,11 +14,14 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from surgical_peft import Selection, SurgicalConfig, SurgicalError, get_surgical_model, procedures, run_search
 from surgical_peft.experiments.recipe import load_recipe
 from surgical_peft.experiments.search.objective import RecipeObjective, folds_of
+from surgical_peft.experiments.search.search import search_markdown
 from surgical_peft.experiments.tasks import load_task
 from surgical_peft.experiments.training import activation_cache as prefix_cache
 from surgical_peft.experiments.training import profiling
 from surgical_peft.experiments.training import runner as module
+from surgical_peft.experiments.training.source_data import SourceData
 from surgical_peft.experiments.training.train import fit
+from surgical_peft.search.result import SOURCE_LOSS_RISE, SearchResult, SearchTrial
 from tests.support.tiny import write_data, write_recipe
 
 BLOCKS = ("embeddings", "0", "1", "final_norm", "head")
@@ -253,6 +257,46 @@ def test_settings_say_what_a_training_is_and_not_what_is_searched(tmp_path: Path
     assert one != objective_of(tmp_path, num_train_epochs=5).settings
     assert one != objective_of(tmp_path, folds=5).settings
     assert one["model"].startswith("model float32:")  # no path: the same on every machine
+
+
+def test_the_rise_of_the_source_loss_is_noted(tmp_path: Path) -> None:
+    """And a study goes on when it is asked for, but not with that on other data."""
+    write_data(tmp_path / "source", ("train", "test"), count=12)
+    objective = objective_of(tmp_path, source_data="source", max_steps=2)
+    selection = Selection(("0",))
+    losses: dict[bool, float] = {}
+
+    def loss(source: SourceData, model: Any) -> float:
+        is_tuned = hasattr(model, "peft_config")
+        return losses.setdefault(is_tuned, measured(source, model))
+
+    with pytest.MonkeyPatch.context() as patch:
+        measured = SourceData.loss
+        patch.setattr(SourceData, "loss", loss)
+        objective(selection, 3e-2, 7)
+    assert selection.record[SOURCE_LOSS_RISE] == losses[True] - losses[False] != 0
+    plain = objective_of(tmp_path, max_steps=2)
+    assert plain.settings == objective.settings and plain.measured == {}
+    shifted = {"data": "source", "label_map": [1, 0, 2]}
+    others = [objective_of(tmp_path, source_data=source, max_steps=2) for source in ("data", shifted)]
+    assert len({str(each.measured) for each in (objective, *others)}) == 3
+
+
+def test_a_search_shows_the_rise_of_the_source_loss() -> None:
+    """The mean over the seeds at the best rate; what an earlier version trained has none."""
+
+    def trial(block: str, rate: float, seed: int, metric: float, **notes: float) -> SearchTrial:
+        return SearchTrial((block,), metric, 1.0, rate=rate, seed=seed, notes=notes)
+
+    trials = [trial("0", 0.1, seed, 0.9, source_loss_rise=0.2 * (1 + seed)) for seed in (0, 1)]
+    trials += [trial("0", 0.2, seed, 0.5, source_loss_rise=9.0) for seed in (0, 1)]
+    trials += [trial("1", 0.1, seed, 0.8) for seed in (0, 1)]
+    result = SearchResult(Selection(("0",)), 0.9, tuple(trials), ("0", "1"), "sweep()")
+    for shown in (str(result.table()), search_markdown(result, "accuracy")):
+        first, second = (line for line in shown.splitlines() if ("0.9" in line or "0.8" in line))
+        assert "+0.300" in first and "+" not in second and "source loss" in shown
+    bare = replace(result, trials=tuple(replace(each, notes={}) for each in trials))
+    assert "source loss" not in str(bare.table()) + search_markdown(bare, "accuracy")
 
 
 def test_items_of_different_lengths_are_not_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
