@@ -229,7 +229,7 @@ class SearchSection:
 
 @dataclass(frozen=True, kw_only=True)
 class CompareSection:
-    """For `surgical-peft compare`.
+    """For `surgical-peft compare`, and `source_data` for every command that trains.
 
     Attributes:
         methods: names from `methods`, each alone or with its arguments, e.g. `[full, head, {lora: {rank: 8}}]`.
@@ -239,8 +239,8 @@ class CompareSection:
         draws: one data set for each of `seeds`, to be used instead of `data` with that seed.
         test_data: the data sets whose test splits, together, all is measured on; default is that of the training.
         source_data: data of the task that the source models were trained for, whose test split tells what they
-            forget: a folder or Hub id, or keys for the data, e.g. `{data: folder, label_map: [...]}`. Also for `train`,
-            `search` and `advise`, which then tell the rise of the loss there.
+            forget: a folder or Hub id, or keys for the data, e.g. `{data: folder, label_map: [...]}`. `train`,
+            `search` and `advise` tell by it the rise of the loss there, too.
     """
 
     methods: list[Any] | None = None
