@@ -149,7 +149,11 @@ def test_the_scripts_come_with_the_wheel(tmp_path: Path) -> None:
 
 
 def test_every_metric_that_ships_is_tested_here() -> None:
-    assert {*CLASSES, *NUMBERS, "micro_f1", "span_f1", "exact_match", "exact_number", "log_likelihood"} == set(SHIPPED)
+    assert {*CLASSES, *NUMBERS, "micro_f1", "span_f1", "exact_match", "exact_number", "log_likelihood"} == {
+        name
+        for name in SHIPPED
+        if not name.startswith("squad_")  # tests/experiments/tasks/test_question_answering.py
+    }
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -157,7 +161,8 @@ def test_a_script_has_one_import_a_line_and_imports_nothing_to_install(name: str
     """`evaluate` reads imports by line before it runs a script, and fails on what is not installed."""
     standard = {"import re"}
     imports = re.findall(r"^(?:import|from) .*$", (FOLDER / name / f"{name}.py").read_text(), re.MULTILINE)
-    assert set(imports) - standard == {"import datasets", "import evaluate"}
+    own = {line for line in imports if line.startswith("from surgical_peft.")}
+    assert set(imports) - standard - own == {"import datasets", "import evaluate"}
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from tokenizers.normalizers import Lowercase
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import (
     BertConfig,
+    BertForQuestionAnswering,
     BertForSequenceClassification,
     BertForTokenClassification,
     LlamaConfig,
@@ -150,10 +151,28 @@ def _seq2seq(folder: Path) -> Recipe:
     )
 
 
+def _question_answering(folder: Path) -> Recipe:
+    features = {"question": Value("string"), "context": Value("string")}
+
+    def row(number: int, rng: np.random.Generator) -> dict[str, Any]:
+        chosen = words(rng)
+        at = int(rng.integers(len(chosen)))
+        answers = {"text": [chosen[at]], "answer_start": [len(" ".join([*chosen[:at], ""]))]}
+        return {"question": chosen[0], "context": " ".join(chosen), "answers": answers}
+
+    answers = {"text": List(Value("string")), "answer_start": List(Value("int32"))}
+    return Recipe(
+        model=str(write_model(folder / "model", bert(BertForQuestionAnswering, 2))),
+        data=str(write_data(folder / "data", row, {**features, "answers": answers})),
+        task="question_answering",
+    )
+
+
 TOY_TASKS: dict[str, Callable[[Path], Recipe]] = {
     "image_classification": _image_classification,
     "text_classification": _text_classification,
     "token_classification": _token_classification,
     "causal_lm": _causal_lm,
     "seq2seq": _seq2seq,
+    "question_answering": _question_answering,
 }

@@ -26,6 +26,7 @@ from ..tasks import load_task
 from ..tasks.cells import cells_of
 from ..tasks.chat import FORMS
 from ..tasks.columns import LABEL, stored_images, whole_numbers
+from ..tasks.question_answering import is_answers
 from ..tasks.splits import DataSource, assign_splits
 from ..tasks.task import load_pretrained
 from ..training.cost import Timing, depth_of
@@ -141,6 +142,8 @@ def guess_task(model: str, data: str, columns: Mapping[str, str], allow_code: bo
     features = list(rows.features.values())
     if any(isinstance(feature, Image) for feature in features):
         return "image_classification"
+    if any(map(is_answers, features)):
+        return "question_answering"
     if any(isinstance(feature, List | LargeList) and isinstance(feature.feature, Value) for feature in features):
         return "token_classification"
     if config.is_encoder_decoder:

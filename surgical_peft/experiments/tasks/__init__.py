@@ -17,6 +17,7 @@ from ..recipe.code import check_code, resolve_key
 from ..recipe.recipe import Recipe
 from .causal_lm import causal_lm
 from .image_classification import image_classification
+from .question_answering import question_answering
 from .seq2seq import seq2seq
 from .summary import DataSummary
 from .task import SPLITS as SPLITS
@@ -27,7 +28,14 @@ from .task import info_of as info_of
 from .text_classification import text_classification
 from .token_classification import token_classification
 
-__all__ = ["causal_lm", "image_classification", "seq2seq", "text_classification", "token_classification"]
+__all__ = [
+    "causal_lm",
+    "image_classification",
+    "question_answering",
+    "seq2seq",
+    "text_classification",
+    "token_classification",
+]
 
 
 def load_task(recipe: Recipe, splits: Sequence[str] = SPLITS) -> Task:

@@ -56,7 +56,7 @@ def last_lines(report: TrainingReport) -> list[str]:
         f"{clock(report.seconds)}.",
         f"Adapter, with its card in README.md: {report.adapter}",
     ]
-    if report.pipeline:
+    if report.pipeline and report.pipeline != "question-answering":  # predict reads one text at a time
         lines.append(f"To use it: surgical-peft predict {shlex.quote(str(Path(report.adapter).parent))} INPUT")
     if unlabelled := report.recipe.get("unlabelled"):
         where = "the training split" if unlabelled is True else "the streams"

@@ -42,6 +42,7 @@ from ...tuner.loading.fingerprint import fingerprint
 from ..recipe.code import check_code
 from ..recipe.recipe import Recipe
 from ..tasks import Examples, Task, load_task
+from ..tasks.question_answering import POSITIONS
 from ..tasks.source_model import modules_to_save
 from .card import write_card
 from .make_report import Trained, make_report, start
@@ -142,7 +143,7 @@ def _train(
         model = task.load_model().to(args.device)
         weights = fingerprint(model.state_dict().values())
         unfinished = Unfinished(folder, {"recipe": recipe.keys(), "data": beginning.data, "model": weights})
-        _tell_of(unfinished, stages)
+        unfinished.tell(stages.say)
         if unfinished.checkpoint:
             args.restore_callback_states_from_checkpoint = True  # early stopping counts on
             args.max_steps = stopped_early(unfinished.checkpoint) or args.max_steps
@@ -229,15 +230,6 @@ def _losses(recipe: Recipe) -> dict[str, Any]:
     return {} if is_told else {"logging_strategy": "steps", "logging_steps": 0.05}  # of all steps
 
 
-def _tell_of(unfinished: Unfinished, stages: Stages) -> None:
-    if unfinished.checkpoint:
-        stages.say(f"goes on from {unfinished.checkpoint}, where this training was interrupted")
-    elif unfinished.known:
-        stages.say(f"goes on with what an interrupted start of this training has left in {unfinished.folder}")
-    elif unfinished.is_other:
-        stages.say(f"starts over: the checkpoints in {unfinished.folder} are of another recipe, model or data")
-
-
 def _choose(
     recipe: Recipe, task: Task, args: TrainingArguments, model: nn.Module, unfinished: Unfinished, stages: Stages
 ) -> tuple[SurgicalConfig, BlockScores | None]:
@@ -286,6 +278,8 @@ def fit(
     a `checkpoint`, if there is one.
     """
     set_seed(args.seed)
+    if judged is not None and "labels" not in (batch := collate([judged[0]])):  # nor does Trainer see others by itself
+        args.label_names = [name for name in batch if name in POSITIONS] or args.label_names
     trainer = Trainer(
         model=model,
         args=args,

@@ -55,6 +55,15 @@ class Unfinished:
         """The time that the training has taken, its earlier starts included."""
         return float(self.known.get("seconds", 0.0)) + time.monotonic() - self._began
 
+    def tell(self, say: Callable[[str], None]) -> None:
+        """Say what this start goes on with, or that it starts over."""
+        if self.checkpoint:
+            say(f"goes on from {self.checkpoint}, where this training was interrupted")
+        elif self.known:
+            say(f"goes on with what an interrupted start of this training has left in {self.folder}")
+        elif self.is_other:
+            say(f"starts over: the checkpoints in {self.folder} are of another recipe, model or data")
+
     def keep(self, **known: Any) -> None:
         """Keep what the next start of the same training need not do again."""
         self.known |= known

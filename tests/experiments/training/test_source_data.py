@@ -37,8 +37,8 @@ def test_the_loss_is_the_mean_over_all_that_is_predicted(name: str, tmp_path: Pa
     with torch.no_grad():
         for example in (examples[place] for place in range(len(examples))):
             batch = task.collate([example])
-            labels = batch["labels"][:, 1:] if name == "causal_lm" else batch["labels"]
-            size = int((labels != IGNORED).sum())
+            labels = batch.get("labels", torch.zeros(1))  # of an answer two places, which are one example
+            size = int(((labels[:, 1:] if name == "causal_lm" else labels) != IGNORED).sum())
             total, count = total + size * float(model.eval()(**batch).loss), count + size
     model.train()
     for size in (1, 4):

@@ -30,6 +30,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "token_classification": {"model_type": "bert", "max_position_embeddings": 64, **SMALL},
     "causal_lm": {"model_type": "gpt2", "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64},
     "seq2seq": {"model_type": "t5", "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2},
+    "question_answering": {"model_type": "bert", "max_position_embeddings": 64, **SMALL},
 }
 COLUMNS = {
     "image_classification": {"image": "photo", "label": "kind"},
@@ -37,6 +38,7 @@ COLUMNS = {
     "token_classification": {"tokens": "words", "tags": "ner_tags"},
     "causal_lm": {"text": "body"},
     "seq2seq": {"text": "dialogue", "target": "summary"},
+    "question_answering": {"question": "asked", "context": "passage", "answers": "said"},
 }
 
 
