@@ -55,6 +55,8 @@ NOT_MEASURED = [
     "real/cifar10_flip.yaml",
     "hub/bert_base_conll2003.yaml",
     "hub/distilbert_rotten_tomatoes.yaml",
+    "hub/distilbert_squad.yaml",
+    "hub/smollm2_smoltalk.yaml",
     "hub/t5_small_dialogsum.yaml",
     "hub/tinyllama_dialogsum.yaml",
     "hub/vit_base_beans.yaml",

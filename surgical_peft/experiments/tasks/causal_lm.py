@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from datasets import List, Value
 from numpy.random import Generator
 from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq
 
@@ -28,15 +29,34 @@ BATCH_WRITTEN = 32  # of writing, which keeps the logits of one place alone
 
 
 def _row(place: int, rng: Generator, classes: list[str]) -> dict[str, Any]:
-    """Words that follow each other in one order."""
+    """Words that follow each other in one order; of a chat or a prompt the answer is the last one."""
     first = int(rng.integers(len(WORDS)))
-    return {"text": " ".join((*WORDS, *WORDS)[first : first + 6])}
+    words = (*WORDS, *WORDS)[first : first + 6]
+    prompt, completion = " ".join(words[:2]), words[2]
+    messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
+    return {"text": " ".join(words), "messages": messages, "prompt": prompt, "completion": completion}
+
+
+def _roles(recipe: Recipe) -> Collection[str]:
+    """The roles of the columns that a recipe names or, for metrics of what is written, needs; else a text."""
+    is_asked = {recipe.metric, *recipe.test_metrics} & set(WRITTEN)
+    return form_of(recipe.columns, dict.fromkeys(("prompt", "completion")) if is_asked else {})
 
 
 @with_info(
     keys=["character_noise", "casing", "max_length", "max_new_tokens"],
     pipeline="text-generation",
-    tiny=TinyTask(AutoModelForCausalLM, {"text": text_feature}, _row, save_tokenizer, config=TEXT_CONFIG),
+    tiny=TinyTask(
+        AutoModelForCausalLM,
+        {
+            **dict.fromkeys(("text", "prompt", "completion"), text_feature),
+            "messages": lambda classes: List({"role": Value("string"), "content": Value("string")}),
+        },
+        _row,
+        save_tokenizer,
+        config=TEXT_CONFIG,
+        roles=_roles,
+    ),
 )
 def causal_lm(recipe: Recipe, splits: Sequence[str]) -> Task:
     """Texts, chats or prompts with completions, and a model that `AutoModelForCausalLM` loads; each is one example.

@@ -8,7 +8,7 @@ about itself. One of the user's own goes into a recipe as `task: package.module:
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
 from pathlib import Path
@@ -78,6 +78,7 @@ class TinyTask:
         save_reader: saves the tokenizer or image processor for a config to a folder.
         classes: names of the classes of a recipe's data; none where there are no classes.
         config: keys of the config that follow from the data.
+        roles: which of the roles of columns the data of a recipe have, where that depends on it; default is all.
     """
 
     auto: Any
@@ -86,6 +87,7 @@ class TinyTask:
     save_reader: Callable[[Any, Path], None]
     classes: Callable[[Recipe], list[str]] = lambda recipe: []
     config: Mapping[str, Any] = field(default_factory=dict)
+    roles: Callable[[Recipe], Collection[str]] | None = None
 
 
 @dataclass(frozen=True)

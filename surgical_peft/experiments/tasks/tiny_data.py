@@ -17,6 +17,10 @@ from ..recipe.recipe import Recipe
 WORDS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 _SPECIAL = ("<pad>", "</s>", "<unk>")
 _CHARACTERS = string.ascii_letters + string.digits + string.punctuation + " "
+_CHAT = (
+    "{% for message in messages %}{{ message.role + ':' + message.content + eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
 TEXT_CONFIG = {"vocab_size": len(_SPECIAL) + len(_CHARACTERS), "pad_token_id": 0, "eos_token_id": 1}
 
 
@@ -54,4 +58,5 @@ def save_tokenizer(config: Any, folder: Path) -> None:
     inner.decoder = decoders.Fuse()
     inner.post_processor = processors.TemplateProcessing(single=f"$A {end}", special_tokens=[(end, known[end])])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token=pad, eos_token=end, unk_token=unknown)
+    tokenizer.chat_template = _CHAT
     tokenizer.save_pretrained(folder)

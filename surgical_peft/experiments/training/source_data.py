@@ -46,7 +46,11 @@ class SourceData:
     """
 
     def __init__(self, recipe: Recipe, most: int | None = None) -> None:
-        self.split, self.task = measured_task(source_recipe(recipe))
+        own = source_recipe(recipe)
+        try:
+            self.split, self.task = measured_task(own)
+        except SurgicalError as error:
+            raise SurgicalError(f"source_data: {error}") from error
         self.examples = self.sample = self.task.splits[self.split]
         self._args = recipe.arguments()
         if most is not None and most < len(self.examples):

@@ -148,7 +148,8 @@ def _write_model(folder: Path, kind: TinyTask, config: Any, recipe: Recipe) -> N
 
 
 def _write_data(folder: Path, kind: TinyTask, recipe: Recipe, classes: list[str]) -> None:
-    types = dict(kind.features)
+    roles = kind.features if kind.roles is None else kind.roles(recipe)
+    types = {role: make for role, make in kind.features.items() if role in roles}
     in_label: Callable[[Any], Any] | None = None
     if recipe.problem_type is not None:
         types["label"], in_label = target_of(recipe).tiny
@@ -159,5 +160,8 @@ def _write_data(folder: Path, kind: TinyTask, recipe: Recipe, classes: list[str]
         rows = [kind.row(index, rng, classes) for index in range(size)]
         if in_label is not None:
             rows = [{**row, "label": in_label(row["label"])} for row in rows]
-        named = [{str(recipe.columns.get(role, role)): value for role, value in row.items()} for row in rows]
+        named = [
+            {str(recipe.columns.get(role, role)): value for role, value in row.items() if role in types}
+            for row in rows
+        ]
         Dataset.from_list(named, features=features).to_parquet(folder / f"{split}.parquet")

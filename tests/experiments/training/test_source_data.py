@@ -82,7 +82,7 @@ def test_a_sample_is_drawn_once_and_from_all_classes(tmp_path: Path) -> None:
         ({"source_data": "data", "new_head": True}, "new_head"),
         ({"source_data": {"dat": "data"}}, "data_config"),
         ({"source_data": {"data": "data", "lable_map": []}}, "'label_map'"),
-        ({"source_data": "./nowhere"}, "nowhere"),
+        ({"source_data": "./nowhere"}, "source_data.*nowhere"),
     ],
 )
 def test_source_data_that_do_not_fit_are_told_before_training(keys: Any, said: str, tmp_path: Path) -> None:

@@ -83,6 +83,24 @@ def test_model_and_data_are_what_the_recipe_asks_for(tmp_path: Path, task: str) 
     assert tiny.training["max_steps"] == 2
 
 
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"columns": {"messages": "conversations"}},
+        {"columns": {"prompt": "question", "completion": "answer"}},
+        {"columns": {}, "test_metrics": {"exact_match": 2}},  # the data's own names may be these
+    ],
+)
+def test_chats_and_prompts_are_made_as_the_recipe_reads_them(tmp_path: Path, keys: dict[str, Any]) -> None:
+    """Texts were made for all of them, and the columns that the recipe names were not there."""
+    tiny = make_tiny(recipe_for("causal_lm", **keys), tmp_path)
+    task = load_task(replace(tiny, metric="exact_match", max_new_tokens=8))
+    example = task.splits["train"][0]
+    answered = [token for token in example["labels"] if token != -100]
+    assert 3 < len(answered) < len(example["labels"]) and answered[-1] == 1  # a word, and the end of a text
+    assert 0 <= task.measure(task.load_model(), [task.splits["test"][place] for place in range(2)]) <= 1
+
+
 def test_it_goes_on_until_the_last_stage(tmp_path: Path) -> None:
     plan = [{"blocks": "head", "steps": 3}, {}]
     for number, (keys, steps) in enumerate(
