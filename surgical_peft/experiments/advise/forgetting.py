@@ -73,14 +73,19 @@ def limit_in_words(advice: Advice) -> list[str]:
     longer = (
         f"That is after {Fraction(advice.share).limit_denominator(100)} of the steps; all of them may forget more."
     )
-    if found.none_keeps_it:
-        return [
-            f"No way of tuning keeps the limit, a rise of the source loss of {limit}: the least is "
-            f"{_rise_of(found.least)}, by {_in_words(advice, found.least)}. So none is recommended, and only the "
-            "model as it is forgets nothing.",
+    if advice.recommended is None:
+        lines = [
             f"Without the limit {_in_words(advice, found.best)} is best; it raises the source loss by "
-            f"{_rise_of(found.best)}. {longer}",
+            f"{_rise_of(found.best)}. {longer}"
         ]
+        if found.none_keeps_it:
+            least = f"{_rise_of(found.least)}, by {_in_words(advice, found.least)}"
+            lines.insert(
+                0,
+                f"Of the ways of tuning that were trained longest none keeps the limit, a rise of the source loss of "
+                f"{limit}: the least is {least}. So none is recommended; only the model as it is forgets nothing.",
+            )
+        return lines
     text = f"Chosen among those that raise the source loss by {limit}. "
     if found.cost is None or found.cost.mean >= 0:
         return [f"{text}The limit costs nothing: none is better without it. {longer}"]

@@ -33,6 +33,10 @@ def _legend(advice: Advice) -> list[str]:
         f"of those tried, {given}. Tuned: parameters. Out after 1/4: of the steps, as others were better."
     ]
     notes += [_source_note(advice).strip()] * (advice.source_examples is not None)
+    if advice.forgetting is not None:
+        notes.append(
+            "Forgets more: than the limit allows; others may be out for that, too. The best is of those that keep it."
+        )
     if any(row.at_edge for row in advice.methods):
         notes.append("* the lowest or highest that was tried: the best rate may lie beyond.")
     if advice.constant is not None:

@@ -112,7 +112,7 @@ def _testing(job_runner: JobRunner, timing: Timing) -> float:
     comparison, data, first = job_runner.comparison, job_runner.data, job_runner.comparison.firsts[0]
     count = len(data.test_examples(first.source, first.seed))
     if comparison.recipe.source_data is not None:
-        count += len(data.source_examples(first.source))
+        count += 2 * len(data.source_examples(first.source))  # the metric, and the loss
     runner = data.runner(first)
     seconds = timing.measure * count / len(runner.examples["validation"])
     for metric in comparison.recipe.test_metrics:

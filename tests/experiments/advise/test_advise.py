@@ -297,8 +297,13 @@ def test_what_a_limit_costs_is_said() -> None:
     assert "costs nothing" in " ".join(sentences(free))
     none = {**keys, "recommended": None, "forgetting": {**found, "none_keeps_it": True, "cost": None}}
     said = " ".join(sentences(Advice.from_json(none)))
-    assert "No way of tuning keeps the limit" in said and "the least is 0.01, by full at the rate 0.01" in said
+    assert "none keeps the limit" in said and "the least is 0.01, by full at the rate 0.01" in said
     assert "Nothing has learned" not in said
+    constant = {"answer": "'a'", "metric": 0.8}
+    unlearned = {**none, "constant": constant, "forgetting": {**found, "cost": None}}
+    said = " ".join(sentences(Advice.from_json(unlearned)))
+    assert "Nothing has learned yet: no way of tuning within the limit" in said and "costs nothing" not in said
+    assert "Without the limit full at the rate 0.01 (accuracy 86 %) is best" in said
 
 
 # What is said
@@ -632,7 +637,7 @@ def test_the_best_that_keeps_the_limit_is_recommended(
         assert advice.forgetting.best.title == rows["full"].title and "The limit costs" in " ".join(advice.sentences)
         assert rows["full"].forgets_more and "forgets more" in str(table(advice)) and not rows["head"].forgets_more
     if limit == 0.0:
-        assert "No way of tuning keeps the limit" in markdown(advice) and not recipe_lines(advice)
+        assert "none keeps the limit" in markdown(advice) and not recipe_lines(advice)
     if limit == 9.0:
         assert "The limit costs nothing" in " ".join(advice.sentences)
     assert Advice.from_json(json.loads(json.dumps(advice.to_json()))) == advice
@@ -673,6 +678,21 @@ def test_the_command_prints_the_advice(
     assert run(monkeypatch, str(path)) == 0
     shown = capsys.readouterr().out
     assert all(line in shown for line in recipe_lines(advice)) and str(Path("run") / "advice") in shown
+
+
+def test_the_command_takes_a_limit(
+    advised: tuple[Path, Advice],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path, advice = advised
+    assert run(monkeypatch, str(write_recipe(tmp_path)), "--max-forgetting", "0.05") == 2
+    assert "source_data" in capsys.readouterr().err
+    given: list[Any] = []
+    monkeypatch.setattr(advising, "advise", lambda *_, **keys: given.append(keys["max_forgetting"]) or advice)
+    assert run(monkeypatch, str(path), "--max-forgetting", "0.05") == run(monkeypatch, str(path)) == 0
+    assert given == [0.05, None]
 
 
 def test_the_command_prints_what_does_not_fit(
