@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-import time
 from dataclasses import dataclass
 
 from ...rendering import clock
 from ..compare.comparison import Comparison
 from ..compare.cost import time_trainings
-from ..training.cost import Timing, memory_in_words, time_in_words
+from ..training.cost import Timing, measuring_seconds, memory_in_words, time_in_words
 from ..training.runner import RecipeRunner
 from ..training.source_data import SourceData
 from .successive_halving import ROUNDS
@@ -63,11 +62,7 @@ def estimate(
         is_limited: whether each later round has a training more, the best of all, see `halve`.
     """
     timing = timing or time_trainings(comparison.recipe, runner)
-    on_source = 0.0
-    if source is not None:
-        began = time.perf_counter()
-        source.loss(runner.model)
-        on_source = time.perf_counter() - began
+    on_source = 0.0 if source is None else measuring_seconds(source.loss, runner.model, source.sample)
     count, share = 0, CHOOSING
     for stage in ROUNDS:
         methods = min(stage.methods or math.inf, len(comparison.methods) - 1)
