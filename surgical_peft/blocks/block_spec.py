@@ -9,6 +9,7 @@ from typing import Any
 
 from ..errors import SurgicalError
 from ..validation import nearest
+from .towers import KNOWN, PROJECTOR, projector_in, tower_blocks, towers_of
 
 _STACK_INDEX = re.compile(r"(?P<stack>[^\[\]]+)\[(?P<index>[^\[\]]*)\]")
 _INDEX = re.compile(r"-?\d{1,18}")  # `int` refuses thousands of digits
@@ -23,6 +24,7 @@ class BlockGrammar:
     stacks: dict[str, tuple[str, ...]]
     tied: dict[str, str]
     model_name: str
+    modules: dict[str, tuple[str, ...]]
 
     def parse(self, part: Any) -> tuple[str, ...]:
         """The names of the blocks that one entry of a choice stands for.
@@ -39,6 +41,8 @@ class BlockGrammar:
             return self.names
         if part in self.names:
             return (str(part),)
+        if isinstance(part, str) and (part in KNOWN or part in towers_of(self.names)):
+            return self._tower(part)
         if isinstance(part, str) and (match := _STACK_INDEX.fullmatch(part)):
             stack, inner = match["stack"], match["index"].strip()
             if stack not in self.stacks:
@@ -61,6 +65,24 @@ class BlockGrammar:
             f"{listed(self.names)}; indices, slices such as {self._slice_example()!r}, and 'all' are understood too."
             + (f" Tied weights count once: {ties}." if ties else "")
         )
+
+    def _tower(self, name: str) -> tuple[str, ...]:
+        modules = {block: self.modules.get(block, ()) for block in self.names}
+        projector = projector_in(modules) if name == PROJECTOR else {}
+        apart = {block: paths for block, paths in projector.items() if set(paths) != set(modules[block])}
+        if apart:
+            block, paths = next(iter(apart.items()))
+            raise SurgicalError(
+                f"{name!r}: of {self.model_name} it is part of block {block!r}, beside "
+                f"{listed(path for path in modules[block] if path not in paths)}. Name its modules: "
+                f"SurgicalConfig(target_modules={projector!r})."
+            )
+        if not (blocks := tower_blocks(name, modules)):
+            raise SurgicalError(
+                f"{name!r} does not exist in {self.model_name}: its towers are "
+                f"{listed(towers_of(self.names)) or 'none, it has one stack'}. Blocks: {listed(self.names)}."
+            )
+        return blocks
 
     def _index(self, text: str, stack: str, given: Any) -> tuple[str, ...]:
         layers = self.stacks[stack]
