@@ -12,8 +12,8 @@ from ..validation import nearest
 from .towers import KNOWN, PROJECTOR, projector_in, tower_blocks, towers_of
 
 _STACK_INDEX = re.compile(r"(?P<stack>[^\[\]]+)\[(?P<index>[^\[\]]*)\]")
-_INDEX = re.compile(r"-?\d{1,18}")  # `int` refuses thousands of digits
-_SLICE = re.compile(r"-?\d{0,18}:-?\d{0,18}(?::-?\d{1,18})?")
+INDEX = re.compile(r"-?\d{1,18}")  # `int` refuses thousands of digits
+SLICE = re.compile(r"-?\d{0,18}:-?\d{0,18}(?::-?\d{1,18})?")
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class BlockGrammar:
                     f"{part!r}: {self.model_name} has no stack {stack!r}. It has {self._stack_names()}."
                 )
             return self._index(inner, stack, part)
-        if isinstance(part, int) or _INDEX.fullmatch(part) or _SLICE.fullmatch(part):
+        if isinstance(part, int) or INDEX.fullmatch(part) or SLICE.fullmatch(part):
             if len(self.stacks) > 1:
                 example = f"{list(self.stacks)[-1]}[{part}]"
                 raise SurgicalError(
@@ -88,14 +88,14 @@ class BlockGrammar:
         layers = self.stacks[stack]
         size = len(layers)
         where = f"{self.model_name}{f' ({stack})' if stack else ''} has {size} repeated blocks, 0 to {size - 1}"
-        if _SLICE.fullmatch(text):
+        if SLICE.fullmatch(text):
             start, stop, step = ([int(n) if n else None for n in text.split(":")] + [None])[:3]
             if any(bound is not None and not -size <= bound <= size for bound in (start, stop)) or step == 0:
                 raise SurgicalError(f"{given!r} is out of range: {where}. Negative numbers count from the last.")
             if not (chosen := tuple(block for block in layers[start:stop:step] if block in self.names)):
                 raise SurgicalError(f"{given!r} selects no block: {where}. The end of a slice is not in it.")
             return chosen
-        if not _INDEX.fullmatch(text):
+        if not INDEX.fullmatch(text):
             raise SurgicalError(f"{given!r} is not understood: put an index or a slice in the brackets. {where}.")
         if not -size <= int(text) < size:
             raise SurgicalError(f"block {given!r} does not exist: {where}. Negative numbers count from the last: -1.")

@@ -72,8 +72,8 @@ def idle_parameters(model: nn.Module) -> set[int]:
         wrapper: Any = module
         merged = module.__dict__.get("merged_adapters")  # PEFT's layers have it, perhaps empty
         for name, adapters in module._modules.items():
-            if name == PARKED and adapters is not None:  # parameters of it are there under ZeRO-3 only
-                idle |= {id(parameter) for parameter in adapters.parameters()}
+            if name == PARKED and adapters is not None:  # under ZeRO-3; and rows, experts[3], which are in use
+                idle |= {id(parameter) for name, parameter in adapters.named_parameters() if "[" not in name}
             if (
                 merged is not None
                 and name.startswith("lora_")
