@@ -13,7 +13,15 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from surgical_peft import BlockMap, SurgicalConfig, SurgicalError, create_surgical_optimizer, export_to_peft
+from surgical_peft import (
+    BlockMap,
+    SurgicalConfig,
+    SurgicalError,
+    create_surgical_optimizer,
+    export_to_peft,
+    policies,
+    score_blocks,
+)
 from surgical_peft.blocks.unwrap import bare_parameter_name, idle_parameters
 from surgical_peft.diagnosis.doctor import doctor
 from surgical_peft.export.emit import emit
@@ -232,6 +240,57 @@ def test_what_trains_is_told_by_the_map_the_counts_and_doctor() -> None:
     diagnosis = doctor((model, create_surgical_optimizer(model, torch.optim.AdamW, lr=1e-3)), QWEN.batch())
     assert diagnosis.is_healthy, diagnosis
     assert [row.name for row in diagnosis.tensors if row.trainable and "experts.down_proj[3]" in row.name]
+
+
+def test_scores_of_a_wrapped_model_are_those_of_the_bare_one() -> None:
+    bare, wrapped = (
+        score_blocks(model, [QWEN.batch()], criterion="grad_norm", num_batches=1)
+        for model in (QWEN.model(), get_peft_model(QWEN.model(), config()))
+    )
+    assert wrapped.values == pytest.approx(bare.values) and wrapped.sizes == bare.sizes
+
+
+def test_training_resumes_exactly_under_a_policy_that_freezes(tmp_path: Path) -> None:
+    def steps(model: nn.Module, numbers: range, state: dict[str, Any] | None = None) -> dict[str, Any]:
+        policy = policies.lisa(num_blocks=1, every=1)
+        optimizer = create_surgical_optimizer(model, torch.optim.AdamW, lr=1e-2, weight_decay=0.1, policy=policy)
+        if state is not None:
+            optimizer.load_state_dict(state)
+        for step in numbers:
+            model(**QWEN.batch(step)).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return optimizer.state_dict()
+
+    straight = get_peft_model(QWEN.model(), config(blocks=["0", "1"]))
+    steps(straight, range(6))
+    model = get_peft_model(QWEN.model(), config(blocks=["0", "1"]))
+    state = steps(model, range(3))
+    model.save_pretrained(tmp_path)
+    resumed = PeftModel.from_pretrained(QWEN.model(), tmp_path, is_trainable=True)
+    steps(resumed, range(3, 6), state)
+    moved = moved_experts(state_of(QWEN.model()), state_of(straight))
+    assert len(moved) == 4 and set(map(tuple, moved.values())) == {(3,)}
+    assert moved_experts(state_of(straight), state_of(resumed)) == {}
+
+
+def test_rows_of_a_batch_go_through_experts_of_their_adapters() -> None:
+    model = get_peft_model(QWEN.model(), config(), "a")
+    model.add_adapter("b", config("experts[1]", "experts[3]"))
+    nudge(model, 1)
+    model.set_adapter("b")
+    nudge(model, 2)
+    model.eval()
+    batch = {"input_ids": QWEN.batch()["input_ids"]}
+    alone = {}
+    for name in ("a", "b"):
+        model.set_adapter(name)
+        alone[name] = logits(model, batch)
+    with model.disable_adapter():
+        alone["__base__"] = logits(model, batch)
+    names = ["b", "a", "__base__", "b"]
+    mixed = logits(model, {**batch, "adapter_names": names})  # type: ignore[dict-item]
+    torch.testing.assert_close(mixed, torch.stack([alone[name][at] for at, name in enumerate(names)]))
 
 
 @pytest.mark.parametrize("format", ["merged", "delta"])

@@ -164,7 +164,7 @@ def _lend(module: nn.Module, slots: Iterable[RowSlot]) -> None:
     for slot in slots:
         if slot.module is module:
             slot.sync()
-            if slot.here.requires_grad:
+            if slot.here.requires_grad and not slot.stacked.requires_grad:  # all of it is scored, or unfrozen by hand
                 stacked.setdefault(slot.attribute, []).append(slot)
     for attribute, trained in stacked.items() if torch.is_grad_enabled() else ():
         weight = trained[0].stacked
