@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 from torch import nn
@@ -197,6 +197,17 @@ class Layers:
             )
         chosen = _indices(index, count, text, home)
         return {home: {f"{name}[{at}]" for name in _parameters(experts) for at in chosen}}
+
+
+def parts_of(model: nn.Module, homes: Collection[str]) -> list[str]:
+    """The names of the parts that the modules at `homes`, layers of a model, have.
+
+    Example:
+        >>> parts_of(qwen3_moe, ["model.layers.0"])
+        ['attention', 'mlp', 'experts', 'router']
+    """
+    known = frozenset(homes)
+    return Layers({path: m for path, m in named_bare_modules(model) if within(path, known)}, known).existing()
 
 
 def stacked(experts: nn.Module) -> int | None:

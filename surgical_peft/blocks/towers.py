@@ -28,6 +28,17 @@ def towers_of(names: Iterable[str]) -> tuple[str, ...]:
     return tuple(towers)
 
 
+def names_of_towers(modules: Mapping[str, Iterable[str]]) -> tuple[str, ...]:
+    """The names by which towers are chosen: their own, and those that people ask for.
+
+    Example:
+        >>> names_of_towers(BlockMap.find(qwen2_vl).modules)
+        ('visual', 'language_model', 'vision', 'projector', 'language')
+    """
+    own = towers_of(modules)
+    return (*own, *(name for name in (*TOWERS, PROJECTOR) if name not in own and tower_blocks(name, modules)))
+
+
 def projector_in(modules: Mapping[str, Iterable[str]]) -> dict[str, list[str]]:
     """For each block that holds some of the projector the modules of it, by their paths.
 

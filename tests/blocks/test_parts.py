@@ -11,7 +11,7 @@ from torch import nn
 
 from surgical_peft import BlockMap, SurgicalConfig, SurgicalError
 from surgical_peft.blocks.module_lists import within
-from surgical_peft.blocks.parts import PARTS, Layers, Part, stacked, whole_or_rows
+from surgical_peft.blocks.parts import PARTS, Layers, Part, parts_of, stacked, whole_or_rows
 from surgical_peft.blocks.unwrap import named_bare_modules
 from surgical_peft.tuner.target_modules import modules_to_tune
 from tests.support.families import FAMILIES
@@ -86,6 +86,7 @@ def test_the_parts_of_every_family(family: str) -> None:
     assert found(layers, "experts", home) == ["mlp.experts"] * is_mixture
     assert found(layers, "router", home) == ["mlp.gate"] * is_mixture
     assert layers.existing() == [name for name in PARTS if found(layers, name, home)]
+    assert parts_of(FAMILIES[family].build(), [home.rstrip(".")]) == layers.existing()
 
 
 @pytest.mark.parametrize("family", list(FUSED))

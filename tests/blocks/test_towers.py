@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from surgical_peft import BlockMap, SurgicalError
-from surgical_peft.blocks.towers import projector_in, tower_blocks
+from surgical_peft.blocks.towers import names_of_towers, projector_in, tower_blocks
 from tests.support.families import FAMILIES
 from tests.support.vision_language import qwen2_vl
 
@@ -25,6 +25,9 @@ def test_the_towers_of_a_vision_language_model_and_its_projector_are_apart_and_a
     assert all("merger" in path for name in projector for path in blocks.modules[name])
     assert sorted([*vision, *projector, *language]) == sorted(blocks.names)
     assert blocks.parse("visual") == (*vision, *projector)  # the tower by its own name has all that is in it
+    names = names_of_towers(blocks.modules)
+    assert set(names) == {"visual", "language_model", "vision", "projector", "language"}
+    assert all(blocks.parse(name) for name in names)
 
 
 def test_the_head_of_a_language_model_belongs_to_its_tower() -> None:

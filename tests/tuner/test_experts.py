@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -90,16 +89,17 @@ def test_only_the_chosen_experts_move_and_only_they_are_in_the_file(name: str, t
     assert torch.equal(logits(fresh.eval(), toy.batch()), logits(model.eval(), toy.batch()))
 
 
-def test_the_file_is_applied_by_plain_code(tmp_path: Path) -> None:
+def test_the_code_in_the_card_applies_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = nudge(get_peft_model(QWEN.model(), config("experts[0]", "router")))
     model.save_pretrained(tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    code = next(part for part in card.split("```python\n") if "load_file" in part).partition("```")[0]
+    lines = [line for line in code.splitlines() if "from_pretrained" not in line and "transformers" not in line]
+    monkeypatch.chdir(tmp_path)
     plain = QWEN.model()
-    state = plain.state_dict()
-    with torch.no_grad():
-        for key, tensor in load_file(tmp_path / "adapter_model.safetensors").items():
-            name, _, row = key.removeprefix("base_model.model.").partition("[")
-            (state[name][int(row[:-1])] if row else state[name]).copy_(tensor)
+    exec("\n".join(lines), {"base_model": plain})
     assert torch.equal(logits(plain, QWEN.batch()), logits(model, QWEN.batch()))
+    assert "--format merged" in card
 
 
 @pytest.mark.parametrize("kind", ["eager", "grouped_mm", "batched_mm"])
