@@ -380,6 +380,15 @@ def test_a_replica_is_refused() -> None:
         replica(torch.zeros(2, 16), torch.zeros(2, 2, dtype=torch.long), torch.ones(2, 2))
 
 
+def test_rows_that_something_else_has_replaced_are_refused() -> None:
+    model = get_peft_model(QWEN.model(), config())
+    experts: Any = model.get_base_model().get_submodule(EXPERTS)
+    rows = experts.surgical_._modules["standing"]._parameters
+    rows["down_proj[3]"] = nn.Parameter(rows["down_proj[3]"].detach().clone())  # as FSDP2 does
+    with pytest.raises(SurgicalError, match="FSDP"):
+        model(**QWEN.batch())
+
+
 def test_names_of_rows() -> None:
     tensors = {"up": torch.arange(8.0).reshape(4, 2)}
     assert split_row("a.up[3]") == ("a.up", 3) and split_row("a.up") is None

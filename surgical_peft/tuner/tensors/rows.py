@@ -212,6 +212,14 @@ class WithRows(ParkedTensors):
                 f"a copy of {type(module).__name__} runs, of which single experts are tuned in the model itself: "
                 "train in one process for each device (torchrun, accelerate launch), not with nn.DataParallel."
             )
+        shown = self._modules.get("standing")
+        own = {id(slot.here) for slot in self._rows()}
+        if shown is not None and any(id(row) not in own for row in shown.parameters()):
+            raise SurgicalError(
+                f"the parameters of single experts in {type(module).__name__} have been replaced since, as FSDP does "
+                "when it shares weights out: an optimizer would step on others than those that run. Use DDP or one "
+                "process, or tune all experts, target_modules=['experts']."
+            )
         _lend(module, self._rows())
 
     def _after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
