@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from torch import nn
 
 from surgical_peft import BlockMap, SurgicalConfig, SurgicalError
@@ -17,7 +19,7 @@ from surgical_peft.tuner.target_modules import modules_to_tune
 from tests.support.families import FAMILIES
 from tests.support.mixtures import MIXTURES
 from tests.support.vision_language import qwen2_vl
-from tests.support.wrapping import trainable
+from tests.support.wrapping import logits, nudge, trainable
 
 # What the last layer of each family holds: attention, feed-forward net, and the projections of attention.
 FOUR = ("q", "k", "v", "o")
@@ -168,3 +170,14 @@ def test_what_is_whole_has_no_rows_beside_it() -> None:
     rows = {"0.mlp.experts": {"up[3]"}}
     assert whole_or_rows({"0.mlp": None}, rows) == {"0.mlp": None}
     assert whole_or_rows({"0.attn": None}, rows) == {"0.attn": None, **rows}
+
+
+def test_a_saved_choice_with_a_name_that_matched_nothing_loads_as_it_was_trained(tmp_path: Path) -> None:
+    """Versions without names of parts passed over `mlp` in BERT."""
+    model = nudge(get_peft_model(FAMILIES["bert"].model(), SurgicalConfig(blocks=[0], target_modules=["query"])))
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"target_modules": ["query", "mlp", "nope"]}))
+    loaded = PeftModel.from_pretrained(FAMILIES["bert"].model(), tmp_path).eval()
+    batch = FAMILIES["bert"].batch()
+    assert torch.equal(logits(loaded, batch), logits(model.eval(), batch))
