@@ -25,6 +25,7 @@ from surgical_peft.blocks.unwrap import bare_parameter_name, idle_parameters
 from surgical_peft.diagnosis.doctor import doctor
 from surgical_peft.export.emit import emit
 from surgical_peft.export.export import export
+from surgical_peft.export.patch import apply_patch
 from surgical_peft.export.targets import Choice
 from surgical_peft.tuner.tensors.row_names import pick, split_row, tensor_of, with_rows
 from tests.support.mixtures import MIXTURES
@@ -293,7 +294,7 @@ def test_rows_of_a_batch_go_through_experts_of_their_adapters() -> None:
     torch.testing.assert_close(mixed, torch.stack([alone[name][at] for at, name in enumerate(names)]))
 
 
-@pytest.mark.parametrize("format", ["merged", "delta"])
+@pytest.mark.parametrize("format", ["merged", "delta", "patch"])
 def test_an_export_holds_the_experts(format: str, tmp_path: Path) -> None:
     QWEN.model().save_pretrained(tmp_path / "base")
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
@@ -305,7 +306,10 @@ def test_an_export_holds_the_experts(format: str, tmp_path: Path) -> None:
         one, other = weights(tmp_path / "adapter"), weights(tmp_path / "again")
         assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
     else:
-        merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+        if format == "patch":
+            apply_patch(tmp_path / "out" / "patch", tmp_path / "base")
+        folder = tmp_path / ("base" if format == "patch" else "out")
+        merged = AutoModelForCausalLM.from_pretrained(folder).eval()
         assert torch.equal(logits(merged, QWEN.batch()), logits(model, QWEN.batch()))
 
 
