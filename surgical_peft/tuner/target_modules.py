@@ -20,6 +20,7 @@ from .config import Targets as Asked
 from .loading.new_weights import has_new_head, new_head
 from .loading.saved_adapter import heads_of
 from .moved_buffers import moving_buffers
+from .projector import projector_alone
 from .target_checks import check_at_hand, check_exchangeable, check_separate
 from .tensors.tuned_tensors import Targets, TensorMap, united
 
@@ -79,8 +80,9 @@ def modules_to_tune(
         targets = _chosen(modules, config, config.target_modules, None, "the model")
     else:
         blocks = blocks or block_map_for(model, config)
-        names = blocks.parse(config.blocks)
-        for group, choice in _choices(blocks, names, config.target_modules):
+        asked, within_blocks = projector_alone(blocks, config.blocks, config.target_modules)
+        names = blocks.parse(asked)
+        for group, choice in _choices(blocks, names, within_blocks):
             inside = [path for name in group for path in blocks.modules[name]]
             for path, found in _chosen(modules, config, choice, inside, f"blocks {list(group)}").items():
                 _add(targets, path, found)
@@ -98,6 +100,7 @@ def modules_to_tune(
     check_exchangeable(model, tensors, chosen, config)
     if blocks is not None:
         config.blocks, config.layers = list(names), config.layers or list(blocks.layer_paths) or None
+        config.target_modules = within_blocks
     config.modules_to_save = to_save or None
     config.tuned_modules = {path: None if tuned is None else sorted(tuned) for path, tuned in targets.items()}
     return targets
