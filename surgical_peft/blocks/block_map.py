@@ -212,7 +212,8 @@ class BlockMap:
         Args:
             spec: an index into the repeated layers (negative counts from the last), a slice as a string (`"0:3"`,
                 `"-2:"`), a block name, `"all"` (every block, embeddings and head too), one of these for a named
-                stack (`"decoder[-2:]"`), or a list of any of them.
+                stack (`"decoder[-2:]"`), a tower with all its blocks by its own name (`"encoder"`, `"stages.0"`) or
+                as `"vision"`, `"projector"` or `"language"`, or a list of any of them.
 
         Raises:
             SurgicalError: unknown name, index out of range, the same block twice, nothing selected by the whole or by
@@ -223,7 +224,7 @@ class BlockMap:
             ('0', '11', 'head')
         """
         parts = list(spec) if isinstance(spec, Iterable) and not isinstance(spec, str) else [spec]
-        grammar = BlockGrammar(self.names, self.stacks, self.tied, self.model_name)
+        grammar = BlockGrammar(self.names, self.stacks, self.tied, self.model_name, self.modules)
         chosen: list[str] = []
         for part in parts:
             for block in grammar.parse(part):

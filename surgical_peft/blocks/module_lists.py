@@ -45,8 +45,8 @@ def contents_of(model: nn.Module) -> dict[nn.Module, Contents]:
         contents[module] = Contents(
             len(shapes) + sum(child.parameters for child in children),
             sum(shape.numel() for shape in shapes) + sum(child.size for child in children),
-            sum(map(_is_matrix, shapes)) + sum(child.matrices for child in children),
-            _is_attention(module) or any(child.attends for child in children),
+            sum(map(is_matrix, shapes)) + sum(child.matrices for child in children),
+            is_attention(module) or any(child.attends for child in children),
         )
     return contents
 
@@ -97,7 +97,7 @@ class ModuleRow:
     @cached_property
     def is_transformer(self) -> bool:
         """True if each member holds attention and is not attention itself."""
-        return all(self.contents[member].attends and not _is_attention(member) for member in self.members.values())
+        return all(self.contents[member].attends and not is_attention(member) for member in self.members.values())
 
     @cached_property
     def is_layers(self) -> bool:
@@ -159,7 +159,8 @@ def is_a(module: nn.Module, name: str) -> bool:
     return any(base.__name__ == name for base in type(module).__mro__)
 
 
-def _is_attention(module: nn.Module) -> bool:
+def is_attention(module: nn.Module) -> bool:
+    """True if the class is called attention."""
     return re.search("atten|attn", type(module).__name__.lower()) is not None
 
 
@@ -173,7 +174,7 @@ def shape_of(parameter: nn.Parameter) -> torch.Size:
     return getattr(parameter, "ds_shape", parameter.shape)
 
 
-def _is_matrix(shape: torch.Size) -> bool:
+def is_matrix(shape: torch.Size) -> bool:
     """True for a linear map (a 4-bit one is one column) or a convolution, not for scales such as (channels, 1, 1)."""
     return len(shape) == 2 or sum(size > 1 for size in shape) >= 2
 

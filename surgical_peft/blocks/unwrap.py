@@ -25,6 +25,16 @@ def bare_parameter_name(name: str) -> str:
     return _FRONT.sub("", _SETS.sub("", _ANYWHERE.sub("", name))).rstrip(".")
 
 
+def is_row(name: str) -> bool:
+    """True for the name of a row of a stacked weight, which an adapter shows as a parameter beside it.
+
+    Example:
+        >>> is_row("layers.1.mlp.experts.surgical_.standing.down_proj[3]")
+        True
+    """
+    return name.endswith("]")
+
+
 def unwrap_model(model: nn.Module) -> nn.Module:
     """The user's own model inside DDP, FSDP, `torch.compile` and `PeftModel`, in any order of these."""
     *_, bare = nested_models(model)
@@ -72,8 +82,8 @@ def idle_parameters(model: nn.Module) -> set[int]:
         wrapper: Any = module
         merged = module.__dict__.get("merged_adapters")  # PEFT's layers have it, perhaps empty
         for name, adapters in module._modules.items():
-            if name == PARKED and adapters is not None:  # parameters of it are there under ZeRO-3 only
-                idle |= {id(parameter) for parameter in adapters.parameters()}
+            if name == PARKED and adapters is not None:  # under ZeRO-3; and rows, experts[3], which are in use
+                idle |= {id(parameter) for name, parameter in adapters.named_parameters() if not is_row(name)}
             if (
                 merged is not None
                 and name.startswith("lora_")

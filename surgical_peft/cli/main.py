@@ -96,6 +96,8 @@ def blocks(
 ) -> None:
     """List the blocks of a model: names, modules, parameters and their share."""
     from ..blocks.block_map import BlockMap, blocks_in_words
+    from ..blocks.parts import parts_of
+    from ..blocks.towers import names_of_towers
     from ..quiet import quieten
     from ..rendering import TextTable
     from .architectures import model_of_config
@@ -116,8 +118,12 @@ def blocks(
     ]
     title = f"{block_map.model_name}: {len(sizes)} blocks, {total:,} parameters"
     named = list(sizes)[-1]
-    note = f'In recipes and SurgicalConfig: blocks: [0, -1, "0:3", {named}], by number, slice or name.'
-    console.print(TextTable(title, ["block", "parameters", "share", "modules"], rows, [note], left=(0, 3)))
+    notes = [f'In recipes and SurgicalConfig: blocks: [0, -1, "0:3", {named}], by number, slice or name.']
+    if towers := names_of_towers(block_map.modules):
+        notes.append(f"Towers with all their blocks: {', '.join(towers)}.")
+    if parts := parts_of(network, [path for name in block_map.layers for path in block_map.modules[name]]):
+        notes.append(f"Parts of the repeated blocks, in target_modules: {', '.join(parts)}.")
+    console.print(TextTable(title, ["block", "parameters", "share", "modules"], rows, notes, left=(0, 3)))
 
 
 @app.command(cls=Command)

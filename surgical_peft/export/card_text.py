@@ -54,6 +54,12 @@ class AdapterInfo:
     subfolder: str | None = None
     tied: Sequence[Sequence[str]] = ()
 
+    @property
+    def has_single_experts(self) -> bool:
+        """True if the file may hold rows of stacked weights."""
+        choices = self.target_modules.values() if isinstance(self.target_modules, dict) else [self.target_modules]
+        return any("experts[" in str(choice) for choice in choices)
+
 
 def describe(tuned: Sequence[AdapterInfo]) -> str:
     """The part of a card that says what each adapter tunes, on which base model, and how to load it."""
@@ -200,6 +206,15 @@ def _load_adapter(tuned: AdapterInfo) -> str:
     return f'model = PeftModel.from_pretrained(base_model, "{HERE}"{folder})'
 
 
+_COPY = ["assert not base_model.load_state_dict(tensors, strict=False).unexpected_keys"]
+_COPY_ROWS = [
+    "state = base_model.state_dict()",
+    "for name, tensor in tensors.items():",
+    '    weight, _, expert = name.partition("[")  # a row of a weight in which experts are stacked',
+    "    (state[weight][int(expert[:-1])] if expert else state[weight]).copy_(tensor)",
+]
+
+
 def _without_us(tuned: AdapterInfo) -> str:
     path = f"{tuned.subfolder or '.'}/adapter_model.safetensors".removeprefix("./")
     lines = [
@@ -210,12 +225,13 @@ def _without_us(tuned: AdapterInfo) -> str:
         *_names_of_labels(tuned),
         f"tensors = load_file({_quoted(path)})  # from {HERE}",
         'tensors = {name.removeprefix("base_model.model."): tensor for name, tensor in tensors.items()}',
-        "assert not base_model.load_state_dict(tensors, strict=False).unexpected_keys",
+        *(_COPY_ROWS if tuned.has_single_experts else _COPY),
     ]
+    what = "a weight that stands in several modules" if tuned.tied else "single experts"
     alone = (
         "`surgical-peft export ADAPTER OUT --format merged` makes a whole model of it, for transformers alone; stock "
-        "PEFT cannot hold a weight that stands in several modules."
-        if tuned.tied
+        f"PEFT cannot hold {what}."
+        if tuned.tied or tuned.has_single_experts
         else "`surgical-peft export ADAPTER OUT --format peft` makes a copy that PEFT loads alone."
     )
     return (

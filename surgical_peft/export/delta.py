@@ -31,6 +31,7 @@ from ..errors import SurgicalError
 from ..tuner.config import SurgicalConfig
 from ..tuner.loading.fingerprint import fingerprint
 from ..tuner.loading.saved_adapter import PREFIX, Base, LoadedBase, SavedAdapter, check_fits, load_base, read_config
+from ..tuner.tensors.row_names import with_rows
 
 DELTA_CONFIG = "delta_config.json"  # the adapter's, under a name that makes it no adapter's folder
 DELTA_WEIGHTS = "delta.safetensors"
@@ -49,7 +50,7 @@ def write_delta(adapter: SavedAdapter, base: LoadedBase, folder: Path) -> dict[s
     Raises:
         SurgicalError: the adapter was made from another model.
     """
-    state = base.model.state_dict()
+    state = with_rows(base.model.state_dict(), adapter.tensors)
     new = adapter.new_to(base)
     check_fits(adapter, state, new)
     entries: dict[str, dict[str, Any]] = {}
@@ -109,7 +110,7 @@ def read_delta(folder: Path, base_model: Base) -> tuple[SavedAdapter, LoadedBase
         shapes = {name: _shape_of(name, entry) for name, entry in entries.items()}
     tuned = {name: torch.empty(shape, dtype=dtypes[name], device="meta") for name, shape in shapes.items()}
     base = load_base(config, tuned, base_model)
-    state = base.model.state_dict()
+    state = with_rows(base.model.state_dict(), entries)
     with _reading(path, zlib.error, *_MALFORMED):
         tensors = {name: _restore(name, entry, arrays, state, dtypes[name]) for name, entry in entries.items()}
         if metadata.get("digest", digest := _digest(tensors)) != digest:  # a delta of the first version has none

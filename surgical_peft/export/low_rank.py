@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..blocks.module_lists import within
-from ..errors import SurgicalError
+from ..errors import SurgicalError, first_of
 from ..tuner.loading.saved_adapter import PREFIX, LoadedBase, SavedAdapter, check_fits, heads_of
+from ..tuner.tensors.row_names import split_row
 from ..validation import check_count
 from .stock_peft import check_found_alone, check_untied, stock_config
 
@@ -43,6 +44,11 @@ def write_lora(adapter: SavedAdapter, base: LoadedBase, rank: int, folder: Path)
     check_count("LoRA", "rank", rank, "of the updates")
     if adapter.config.lora:
         raise SurgicalError("the adapter holds LoRA weights beside its blocks already: export it with --format peft.")
+    if rows := [name for name in adapter.own if split_row(name)]:
+        raise SurgicalError(
+            f"the adapter tunes single experts ({first_of(rows, most=2)}), and stock PEFT's LoRA is of whole layers: "
+            "export it with --format merged or delta."
+        )
     state = base.model.state_dict()
     fresh = adapter.new_to(base)
     check_fits(adapter, state, fresh)

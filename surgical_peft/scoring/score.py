@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .. import criteria
 from ..blocks.block_map import BlockMap
-from ..blocks.unwrap import bare_parameter_name, idle_parameters, named_bare_modules, unwrap_model
+from ..blocks.unwrap import bare_parameter_name, idle_parameters, is_row, named_bare_modules, unwrap_model
 from ..criteria.budget import FORWARD, READING, Budget
 from ..criteria.criterion import (
     NO_GRADIENT,
@@ -261,7 +261,7 @@ def _units(model: nn.Module, blocks: BlockMap, granularity: str, tied: set[str])
             if not parameter.requires_grad or id(parameter) in idle:
                 continue
             path = bare_parameter_name(name)
-            if path in tied:
+            if path in tied or is_row(path):
                 continue
             unit = {"block": block, "module": path.rpartition(".")[0], "tensor": path}[granularity]
             units.setdefault(unit, {})[path] = parameter

@@ -55,7 +55,7 @@ class NamedModules:
             _maybe_include_all_linear_layers(asked, self._model)
         outermost: dict[str, None] = {}
         apart: dict[str, set[str] | None] = {}
-        for path in self._inside(inside):
+        for path in self.inside(inside):
             if not path or within(path, outermost) or within(path, self._excluded):
                 continue
             if not (check_target_module_exists(asked, path) or within(path, apart)):
@@ -69,7 +69,8 @@ class NamedModules:
             apart[path] = {name for name, _ in module.named_parameters(recurse=False)}
         return {**{path: names for path, names in apart.items() if names}, **outermost}
 
-    def _inside(self, homes: Collection[str] | None) -> list[str]:
+    def inside(self, homes: Collection[str] | None) -> list[str]:
+        """The paths of the modules within `homes`, in the order of the model; of all modules if None."""
         if homes is None:
             return self._paths
         places: set[int] = set()
@@ -83,7 +84,7 @@ class NamedModules:
 
     def some_names(self, inside: Collection[str] | None) -> str:
         """Names of modules for a message."""
-        ends = dict.fromkeys(path.rpartition(".")[2] for path in self._inside(inside) if path not in (inside or ("",)))
+        ends = dict.fromkeys(path.rpartition(".")[2] for path in self.inside(inside) if path not in (inside or ("",)))
         return ", ".join([name for name in ends if not name.isdigit()][:30]) or "none"
 
 

@@ -88,7 +88,7 @@ def attach(model: nn.Module, plan: AdapterPlan, config: SurgicalConfig, adapter:
         layer.loading = config.read_from is not None
         layer.add(
             adapter,
-            {attribute: tensors.places[name] for attribute, name in names.items()},
+            {attribute: tensors.at(name) for attribute, name in names.items()},
             {attribute for attribute, name in names.items() if plan.trained[name]},
             like,
             empty,

@@ -60,8 +60,9 @@ class SurgicalConfig(PeftConfig):
             them. Everything that asks for the blocks of the wrapped model goes by it, and it is saved.
         target_modules: with `blocks`, tune only these modules inside them; alone, PEFT's own meaning (names that
             end so, or a regular expression for the whole name) for any type of module. `"all-linear"`, `"all-norm"`
-            (normalization layers) and `"all-bias"` choose by kind; a dictionary chooses for each block, as in
-            `{"0": "all", "11": ["mlp"], "head": "all-bias"}`, and needs no `blocks` beside it.
+            (normalization layers) and `"all-bias"` choose by kind; in blocks, `"attention"`, `"attention.q"`, `"mlp"`,
+            `"experts"`, `"experts[3]"` and `"router"` are parts of any architecture; a dictionary chooses for each
+            block, as in `{"0": "all", "11": ["mlp"], "head": "all-bias"}`, and needs no `blocks` beside it.
         exclude_modules: modules to leave out, matched as `target_modules`.
         modules_to_save: newly initialized modules, such as a new head, to train and save as well.
         criterion: for `blocks="auto"`, what scores the blocks: a name or a function; default is `probe`, which

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from ..errors import SurgicalError
 from ..masks import set_requires_grad
 from ..precision.foreign_optimizers import tell_of_others
-from .tensors.parked import ParkedTensors, forget_caches
+from .tensors.parked import forget_caches
+from .tensors.row_names import split_row
+from .tensors.rows import RowSlot, WithRows
 from .tensors.slots import BASE, Slot
 from .tensors.tuned_tensors import Place, TensorMap
 
@@ -24,7 +26,7 @@ NO_BASE = (
 )
 
 
-class SurgicalLayer(ParkedTensors, BaseTunerLayer):
+class SurgicalLayer(WithRows, BaseTunerLayer):
     """Holds, for one module that owns tuned tensors, the base's set of them and those of the adapters.
 
     One set stands: its tensors are the module's own parameters and buffers. The module itself stays what it was, runs
@@ -70,10 +72,12 @@ class SurgicalLayer(ParkedTensors, BaseTunerLayer):
         for attribute, where in places.items():
             if attribute not in self.slots:
                 keep_base = self.keep_base if packed is None else "packed"
-                self.slots[attribute] = Slot([(place.module, place.attribute) for place in where], keep_base)
+                kind = RowSlot if split_row(attribute) else Slot
+                self.slots[attribute] = kind([(place.module, place.attribute) for place in where], keep_base)
             slot = self.slots[attribute]
             slot.add(adapter, like if like in slot else BASE, empty, (packed or {}).get(attribute))
         self.trained[adapter] = set(trained)
+        self.watch_rows()
         self.set_requires_grad(adapter, False)
         self.arrange()
 
@@ -127,12 +131,14 @@ class SurgicalLayer(ParkedTensors, BaseTunerLayer):
             slot.stand(wanted[attribute])
         forget_caches(changed.values())
         self.show_parked()
+        self.show_rows()
 
     def load(self, adapter: str, values: Mapping[str, Tensor]) -> None:
         """Give `adapter` these values, by the owner's attributes."""
         for attribute, tensor in values.items():
             self.slots[attribute].load(adapter, tensor)
         forget_caches(self.slots.values())
+        self.show_rows()
 
     def arrange(self) -> None:
         """Put in place the merged set, else the active one, else the base's."""
@@ -231,6 +237,7 @@ class SurgicalLayer(ParkedTensors, BaseTunerLayer):
         else:
             self._active_adapter = left
             self.arrange()
+        self.unwatch_rows()
         for attribute, slot in list(self.slots.items()):
             if adapter_name in slot:
                 slot.remove(adapter_name)
@@ -238,12 +245,14 @@ class SurgicalLayer(ParkedTensors, BaseTunerLayer):
                     slot.give_back(BASE)
                     del self.slots[attribute]
         del self.trained[adapter_name]
+        self.watch_rows()
         self.show_parked()
         if not self.trained:
             self.detach()
 
     def detach(self) -> None:
         """Remove this child from its owner."""
+        self.unwatch_rows()
         owner = self.get_base_layer()
         for name in [name for name, child in owner._modules.items() if child is self]:
             del owner._modules[name]
@@ -263,8 +272,15 @@ def base_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The base's own parameters and saved buffers by the first of their names, also where an adapter's stand."""
     layers = [module for module in model.modules() if isinstance(module, SurgicalLayer)]
     slots = {place: slot for layer in layers for slot in layer.slots.values() for place in slot.places}
+    rows: dict[tuple[nn.Module, str], list[RowSlot]] = {}
+    for row in slots.values():
+        if isinstance(row, RowSlot) and BASE in row and row.standing != BASE:
+            rows.setdefault((row.module, row.attribute), []).append(row)
     tensors: dict[str, Tensor] = {}
     for name, (place, *_) in TensorMap.find(model).places.items():
         slot = slots.get((place.module, place.attribute))
         tensors[name] = place.tensor if slot is None or BASE not in slot else slot.of(BASE)
+        for row in rows.get((place.module, place.attribute), ()):
+            tensors[name] = tensors[name].detach().clone() if tensors[name] is place.tensor else tensors[name]
+            tensors[name][row.index] = row.of(BASE)
     return tensors

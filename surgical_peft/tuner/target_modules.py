@@ -11,6 +11,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from ..blocks.block_map import BlockMap
 from ..blocks.given_layers import adapter_configs, as_paths
 from ..blocks.module_lists import within
+from ..blocks.parts import Layers, Part, whole_or_rows
 from ..blocks.unwrap import named_bare_modules
 from ..errors import SurgicalError
 from .asked_modules import NamedModules
@@ -19,6 +20,7 @@ from .config import Targets as Asked
 from .loading.new_weights import has_new_head, new_head
 from .loading.saved_adapter import heads_of
 from .moved_buffers import moving_buffers
+from .projector import projector_alone
 from .target_checks import check_at_hand, check_exchangeable, check_separate
 from .tensors.tuned_tensors import Targets, TensorMap, united
 
@@ -78,8 +80,9 @@ def modules_to_tune(
         targets = _chosen(modules, config, config.target_modules, None, "the model")
     else:
         blocks = blocks or block_map_for(model, config)
-        names = blocks.parse(config.blocks)
-        for group, choice in _choices(blocks, names, config.target_modules):
+        asked, within_blocks = projector_alone(blocks, config.blocks, config.target_modules)
+        names = blocks.parse(asked)
+        for group, choice in _choices(blocks, names, within_blocks):
             inside = [path for name in group for path in blocks.modules[name]]
             for path, found in _chosen(modules, config, choice, inside, f"blocks {list(group)}").items():
                 _add(targets, path, found)
@@ -97,6 +100,7 @@ def modules_to_tune(
     check_exchangeable(model, tensors, chosen, config)
     if blocks is not None:
         config.blocks, config.layers = list(names), config.layers or list(blocks.layer_paths) or None
+        config.target_modules = within_blocks
     config.modules_to_save = to_save or None
     config.tuned_modules = {path: None if tuned is None else sorted(tuned) for path, tuned in targets.items()}
     return targets
@@ -169,13 +173,14 @@ def _chosen(
     modules: NamedModules, config: SurgicalConfig, choice: Choice, inside: list[str] | None, where: str
 ) -> dict[str, set[str] | None]:
     """The largest modules that `choice` means within the paths `inside`, and the parameters of them."""
+    choice, rows = _without_parts(modules, config, choice, inside, where)
     parts = choice if choice in PARTS else None
     if parts and inside is None:
         raise SurgicalError(
             f"target_modules={choice!r} chooses among the parameters of blocks: say which; blocks='all' is everywhere."
         )
     everything = choice == "all" and inside is not None
-    targets = modules.outermost(".*" if parts or everything else choice, inside)
+    targets = modules.outermost(".*" if parts or everything else choice, inside) if choice else {}
     if everything or parts == "all-bias":
         for path in inside or ():
             if path in modules.by_path:
@@ -185,12 +190,54 @@ def _chosen(
     if parts:
         asked = {path: _parameters_of(modules.by_path[path], parts, names) for path, names in targets.items()}
         targets = {path: names for path, names in asked.items() if names}
+    targets = whole_or_rows(targets, rows)
     if not targets:
         raise SurgicalError(
             f"target_modules={choice!r} with exclude_modules={config.exclude_modules!r} match no "
             f"module with parameters in {where}. Names inside: {modules.some_names(inside)}."
         )
     return targets
+
+
+def _without_parts(
+    modules: NamedModules, config: SurgicalConfig, choice: Choice, inside: list[str] | None, where: str
+) -> tuple[Choice, dict[str, set[str] | None]]:
+    """The choice with paths in the place of names of parts, such as `attention` or `router`; and single experts.
+
+    A name that modules have themselves stands for these. Every name has to match in the model, but of saved adapters,
+    whose file says what they hold.
+    """
+    names = [choice] if isinstance(choice, str) else list(choice)
+    if isinstance(choice, str) and (choice in (*PARTS, "all") or not Part.is_one(choice)):
+        return choice, {}
+    unknown = [name for name in names if not modules.outermost([name], inside)]
+    known = config.tuned_modules if config.read_from is not None else None
+    parts = {name: Part.read(name) for name in unknown if Part.is_one(name)}
+    if inside is None and parts:
+        raise SurgicalError(
+            f"target_modules={choice!r}: {next(iter(parts))!r} is a part of layers: say of which blocks; "
+            "blocks='all' is everywhere."
+        )
+    if not unknown:
+        return names, {}
+    layers = Layers({path: modules.by_path[path] for path in modules.inside(inside)}, frozenset(inside or ()))
+    paths: list[str] = []
+    rows: dict[str, set[str] | None] = {}
+    for name in unknown:
+        found = layers.find(part, name) if (part := parts.get(name)) else {}
+        if not found and known is None and not modules.outermost([name], None):
+            raise SurgicalError(
+                f"target_modules={choice!r}: {name!r} matches no module with parameters in {where}. Parts: "
+                f"{', '.join(layers.existing()) or 'none'}. Names inside: {modules.some_names(inside)}."
+            )
+        for path, attributes in found.items():
+            if known is not None and not within(path, known):
+                continue  # saved by a version that knew the name of no part
+            if attributes is None:
+                paths.append(path)
+            else:
+                rows[path] = (rows.get(path) or set()) | attributes
+    return sorted({*paths, *(name for name in names if name not in unknown)}), rows
 
 
 def _parameters_of(module: nn.Module, parts: str, among: set[str] | None) -> set[str]:
@@ -243,5 +290,5 @@ def _rest_of_new_head(
 
 def _by_module(tensors: TensorMap, names: Collection[str]) -> dict[str, Collection[str] | None]:
     paths = [name.rpartition(".")[::2] for name in sorted(names)]
-    is_parameter = [tensors.places[name][0].is_parameter for name in sorted(names)]
+    is_parameter = [tensors.at(name)[0].is_parameter for name in sorted(names)]
     return united(*({path: [name] if asked else []} for (path, name), asked in zip(paths, is_parameter, strict=True)))

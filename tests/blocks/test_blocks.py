@@ -319,7 +319,7 @@ def test_parse_refuses(spec: object, value: str, why: str, vit: Toy) -> None:
         ("decoder[1:1]", "selects no block"),
         ("decoder[]", "brackets"),
         ("decoder[x]", "brackets"),
-        ("decoder", "'decoder[-2:]'"),
+        ("middle", "'decoder[-2:]'"),
         (["decoder[0]", "decoder.0"], "named twice"),
     ],
 )

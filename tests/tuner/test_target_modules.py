@@ -139,7 +139,7 @@ def test_lists_are_taken_apart_down_to_what_has_a_forward() -> None:
         ({"blocks": "auto"}, "get_surgical_model"),
         ({"blocks": [0], "target_modules": ["q_pro"]}, r"no module.*\['0'\].*q_proj"),
         ({"blocks": [0], "target_modules": ["dropout"]}, "no module"),
-        ({"blocks": [0], "target_modules": ["classifier"]}, "match no module"),
+        ({"blocks": [0], "target_modules": ["classifier"]}, "no module"),
         ({"target_modules": ["nope"]}, "no module.*in the model"),
         ({"blocks": [0], "exclude_modules": ["nope"]}, r"exclude_modules=\['nope'\]"),
         ({"blocks": [0], "exclude_modules": ["layers.0"]}, r"exclude_modules=\['layers.0'\]"),

@@ -17,10 +17,11 @@ from transformers.models.auto.modeling_auto import (
 
 from ...blocks.block_map import blocks_in_words
 from ...blocks.module_lists import parents, within
-from ...errors import SurgicalError
+from ...errors import SurgicalError, first_of
 from ...tuner.config import SurgicalConfig
 from ...tuner.loading.saved_adapter import heads_of
 from ...tuner.target_modules import modules_to_tune
+from ...tuner.tensors.row_names import split_row
 from ...tuner.tensors.tuned_tensors import TensorMap, united
 
 
@@ -54,6 +55,11 @@ class Choice:
         settled, recorded = copy.copy(config), config.tuned_modules or {}
         tensors = TensorMap.find(model)
         chosen = tensors.chosen(united(modules_to_tune(model, settled), recorded))
+        if rows := [name for name in chosen if split_row(name)]:
+            raise SurgicalError(
+                f"other tools train whole tensors, and this choice has single experts ({first_of(rows, most=2)}): the "
+                "nearest that they can is all experts of a block, target_modules=['experts']."
+            )
         paths = [path for path, _ in model.named_modules()]
         saved = heads_of(settled, paths)
         names = [name for name, _ in model.named_parameters()]

@@ -92,7 +92,7 @@ def check_fit(model: nn.Module, config: SurgicalConfig, targets: Targets, saved:
     fractions = saved_fractions(config)
     floating: set[str] = set()
     for name in tensors.chosen(targets):
-        tensor = tensors.places[name][0].tensor  # a quantized one is in the file in float, and whole
+        tensor = tensors.at(name)[0].tensor  # a quantized one is in the file in float, and whole
         packed = isinstance(tensor, nn.Parameter) and is_packed(tensor)
         expected[name] = saved.get(name, (0,)) if packed else tuple(tensor.shape)
         if tensor.is_floating_point() or packed:
@@ -216,9 +216,8 @@ def recorded(model: nn.Module, config: SurgicalConfig, today: Mapping[str, str])
     homes = {*(path for path, names in record.items() if not names), *(name.rpartition(".")[0] for name in parameters)}
     tuned = set()
     for old, name in today.items():
-        if name in tensors.first:
-            first = tensors.first[name]
-            buffer = not tensors.places[first][0].is_parameter
+        if first := tensors.first_name(name):
+            buffer = not tensors.at(first)[0].is_parameter
             whole = any(names is None and inside(old, path) for path, names in record.items())
             if whole or old in parameters or (buffer and old.rpartition(".")[0] in homes):
                 tuned.add(first)

@@ -12,6 +12,7 @@ from ...blocks.unwrap import named_bare_modules
 from ...errors import SurgicalError
 from ..config import SurgicalConfig
 from ..layer import base_tensors
+from ..tensors.row_names import pick
 from ..tensors.tuned_tensors import Targets, TensorMap
 from .fingerprint import differ_in_dtype, fingerprint
 from .new_weights import new_head
@@ -55,7 +56,7 @@ def check_base(
     new = config.new_weights or ()
     base = base_tensors(model)
     rest = [name for name in base if name not in held and not within(name, heads)]
-    parts = {"fingerprint": {name: base[name] for name in asked if name not in new}}
+    parts = {"fingerprint": {name: pick(base, name) for name in asked if name not in new}}
     if config.new_weights is not None:
         besides = {old: tensors.first[name] for old, name in (today or {}).items() if tensors.first.get(name) in rest}
         parts["frozen_fingerprint"] = {name: base[name] for name in rest} | _saved_besides(config, besides)
@@ -64,7 +65,7 @@ def check_base(
         for name, digest in digests.items():
             setattr(config, name, digest)
         return
-    if config.new_weights is None and _as_before(config, {n: base[n] for n in asked}, new_head(model, config)):
+    if config.new_weights is None and _as_before(config, {n: pick(base, n) for n in asked}, new_head(model, config)):
         if strict:
             warnings.warn(
                 "strict_base=True: the adapter is from an earlier version, which noted the base's weights of the "

@@ -22,6 +22,7 @@ from ...blocks.module_lists import within
 from ...errors import SurgicalError
 from ...typed_json import read_json
 from ..config import SurgicalConfig, SurgicalPeftType
+from ..tensors.row_names import with_rows
 
 PREFIX = "base_model.model."  # what PEFT puts before each name of the base model
 Base = str | Path | nn.Module | None  # a folder or Hub id, the model itself, or None for what the adapter names
@@ -177,6 +178,7 @@ def check_fits(adapter: SavedAdapter, state: dict[str, Tensor], new: frozenset[s
     Raises:
         SurgicalError: it is not; the base model is another one.
     """
+    state = with_rows(state, adapter.own)
     for name, tuned in adapter.own.items():
         if name not in state:
             raise SurgicalError(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ...blocks.module_lists import inside, join, parents
 from ...blocks.unwrap import named_bare_modules
 from ...errors import SurgicalError
+from .row_names import split_row, tensor_of
 
 Targets = Mapping[str, Collection[str] | None]  # path of a module -> names of parameters in it; None for all
 
@@ -40,13 +41,15 @@ class Place:
     @property
     def tensor(self) -> Tensor:
         """The tensor in this place."""
+        if row := split_row(self.attribute):
+            return self.module._parameters[row[0]].data[row[1]]  # type: ignore[union-attr]
         tensor = self.module._parameters.get(self.attribute)
         return self.module._buffers[self.attribute] if tensor is None else tensor  # type: ignore[return-value]
 
     @property
     def is_parameter(self) -> bool:
         """True for a parameter, False for a buffer."""
-        return self.attribute in self.module._parameters
+        return tensor_of(self.attribute) in self.module._parameters
 
 
 def put(module: nn.Module, attribute: str, tensor: Tensor) -> None:
@@ -101,6 +104,18 @@ class TensorMap:
                 names.setdefault(path, []).append(name)
         return names
 
+    def at(self, name: str) -> list[Place]:
+        """The places of the tensor whose first name this is, or of a row of one."""
+        if (row := split_row(name)) is None:
+            return self.places[name]
+        return [Place(place.module, f"{place.attribute}[{row[1]}]") for place in self.places[row[0]]]
+
+    def first_name(self, name: str) -> str | None:
+        """The first name of the tensor, or of the row of one, that goes by `name`; None if there is none."""
+        row = split_row(name)
+        first = self.first.get(row[0] if row else name)
+        return f"{first}[{row[1]}]" if row and first else first
+
     def parameters(self, path: str) -> list[str]:
         """The names, as they are, of all parameters in the module at `path`."""
         return [name for name in self._inside.get(path, ()) if self.places[self.first[name]][0].is_parameter]
@@ -117,7 +132,9 @@ class TensorMap:
         choice: dict[str, bool] = {}
         for path, names in targets.items():
             asked = set(self.parameters(path) if names is None else [join(path, name) for name in names])
-            homes = {path} if names is not None and not names else {name.rpartition(".")[0] for name in asked}
+            rows = [name for name in asked if split_row(name)]
+            whole = asked.difference(rows)
+            homes = {path} if names is not None and not names else {name.rpartition(".")[0] for name in whole}
             for name in self._inside.get(path, ()):
                 first = self.first[name]
                 if self.places[first][0].is_parameter:
@@ -125,6 +142,7 @@ class TensorMap:
                         choice[first] = True
                 elif names is None or name.rpartition(".")[0] in homes:
                     choice[first] = False
+            choice |= {row: True for name in sorted(rows) if (row := self.first_name(name))}
         return choice
 
     def untied(
@@ -139,8 +157,9 @@ class TensorMap:
         moved: list[str] = []
         for path, names in targets.items():
             asked = self.parameters(path) if names is None else [join(path, name) for name in sorted(names)]
-            kept = [name for name in asked if inside(self.first[name], path) and self.first[name] not in elsewhere]
-            moved += [f for name in asked if not inside(f := self.first[name], path) and f not in elsewhere]
+            firsts = {name: first for name in asked if (first := self.first_name(name)) and first not in elsewhere}
+            kept = [name for name, first in firsts.items() if inside(first, path)]
+            moved += [first for first in firsts.values() if not inside(first, path)]
             if names is None and len(kept) == len(asked):
                 whole[path] = None
             elif kept or not asked:
@@ -166,7 +185,7 @@ class TensorMap:
         Raises:
             SurgicalError: they overlap; the message names both.
         """
-        wanted = set(names)
+        wanted = {tensor_of(name) for name in names}
         spans = sorted(
             (*_span(places[0].tensor), name) for name, places in self.places.items() if _is_here(places[0].tensor)
         )
