@@ -15,6 +15,7 @@ from .export.export import export_to_peft
 from .optim.callback import SurgicalCallback
 from .optim.optimizer import SurgicalOptimizerFactory, create_surgical_optimizer, surgical_optimizer
 from .optim.trainer_patch import patch_trainer
+from .prefix_cache import cache_prefix
 from .scoring.block_scores import BlockScores
 from .scoring.score import score_blocks
 from .scoring.selection import Selection, above, top_fraction, top_k, within_budget
@@ -33,6 +34,7 @@ __all__ = [
     "SurgicalModel",
     "SurgicalOptimizerFactory",
     "above",
+    "cache_prefix",
     "create_surgical_optimizer",
     "criteria",
     "doctor",

@@ -30,6 +30,7 @@ ROOMS = [
         "policies",
         "procedures",
         "optim",
+        "prefix_cache",
         "search",
         "export",
         "diagnosis",
