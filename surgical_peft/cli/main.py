@@ -169,6 +169,12 @@ app.command(cls=Command)(advise)
 def train(
     recipe: RecipeFile,
     output: Annotated[Path | None, typer.Option(help="Folder for the results; default is the recipe's.")] = None,
+    prefix_cache: Annotated[
+        bool, typer.Option("--prefix-cache", help="Run what lies before the first tuned block once for each example.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say what is tuned, and what the prefix cache takes.")
+    ] = False,
     tiny: Tiny = False,
     allow_code: AllowCode = False,
     as_json: AsJson = False,
@@ -176,9 +182,22 @@ def train(
     """Choose the blocks, tune them, measure, and save the adapter; the same command goes on after Ctrl-C."""
     from ..experiments.training.summary import last_lines, table
     from ..experiments.training.train import train as train_recipe
+    from ..experiments.training.train_plan import plan
 
+    loaded, output = open_recipe(recipe, allow_code, tiny, output, dry_run)
+    if prefix_cache:
+        loaded = replace(loaded, prefix_cache=True)
     with contextlib.redirect_stdout(sys.stderr):  # what Trainer prints must not come between the JSON
-        report = train_recipe(*open_recipe(recipe, allow_code, tiny, output), Console(stderr=True, quiet=as_json))
+        if dry_run:
+            planned = plan(loaded, output, Console(stderr=True, quiet=as_json))
+        else:
+            report = train_recipe(loaded, output, Console(stderr=True, quiet=as_json))
+    if dry_run:
+        if as_json:
+            print_json(asdict(planned))
+        else:
+            print_lines(planned.lines())
+        return
     if as_json:
         print_json(report.to_json())
         return

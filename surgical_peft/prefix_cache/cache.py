@@ -15,7 +15,7 @@ from transformers.utils.generic import ModelOutput
 from ..blocks.unwrap import unwrap_model
 from ..criteria.short_training.frozen_prefix import answering, recording
 from ..errors import SurgicalError
-from .examples import NOT_INPUTS, Sequences, aligned, keys_of, sequences_of, tensors_of
+from .examples import NOT_INPUTS, Batch, Sequences, aligned, keys_of, sequences_of, tensors_of
 from .plan import Plan, are_close, make_plan
 from .store import Store
 
@@ -62,6 +62,16 @@ class PrefixCache:
     def __getstate__(self) -> dict[str, Any]:
         return {"_model": None}  # a copy of the model runs whole
 
+    def row_bytes(self, example: dict[str, Any]) -> int:
+        """What is kept of an example, a batch of one, by the first plan that was made."""
+        plan = next((plan for plan in self._plans.values() if plan), None)
+        padded = self._sequences(tensors_of(example)[0])
+        return sum(plan.forms[name].row_bytes(padded) for name in plan.spaces) if plan else 0
+
+    def _sequences(self, batch: Batch) -> dict[str, Sequences]:
+        is_two = getattr(getattr(self._model, "config", None), "is_encoder_decoder", False)
+        return sequences_of(batch, bool(is_two))
+
     def close(self) -> None:
         """Write what waits to be written, and leave the model as it was."""
         self._during.close()
@@ -83,7 +93,7 @@ class PrefixCache:
         batch, reason = tensors_of(given)
         if reason:
             return self._refuse(reason)
-        padded = sequences_of(batch, bool(getattr(getattr(module, "config", None), "is_encoder_decoder", False)))
+        padded = self._sequences(batch)
         kinds = aligned(batch, padded)
         plan = self._plan(given, batch, kinds)
         if plan is None:
@@ -113,6 +123,7 @@ class PrefixCache:
         finally:
             self._during.close()
             self._after = None
+            self.hits = self.misses = 0
             for module, mode in modes:
                 module.training = mode
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -99,6 +100,14 @@ class Form:
             tensors.append(whole.to(device))
         each = iter(tensors)
         return map_tensors(lambda _: next(each), self.template)
+
+    def row_bytes(self, padded: Mapping[str, Sequences]) -> int:
+        """The bytes of the row of the first example of a batch."""
+        total = 0
+        for tensor, shape, which in zip(tensors_in(self.template), self.shapes, self.sequences, strict=True):
+            first, after = padded[which].spans[0] if which else (0, shape[0] if shape else 1)
+            total += tensor.element_size() * (after - first) * math.prod(shape[1:])
+        return total
 
     def unknown(self, size: int, padded: Mapping[str, Sequences]) -> Any:
         """An output in which all numbers are NaN: whoever reads it cannot overlook that. It takes no memory."""

@@ -14,7 +14,8 @@ from surgical_peft import BlockMap, SurgicalConfig
 from surgical_peft.experiments import tasks
 from surgical_peft.experiments.recipe.recipe import Recipe
 from surgical_peft.experiments.tasks import load_task
-from surgical_peft.experiments.training.train import fit, score
+from surgical_peft.experiments.training.fit import fit
+from surgical_peft.experiments.training.train import score
 from tests.support.toy_tasks import SIZES, TOY_TASKS
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")

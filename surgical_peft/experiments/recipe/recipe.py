@@ -18,7 +18,7 @@ from .training_arguments import make_arguments
 ONLINE = "online"  # a value of `unlabelled`
 NOT_KEYS = ("training", "given", "path", "allow_code")
 _NO_SETTINGS = {  # of a training: where its results go, what is measured afterwards, and what is searched for
-    *("output_dir", "blocks", "criterion", "criterion_options", "num_blocks", "num_batches", "tiny"),
+    *("output_dir", "prefix_cache", "blocks", "criterion", "criterion_options", "num_blocks", "num_batches", "tiny"),
     "test_metrics",
     *("procedure", "procedure_options", "rates", "seeds", *names_of(CompareSection)),
 }

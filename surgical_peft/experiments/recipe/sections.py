@@ -154,12 +154,16 @@ class PolicySection:
             train all the same.
         early_stopping_patience: after so many epochs without a lower validation loss `train` stops, and keeps the best
             epoch; `search`, `compare` and `advise` train to the end. Default is not to stop.
+        prefix_cache: whether `train` runs what lies before the first tuned block once for each example, and keeps what
+            it returns: 2 GiB in memory, the rest beside the results until the training is done. `search` and `compare`
+            do so by themselves where it fits into memory.
     """
 
     policy: str | None = None
     policy_options: dict[str, Any] = field(default_factory=dict)
     norm_eval: bool = False
     early_stopping_patience: int | None = None
+    prefix_cache: bool = False
 
     def make_policy(self) -> Policy | None:
         """The policy, or None.

@@ -51,6 +51,8 @@ def check_unlabelled(recipe: Recipe) -> None:
             raise SurgicalError(f"{key}={value!r} does not go with unlabelled: {reason}.")
     if recipe.training.get("label_smoothing_factor"):
         raise SurgicalError("label_smoothing_factor does not go with unlabelled: there are no labels to smooth.")
+    if recipe.prefix_cache:
+        raise SurgicalError("prefix_cache does not go with unlabelled: no two copies of an image are the same.")
     if recipe.is_online and recipe.early_stopping_patience is not None:
         raise SurgicalError("early_stopping_patience does not go with unlabelled: online: a stream has no epochs.")
     if recipe.is_online and recipe.test_metrics:

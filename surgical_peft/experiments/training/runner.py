@@ -26,10 +26,10 @@ from ...tuner.model import SurgicalModel
 from ..recipe.recipe import Recipe
 from ..tasks import Examples, load_task
 from .activation_cache import AT, ROOM, PrefixCache
+from .fit import fit
 from .job_progress import ReportedSteps, part_of_job
 from .online import adapt_online
 from .profiling import PeakMemory, StepClock
-from .train import fit
 
 Item = dict[str, Any]
 Wrap = Callable[[nn.Module], nn.Module]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from operator import length_hint
 from pathlib import Path
@@ -15,15 +15,7 @@ import torch
 from rich.console import Console
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import (
-    EarlyStoppingCallback,
-    PrinterCallback,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-    default_data_collator,
-    set_seed,
-)
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
 from ...atomic_files import check_replaceable, only_writer, whole_folder, write_text
@@ -32,7 +24,6 @@ from ...criteria.budget import GRADIENTS, half_of
 from ...errors import SurgicalError
 from ...export.processor import fits_pipeline, processor_of
 from ...optim.callback import SurgicalCallback
-from ...optim.optimizer import surgical_optimizer
 from ...policies.policy import Policy
 from ...scoring.block_scores import BlockScores
 from ...scoring.progress import Stages, TrainingStage, counted
@@ -41,10 +32,10 @@ from ...tuner.config import SurgicalConfig
 from ...tuner.loading.fingerprint import fingerprint
 from ..recipe.code import check_code
 from ..recipe.recipe import Recipe
-from ..tasks import Examples, Task, load_task
-from ..tasks.question_answering import POSITIONS
+from ..tasks import Task, load_task
 from ..tasks.source_model import modules_to_save
 from .card import write_card
+from .fit import PREFIX_CACHE, fit
 from .make_report import Trained, make_report, start
 from .measuring import further_report, measurements, source_measurements, source_report
 from .online import adapt_to_streams
@@ -187,6 +178,7 @@ def _train(
                         task.collate,
                         judged,
                         unfinished.checkpoint,
+                        folder / PREFIX_CACHE if recipe.prefix_cache else None,
                     )
                 after, others_after = measured("after")
             source_after = [entry.of(wrapped, "after", stages) for entry in of_source]
@@ -260,35 +252,3 @@ def _check_finite(model: nn.Module, args: TrainingArguments, metrics: Mapping[st
         raise SurgicalError(
             f"after training at learning_rate={args.learning_rate}, {broken[-1]}: lower the rate. Nothing was saved."
         )
-
-
-def fit(
-    model: nn.Module,
-    args: TrainingArguments,
-    examples: Examples,
-    policy: Policy | None = None,
-    callbacks: Sequence[TrainerCallback] = (),
-    collate: Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]] = default_data_collator,
-    judged: Examples | None = None,
-    checkpoint: Path | None = None,
-) -> Trainer:
-    """Train what has `requires_grad` with `Trainer`, each block at its rate; returns the trainer.
-
-    With an `eval_strategy` among the arguments, the loss on the examples `judged` is told as it says. It goes on from
-    a `checkpoint`, if there is one.
-    """
-    set_seed(args.seed)
-    if judged is not None and "labels" not in (batch := collate([judged[0]])):  # nor does Trainer see others by itself
-        args.label_names = [name for name in batch if name in POSITIONS] or args.label_names
-    trainer = Trainer(
-        model=model,
-        args=args,
-        train_dataset=examples,
-        eval_dataset=judged,
-        data_collator=collate,
-        optimizer_cls_and_kwargs=surgical_optimizer(args, policy),  # type: ignore[arg-type]
-        callbacks=list(callbacks),
-    )
-    trainer.remove_callback(PrinterCallback)  # prints the log as dictionaries where the progress bar is off
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    return trainer

@@ -19,8 +19,8 @@ from surgical_peft.experiments.tasks import load_task
 from surgical_peft.experiments.training import activation_cache as prefix_cache
 from surgical_peft.experiments.training import profiling
 from surgical_peft.experiments.training import runner as module
+from surgical_peft.experiments.training.fit import fit
 from surgical_peft.experiments.training.source_data import SourceData
-from surgical_peft.experiments.training.train import fit
 from surgical_peft.search.result import SOURCE_LOSS_RISE, SearchResult, SearchTrial
 from tests.support.tiny import write_data, write_recipe
 
