@@ -6,7 +6,6 @@ card | push | quickstart`
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import sys
 from dataclasses import asdict, replace
@@ -24,10 +23,11 @@ from .doctor import doctor
 from .emit import emit
 from .exits import errors_in_one_line, interrupts_in_one_line
 from .experiments import advise, compare, open_recipe, search
-from .options import AllowCode, AsJson, RecipeFile, Tiny, console, print_json, print_lines
+from .options import AllowCode, AsJson, RecipeFile, console, print_json, print_lines
 from .patch import patch
 from .predict import predict
 from .recipes import recipe, start
+from .train import train
 
 for _library in ("torchao", "bitsandbytes", "torch.utils._pytree", "DeepSpeed"):
     # What they say when they are imported is not about the command. Loggers below them have the level from them; one
@@ -165,46 +165,7 @@ app.command(cls=Command)(compare)
 app.command(cls=Command)(advise)
 
 
-@app.command(cls=Command)
-def train(
-    recipe: RecipeFile,
-    output: Annotated[Path | None, typer.Option(help="Folder for the results; default is the recipe's.")] = None,
-    prefix_cache: Annotated[
-        bool, typer.Option("--prefix-cache", help="Run what lies before the first tuned block once for each example.")
-    ] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only say what is tuned, and what the prefix cache takes.")
-    ] = False,
-    tiny: Tiny = False,
-    allow_code: AllowCode = False,
-    as_json: AsJson = False,
-) -> None:
-    """Choose the blocks, tune them, measure, and save the adapter; the same command goes on after Ctrl-C."""
-    from ..experiments.training.summary import last_lines, table
-    from ..experiments.training.train import train as train_recipe
-    from ..experiments.training.train_plan import plan
-
-    loaded, output = open_recipe(recipe, allow_code, tiny, output, dry_run)
-    if prefix_cache:
-        loaded = replace(loaded, prefix_cache=True)
-    with contextlib.redirect_stdout(sys.stderr):  # what Trainer prints must not come between the JSON
-        if dry_run:
-            planned = plan(loaded, output, Console(stderr=True, quiet=as_json))
-        else:
-            report = train_recipe(loaded, output, Console(stderr=True, quiet=as_json))
-    if dry_run:
-        if as_json:
-            print_json(asdict(planned))
-        else:
-            print_lines(planned.lines())
-        return
-    if as_json:
-        print_json(report.to_json())
-        return
-    console.print(table(report))
-    print_lines(last_lines(report))
-
-
+app.command(cls=Command)(train)
 app.command(cls=Command)(doctor)
 app.command(cls=Command)(predict)
 

@@ -16,7 +16,7 @@ from ..blocks.unwrap import unwrap_model
 from ..criteria.short_training.frozen_prefix import answering, recording
 from ..errors import SurgicalError
 from .examples import NOT_INPUTS, Batch, Sequences, aligned, keys_of, sequences_of, tensors_of
-from .plan import Plan, are_close, make_plan
+from .plan import Plan, Trial, are_close
 from .store import Store
 
 _PLANS = 8  # ways of calling a model that are tried out; training, evaluation and their last batches are a few
@@ -205,7 +205,7 @@ class PrefixCache:
             self._is_planning = True
             try:
                 assert self._model is not None
-                self._plans[way] = plan = make_plan(self._model, given, batch)
+                self._plans[way] = plan = Trial(self._model, given, batch).plan()
                 self._versions[way] = plan.versions()
             except SurgicalError as error:
                 self._plans[way] = None

@@ -49,20 +49,6 @@ class Plan:
         }
 
 
-def make_plan(model: nn.Module, given: Mapping[str, Any], batch: Batch) -> Plan:
-    """Find out what can be skipped when the model is called like this, and try it on a few examples.
-
-    Args:
-        model: the bare model, in the mode and under the autocast in which it will be called.
-        given: all its arguments.
-        batch: the tensors among them.
-
-    Raises:
-        SurgicalError: nothing can be skipped, with the reason.
-    """
-    return _Trial(model, given, batch).plan()
-
-
 def watched_modules(model: nn.Module) -> dict[str, nn.Module]:
     """The modules of the blocks, and those around them: what may be skipped, by name."""
     every = dict(named_bare_modules(model))
@@ -71,8 +57,14 @@ def watched_modules(model: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in every.items() if name and name in blocks | around}
 
 
-class _Trial:
-    """A few examples, and the forward passes on them that show what may be skipped."""
+class Trial:
+    """A few examples, and the forward passes on them that show what may be skipped.
+
+    Args:
+        model: the bare model, in the mode and under the autocast in which it will be called.
+        given: all its arguments.
+        batch: the tensors among them.
+    """
 
     def __init__(self, model: nn.Module, given: Mapping[str, Any], batch: Batch) -> None:
         self.model = model
@@ -93,21 +85,29 @@ class _Trial:
         self.watched = watched_modules(model)
 
     def plan(self) -> Plan:
+        """What can be skipped when the model is called like this.
+
+        Raises:
+            SurgicalError: nothing, with the reason.
+        """
         trace = Trace(self.model, self.watched)
-        whole = self._run(self.few, trace=trace)
+        whole = self.run(self.few, trace=trace)
         skipped = self._outermost(trace)
+        forms, misfits = self.forms(trace, skipped)
         for name in skipped:
             if drawing := random_modules(self.watched[name]):
-                raise SurgicalError(
+                misfits[name] = (
                     f"{name}.{drawing[0]} below the first tuned block draws or counts while it runs "
                     f"({type(self.watched[name].get_submodule(drawing[0])).__name__} in train mode), so its output is "
                     "another one each time: leave frozen_eval on, or put it into eval mode."
                 )
-        forms = self._forms(trace, skipped)
+        sizes = {name: sum(weight.numel() for weight in self.watched[name].parameters()) for name in skipped}
+        if misfits and 2 * sum(sizes[name] for name in misfits) > sum(sizes.values()):  # the rest is not worth it
+            raise SurgicalError(next(iter(misfits.values())))
+        skipped = [name for name in skipped if name not in misfits]
         weights = trace.tensors_before(max(trace.returned[name] for name in skipped))
         modules = {name: self.watched[name] for name in skipped}
         outputs = {name: trace.outputs[name] for name in skipped}
-        self._check_company(outputs, forms)
         for kept in self._choices(modules, forms, outputs, whole, trace):
             plan = Plan(modules, forms, kept, weights)
             if self._agrees(plan, outputs, whole):
@@ -117,7 +117,7 @@ class _Trial:
             "run: something reads what they do besides returning, or the loss counts padding."
         )
 
-    def _run(
+    def run(
         self, batch: Batch, trace: Trace | None = None, answers: dict[nn.Module, Any] | None = None, seed: int = 0
     ) -> list[Tensor]:
         """All numbers that a forward pass gives, then the gradients of what is in training."""
@@ -142,16 +142,19 @@ class _Trial:
         gradients = torch.autograd.grad(loss, weights, materialize_grads=True)
         return [*(number.detach() for number in numbers), *gradients]
 
+    def is_by_example(self, output: Any) -> bool:
+        """True if all tensors of an output for the few examples have an entry for each."""
+        tensors = list(tensors_in(output))
+        return bool(tensors) and all(tensor.ndim and len(tensor) == self.size for tensor in tensors)
+
     def _outermost(self, trace: Trace) -> list[str]:
         """Modules that had returned before the first tuned one was called, and whose outputs can be kept."""
         first = trace.first_tuned()
         before = [name for name in self.watched if trace.returned.get(name, first) < first]
         reasons = dict(trace.unfit)
         for name in before:
-            if name in trace.outputs:
-                tensors = list(tensors_in(trace.outputs[name]))
-                if not tensors or any(not t.ndim or len(t) != self.size for t in tensors):
-                    reasons[name] = "returns tensors that have no entry for each example"
+            if name in trace.outputs and not self.is_by_example(trace.outputs[name]):
+                reasons[name] = "returns tensors that have no entry for each example"
         fit = [name for name in before if name not in reasons]
         skipped = [name for name in fit if not any(name.startswith(f"{other}.") for other in fit)]
         if not skipped:
@@ -162,41 +165,55 @@ class _Trial:
             )
         return skipped
 
-    def _forms(self, trace: Trace, skipped: Sequence[str]) -> dict[str, Form]:
+    def forms(self, trace: Trace, names: Sequence[str]) -> tuple[dict[str, Form], dict[str, str]]:
+        """Forms of the outputs that an example has whatever its batch, and the reasons why others are not the same."""
+        misfits: dict[str, str] = {}
+        try:
+            forms = self._shapes(trace, names, misfits)
+            self._check_company(trace.outputs, forms, misfits)
+        except (SurgicalError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # whatever a model does not like about fewer tokens, or fewer examples
+            raise SurgicalError(
+                f"{type(self.model).__name__} does not take a part of a batch, so that examples cannot be told apart: "
+                f"{error}"
+            ) from error
+        return {name: form for name, form in forms.items() if name not in misfits}, misfits
+
+    def _shapes(self, trace: Trace, names: Sequence[str], misfits: dict[str, str]) -> dict[str, Form]:
         """Which dimension of which output goes along with which sequence: the one that is shorter by a token too."""
-        names = {name: [None] * len(list(tensors_in(trace.outputs[name]))) for name in skipped}
-        found: dict[str, list[str | None]] = {name: list(entries) for name, entries in names.items()}
+        found: dict[str, list[str | None]] = {name: [None for _ in tensors_in(trace.outputs[name])] for name in names}
         for which in {*self.kinds.values()}:
-            shorter = Trace(self.model, {name: self.watched[name] for name in skipped})
+            shorter = Trace(self.model, {name: self.watched[name] for name in names})
             batch = cut(self.few, self.kinds, which, slice(0, self.padded[which].length - 1))
             with torch.no_grad():
-                self._run(batch, trace=shorter)
-            for name in skipped:
+                self.run(batch, trace=shorter)
+            for name in names:
                 pairs = zip(tensors_in(trace.outputs[name]), tensors_in(shorter.outputs[name]), strict=True)
                 for at, (whole, part) in enumerate(pairs):
                     changed = [d for d, (a, b) in enumerate(zip(whole.shape, part.shape, strict=True)) if a != b]
                     if changed and (changed != [1] or whole.shape[1] != self.padded[which].length):
-                        raise SurgicalError(f"the output of {name} has another shape than an entry for each token.")
+                        misfits[name] = f"the output of {name} has another shape than an entry for each token."
                     found[name][at] = which if changed else found[name][at]
-        return {name: Form.of(trace.outputs[name], found[name]) for name in skipped}
+        return {name: Form.of(trace.outputs[name], found[name]) for name in names if name not in misfits}
 
-    def _check_company(self, outputs: Mapping[str, Any], forms: Mapping[str, Form]) -> None:
+    def _check_company(self, outputs: Mapping[str, Any], forms: Mapping[str, Form], misfits: dict[str, str]) -> None:
         """The outputs are the same at every pass, and for an example in other company and other padding."""
         again, alone = (Trace(self.model, {name: self.watched[name] for name in forms}) for _ in range(2))
         shortest = rows_of(self.few, [0])
         for which in {*self.kinds.values()}:
             shortest = cut(shortest, self.kinds, which, slice(*self.padded[which].spans[0]))
         with torch.no_grad():
-            self._run(self.few, trace=again, seed=1)
-            self._run(shortest, trace=alone, seed=2)
+            self.run(self.few, trace=again, seed=1)
+            self.run(shortest, trace=alone, seed=2)
         padded = sequences_of(shortest, self.is_two)
         for name, form in forms.items():
             pairs = zip(tensors_in(outputs[name]), tensors_in(again.outputs[name]), strict=True)
-            if not all(torch.equal(one, other) for one, other in pairs):
-                raise SurgicalError(f"{name} below the first tuned block draws at random: no output is like another.")
             rows, single = form.rows(outputs[name], self.padded), form.rows(alone.outputs[name], padded)
-            if not rows or not single or not are_close(rows[0], single[0]):
-                raise SurgicalError(
+            if not all(torch.equal(one, other) for one, other in pairs):
+                misfits[name] = f"{name} below the first tuned block draws at random: no output is like another."
+            elif not rows or not single or not are_close(rows[0], single[0]):
+                misfits[name] = (
                     f"what {name} returns for an example depends on the others of its batch, or on how it is padded "
                     "(on the left, without position_ids, for one)."
                 )
@@ -228,7 +245,7 @@ class _Trial:
             rows = plan.forms[name].rows(outputs[name], self.padded)
             kept[name] = plan.forms[name].output(rows or [], self.padded, device)
         try:
-            short = self._run(self.few, answers=plan.answers(kept, self.size, self.padded))
+            short = self.run(self.few, answers=plan.answers(kept, self.size, self.padded))
         except (MemoryError, torch.OutOfMemoryError):
             raise
         except Exception:  # whatever a model does that does not find what its blocks leave behind

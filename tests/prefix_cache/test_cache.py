@@ -13,18 +13,25 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
     BertConfig,
     BertForSequenceClassification,
     CLIPConfig,
     CLIPModel,
+    CTRLConfig,
+    CTRLLMHeadModel,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    MixtralConfig,
+    MixtralForCausalLM,
     Trainer,
     TrainingArguments,
 )
 
 from surgical_peft import BlockMap, SurgicalConfig, SurgicalError, get_surgical_model, surgical_optimizer
-from surgical_peft.prefix_cache import cache_prefix
+from surgical_peft.prefix_cache import PrefixCache, cache_prefix
+from surgical_peft.prefix_cache.store import Store
 from tests.support.cached import COUNT, EPOCHS, SIZE, padded, to_the_longest, train
 from tests.support.toys import TOYS, VOCABULARY, Toy
 
@@ -160,6 +167,48 @@ def test_towers(build: Callable[[], Any], block: str, watched: str) -> None:
         results.append(train(wrapped, examples, watched, cached, **given))
     results[1].same_as(results[0])
     assert results[1].ran[-1] == 0 < results[0].ran[-1]
+
+
+SIZES = {"d_model": 16, "vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+
+
+def bart() -> nn.Module:
+    """Its decoder draws dropout between the layers itself."""
+    layers = {"encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "decoder_start_token_id": 2}
+    return BartForConditionalGeneration(BartConfig(**SIZES, **layers, **heads, dropout=0.3, forced_eos_token_id=None))
+
+
+def mixtral() -> nn.Module:
+    """Its loss reads what hooks note while the layers run."""
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
+    experts = {"num_key_value_heads": 2, "num_local_experts": 2, "output_router_logits": True}
+    return MixtralForCausalLM(MixtralConfig(**sizes, **experts, vocab_size=VOCABULARY, router_aux_loss_coef=1.0))
+
+
+def ctrl() -> nn.Module:
+    """It goes on in place with what its embeddings return."""
+    return CTRLLMHeadModel(CTRLConfig(n_embd=16, dff=32, n_layer=2, n_head=2, vocab_size=VOCABULARY, n_positions=8))
+
+
+CASES = [
+    *((bart, "decoder.1", True), (bart, "encoder.1", True)),  # up to where the dropout is
+    *((mixtral, "1", False), (mixtral, "2", False)),
+    *((ctrl, "0", True), (ctrl, "1", True)),
+]
+
+
+@pytest.mark.parametrize(("build", "block", "is_skipped"), CASES)
+def test_what_cannot_be_skipped_is_run(build: Callable[[], nn.Module], block: str, is_skipped: bool) -> None:
+    torch.manual_seed(0)
+    source = build()
+    tokens = torch.randint(3, VOCABULARY, (COUNT, 6))
+    examples = {"input_ids": tokens, "labels": tokens}
+    whole = train(get_surgical_model(copy.deepcopy(source), SurgicalConfig(blocks=[block])), examples)
+    wrapped = get_surgical_model(source, SurgicalConfig(blocks=[block]))
+    cache = PrefixCache(wrapped, Store(10**6), strict=False)
+    train(wrapped, examples).same_as(whole)
+    assert (cache.hits > 0) == is_skipped and (cache.reason is None) == is_skipped
 
 
 class Company(nn.Module):

@@ -17,8 +17,7 @@ from ...scoring.selection import Selection
 from ..recipe.recipe import Recipe
 from ..tasks import further_measure
 from ..tasks.unlabelled import check_policy
-from ..training.activation_cache import ROOM
-from ..training.runner import RecipeRunner
+from ..training.runner import ROOM, RecipeRunner
 from ..training.train import loader
 from ..training.workers import WorkerPool
 from .comparison import Comparison, Job

@@ -156,7 +156,7 @@ class PolicySection:
             epoch; `search`, `compare` and `advise` train to the end. Default is not to stop.
         prefix_cache: whether `train` runs what lies before the first tuned block once for each example, and keeps what
             it returns: 2 GiB in memory, the rest beside the results until the training is done. `search` and `compare`
-            do so by themselves where it fits into memory.
+            do so by themselves, up to 2 GiB.
     """
 
     policy: str | None = None

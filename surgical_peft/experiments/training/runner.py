@@ -20,12 +20,15 @@ from torch.utils.data import Dataset
 from transformers import TrainerCallback, set_seed
 
 from ...blocks.block_map import BlockMap
+from ...errors import SurgicalError
 from ...optim.callback import SurgicalCallback
 from ...policies.policy import Policy
+from ...prefix_cache import PrefixCache
+from ...prefix_cache.fill import AllBlocks
+from ...prefix_cache.store import Store
 from ...tuner.model import SurgicalModel
 from ..recipe.recipe import Recipe
 from ..tasks import Examples, load_task
-from .activation_cache import AT, ROOM, PrefixCache
 from .fit import fit
 from .job_progress import ReportedSteps, part_of_job
 from .online import adapt_online
@@ -33,7 +36,8 @@ from .profiling import PeakMemory, StepClock
 
 Item = dict[str, Any]
 Wrap = Callable[[nn.Module], nn.Module]
-_BATCH = 250  # examples that go through the model at once to fill the prefix cache
+ROOM = 2 * 2**30  # bytes: no more examples of a split are held, and no more outputs of blocks
+_BATCH = 32  # examples that go through the model at once to keep what its blocks return
 _STEPS = 10  # that are timed to tell what one costs; fewer where they take long
 _LONG = 3.0  # seconds
 
@@ -104,10 +108,10 @@ class RecipeRunner:
         Returns:
             What `wrap` gave, trained, and the peak memory in bytes.
         """
-        base, wrapped, originals = self._wrapped(wrap, changed)
+        wrapped = self._wrapped(wrap, changed)
         # Only our tuner keeps what it does not tune in eval mode, so that its frozen start returns the same each time.
         is_ours = isinstance(getattr(wrapped, "base_model", None), SurgicalModel)
-        prefix = self.prefix if skips and is_ours else None
+        store = self.outputs if skips and is_ours else None
         train = self.part("train", places)
         callbacks: list[TrainerCallback] = [ReportedSteps(), *([_Unrecorded()] if policy else [])]
         if watch:
@@ -117,10 +121,10 @@ class RecipeRunner:
         with (
             tempfile.TemporaryDirectory() as unused,  # the trainings of all workers have one output folder
             PeakMemory() as peak,
-            prefix.skipping(wrapped, base, originals) if prefix else nullcontext(),
+            PrefixCache(wrapped, store, strict=False) if store else nullcontext(),
         ):
             args = self.recipe.arguments(output_dir=unused, **changed)
-            fit(wrapped, args, train.numbered() if prefix else train, policy, callbacks, self._collate)
+            fit(wrapped, args, train, policy, callbacks, self.task.collate)
         return wrapped, peak.bytes
 
     def adapt(
@@ -131,18 +135,17 @@ class RecipeRunner:
         Returns:
             What `wrap` gave, adapted, the peak memory in bytes, and the metric along the stream.
         """
-        _, wrapped, _ = self._wrapped(wrap, changed)
+        wrapped = self._wrapped(wrap, changed)
         args = self.recipe.arguments(**changed)
         with PeakMemory() as peak:
             metric = adapt_online(wrapped, stream, args, self.task.measure, policy)  # type: ignore[arg-type]
         return wrapped, peak.bytes, metric
 
-    def _wrapped(self, wrap: Wrap, changed: dict[str, Any]) -> tuple[nn.Module, nn.Module, dict[str, nn.Module]]:
-        """A copy of the source model, what `wrap` makes of it, and its modules by name from before."""
+    def _wrapped(self, wrap: Wrap, changed: dict[str, Any]) -> nn.Module:
+        """What `wrap` makes of a copy of the source model."""
         base = copy.deepcopy(self.model)
-        originals = dict(base.named_modules())
         set_seed(changed.get("seed", self.args.seed))  # for new weights, as LoRA's
-        return base, wrap(base), originals
+        return wrap(base)
 
     def seconds(self, wrap: Wrap, places: Sequence[int] | None = None) -> float:
         """The seconds that one such training takes, estimated from a few timed steps."""
@@ -186,40 +189,32 @@ class RecipeRunner:
             count = len(self.examples["validation"])
         return args.max_steps if args.max_steps > 0 else math.ceil(math.ceil(count / batch) * args.num_train_epochs)
 
-    def _collate(self, items: list[Any]) -> dict[str, Tensor]:
-        if isinstance(items[0], dict):
-            return self.task.collate(items)
-        return {**self.task.collate([item for _, item in items]), AT: torch.tensor([index for index, _ in items])}
-
     @cached_property
-    def prefix(self) -> PrefixCache | None:
-        """The outputs of the frozen start, where every training computes just these and they can be kept."""
+    def outputs(self) -> Store | None:
+        """Where trainings keep what lies before the first tuned block, if every training computes just that.
+
+        Of all blocks it is there from the start, if that fits; else each training keeps what it needs itself.
+        """
         args, recipe = self.args, self.recipe
-        is_plain = recipe.frozen_eval and args.n_gpu <= 1 and args.world_size == 1
-        is_plain &= args.train_sampling_strategy != "group_by_length"  # it looks into the examples
-        is_plain &= not self.recipe.unlabelled  # the outputs for an example are those for its copies
-        if not is_plain or args.torch_compile:
+        is_plain = recipe.frozen_eval and args.n_gpu <= 1 and args.world_size == 1 and not args.torch_compile
+        if not is_plain or recipe.unlabelled:  # the copies of an image are never the same
             return None
+        train, store = self.examples["train"], Store(ROOM)
         precision = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None  # as Trainer's autocast
-        train = self.examples["train"]
-        every = range(len(train))
-
-        def is_alike(places: Sequence[int]) -> bool:  # else padded to the longest of a batch
-            return all(_shape(train[index]) == _shape(train[0]) for index in places)
-
-        few = every[:2]
-        if not is_alike(few):
-            return None
-        chunks = [every[start : start + _BATCH] for start in every[::_BATCH]]
 
         def batch(places: Sequence[int]) -> dict[str, Tensor]:
             collated = self.task.collate([train[index] for index in places])
             return {key: value.to(args.device) for key, value in collated.items()}
 
         # Whether they fit is asked of a few: more than fit are made anew each time, and are not to be made for this.
-        if not PrefixCache.fits(self.model, batch(few), len(train), precision) or not is_alike(every):
-            return None
-        return PrefixCache(self.model, [batch(chunk) for chunk in chunks], precision)
+        try:
+            blocks = AllBlocks(self.model, batch(range(min(2, len(train)))), precision)
+        except SurgicalError:  # then trainings run whole, as they find out themselves
+            return store
+        if blocks.row_bytes * len(train) <= ROOM:
+            for start in range(0, len(train), _BATCH):
+                blocks.keep(batch(range(start, min(start + _BATCH, len(train)))), store)
+        return store
 
 
 class _Unrecorded(SurgicalCallback):
@@ -270,21 +265,16 @@ class Remembered(Dataset[Item]):
 
 
 class Part(Dataset[Any]):
-    """Some examples of a split; numbered, each comes with its index there."""
+    """Some examples of a split."""
 
-    def __init__(self, examples: Remembered, places: Sequence[int], is_numbered: bool = False) -> None:
-        self._examples, self._places, self._is_numbered = examples, places, is_numbered
-
-    def numbered(self) -> Part:
-        """The same, each with its index in the split."""
-        return Part(self._examples, self._places, is_numbered=True)
+    def __init__(self, examples: Remembered, places: Sequence[int]) -> None:
+        self._examples, self._places = examples, places
 
     def __len__(self) -> int:
         return len(self._places)
 
     def __getitem__(self, number: int) -> Any:
-        index = self._places[number]
-        return (index, self._examples[index]) if self._is_numbered else self._examples[index]
+        return self._examples[self._places[number]]
 
 
 def _rows(kept: dict[str, Tensor] | list[Item]) -> list[Item]:

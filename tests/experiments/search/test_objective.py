@@ -16,7 +16,6 @@ from surgical_peft.experiments.recipe import load_recipe
 from surgical_peft.experiments.search.objective import RecipeObjective, folds_of
 from surgical_peft.experiments.search.search import search_markdown
 from surgical_peft.experiments.tasks import load_task
-from surgical_peft.experiments.training import activation_cache as prefix_cache
 from surgical_peft.experiments.training import profiling
 from surgical_peft.experiments.training import runner as module
 from surgical_peft.experiments.training.fit import fit
@@ -71,8 +70,7 @@ def test_under_bf16_the_frozen_start_is_skipped_and_it_learns_the_same(
 ) -> None:
     objective = objective_of(tmp_path, bf16=True, use_cpu=True)
     runner = objective._runner
-    assert runner.prefix is not None
-    assert {tensor.dtype for tensor in runner.prefix.known.values()} == {torch.float32, torch.bfloat16}
+    assert runner.outputs is not None and runner.outputs.held > 0
     losses, ran = list[float](), list[bool]()
     monkeypatch.setattr(module, "fit", lambda *given: losses.append(_loss(fit(*given))))
 
@@ -86,13 +84,13 @@ def test_under_bf16_the_frozen_start_is_skipped_and_it_learns_the_same(
         ran.clear()
         runner.train(wrap, skips=skips)
         counts.append(len(ran))
-    assert counts[1] == 1 < counts[0]  # where it is tried out
+    assert counts[1] < counts[0]  # only where it is tried out, and compared
     assert losses[1] == pytest.approx(losses[0], rel=2e-2)
 
 
 def test_without_the_prefix_cache_it_learns_the_same(tmp_path: Path) -> None:
     shared, alone = objective_of(tmp_path), objective_of(tmp_path, frozen_eval=False)
-    assert shared._runner.prefix is not None and alone._runner.prefix is None
+    assert shared._runner.outputs is not None and alone._runner.outputs is None
     for blocks in (("0",), ("head",)):
         assert shared(Selection(blocks), 3e-2, 0) == pytest.approx(
             alone(Selection(blocks), 3e-2, 0), abs=1 / 48 + 1e-9
@@ -133,7 +131,7 @@ def test_each_fold_is_measured_on_what_it_was_not_trained_on(tmp_path: Path, mon
     seen: list[set[int]] = []
 
     def watch(model: Any, args: Any, train: Any, *others: Any) -> Any:
-        seen.append({place for place, _ in (train[number] for number in range(len(train)))})
+        seen.append(set(train._places))
         return fit(model, args, train, *others)
 
     monkeypatch.setattr(module, "fit", watch)
@@ -246,8 +244,8 @@ def test_more_examples_than_fit_are_not_made_to_ask_whether_they_fit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runner = objective_of(tmp_path)._runner
-    monkeypatch.setattr(prefix_cache, "ROOM", 1000)
-    assert runner.prefix is None
+    monkeypatch.setattr(module, "ROOM", 1000)
+    assert runner.outputs is not None and runner.outputs.held == 0
     assert len(runner.examples["train"]._made) == 2
 
 
@@ -299,11 +297,26 @@ def test_a_search_shows_the_rise_of_the_source_loss() -> None:
     assert "source loss" not in str(bare.table()) + search_markdown(bare, "accuracy")
 
 
-def test_items_of_different_lengths_are_not_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    objective = objective_of(tmp_path)
-    train = objective._runner.examples["train"]
-    train._made[5] = {**train[5], "extra": torch.zeros(2)}
-    assert objective._runner.prefix is None
+def test_where_not_all_blocks_fit_a_training_keeps_what_it_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner = objective_of(tmp_path)._runner
+    row = 5 * 16 * 4
+    monkeypatch.setattr(module, "ROOM", 48 * row)  # of one place
+    ran = list[bool]()
+
+    def wrap(model: torch.nn.Module) -> torch.nn.Module:
+        first = model.get_submodule(runner.blocks.modules["0"][0])
+        first.get_submodule("attention").register_forward_hook(lambda *_: ran.append(True))
+        return get_surgical_model(model, SurgicalConfig(blocks=["1"]))
+
+    counts = []
+    for seed in (0, 1):
+        ran.clear()
+        runner.train(wrap, seed=seed)
+        counts.append(len(ran))
+    assert runner.outputs is not None and runner.outputs.held == 48 * row
+    assert counts[0] - counts[1] == 48 // 8  # the second training has the outputs of the first one
 
 
 def test_an_empty_validation_split(tmp_path: Path) -> None:

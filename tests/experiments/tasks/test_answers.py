@@ -16,7 +16,7 @@ from surgical_peft.experiments.recipe.recipe import Recipe
 from surgical_peft.experiments.tasks import load_task
 from surgical_peft.experiments.tasks.answers import split_answer
 from surgical_peft.experiments.tasks.tiny_data import TEXT_CONFIG, save_tokenizer
-from surgical_peft.experiments.training.train import fit
+from surgical_peft.experiments.training.fit import fit
 
 LIMIT = 9
 PROMPTS = ["2+3?", "1+1?", "how many are 4 and 3?", "4+4?", "5+2, then 1 more?", "3?"]

@@ -15,7 +15,8 @@ from transformers import BertForSequenceClassification, Trainer
 from surgical_peft import SurgicalConfig, SurgicalError, get_surgical_model
 from surgical_peft.experiments.recipe.recipe import Recipe
 from surgical_peft.experiments.tasks import Task, load_task
-from surgical_peft.experiments.training.train import fit, train
+from surgical_peft.experiments.training.fit import fit
+from surgical_peft.experiments.training.train import train
 from tests.support.toy_tasks import TOY_TASKS, bert, write_model
 
 TOPICS = [["sport"], [], ["news", "sport"], ["news"]]
