@@ -77,9 +77,10 @@ class PrefixCache:
         self._during.close()
         for hook in self._hooks:
             hook.remove()
-        self.store.flush()
         if self.temporary:
             self.temporary.cleanup()
+        else:
+            self.store.flush()
 
     def _before_forward(self, module: nn.Module, args: Any, given: dict[str, Any]) -> None:
         if module is not self._model or self._is_planning or self._after:
@@ -147,12 +148,13 @@ class PrefixCache:
                 rows = plan.forms[name].rows(outputs[module], padded)
                 if kept is not None:
                     self._check(name, plan, kept, outputs[module], padded)
+                if self._model is None:
+                    return
                 for key, row in zip(keys, rows or (), strict=False):
                     self.store.rows(space).put(key, row)
 
         if kept is not None:
             self.hits += 1
-            self.store.flush()  # for the other processes, to which an example may go in the next epoch
         else:
             self.misses += 1
         self._after = keep
@@ -163,7 +165,10 @@ class PrefixCache:
         outputs = {}
         for name, space in plan.spaces.items():
             store = self.store.rows(space)
-            if any(key not in store for key in keys):
+            missing = [key not in store for key in keys]
+            if not all(missing):  # a new epoch, in which other processes get what this one has
+                store.flush()
+            if any(missing):
                 store.refresh()
             rows = [store.get(key) for key in keys]
             known = [row for row in rows if row is not None]
