@@ -149,9 +149,7 @@ def llava() -> tuple[nn.Module, dict[str, Tensor], dict[str, Any]]:
     ("build", "block", "watched"),
     [
         (clip, "text.2", "vision_model.encoder.layers.0.self_attn"),
-        (clip, "text.2", "text_model.encoder.layers.1.self_attn"),
         (clip, "vision.1", "vision_model.encoder.layers.0.self_attn"),
-        (llava, "language.2", "vision_tower.encoder.layers.0.self_attn"),
         (llava, "language.2", "language_model.layers.1.self_attn"),
         (llava, "language.0", "vision_tower.encoder.layers.0.self_attn"),
     ],
