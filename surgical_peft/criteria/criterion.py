@@ -188,6 +188,16 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def is_zero(tensor: Tensor) -> bool:
+    """True if all entries are zero. Most tensors show by the first one that they are not: to look at all takes longer.
+
+    Example:
+        >>> is_zero(torch.tensor([0.0, 2.0]))
+        False
+    """
+    return not (tensor.numel() and (bool(tensor[(0,) * tensor.ndim]) or bool(tensor.any())))
+
+
 def reshard(model: nn.Module) -> None:
     """Free the weights that FSDP2 gathered: a forward pass without a backward pass leaves the outermost ones whole.
 

@@ -28,8 +28,27 @@ def rgn(weights: Sequence[Tensor], grads: Sequence[Tensor]) -> float:
 
 def norm(tensors: Sequence[Tensor]) -> float:
     """The 2-norm of all entries of `tensors` together, summed in at least float32."""
-    parts = foreach_norm(pieces(tensors))
-    return torch.linalg.vector_norm(torch.stack([part.to(parts[0].device) for part in parts])).item()
+    return torch.linalg.vector_norm(piece_norms(tensors)).item()
+
+
+def piece_norms(tensors: Sequence[Tensor], size: int = 2**14) -> Tensor:
+    """The norms of the `pieces` of all tensors, in any order.
+
+    Those of a large tensor in one call: on the CPU as fast as memory is read, twice as fast as a call for each piece.
+    Of 16-bit tensors this would make 32-bit copies first, which takes longer.
+    """
+    dtype = _at_least_float32(tensors)
+    norms, rest = [], []
+    for tensor in tensors:
+        if tensor.is_cpu and tensor.is_contiguous() and tensor.dtype == dtype and tensor.numel() >= size:
+            flat = tensor.view(-1)
+            whole = flat.numel() // size * size
+            norms.append(torch.linalg.vector_norm(flat[:whole].view(-1, size), dim=1))
+            rest += [flat[whole:]] if whole < flat.numel() else []
+        else:
+            rest += pieces([tensor], size)
+    norms += [norm.view(1) for norm in foreach_norm(rest, dtype)] if rest else []
+    return torch.cat([norm.to(norms[0].device) for norm in norms])
 
 
 def pieces(tensors: Sequence[Tensor], size: int = 2**14) -> list[Tensor]:
@@ -41,7 +60,10 @@ def pieces(tensors: Sequence[Tensor], size: int = 2**14) -> list[Tensor]:
     ]
 
 
-def foreach_norm(tensors: list[Tensor]) -> list[Tensor]:
+def foreach_norm(tensors: list[Tensor], dtype: torch.dtype | None = None) -> list[Tensor]:
     """The 2-norm of each tensor in at least float32, in one call."""
-    dtype = reduce(torch.promote_types, {tensor.dtype for tensor in tensors}, torch.float32)
-    return list(torch._foreach_norm(tensors, 2, dtype=dtype))
+    return list(torch._foreach_norm(tensors, 2, dtype=dtype or _at_least_float32(tensors)))
+
+
+def _at_least_float32(tensors: Sequence[Tensor]) -> torch.dtype:
+    return reduce(torch.promote_types, {tensor.dtype for tensor in tensors}, torch.float32)

@@ -12,7 +12,7 @@ from torch._utils import _flatten_dense_tensors
 from torch.distributed.tensor import DTensor
 
 from ..criteria.criterion import whole
-from ..criteria.rgn import foreach_norm, pieces
+from ..criteria.rgn import foreach_norm, piece_norms, pieces
 from .policy import Unit
 
 _PIECE = 2**16  # entries: four times as many as the criterion takes, and twice as fast
@@ -58,17 +58,19 @@ def _norms_on_cpu(units: Sequence[Unit]) -> list[float]:
     for unit in units:
         weights = [unit.parameters] if alone and unit.size <= _PIECE else unit.runs
         for runs in (weights, [_grads(run) for run in weights]):
-            done = len(norms)
+            count = 0
             for run in runs:
                 if not run:
                     continue
                 if run[0].numel() > _PIECE:
-                    norms += foreach_norm(pieces(run, _PIECE))
+                    norms.append(piece_norms(run, _PIECE))
                 else:
                     flat = _flatten_dense_tensors(run)
-                    norms.append(torch.linalg.vector_norm(flat, dtype=torch.promote_types(flat.dtype, torch.float32)))
-            parts.append(len(norms) - done)
-    numbers = iter(torch.stack(norms).tolist())
+                    dtype = torch.promote_types(flat.dtype, torch.float32)
+                    norms.append(torch.linalg.vector_norm(flat, dtype=dtype).view(1))
+                count += len(norms[-1])
+            parts.append(count)
+    numbers = iter(torch.cat(norms).tolist())
     return [math.hypot(*islice(numbers, count)) for count in parts]
 
 

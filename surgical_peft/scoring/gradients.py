@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from ..criteria.criterion import Criterion, Moments, Needs, can_train, not_finite, whole
+from ..criteria.criterion import Criterion, Moments, Needs, can_train, is_zero, not_finite, whole
 from ..errors import SurgicalError
 from .distributed import last_of_all, merge, union_of_values
 from .offload import Lent, arrivals
@@ -114,7 +114,7 @@ class GradientReader:
             weights.append(whole(weight.detach()))
             grads.append(whole(reduce(torch.add, arrived) if arrived else nothing))
         with torch.no_grad():
-            if name not in self.reached and any(bool(grad.any()) for grad in grads):
+            if name not in self.reached and not all(map(is_zero, grads)):
                 self.reached.add(name)
             self.receive(name, weights, grads, self.sample)
         for path in self._units[name]:

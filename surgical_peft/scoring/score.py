@@ -18,6 +18,7 @@ from ..criteria.criterion import (
     Criterion,
     Needs,
     can_train,
+    is_zero,
     needs_of,
     not_finite,
     reshard,
@@ -274,7 +275,7 @@ def _zero_units(units: Units, lent: list[Lent]) -> list[str]:
     stored = {lent_weight.path: lent_weight for lent_weight in lent}
 
     def alive(path: str, weight: nn.Parameter) -> bool:
-        return bool((stored[path].stored() if weight.is_meta else whole(weight)).any())
+        return not is_zero(stored[path].stored() if weight.is_meta else whole(weight))
 
     return [name for name, unit in units.items() if not any(alive(path, weight) for path, weight in unit.items())]
 

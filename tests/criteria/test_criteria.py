@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from surgical_peft import BlockMap, SurgicalError, criteria, score_blocks
 from surgical_peft.criteria import bvr, eb, rgn, snr
 from surgical_peft.criteria.angle import degrees
-from surgical_peft.criteria.criterion import Moments, needs_of
-from surgical_peft.criteria.rgn import norm
+from surgical_peft.criteria.criterion import Moments, is_zero, needs_of
+from surgical_peft.criteria.rgn import norm, piece_norms, pieces
 from surgical_peft.criteria.weight_snr import ratio
 from tests.support.criteria import Routed, own_loss, plain_depth_gain
 from tests.support.toys import TOYS, Batch, Toy
@@ -502,6 +502,33 @@ def test_rgn_is_of_the_concatenation_and_not_a_mean_over_tensors() -> None:
 
 def test_rgn_of_a_zero_gradient_is_zero() -> None:
     assert rgn([torch.ones(3)], [torch.zeros(()).expand(3)]) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_the_norms_of_pieces_are_those_of_each_piece(dtype: torch.dtype) -> None:
+    big, small = torch.randn(70, 10).to(dtype), torch.randn(5).to(dtype)
+    tensors = [small, big, big.T, big[:6, :]]
+    size = 64  # 700 and 60 entries: ten pieces with a rest, none
+    each = [
+        torch.linalg.vector_norm(piece.to(torch.promote_types(dtype, torch.float32)))
+        for piece in pieces(tensors, size)
+    ]
+    norms = piece_norms(tensors, size)
+    torch.testing.assert_close(norms.sort().values, torch.stack(each).sort().values)
+
+
+def test_a_large_tensor_is_read_in_one_call() -> None:
+    with torch.profiler.profile() as profile:
+        piece_norms([torch.ones(1000)], 10)
+    calls = {event.key: event.count for event in profile.key_averages() if "norm" in event.key}
+    assert calls == {"aten::linalg_vector_norm": 1}
+
+
+@pytest.mark.parametrize("values", [[], [0.0, 0.0], [0.0, 2.0], [2.0, 0.0], [math.nan, 0.0]])
+def test_a_tensor_is_zero_if_all_of_it_is(values: list[float]) -> None:
+    tensor = torch.tensor(values)
+    assert is_zero(tensor) is is_zero(tensor.expand(3, -1)) is not any(values)
+    assert is_zero(tensor.sum()) is not any(values)
 
 
 def test_norms_of_large_tensors_are_exact() -> None:
