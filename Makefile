@@ -1,5 +1,5 @@
 # Needs python3 and make, nothing else. Every target installs what it needs into .venv, once.
-.PHONY: quickstart sweeps mail real-data real-sources cards test quality style docs install clean
+.PHONY: quickstart sweeps mail real-data real-sources benchmark cards test quality style docs install clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -30,6 +30,10 @@ real-data: install  ## models and data of recipes/real, into data/real: about 30
 real-sources: real-data  ## train the source models of recipes/real: about 4 hours on 1 core, goes on where it stopped
 	$(BIN)/python recipes/real/make_resnet26.py $(CIFAR) $(REAL)/resnet26
 	$(BIN)/python recipes/real/make_vit_s14.py $(REAL)
+
+benchmark: real-data  ## step time and memory of every method on real weights, into benchmarks/speed: about 15 minutes on 1 core
+	$(BIN)/python -m pip install --quiet --quiet --no-deps badam==1.4
+	$(BIN)/python benchmarks/speed.py --models $(REAL)
 
 sweeps: install  ## each block tuned alone on two shifts, into benchmarks/sweeps/: about 8 minutes on 2 cores
 	for shift in noise label_map; do \

@@ -255,6 +255,24 @@ def test_rates_that_are_tensors_work(vit: Toy) -> None:
     assert all(torch.equal(group["lr"], torch.tensor(1e-2)) for group in optimizer.param_groups)
 
 
+def test_masked_blocks_cost_no_call_and_factors_no_transfer(vit: Toy) -> None:
+    def calls(optimizer: torch.optim.Optimizer) -> dict[str, int]:
+        with torch.profiler.profile() as profile:
+            optimizer.step()
+        return {event.key: event.count for event in profile.key_averages()}
+
+    model = vit.model().train()
+    settings: dict[str, Any] = {"lr": torch.tensor(0.1), "fused": True}
+    optimizer = create_surgical_optimizer(model, ADAMW, policy=policies.badam(always=[]), **settings)
+    backward(model, vit, 0)
+    ours = calls(optimizer)
+    trained = [{"params": group["params"]} for group in optimizer.param_groups if group["lr_multiplier"]]
+    plain = calls(ADAMW(trained, **settings))
+    assert ours["aten::_fused_adamw_"] == len(trained) < len(optimizer.param_groups)
+    for name in ("aten::_fused_adamw_", "aten::_local_scalar_dense"):
+        assert ours[name] == plain[name]
+
+
 @pytest.mark.parametrize("factor", [-0.1, float("nan"), float("inf")])
 def test_a_factor_out_of_range_is_refused_and_changes_nothing(factor: float, vit: Toy) -> None:
     model = wrapped(vit)
