@@ -597,8 +597,11 @@ def bars(known: Sequence[Case]) -> list[Bar]:
         Bar(f"last quarter / full, both checkpointed, {model}", f"{name} | ours, last quarter", 0.45)
         for name, model in ((vit_saving, "ViT-S/14"), (smol_saving, "SmolLM2"))
     ]
-    largest = next(case.name for case in known[::-1] if AUTO_RGN in case.methods)
-    found.append(Bar(f"Auto-RGN / AdamW, a step, {largest}", f"{largest} | {AUTO_RGN}", 1.02))
+    found += [
+        Bar(f"Auto-RGN / AdamW, a step, {case.name}", f"{case.name} | {AUTO_RGN}", 1.02)
+        for case in known[1:]
+        if AUTO_RGN in case.methods
+    ]
     found.append(Bar("scoring / forward + backward, SmolLM2", SCORING, 1.05, partial(ratios, base="plain_ms")))
     extra = "scoring: memory beyond the passes / gradients of the largest block, SmolLM2"
     found.append(Bar(extra, SCORING, 1.0, lambda row: 2 * [row["extra_bytes"] / row["block_bytes"]]))
