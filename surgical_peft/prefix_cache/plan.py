@@ -123,14 +123,18 @@ class Trial:
         """All numbers that a forward pass gives, then the gradients of what is in training."""
         weights = [weight for weight in self.model.parameters() if weight.requires_grad]
         devices = [weight.device for weight in weights[:1] if weight.device.type != "cpu"]
-        with (
-            torch.random.fork_rng(devices),
-            _buffers_as_before(self.model),
-            trace.watching() if trace else nullcontext(),
-            answering(answers or {}),
-        ):
-            torch.manual_seed(seed)
-            output = self.model(**batch, **self.others)
+        with _buffers_as_before(self.model):  # the backward pass of batch statistics reads them, too
+            with (
+                torch.random.fork_rng(devices),
+                trace.watching() if trace else nullcontext(),
+                answering(answers or {}),
+            ):
+                torch.manual_seed(seed)
+                output = self.model(**batch, **self.others)
+            return self._numbers(output, weights)
+
+    def _numbers(self, output: Any, weights: Sequence[nn.Parameter]) -> list[Tensor]:
+        """The numbers of an output and the gradients of its loss."""
         numbers = [tensor for tensor in tensors_in(output) if tensor.is_floating_point()]
         loss = output.get("loss") if isinstance(output, dict) else None
         if loss is None:
