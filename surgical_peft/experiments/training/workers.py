@@ -38,7 +38,7 @@ def shared_threads(jobs: int) -> Iterator[None]:
 
 
 _EVERY = 0.5  # seconds between two looks at what the workers have done
-_done: Any = None  # in a worker: jobs that all have done, and parts of jobs; shared with their parent
+_done: Any = None  # shared with the parent: the number of its run, and the jobs and parts of jobs that are done in it
 
 
 @contextmanager
@@ -82,13 +82,14 @@ def _start_in_pool(done: Any, *arguments: Any) -> None:
     start_worker(*arguments)
 
 
-def _add(share: float) -> None:
+def _add(run: float, share: float) -> None:
     with _done.get_lock():
-        _done.value += share
+        if _done[0] == run:  # of a run that failed the last jobs may end during the next one
+            _done[1] += share
 
 
-def _do(function: Callable[..., Any], given: tuple[Any, ...]) -> Any:
-    with telling(_add):
+def _do(run: float, function: Callable[..., Any], given: tuple[Any, ...]) -> Any:
+    with telling(partial(_add, run)):
         return function(*given)
 
 
@@ -110,7 +111,7 @@ class WorkerPool:
         self._console = console
         self._pool = None
         if jobs > 1:
-            self._done = SPAWN.Value("d", 0.0)
+            self._done = SPAWN.Array("d", 2)
             initargs = (self._done, torch.get_num_threads(), setup, *settings)
             self._pool = ProcessPoolExecutor(jobs, SPAWN, _start_in_pool, initargs)
 
@@ -151,15 +152,17 @@ class WorkerPool:
     ) -> list[Any]:
         futures = []
         try:
-            self._done.value = 0.0
+            run = self._done[0] + 1
+            with self._done.get_lock():
+                self._done[:] = [run, 0.0]
             with deaf_to_interrupts():
-                futures += [pool.submit(_do, function, given) for given in arguments]
+                futures += [pool.submit(_do, run, function, given) for given in arguments]
             left = set(futures)
             while left:
                 finished, left = wait(left, _EVERY, FIRST_EXCEPTION)
                 for future in finished:
                     future.result()
-                stages.reach(self._done.value)
+                stages.reach(self._done[1])
         except BrokenProcessPool as error:
             raise SurgicalError(
                 "a worker process was killed, perhaps for want of memory: free some, or let fewer processes share "
