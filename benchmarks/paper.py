@@ -29,6 +29,7 @@ PARTS = {
     "blocks stages.2[:]": "third stage",
     "head": "last layer",
 }
+NAMES = {**PARTS, "auto_snr(criterion='eb', normalized=None, threshold=0.95)": "Auto-SNR (paper)"}
 BEST = "best single part"
 PAPER = {BEST: 82.8, "Auto-RGN (paper)": 81.4, FULL: 79.9}
 
@@ -36,7 +37,7 @@ PAPER = {BEST: 82.8, "Auto-RGN (paper)": 81.4, FULL: 79.9}
 def results(report: dict[str, Any]) -> dict[str, list[float]]:
     """The test accuracies of each method, in percent, one for each corruption; and of the best part of each."""
     rows = {row["method"]: row for row in report["methods"]}
-    found = {PARTS.get(name, name): [100 * value for value in row["test"]] for name, row in rows.items()}
+    found = {NAMES.get(name, name): [100 * value for value in row["test"]] for name, row in rows.items()}
     found[BEST] = [found[PARTS[part]][number] for number, part in enumerate(best_parts(rows))]
     return found
 

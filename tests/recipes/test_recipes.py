@@ -51,7 +51,6 @@ MADE_BY = {
     "real/vit_s14_source.yaml": "make real-sources",
 }  # what runs a recipe that nobody runs by itself
 NOT_MEASURED = [
-    "real/cifar10_c.yaml",
     "real/cifar10_flip.yaml",
     "hub/bert_base_conll2003.yaml",
     "hub/distilbert_rotten_tomatoes.yaml",
