@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ..criteria.short_training.frozen_prefix import recording
+from ..tuner.loading.fingerprint import each_read_once
 from .examples import Batch, aligned, keys_of, sequences_of
 from .plan import Trial
 from .store import Store
@@ -40,7 +41,8 @@ class AllBlocks:
             fit = [name for name, output in trace.outputs.items() if trial.is_by_example(output)]
             fit = [name for name in fit if name not in trace.unfit]
             self._forms, _ = trial.forms(trace, fit)
-            self._spaces = {name: trace.space_of(name) for name in self._forms}
+            with each_read_once():
+                self._spaces = {name: trace.space_of(name) for name in self._forms}
         self._modules = {name: trial.watched[name] for name in self._forms}
         self._is_two = trial.is_two
         rows = [form.rows(trace.outputs[name], trial.padded) or [] for name, form in self._forms.items()]

@@ -83,7 +83,7 @@ class LoadedData:
         return self.made and self.made / self.name_of(recipe)
 
     def forget(self) -> None:
-        """Free model and data: other processes do the work."""
+        """Free model and data."""
         self._runner = None
         self._measured.clear()
 

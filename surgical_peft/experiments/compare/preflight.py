@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-from torch import nn
+import numpy as np
+import torch
+from torch import Tensor, nn
 
 from ...errors import SurgicalError
 from ...optim.optimizer import surgical_optimizer
 from ...scoring.selection import Selection
+from ...tuner.loading.fingerprint import each_read_once, fingerprint
 from ..recipe.recipe import Recipe
 from ..tasks import further_measure
 from ..tasks.unlabelled import check_policy
@@ -46,7 +50,8 @@ def check(comparison: Comparison, data: LoadedData, pool: WorkerPool) -> None:
     _refuse(misfits, len(comparison.methods))
     for metric in comparison.recipe.test_metrics:
         further_measure(comparison.test_recipes(0, comparison.seeds[0])[0], metric)
-    data.forget()
+    if data.made:
+        data.forget()  # what reads the examples that are made now is opened after them
     pool.run("read data", make_examples, _all_data(comparison, data))
 
 
@@ -79,12 +84,13 @@ def misfit_message(title: str, model: nn.Module, error: ValueError, source: str 
 def misfits_of(comparison: Comparison, job: Job, runner: RecipeRunner) -> dict[str, str]:
     """What is wrong with each method that does not fit a source model, by title; costs neither gradients nor scores.
 
-    A method that knows its blocks beforehand wraps a copy of the model and makes its optimizer; the others refuse what
-    they can.
+    A method that knows its blocks beforehand wraps a copy of the model without its values and makes its optimizer; the
+    others refuse what they can.
     """
     misfits = {}
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, each_read_once() as digests:
         context = context_of(comparison, job, runner, Path(folder))
+        fingerprint(runner.model.parameters())  # read once for all copies
         for title, method in comparison.methods.items():
             try:
                 args = comparison.arguments(method)
@@ -93,7 +99,7 @@ def misfits_of(comparison: Comparison, job: Job, runner: RecipeRunner) -> dict[s
                 known = method.preview(context) if method.choose else Selection(())
                 if known is None:
                     continue
-                wrapped = method.wrap(copy.deepcopy(runner.model), known, context.recipe)
+                wrapped = method.wrap(_without_values(runner.model, digests), known, context.recipe)
                 if method.is_trained:  # a policy that does not fit the model says so when its optimizer is made
                     factory, settings = surgical_optimizer(args, policy, master_weights=False)
                     factory()(wrapped, **settings)
@@ -101,6 +107,22 @@ def misfits_of(comparison: Comparison, job: Job, runner: RecipeRunner) -> dict[s
                 source = comparison.sources[job.source] if len(comparison.sources) > 1 else None
                 misfits[title] = misfit_message(title, runner.model, error, source)
     return misfits
+
+
+def _without_values(model: nn.Module, digests: MutableMapping[Tensor, bytes]) -> nn.Module:
+    """A copy of a model whose weights are 0, which takes neither time nor memory; it counts as the same base."""
+    same: dict[int, Any] = {}
+    for weight in model.parameters():
+        if type(weight) is nn.Parameter:  # packed ones are copied as they are
+            same[id(weight)] = nn.Parameter(_zeros_as(weight), weight.requires_grad)
+            if weight in digests:
+                digests[same[id(weight)]] = digests[weight]
+    return copy.deepcopy(model, same)
+
+
+def _zeros_as(tensor: Tensor) -> Tensor:
+    zeros = np.zeros(tensor.nbytes, np.uint8)  # torch writes its own, and memory that nobody writes costs nothing
+    return torch.from_numpy(zeros).view(tensor.dtype).reshape(tensor.shape).to(tensor.device)
 
 
 def _refuse(misfits: Mapping[str, str], count: int) -> None:

@@ -76,7 +76,7 @@ def causal_lm(recipe: Recipe, splits: Sequence[str]) -> Task:
         )
     how = tokenizing(recipe)
     data = open_data(recipe, splits, partial(form_of, recipe.columns))
-    whole = Answers(tokenizing(replace(recipe, max_length=None)), metric, recipe.max_new_tokens or MAX_NEW_TOKENS)
+    whole = Answers(replace(how, max_length=how.limit), metric, recipe.max_new_tokens or MAX_NEW_TOKENS)
     collate = plain(DataCollatorForSeq2Seq(how.tokenizer))  # unlike that for language models it pads labels as such
     features: Any = next((rows.features for rows in data.splits.values()), {})  # no split may be asked for
     unused = unused_forms(recipe.columns, data.columns, features)
@@ -97,14 +97,16 @@ def causal_lm(recipe: Recipe, splits: Sequence[str]) -> Task:
             if not recipe.drop_empty or not kept:
                 raise SurgicalError(f"{recipe.data}, {lines[-1]}: raise max_length, or write drop_empty: true.")
             examples[split] = replace(texts, rows=kept)
-    read = whole.read if is_written else partial(read_tokens, metric, 1)
+    measure = Measure(load_metric(metric), partial(read_tokens, metric, 1), collate, BATCH_SIZE)
+    if is_written:
+        measure = Measure(load_metric(metric), whole.read, collate, BATCH_WRITTEN, whole.max_new_tokens)
     return Task(
         load_model=model_loader(AutoModelForCausalLM, recipe),
         splits=dict(examples),
         collate=collate,
         processor=how.tokenizer,
         metric=metric,
-        measure=Measure(load_metric(metric), read, collate, BATCH_WRITTEN if is_written else BATCH_SIZE),
+        measure=measure,
         summary=data.summary + DataSummary((*unused, *(f"left out by drop_empty: {line}" for line in lines))),
     )
 

@@ -32,12 +32,14 @@ class Measure:
         read: predictions and references of a batch, as lists.
         collate: makes a batch of examples.
         batch_size: of the batches; a metric does not depend on it, but the rounding of a model does.
+        tokens: of an answer, at most, where `read` has the model write; None where it does not.
     """
 
     compute: Callable[[list[Any], list[Any]], float]
     read: Callable[[nn.Module, Batch], tuple[list[Any], list[Any]]]
     collate: Callable[[list[dict[str, Any]]], Batch] = default_data_collator
     batch_size: int = BATCH_SIZE
+    tokens: int | None = None
 
     @torch.inference_mode()
     def __call__(self, model: nn.Module, examples: Examples) -> float:

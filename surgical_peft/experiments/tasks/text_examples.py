@@ -30,6 +30,7 @@ class Tokenizing:
         tokenizer: that of the model; it always has a token to pad with.
         config: of the model.
         max_length: in tokens, or None where neither recipe nor model set a limit.
+        limit: that of the model and its tokenizer, in tokens, or None where they set none.
         shift: changes a text, or None.
         seed: of the shift.
     """
@@ -37,6 +38,7 @@ class Tokenizing:
     tokenizer: Any
     config: Any
     max_length: int | None
+    limit: int | None
     shift: TextShift | None
     seed: int
 
@@ -76,10 +78,11 @@ def tokenizing(recipe: Recipe) -> Tokenizing:
             f"max_length={recipe.max_length} does not fit {recipe.model}, which takes 1 to "
             f"{min(limits, default='any')}."
         )
-    longest = recipe.max_length or min(limits, default=None)
+    limit = min(limits, default=None)
+    longest = recipe.max_length or limit
     if longest is not None:
         tokenizer.model_max_length = longest  # saved with it, so that whoever predicts cuts off there, too
-    return Tokenizing(tokenizer, config, longest, _shift(recipe, tokenizer), recipe.shift_seed)
+    return Tokenizing(tokenizer, config, longest, limit, _shift(recipe, tokenizer), recipe.shift_seed)
 
 
 def _shift(recipe: Recipe, tokenizer: Any) -> TextShift | None:

@@ -16,10 +16,12 @@ from torch import nn
 
 from ...rendering import clock
 from ..tasks import Examples, spread
+from ..tasks.evaluation import Measure
 from .workers import WorkerPool, shared_threads
 
 _FEW = 8  # examples on which measuring is timed, or more
-_LONG = 3.0  # seconds that it may take
+_ENOUGH, _LONG = 0.5, 3.0  # seconds that it takes once, and that it may take
+_PASSES = 4  # of a model that writes, at least
 
 
 @dataclass(frozen=True)
@@ -94,23 +96,52 @@ def measuring_seconds(measure: Callable[[nn.Module, Examples], float], model: nn
     """The seconds that a metric of a model takes on examples: of all, or estimated from so many as take a while.
 
     Args:
-        measure: gives the metric; it is called twice or more, for what is made once is made before the time is taken.
+        measure: gives the metric; what takes a moment is done twice, for what is made once is made in the first.
+            Answers that the model writes are broken off after a while, and the time for all their tokens is told.
         model: to measure.
         examples: all of them.
     """
+    if isinstance(measure, Measure) and measure.tokens:
+        few = spread(examples, measure.batch_size)
+        return _writing_seconds(measure, model, few, measure.tokens) * len(examples) / len(few)
     few, seconds = spread(examples, _FEW), 0.0
     for _ in range(2):
-        began = time.perf_counter()
-        measure(model, few)
-        seconds = time.perf_counter() - began
-        if seconds > _LONG:
+        seconds = _seconds(measure, model, few)
+        if seconds > _ENOUGH:
             break
     more = spread(examples, int(len(few) * _LONG / seconds))
     if len(more) > 2 * len(few):
-        began = time.perf_counter()
-        measure(model, more)
-        few, seconds = more, time.perf_counter() - began
+        few, seconds = more, _seconds(measure, model, more)
     return seconds * len(examples) / len(few)
+
+
+def _seconds(measure: Callable[[nn.Module, Examples], float], model: nn.Module, examples: Examples) -> float:
+    began = time.perf_counter()
+    measure(model, examples)
+    return time.perf_counter() - began
+
+
+def _writing_seconds(measure: Measure, model: nn.Module, examples: Examples, tokens: int) -> float:
+    """Of one batch of answers, each of so many tokens unless all end sooner."""
+    times = [time.perf_counter()]  # then those when a pass ended: the first one reads the prompts, each writes a token
+
+    def note(*given: Any) -> None:
+        times.append(time.perf_counter())
+        if len(times) > _PASSES and times[-1] - times[0] > _LONG:
+            raise _BrokenOff
+
+    hook = model.register_forward_hook(note)
+    try:
+        return _seconds(measure, model, examples)
+    except _BrokenOff:
+        written = len(times) - 1
+        return times[-1] - times[0] + (tokens - written) * (times[-1] - times[1]) / (written - 1)
+    finally:
+        hook.remove()
+
+
+class _BrokenOff(Exception):
+    """Enough has been written to tell the time."""
 
 
 def _with_seconds(time_one: Callable[..., Timing], arguments: tuple[Any, ...]) -> tuple[Timing, float]:

@@ -75,6 +75,7 @@ class RecipeRunner:
         self.task = load_task(recipe, splits)
         self.examples = {split: Remembered(examples, split, made) for split, examples in self.task.splits.items()}
         self.model = self.task.load_model().to(self.args.device).eval()
+        self._has_trained = False
 
     @cached_property
     def blocks(self) -> BlockMap:
@@ -125,6 +126,7 @@ class RecipeRunner:
         ):
             args = self.recipe.arguments(output_dir=unused, **changed)
             fit(wrapped, args, train, policy, callbacks, self.task.collate)
+        self._has_trained = True
         return wrapped, peak.bytes
 
     def adapt(
@@ -159,8 +161,9 @@ class RecipeRunner:
         """
         self.reading(places)
         places, clock = self._few(places), StepClock(_LONG)
-        with part_of_job(0.0, 1 / (1 + _STEPS)):  # the first one of a process also loads what all need
-            self.train(wrap, places, max_steps=1)
+        if not self._has_trained:  # the first one of a process also loads what all need
+            with part_of_job(0.0, 1 / (1 + _STEPS)):
+                self.train(wrap, places, max_steps=1)
         began = time.perf_counter()
         with part_of_job(1 / (1 + _STEPS), 1.0):
             _, peak = self.train(wrap, places, watch=lambda _: clock, max_steps=_STEPS)

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
+from torch.utils.weak import WeakTensorKeyDictionary
+
+_known: ContextVar[WeakTensorKeyDictionary | None] = ContextVar("_known", default=None)
 
 
 def fingerprint(weights: Iterable[torch.Tensor]) -> str | None:
@@ -22,13 +27,36 @@ def fingerprint(weights: Iterable[torch.Tensor]) -> str | None:
         >>> fingerprint([torch.zeros(2)])
         'float32:6a44ef43e4ee6e5ae86a2c2cd6dd7e9a'
     """
-    tensors = [weight.detach() for weight in weights]
+    tensors = list(weights)
     if not tensors or not all(_is_here(tensor) for tensor in tensors):
         return None
-    with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:  # hashlib lets other threads run meanwhile
-        digests = sorted(pool.map(_digest, tensors))
+    known = _known.get()
+    if known is None:
+        digests = _digests(tensors)
+    else:
+        unread = [tensor for tensor in tensors if tensor not in known]
+        known.update(zip(unread, _digests(unread), strict=True))
+        digests = [known[tensor] for tensor in tensors]
     dtypes = sorted({_name(weight.dtype) for weight in tensors})
-    return f"{'+'.join(dtypes)}:{hashlib.sha256(b''.join(digests)).hexdigest()[:32]}"
+    return f"{'+'.join(dtypes)}:{hashlib.sha256(b''.join(sorted(digests))).hexdigest()[:32]}"
+
+
+@contextmanager
+def each_read_once() -> Iterator[WeakTensorKeyDictionary]:
+    """Inside, fingerprints read a weight once: for many of them, of weights that nothing changes meanwhile.
+
+    Returns:
+        The digests, by weight; that of a copy may be added.
+
+    Example:
+        >>> with each_read_once():
+        ...     fingerprints = [fingerprint(weights[:count]) for count in range(1, len(weights))]
+    """
+    token = _known.set(WeakTensorKeyDictionary())
+    try:
+        yield _known.get()  # type: ignore[misc]
+    finally:
+        _known.reset(token)
 
 
 def differ_in_dtype(one: str, other: str) -> bool:
@@ -43,6 +71,11 @@ def _is_here(weight: torch.Tensor) -> bool:
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def _digests(weights: list[torch.Tensor]) -> list[bytes]:
+    with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:  # hashlib lets other threads run meanwhile
+        return list(pool.map(_digest, [weight.detach() for weight in weights]))
 
 
 def _digest(weight: torch.Tensor) -> bytes:

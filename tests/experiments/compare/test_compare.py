@@ -635,6 +635,30 @@ def test_what_does_not_fit_is_found_without_any_gradient(tmp_path: Path, monkeyp
     assert not (tmp_path / "run").exists()
 
 
+def test_no_weights_are_copied_to_find_out(tmp_path: Path) -> None:
+    """A copy of a large model for each method took half the time of a dry run, and twice the memory."""
+    given: list[torch.nn.Module] = []
+
+    def wrap(model: torch.nn.Module, *_: Any) -> torch.nn.Module:
+        given.append(model)
+        return model
+
+    comparison = Comparison(load_recipe(write_recipe(tmp_path, methods=["full", "first"])))
+    mine = Method("mine", wrap=wrap)
+    comparison.methods = {**comparison.methods, "mine": mine}
+    data = LoadedData(comparison)
+    source = data.runner(comparison.firsts[0]).model
+    before = {name: value.clone() for name, value in source.state_dict().items()}
+    check(comparison, data, WorkerPool(1, QUIET))
+    (copied,) = given
+    assert data.runner(comparison.firsts[0]).model is source  # nor was it loaded twice
+    assert [(n, p.shape, p.dtype, p.requires_grad) for n, p in copied.named_parameters()] == [
+        (n, p.shape, p.dtype, p.requires_grad) for n, p in source.named_parameters()
+    ]
+    assert not any(weight.count_nonzero() for weight in copied.parameters())
+    assert all(torch.equal(before[name], value) for name, value in source.state_dict().items())
+
+
 def broken() -> Method:
     """A user's own that PEFT refuses."""
     from peft import LoraConfig, get_peft_model

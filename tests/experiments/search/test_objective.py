@@ -218,6 +218,7 @@ def test_what_only_the_first_training_of_a_process_does_is_not_counted(
         monkeypatch.setattr(timed, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
     runner = module.RecipeRunner(load_recipe(write_recipe(tmp_path)))
     assert runner.seconds(lambda model: model) == 7 + runner.steps()
+    assert begun[0] == 1 and len(begun) == 2
 
 
 def test_parts_of_layers_are_searched_like_blocks(tmp_path: Path) -> None:

@@ -4,10 +4,22 @@ from __future__ import annotations
 
 import os
 import time
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from torch import Tensor, nn
 
-from surgical_peft.experiments.training.cost import Timing, depth_of, memory_in_words, shared, timed_at_once
+from surgical_peft.experiments.tasks.evaluation import Measure
+from surgical_peft.experiments.training import cost
+from surgical_peft.experiments.training.cost import (
+    Timing,
+    depth_of,
+    measuring_seconds,
+    memory_in_words,
+    shared,
+    timed_at_once,
+)
 from tests.support.cli import QUIET
 
 NAMES = ["embeddings", "0", "1", "2", "final_norm", "head"]
@@ -49,6 +61,45 @@ def test_it_is_timed_in_as_many_processes_as_will_share_the_work() -> None:
     assert alone.memory == os.getpid() and both.memory != os.getpid()
     assert alone.start < 1.0 < both.start  # a process imports torch first
     assert (both.last, both.step, both.measure) == (1.0, 0.1, 0.2)
+
+
+class Writer(nn.Linear):
+    """A model whose passes take so many seconds of a played clock: that of the prompts, and each after it."""
+
+    def __init__(self, clock: list[float], prompts: float, token: float) -> None:
+        super().__init__(1, 1)
+        self.clock, self.prompts, self.token, self.passes = clock, prompts, token, 0
+
+    def forward(self, *_: Any) -> None:
+        self.clock[0] += self.token if self.passes else self.prompts
+        self.passes += 1
+
+
+def written(model: Any, batch: dict[str, Tensor]) -> tuple[list[int], list[int]]:
+    model.passes = 0
+    for _ in range(100):
+        model(batch)
+    return [0], [0]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "token", "passes"),
+    [
+        (0.5, 0.01, 100),  # all of it
+        (2.0, 0.3, 5),
+        (60.0, 5.0, 4),  # however long it takes: of one pass nothing follows
+    ],
+)
+def test_answers_that_take_long_are_not_written_to_their_end(
+    prompts: float, token: float, passes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(cost, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    model = Writer(clock, prompts, token)
+    measure = Measure(lambda *_: 0.0, written, batch_size=2, tokens=100)
+    told = measuring_seconds(measure, model, [{"a": 1}] * 6)  # type: ignore[arg-type]
+    assert told == pytest.approx(3 * (prompts + 99 * token), rel=0.01)
+    assert model.passes == passes and not model._forward_hooks
 
 
 def test_too_much_memory_is_said() -> None:

@@ -13,7 +13,8 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 
 from surgical_peft import SurgicalConfig, SurgicalError
-from surgical_peft.tuner.loading.fingerprint import differ_in_dtype, fingerprint
+from surgical_peft.tuner.loading import fingerprint as module
+from surgical_peft.tuner.loading.fingerprint import differ_in_dtype, each_read_once, fingerprint
 from tests.support.families import FAMILIES
 from tests.support.toys import TOYS
 from tests.support.wrapping import nudge
@@ -40,6 +41,23 @@ def test_names_order_and_layout_do_not_count() -> None:
     one, two, three = weights()
     assert fingerprint([one, two, three]) == fingerprint([three, one.T.contiguous().T, two])
     assert fingerprint([nn.Parameter(one)]) == fingerprint([one])
+
+
+def test_many_fingerprints_read_each_weight_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of every start of 30 blocks read all weights 15 times over."""
+    all_weights = weights()
+    expected = [fingerprint(all_weights[:count]) for count in (1, 2, 3)]
+    read: list[tuple[int, ...]] = []
+    digest = module._digest
+    monkeypatch.setattr(module, "_digest", lambda weight: read.append(tuple(weight.shape)) or digest(weight))
+    with each_read_once() as digests:
+        assert [fingerprint(all_weights[:count]) for count in (1, 2, 3)] == expected
+        copies = [weight.clone() for weight in all_weights]
+        digests.update(zip(copies, map(digests.get, all_weights), strict=True))
+        assert fingerprint(copies) == expected[-1]
+    assert sorted(read) == [(), (3, 4), (5,)]
+    all_weights[1] += 1
+    assert fingerprint(all_weights) != expected[-1]
 
 
 @pytest.mark.parametrize(

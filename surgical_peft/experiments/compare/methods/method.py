@@ -71,7 +71,8 @@ class Method:
         title: in the table.
         choose: gives the blocks to tune; called once for each source model and seed, before all trainings. None: there
             is nothing to choose.
-        wrap: `(model, selection, recipe)` -> what is trained: all that has `requires_grad`. The model is a copy.
+        wrap: `(model, selection, recipe)` -> what is trained: all that has `requires_grad`. The model is a copy; one
+            whose weights are 0 to find out beforehand whether the method fits.
         policy: of the learning rates, by the training arguments.
         training: training arguments that replace the recipe's.
         rates: grid of learning rates; None: the recipe's.
