@@ -14,6 +14,7 @@ from torch.utils.data import ConcatDataset
 from ..recipe.recipe import Recipe
 from ..recipe.sections import DataSection
 from ..tasks import Examples, further_measure, load_task, measured_split, spread
+from ..tasks.unlabelled import images_of
 from ..training.runner import RecipeRunner, Remembered
 from .comparison import Comparison, Job
 
@@ -21,10 +22,13 @@ from .comparison import Comparison, Job
 def make_examples(recipe: Recipe, is_test: bool, folder: Path | None, room: int) -> None:
     """Make each example that is trained or tested on once: one that cannot be made is told as its task tells it.
 
-    At most `room` bytes of a split are kept in a folder, if there is one.
+    At most `room` bytes of a split are kept in a folder, if there is one. Of augmented copies, which take ten times as
+    long as their image and as much room, nothing is made.
     """
     for split, examples in _open(recipe, is_test).items():
-        Remembered(examples, split, room=room if folder else 0).make_all(folder)
+        images = images_of(examples)
+        kept_in = folder if images is examples else None
+        Remembered(images, split, room=room if kept_in else 0).make_all(kept_in)
 
 
 def _open(recipe: Recipe, is_test: bool) -> dict[str, Examples]:

@@ -100,7 +100,7 @@ def image_classification(recipe: Recipe, splits: Sequence[str]) -> Task:
         images = replace(images, shape=shape)
         make = partial(images.copies, recipe.copies)
         if recipe.unlabelled and split == "train":
-            examples[split] = Copies(make, len(images))
+            examples[split] = Copies(images, make)
         else:
             examples[split] = Stream(images, make) if recipe.is_online else images
     if recipe.is_online:

@@ -108,15 +108,15 @@ class Copies(Dataset[dict[str, Tensor]]):
     more variety than that asks for more copies.
 
     Attributes:
+        images: as the model takes them.
         make: the copies of the image at an index.
-        count: of the images.
     """
 
+    images: Examples
     make: Callable[[int], Tensor]
-    count: int
 
     def __len__(self) -> int:
-        return self.count
+        return len(self.images)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         return {"pixel_values": self.make(index), "labels": torch.tensor(UNLABELED)}
@@ -142,8 +142,8 @@ class Stream(Dataset[dict[str, Tensor]]):
 
 
 def images_of(examples: Examples) -> Examples:
-    """The images of a stream, without making copies of them; other examples as they are."""
-    return examples.images if isinstance(examples, Stream) else examples
+    """The images of a stream or of copies, without making copies of them; other examples as they are."""
+    return examples.images if isinstance(examples, Stream | Copies) else examples
 
 
 @dataclass(frozen=True)
