@@ -19,6 +19,7 @@ from transformers import Trainer
 
 from . import criteria
 from .blocks.block_map import BlockMap, blocks_in_words
+from .convolutional import warn_of_convolutions
 from .criteria.budget import FORWARD, GRADIENTS, Budget, half_of
 from .criteria.criterion import Criterion, needs_of, of_model
 from .criteria.probe import PACE
@@ -152,6 +153,7 @@ def choose_blocks(
             if is_open and spending.left >= 2 * AT_MOST:
                 ranking = _ranking(scores.values, unfit)
                 loss |= {name: -minus for name, minus in run(partial(together, ranking=ranking)).values.items()}
+    warn_of_convolutions(model, blocks)
     refused = {name: why for name, why in unfit.items() if name in scores.values}
     left = {name: value for name, value in scores.values.items() if name not in refused}
     candidates = replace(scores, values=left, unscored=(*scores.unscored, *refused))

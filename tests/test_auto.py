@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -18,7 +19,10 @@ from transformers import Trainer, TrainingArguments
 
 from surgical_peft import SurgicalConfig, SurgicalError, criteria, get_surgical_model, score_blocks
 from surgical_peft.auto import choose_blocks, how_many, together
+from surgical_peft.blocks.block_map import BlockMap
+from surgical_peft.convolutional import warn_of_convolutions
 from surgical_peft.errors import machine_fault
+from tests.support.families import FAMILIES
 from tests.support.toys import TOYS, Toy
 
 
@@ -113,6 +117,16 @@ def test_a_loader_that_can_be_read_once_will_do(vit: Toy) -> None:
     config, _ = choose_blocks(vit.model(), SurgicalConfig(blocks="auto"), iter(batches(vit)))
     again, _ = choose_blocks(vit.model(), SurgicalConfig(blocks="auto"), batches(vit))
     assert config.blocks == again.blocks and config.selection == again.selection
+
+
+@pytest.mark.parametrize("name", sorted(FAMILIES))
+def test_convolutional_layers_are_spoken_of(name: str) -> None:
+    """The choice is measured on transformers, and on the one network of the other kind it was a bad one."""
+    model = FAMILIES[name].model()
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        warn_of_convolutions(model, BlockMap.find(model))
+    assert [name] * len(told) == [name] * (name in ("convnext", "resnet"))
 
 
 def test_one_batch_cannot_decide_how_many(vit: Toy) -> None:

@@ -72,13 +72,21 @@ def test_each_claim_of_the_paper_gets_a_plain_answer(paper: ModuleType, report: 
     assert "below" in paper.answers(report, paper.results(report))[1]
 
 
-def test_the_page_has_both_tables(
+def test_the_page_has_all_tables(
     paper: ModuleType, report: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "report.json").write_text(json.dumps(report))
+    parts = [row for row in report["methods"] if row["method"] in ("no adaptation", paper.FULL)]
+    two = row("blocks embeddings, stages.0[:], stages.1[:]", [0.8, 0.8, 0.8])
+    others = {"cifar10_c_online": [*parts, two], "cifar10_flip": parts}
+    for name in ("cifar10_c", *others):
+        (tmp_path / name).mkdir()
+        methods = others.get(name, report["methods"])
+        (tmp_path / name / "report.json").write_text(json.dumps({**report, "methods": methods}))
     monkeypatch.setattr(paper, "HERE", tmp_path)
-    monkeypatch.setattr(paper, "REPORT", tmp_path / "report.json")
+    monkeypatch.setattr(paper, "REPORTS", tmp_path)
     paper.main()
     page = (tmp_path / "paper.md").read_text()
     assert "| best single part | 82.8 | 71.3 | +2.9 |" in page
     assert "zoom blur" in page and "**90.0**" in page
+    assert "| first two stages | 75.5 | 80.0 | +5.8 |" in page
+    assert page.count("| full fine-tuning | - | 75.0 | - | - |") == 1  # labels flipped: the paper's is not known
