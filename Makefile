@@ -27,8 +27,7 @@ real-data: install  ## models and data of recipes/real, into data/real: about 30
 	$(BIN)/python recipes/real/make_gsm8k.py $(GSM8K) $(REAL)
 	$(BIN)/python recipes/real/make_cifar10.py $(CIFAR) $(REAL)
 
-real-sources: real-data  ## train the source models of recipes/real: about 4 hours on 1 core, goes on where it stopped
-	$(BIN)/python recipes/real/make_resnet26.py $(CIFAR) $(REAL)/resnet26
+real-sources: real-data  ## train the source model ViT-S/14 of recipes/real: about 2 hours on 1 core, goes on where it stopped
 	$(BIN)/python recipes/real/make_vit_s14.py $(REAL)
 
 benchmark: real-data  ## step time and memory of every method on real weights, into benchmarks/speed: about 15 minutes on 1 core

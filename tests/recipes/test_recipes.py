@@ -192,7 +192,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_encoders(mails)
     for name in ("source", *(f"{kind}-{draw}" for kind in ("easy", "hard") for draw in range(3))):
         write_mails(mails / name)
-    write_resnet(root / "data" / "real" / "resnet26")
+    write_resnet(root / "recipes" / "real" / "resnet26")
     for name in ("cifar10/0", "cifar10-c/frost-0"):
         write_photos(root / "data" / "real" / name)
     write_photos(root / "data" / "real" / "cifar10" / "source")
