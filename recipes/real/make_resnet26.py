@@ -10,8 +10,8 @@ CIFAR is a folder with CIFAR-10 as `train.parquet` and `test.parquet`, or `uoft-
 holds the model, its image processor and a model card with its accuracy on the test images; what is there is kept. A
 model below 85 % is not the source that the results are about: the command stops, and saves none.
 
-Ours gets 86.4 %, and an earlier one, from another machine, 86.0: from images that had been encoded as JPEG again, which
-is harder than the original ones.
+Ours gets 86.4 %, and an earlier one, made on another machine, 86.0: from images that had been encoded as JPEG again,
+which is harder than the original ones.
 """
 
 from __future__ import annotations
