@@ -19,7 +19,6 @@ from transformers import Trainer
 
 from . import criteria
 from .blocks.block_map import BlockMap, blocks_in_words
-from .convolutional import warn_of_convolutions
 from .criteria.budget import FORWARD, GRADIENTS, Budget, half_of
 from .criteria.criterion import Criterion, needs_of, of_model
 from .criteria.probe import PACE
@@ -29,6 +28,7 @@ from .errors import SurgicalError
 from .optim.of_trainer import training_of
 from .scoring.batches import LossFunction
 from .scoring.block_scores import BlockScores
+from .scoring.convolutional import warn_of_convolutions
 from .scoring.gradients import name_of
 from .scoring.progress import Stages, counted
 from .scoring.score import score_blocks

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -20,8 +21,8 @@ from transformers import Trainer, TrainingArguments
 from surgical_peft import SurgicalConfig, SurgicalError, criteria, get_surgical_model, score_blocks
 from surgical_peft.auto import choose_blocks, how_many, together
 from surgical_peft.blocks.block_map import BlockMap
-from surgical_peft.convolutional import warn_of_convolutions
 from surgical_peft.errors import machine_fault
+from surgical_peft.scoring.convolutional import warn_of_convolutions
 from tests.support.families import FAMILIES
 from tests.support.toys import TOYS, Toy
 
@@ -190,6 +191,7 @@ class Dying(TorchDataset[dict[str, torch.Tensor]]):
 
     def __getitem__(self, place: int) -> dict[str, torch.Tensor]:
         if place == 2 and get_worker_info() is not None:
+            time.sleep(1)  # those before it are fetched: torch says otherwise what is lost with the process
             os._exit(1)
         return self.rows[place]
 

@@ -52,7 +52,7 @@ def test_wrapping_replaces_nothing(name: str, keep_base: str) -> None:
     assert all(".surgical_" in f".{name}" for name in now.keys() - before.keys())
     found = logits(model, anyone.batch())
     # whose kernels add up in another order, depending on what requires a gradient or where it lies
-    assert torch.equal(found, expected) or (anyone.name in ("mamba", "lstm") and same(found, expected))
+    assert torch.equal(found, expected) or (anyone.name in ("mamba", "lstm", "levit") and same(found, expected))
     names = {f"base_model.model.{name}" for name, _ in base.named_parameters()}
     assert names == {name for name, _ in model.named_parameters()}
 

@@ -27,17 +27,17 @@ def fingerprint(weights: Iterable[torch.Tensor]) -> str | None:
         >>> fingerprint([torch.zeros(2)])
         'float32:6a44ef43e4ee6e5ae86a2c2cd6dd7e9a'
     """
-    tensors = list(weights)
-    if not tensors or not all(_is_here(tensor) for tensor in tensors):
+    weights = list(weights)
+    if not weights or not all(_is_here(weight.detach()) for weight in weights):
         return None
     known = _known.get()
     if known is None:
-        digests = _digests(tensors)
+        digests = _digests(weights)
     else:
-        unread = [tensor for tensor in tensors if tensor not in known]
+        unread = [weight for weight in weights if weight not in known]
         known.update(zip(unread, _digests(unread), strict=True))
-        digests = [known[tensor] for tensor in tensors]
-    dtypes = sorted({_name(weight.dtype) for weight in tensors})
+        digests = [known[weight] for weight in weights]
+    dtypes = sorted({_name(weight.dtype) for weight in weights})
     return f"{'+'.join(dtypes)}:{hashlib.sha256(b''.join(sorted(digests))).hexdigest()[:32]}"
 
 

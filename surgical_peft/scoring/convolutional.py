@@ -6,8 +6,8 @@ import warnings
 
 from torch import nn
 
-from .blocks.block_map import BlockMap
-from .blocks.unwrap import named_bare_modules, unwrap_model
+from ..blocks.block_map import BlockMap
+from ..blocks.unwrap import named_bare_modules, unwrap_model
 
 
 def warn_of_convolutions(model: nn.Module, blocks: BlockMap) -> None:
