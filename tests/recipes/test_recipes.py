@@ -52,7 +52,6 @@ MADE_BY = {
 }  # what runs a recipe that nobody runs by itself
 NOT_MEASURED = [
     "real/cifar10_c_online.yaml",
-    "real/cifar10_flip.yaml",
     "hub/bert_base_conll2003.yaml",
     "hub/distilbert_rotten_tomatoes.yaml",
     "hub/distilbert_squad.yaml",
