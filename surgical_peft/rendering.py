@@ -154,7 +154,8 @@ class TextTable:
             widths = [2, *self._widths(range(1, len(self.header)), width - 4)]
         head = textwrap.wrap(self.title, width, break_on_hyphens=False)
         names = self.header if not is_split else ["", *self.header[1:]]
-        body = [(line, "bold") for line in self._row(names, widths, at_end=True)]
+        body = [(self.header[0], "bold")] * is_split
+        body += [(line, "bold") for line in self._row(names, widths, at_end=True)]
         body.append(("─" * min(width, sum(widths) + 2 * (len(widths) - 1)), ""))
         for number, row in enumerate(self.rows):
             style = "bold" * (number in self.bold)

@@ -18,7 +18,7 @@ def warn_of_convolutions(model: nn.Module, blocks: BlockMap) -> None:
         warnings.warn(
             f'blocks="auto" is made for transformers, and {blocks.model_name} is a convolutional network: on a '
             "ResNet-26 its choice was the best one where labels changed, but under 14 corruptions it was 1.9 points "
-            "behind full fine-tuning, and the first stage 0.2. Compare a few choices on validation data (surgical-peft "
-            "compare, with full, first and auto_rgn), or name the blocks.",
+            "behind full fine-tuning, and the first stage 0.2. Compare a few choices on validation data (surgical-peft"
+            " compare, with full, first and auto_rgn), or name the blocks.",
             stacklevel=4,
         )
