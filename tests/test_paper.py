@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import statistics
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 
+from surgical_peft import BlockMap
 from surgical_peft.experiments.compare.statistics import t_interval
+from surgical_peft.scoring.convolutional import warn_of_convolutions
+from tests.support.families import FAMILIES
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "paper.py"
 
@@ -90,3 +94,15 @@ def test_the_page_has_all_tables(
     assert "zoom blur" in page and "**90.0**" in page
     assert "| first two stages | 75.5 | 80.0 | +5.8 |" in page
     assert page.count("| full fine-tuning | - | 75.0 | - | - |") == 1  # labels flipped: the paper's is not known
+
+
+def test_the_warning_of_convolutional_networks_has_the_figures_of_the_table(paper: ModuleType) -> None:
+    found = {name: statistics.fmean(values) for name, values in paper.results(paper.report_of("cifar10_c")).items()}
+    flipped = {
+        name: statistics.fmean(values) for name, values in paper.results(paper.report_of("cifar10_flip")).items()
+    }
+    family = FAMILIES["resnet"].model()
+    behind = [found[paper.FULL] - found[name] for name in ("auto", "first stage")]
+    with pytest.warns(UserWarning, match="{:.1f} points behind.*first stage {:.1f}".format(*behind)):
+        warn_of_convolutions(family, BlockMap.find(family))
+    assert flipped["auto"] == max(flipped.values())

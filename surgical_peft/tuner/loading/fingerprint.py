@@ -52,9 +52,10 @@ def each_read_once() -> Iterator[WeakTensorKeyDictionary]:
         >>> with each_read_once():
         ...     fingerprints = [fingerprint(weights[:count]) for count in range(1, len(weights))]
     """
-    token = _known.set(WeakTensorKeyDictionary())
+    known = WeakTensorKeyDictionary()
+    token = _known.set(known)
     try:
-        yield _known.get()  # type: ignore[misc]
+        yield known
     finally:
         _known.reset(token)
 

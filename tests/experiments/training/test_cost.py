@@ -97,7 +97,8 @@ def test_answers_that_take_long_are_not_written_to_their_end(
     monkeypatch.setattr(cost, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
     model = Writer(clock, prompts, token)
     measure = Measure(lambda *_: 0.0, written, batch_size=2, tokens=100)
-    told = measuring_seconds(measure, model, [{"a": 1}] * 6)  # type: ignore[arg-type]
+    examples: Any = [{"a": 1}] * 6
+    told = measuring_seconds(measure, model, examples)
     assert told == pytest.approx(3 * (prompts + 99 * token), rel=0.01)
     assert model.passes == passes and not model._forward_hooks
 
